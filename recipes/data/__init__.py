@@ -1,0 +1,1 @@
+"""Data sets: they know neither the trainer nor a recipe."""

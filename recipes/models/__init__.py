@@ -1,0 +1,1 @@
+"""Networks: plain modules that know neither the trainer nor a recipe."""

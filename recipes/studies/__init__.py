@@ -1,0 +1,1 @@
+"""What a guide does beyond training one model: baselines, sweeps, pictures."""

@@ -1,0 +1,242 @@
+"""metrics.jsonl, TensorBoard and W&B: what is written, what a resumed run keeps, and that none of them ends a run."""
+
+import json
+import math
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import Refusal
+from trainer.metrics import Metrics, WandbSettings, _answers, read_metrics
+
+
+def start(folder: Path, resumed_step: int | None = None, said: list[str] | None = None, **options: object) -> Metrics:
+    options = {"tensorboard_dir": None, "wandb": None, "config": {"seed": 1}, **options}
+    say = (said if said is not None else []).append
+    return Metrics(folder / "metrics.jsonl", resumed_step=resumed_step, say=say, **options)
+
+
+def losses(folder: Path) -> dict[int, float | None]:
+    return {row["step"]: row["train/loss"] for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def test_a_row_is_one_line_of_strict_json_written_at_once(tmp_path: Path) -> None:
+    before = time.time()
+    metrics = start(tmp_path)
+    metrics.log(10, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/perplexity": 12.5, "epoch": 3})
+    line = (tmp_path / "metrics.jsonl").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    row = json.loads(line, parse_constant=refuse)
+    assert line.count("\n") == 1
+    assert line.endswith("\n")
+    assert before - 1 < row.pop("time") < time.time() + 1
+    assert row == {"step": 10, "train/loss": None, "train/grad_norm": None, "train/perplexity": 12.5, "epoch": 3}
+
+
+def test_a_new_run_starts_empty_and_a_resumed_one_drops_what_comes_after_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train/loss": 9.0}\n')
+    metrics = start(tmp_path)
+    for step in (10, 20, 30):
+        metrics.log(step, {"train/loss": float(step)})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "train/lo')  # killed in the middle of a row
+    assert losses(tmp_path) == {10: 10.0, 20: 20.0, 30: 30.0}
+    start(tmp_path, resumed_step=20).log(30, {"train/loss": -1.0})
+    assert losses(tmp_path) == {10: 10.0, 20: 20.0, 30: -1.0}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_half_a_row_is_dropped_even_if_its_step_is_not_after_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 2.0}')
+    start(tmp_path, resumed_step=2).log(3, {"train/loss": 3.0})
+    assert losses(tmp_path) == {1: 1.0, 3: 3.0}
+
+
+def test_a_full_disk_is_said_once_and_leaves_only_whole_rows(tmp_path: Path) -> None:
+    said: list[str] = []
+    metrics = start(tmp_path, said=said)
+    metrics.log(1, {"train/loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # the second row fits in part
+    try:
+        metrics.log(2, {"train/loss": 2.0})
+        metrics.log(3, {"train/loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.log(4, {"train/loss": 4.0})
+    assert losses(tmp_path) == {1: 1.0, 4: 4.0}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(said) == 1
+    assert "metrics.jsonl" in said[0]
+    assert "training goes on" in said[0]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match="--output_dir") as refusal:
+        start(tmp_path / "file")
+    assert refusal.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("package", "flag"), [("wandb", "--use_wandb"), ("torch.utils.tensorboard", "--use_tensorboard")]
+)
+def test_a_missing_package_is_refused_before_a_row_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, flag: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    monkeypatch.setitem(sys.modules, package, None)
+    wanted = {"wandb": wandb_in(tmp_path)} if package == "wandb" else {"tensorboard_dir": tmp_path / "tensorboard"}
+    with pytest.raises(Refusal, match=f"{flag} .*pip install {package.split('.')[-1]}"):
+        start(tmp_path, **wanted)
+    assert losses(tmp_path) == {1: 1.0}
+
+
+def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_step, steps, loss in ((None, (10, 20, 30), 1.0), (20, (30, 40), 2.0)):
+        metrics = start(tmp_path, resumed_step, tensorboard_dir=tmp_path / "tensorboard")
+        for step in steps:
+            metrics.log(step, {"train/loss": loss})
+        metrics.close()
+        time.sleep(1.1)  # TensorBoard orders its files by the second in their names
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    said: list[str] = []
+    metrics = start(tmp_path, said=said, tensorboard_dir=tmp_path / "tensorboard")
+    metrics.log(1, {"train/loss": 1.0})
+    metrics.close()
+    assert losses(tmp_path) == {1: 1.0}
+    assert len(said) == 1
+    assert said[0].startswith("TensorBoard: ")
+
+
+def wandb_in(folder: Path) -> WandbSettings:
+    return WandbSettings("a-project", "a run", id_file=folder / "wandb_id", directory=folder)
+
+
+@pytest.fixture
+def no_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+def test_wandb_goes_offline_by_itself_and_a_resumed_run_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    metrics = start(tmp_path, said=said, wandb=wandb_in(tmp_path))
+    metrics.log(1, {"train/loss": 1.0})
+    metrics.close()
+    assert len(said) == 1
+    assert "no API key" in said[0]
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        metrics = start(tmp_path, resumed_step=1, said=said, wandb=wandb_in(tmp_path))
+        metrics.log(2, {"train/loss": 2.0})
+        metrics.close()
+    assert len(said) == 2
+    assert "does not answer" in said[1]
+
+    run_id = (tmp_path / "wandb_id").read_text()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(run.name.endswith(f"-{run_id}") for run in runs)
+    assert all(b"train/loss" in (run / f"run-{run_id}.wandb").read_bytes() for run in runs)
+
+
+class RefuseEveryKey(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.do_HEAD()
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing on stderr."""
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+def test_a_key_that_wandb_refuses_makes_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), RefuseEveryKey) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        metrics = start(tmp_path, said=said, wandb=wandb_in(tmp_path))
+        metrics.log(1, {"train/loss": 1.0})
+        metrics.close()
+        server.shutdown()
+    assert len(said) == 1
+    assert "writing an offline run instead" in said[0]
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"train/loss" in run.read_bytes()
+
+
+def test_a_server_is_asked_for_two_seconds_at_most() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        assert not _answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - started < 2.5
+
+
+KILLED_WANDB = """
+import os, signal, subprocess, time
+from pathlib import Path
+from trainer.metrics import Metrics, WandbSettings
+settings = WandbSettings("a-project", None, Path("wandb_id"), Path("."))
+metrics = Metrics(Path("metrics.jsonl"), tensorboard_dir=None, wandb=settings, config={}, resumed_step=None, say=print)
+children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+killed = [int(pid) for pid in children if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()]
+os.kill(*killed, signal.SIGKILL)
+for step in range(1, 6):
+    metrics.log(step, {"train/loss": 1.0})
+    time.sleep(0.2)
+metrics.close()
+print("the end", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+def test_a_wandb_process_that_dies_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-c", KILLED_WANDB]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the end\n")
+    assert done.stdout.count("W&B: ") == 1
+    assert "training goes on without it" in done.stdout
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+def test_importing_metrics_imports_nothing_heavy() -> None:
+    code = "import sys, trainer.metrics; print([m for m in ('torch', 'wandb', 'tensorboard') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

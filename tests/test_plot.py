@@ -1,0 +1,127 @@
+"""The pictures, and the command line that draws them."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from trainer.errors import Refusal
+from trainer.plot import _running_mean, curve, plot_loss, plot_metric
+
+TOOL = Path(__file__).parents[1] / "tools" / "plot_run.py"
+
+
+def write_run(folder: Path, points: int = 300, final: float = 3.0) -> Path:
+    """A run directory whose losses fall from about 11 to `final`; one training loss is not finite."""
+    folder.mkdir(parents=True)
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(1, points + 1):
+            loss = final + 8 * math.exp(-step / 50)
+            row = {"step": step, "train/loss": None if step == 7 else loss, "train/learning_rate": 1e-3 / step}
+            file.write(json.dumps(row) + "\n")
+            if step % 50 == 0:
+                file.write(json.dumps({"step": step, "eval/val_loss": loss + 0.1}) + "\n")
+        file.write('{"step": 99999, "train/lo')  # what a kill leaves
+    return folder
+
+
+def has_colour(picture: Path, red: float, green: float, blue: float) -> bool:
+    return bool((np.abs(imread(picture)[..., :3] - [red, green, blue]) < 0.02).all(axis=-1).any())
+
+
+BLUE, RED, GREEN = (0x1F / 255, 0x77 / 255, 0xB4 / 255), (0xD6 / 255, 0x27 / 255, 0x28 / 255), (0.173, 0.627, 0.173)
+
+
+@pytest.mark.parametrize("points", [60, 300])
+def test_one_run_shows_both_losses_and_the_learning_rate(tmp_path: Path, points: int) -> None:
+    run = write_run(tmp_path / "run", points)
+    plot_loss(run / "metrics.jsonl", run / "plots" / "loss.png", "a title", ("ridge", 4.0), unit="squared error")
+    assert all(has_colour(run / "plots" / "loss.png", *colour) for colour in (BLUE, RED, GREEN))
+    assert [path.name for path in (run / "plots").iterdir()] == ["loss.png"], "no temporary file is left"
+
+
+def test_text_of_the_picture(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", final=2.5)
+    plot_loss(run / "metrics.jsonl", tmp_path / "loss.svg", "a title", ("ridge", 4.0), unit="squared error")
+    text = (tmp_path / "loss.svg").read_text()  # matplotlib writes each text as a comment beside its outline
+    for part in (
+        "a title",
+        "ridge (4)",
+        "loss (squared error)",
+        "optimizer step",
+        "learning rate",
+        "train/loss (final 2.52)",
+    ):
+        assert part in text
+    assert "eval/val_loss (final 2.62, best 2.62 at step 300)" in text
+
+
+def test_a_run_without_losses_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/learning_rate": 0.1}\n')
+    with pytest.raises(Refusal, match="holds no train/loss"):
+        plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_failed_picture_leaves_the_old_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (tmp_path / "loss.docx").write_text("old")
+    with pytest.raises(ValueError, match="docx"):
+        plot_loss(run / "metrics.jsonl", tmp_path / "loss.docx", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.docx", "run"]
+    assert (tmp_path / "loss.docx").read_text() == "old"
+
+
+def test_a_value_that_is_not_finite_is_a_gap() -> None:
+    rows = [{"step": 1, "a": 2.0}, {"step": 2, "b": 1.0}, {"step": 3, "a": None}]
+    steps, values = curve(rows, "a")
+    assert steps == [1, 3]
+    assert values[0] == 2.0
+    assert math.isnan(values[1])
+    assert _running_mean([1.0, math.nan, 3.0, 5.0], window=3) == [1.0, 2.0, 4.0, 4.0]
+
+
+def test_many_runs_have_a_colour_each(tmp_path: Path) -> None:
+    runs = {f"run {i}": write_run(tmp_path / str(i), 50, final=i + 1) / "metrics.jsonl" for i in range(12)}
+    plot_metric(runs, "train/loss", tmp_path / "all.svg")
+    assert all(f"run {i} (final" in (tmp_path / "all.svg").read_text() for i in range(12))
+
+
+def run_tool(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    environment = {"PYTHONPATH": str(TOOL.parents[1]), "HOME": "/nonexistent"}
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_tool_draws_one_run_into_its_plots_folder_and_several_where_told(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "gpt" / "a"), write_run(tmp_path / "gpt" / "b", final=2.0)
+    assert run_tool(a).stdout.strip().endswith(str(a / "plots" / "loss.png"))
+    assert (a / "plots" / "loss.png").stat().st_size > 10_000
+    done = run_tool(a, b, "--out", tmp_path / "both.svg")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "both.svg").read_text()
+    assert "gpt/a (final 3.12)" in text
+    assert "gpt/b (final 2.12)" in text
+    assert "eval/val_loss" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/none"], "holds no metrics.jsonl"),
+        (["{}/run", "--metric", "eval/loss"], "it has eval/val_loss, train/learning"),
+        (["{}/run", "--out", "x.docx"], "docx"),
+        (["{}/run", "--out", "{}/run/metrics.jsonl/x.png"], "metrics.jsonl"),
+    ],
+)
+def test_the_tool_says_in_one_line_what_is_wrong(tmp_path: Path, arguments: list[str], message: str) -> None:
+    write_run(tmp_path / "run")
+    done = run_tool(*(argument.format(tmp_path) for argument in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer import run_directory
+from trainer.errors import BAD_INPUT, CHECKPOINT, Refusal
+from trainer.run_directory import Lock, RunDirectory, redact, redact_text, write_text_atomic
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer.run_directory import Lock
+Lock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds the lock of tmp_path."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def elsewhere(path: Path, age: float, **changes: object) -> None:
+    """A lock file as a run on another machine leaves it."""
+    content = {"host": "node7", "machine": "other", "pid": 4711, "job_id": "12", "started": "2024-05-01T10:00:00+00:00"}
+    (path / ".lock").write_text(json.dumps({**content, "heartbeat": int(time.time() - age), **changes}))
+
+
+def test_second_process_is_refused_and_told_who_holds_the_lock(tmp_path: Path, holder: subprocess.Popen) -> None:
+    for _ in range(2):  # being refused does not harm the holder's lock
+        with pytest.raises(Refusal, match=rf"process {holder.pid} on .*started 20.*--run_name") as refused:
+            Lock(tmp_path).acquire()
+        assert refused.value.exit_code == BAD_INPUT
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path, holder: subprocess.Popen) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    said: list[str] = []
+    lock = Lock(tmp_path, said.append)
+    lock.acquire()
+    lock.release()
+    assert len(said) == 1
+    assert f"process {holder.pid}" in said[0]
+
+
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """As a DataLoader worker that outlives its killed trainer for a moment."""
+    script = HOLD.replace(
+        "time.sleep(60)", "import os\nchild = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        os.kill(child, 0)  # it lives, with the descriptor open
+        lock = Lock(tmp_path)
+        lock.acquire()
+        lock.release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_one_process_cannot_hold_it_twice_and_trying_does_not_drop_it(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    lock.acquire()
+    try:
+        with pytest.raises(Refusal, match=f"process {os.getpid()}"):
+            Lock(tmp_path / ".." / tmp_path.name).acquire()
+        tried = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True, check=False)
+        assert f"process {os.getpid()}" in tried.stderr
+    finally:
+        lock.release()
+
+
+def test_release_leaves_no_stale_name_and_lets_the_next_in(tmp_path: Path) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        lock = Lock(tmp_path, said.append)
+        lock.acquire()
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        lock.release()
+        assert (tmp_path / ".lock").read_bytes() == b""
+        lock.release()  # twice is no error
+    assert said == []
+
+
+def test_heartbeat_of_another_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    elsewhere(tmp_path, age=60)
+    with pytest.raises(Refusal, match=r"process 4711 on node7, job 12, started 2024.*last seen 6\d s ago"):
+        Lock(tmp_path, said.append).acquire()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == 4711
+    elsewhere(tmp_path, age=121)
+    lock = Lock(tmp_path, said.append)
+    lock.acquire()
+    lock.release()
+    assert "node7" in said[0]
+    # Without locks in the kernel the heartbeat decides on one machine too.
+    monkeypatch.setattr(run_directory.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks")))
+    elsewhere(tmp_path, age=5, machine=run_directory._machine())
+    with pytest.raises(Refusal, match="node7"):
+        Lock(tmp_path, said.append).acquire()
+
+
+def test_heartbeat_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_directory, "HEARTBEAT_SECONDS", 0.1)
+    lock = Lock(tmp_path)
+    lock.acquire()
+    os.pwrite(lock._descriptor, b"x" * 500, 0)
+    deadline = time.monotonic() + 5
+    while b"x" in os.pread(lock._descriptor, 500, 0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    content = json.loads(os.pread(lock._descriptor, 500, 0))
+    lock.release()
+    assert abs(content["heartbeat"] - time.time()) < 5
+    time.sleep(0.3)
+    assert (tmp_path / ".lock").read_bytes() == b""  # it ended with the lock
+
+
+@pytest.mark.parametrize("odd", ["link", "hard link", "fifo", "folder", "no directory"])
+def test_odd_lock_file_is_refused_and_nothing_outside_is_written(tmp_path: Path, odd: str) -> None:
+    outside, directory = tmp_path / "outside", tmp_path / "run"
+    outside.write_text("precious")
+    if odd != "no directory":
+        directory.mkdir()
+    make = {
+        "link": lambda lock: lock.symlink_to(outside),
+        "hard link": lambda lock: lock.hardlink_to(outside),
+        "fifo": os.mkfifo,
+        "folder": Path.mkdir,
+        "no directory": lambda lock: None,
+    }
+    make[odd](directory / ".lock")
+    threads = threading.active_count()
+    with pytest.raises(Refusal, match=r"\.lock") as refused:
+        Lock(directory).acquire()
+    assert refused.value.exit_code == CHECKPOINT
+    assert outside.read_text() == "precious"
+    assert threading.active_count() == threads
+
+
+def test_garbage_in_the_lock_file_is_not_a_holder(tmp_path: Path) -> None:
+    for garbage in (b"\xff\x00", b"[1]", b'{"heartbeat": "soon"}', b'{"pid": 1'):
+        (tmp_path / ".lock").write_bytes(garbage)
+        lock = Lock(tmp_path)
+        lock.acquire()
+        lock.release()
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        ("--alert_webhook https://x.org/a --lr 1", "--alert_webhook *** --lr 1"),
+        ("--alert-webhook=https://x.org/a?b=c run", "--alert-webhook=*** run"),
+        ("--hf_token YWJj== --api_key=a=b --d 2", "--hf_token *** --api_key=*** --d 2"),
+        ("WANDB_API_KEY=abc --db.Password pw", "WANDB_API_KEY=*** --db.Password ***"),
+        ("--max_tokens 5 --tokenizer gpt2 --keep_last 3", "--max_tokens 5 --tokenizer gpt2 --keep_last 3"),
+        ("--alert_webhook --quick yes", "--alert_webhook --quick yes"),
+        ("--url https://me:pw@host/x --u=http://tok@h", "--url *** --u=***"),
+        ("x https://ptb.discord.com/api/webhooks/1/abc https://hooks.slack.com/services/T/B/x", "x *** ***"),
+        ("--data https://huggingface.co/datasets/a", "--data https://huggingface.co/datasets/a"),
+    ],
+)
+def test_secrets_are_redacted_and_the_rest_is_kept(argv: str, shown: str) -> None:
+    assert redact(argv.split()) == shown.split()
+
+
+def test_redacted_text_stays_json() -> None:
+    text = json.dumps({"a": "https://discord.com/api/v10/webhooks/1/abc", "b": 'see "http://u:p@h/x"', "c": 1})
+    assert json.loads(redact_text(text)) == {"a": "***", "b": 'see "***"', "c": 1}
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "a" / "run", tmp_path / "big")
+    run.prepare()
+    assert run.checkpoints == tmp_path / "big"
+    assert run.checkpoints.is_dir()
+    assert list(run.path.iterdir()) == []
+    assert list(run.checkpoints.iterdir()) == []
+
+    run.write_command(["train.py", "--run_name", "two words", "--hf_token", "hunter2"])
+    run.write_command(["train.py"])
+    assert run.command.read_text() == "train.py --run_name 'two words' --hf_token '***'\ntrain.py\n"
+
+    assert run.write_status("stopped", "SIGTERM", 12, run.checkpoints / "checkpoint_step_12")
+    status = json.loads(run.status.read_text())
+    assert (status["state"], status["reason"], status["step"], status["pid"]) == ("stopped", "SIGTERM", 12, os.getpid())
+    assert status["checkpoint"].endswith("checkpoint_step_12")
+    assert set(status) == {"state", "reason", "step", "checkpoint", "time", "pid", "host"}
+
+    run.write_environment({"world_size": 2, "path": tmp_path, "url": "http://u:hunter2@h"})
+    environment = json.loads(run.environment.read_text())
+    assert environment["world_size"] == 2
+    assert environment["path"] == str(tmp_path)
+    assert environment["torch"]
+    assert "hunter2" not in "".join(file.read_text() for file in run.path.iterdir())
+
+
+def test_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for run, flag in (
+        (RunDirectory(blocked / "run"), "--output_dir"),
+        (RunDirectory(tmp_path / "run", blocked), "--checkpoint_dir"),
+    ):
+        with pytest.raises(Refusal, match=f"{blocked}.*{flag}") as refused:
+            run.prepare()
+        assert refused.value.exit_code == CHECKPOINT
+    (tmp_path / "run2").mkdir()
+    (tmp_path / "run2" / "checkpoints").write_text("")
+    with pytest.raises(Refusal, match=r"checkpoints.*--output_dir"):
+        RunDirectory(tmp_path / "run2").prepare()
+
+
+def test_atomic_write_respects_the_umask_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, outside = tmp_path / "status.json", tmp_path / "outside"
+    outside.write_text("precious")
+    target.symlink_to(outside)
+    umask = os.umask(0o027)
+    try:
+        write_text_atomic(target, "new")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(target.lstat().st_mode) == 0o640
+    assert (target.read_text(), outside.read_text()) == ("new", "precious")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_directory.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text_atomic(target, "newer")
+    assert target.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [outside, target]
+    assert RunDirectory(tmp_path).write_status("failed") is False

@@ -1,0 +1,439 @@
+import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import stopping
+from trainer.errors import BAD_INPUT, Refusal
+from trainer.run_directory import RunDirectory
+from trainer.stopping import REASONS, StopRequests, finished_reason, reset_in_worker
+
+# A trainer that steps for at most 20 s, and says why it left.
+TRAIN = """
+import os, sys, time
+from pathlib import Path
+from trainer.run_directory import RunDirectory
+from trainer.stopping import StopRequests, die_with_launcher
+die_with_launcher()
+if "--descriptor-0" in sys.argv:  # the pipe of somebody else, who got the number of the closed stdin
+    reader, writer = os.pipe()
+    assert reader == 0 and os.write(writer, b"stop\\n")
+say = lambda line: print(line, flush=True)
+run = RunDirectory(Path(sys.argv[1]))
+with StopRequests(None, time.monotonic(), run, lambda: "step 7", say) as stop:
+    say(f"started {os.getpid()}")
+    end = time.monotonic() + 20
+    reason = None
+    while reason is None and time.monotonic() < end:
+        time.sleep(0.01)
+        reason = stop.decide(stop.votes())
+    say(f"reason {reason}")
+    if "--slow-save" in sys.argv:
+        time.sleep(20)
+"""
+PLAIN = {name: value for name, value in os.environ.items() if name not in ("TORCHELASTIC_RUN_ID", "CROSS_RANK")}
+LAUNCHED = {**PLAIN, "ACCELERATE_DYNAMO_MODE": "default"}
+
+
+def start(path: Path, *arguments: str, **options: object) -> subprocess.Popen:
+    """A trainer in a session of its own, past its start."""
+    options = {"stdin": subprocess.DEVNULL, "env": PLAIN, "start_new_session": True, **options}
+    command = [sys.executable, "-u", "-c", TRAIN, str(path), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("started ")
+    return process
+
+
+def requests(limit_hours: float | None = None, ago: float = 0.0, **options: float | None) -> StopRequests:
+    return StopRequests(limit_hours, time.monotonic() - ago, None, str, print, **options)
+
+
+def eventually(what: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.02)
+    return what()
+
+
+# The time limit
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "steps", "save", "stops"),
+    [
+        (100, [1], 1, False),
+        (100, [1, 49, 1], 1, True),  # 2 x 49 + 1.5 + 2 > 100
+        (100, [49, *[1] * 50], 1, False),  # long ago: a compilation
+        (100, [1], 65, True),
+        (100, [1], 63, False),
+        (-1, [], 0, True),
+        (1, [], 0, True),
+        (3, [], 0, False),
+    ],
+)
+def test_time_limit_leaves_room_for_a_step_and_a_save(
+    seconds_left: float, steps: list[float], save: float, stops: bool
+) -> None:
+    for stop in (
+        requests(1.0, ago=3600 - seconds_left),
+        requests(2.0, slurm_end=time.monotonic() + seconds_left),
+        requests(None, slurm_end=time.monotonic() + seconds_left),
+    ):
+        for step in steps:
+            stop.note_step(step)
+        stop.expect_save(save)
+        assert stop.decide(stop.votes()) == ("time_limit" if stops else None)
+        assert stop.seconds_left() == pytest.approx(seconds_left, abs=1)
+        stop.expect_save(1e9)
+        stop.note_save(save)  # measured: the guess is forgotten
+        assert stop.decide(stop.votes()) == ("time_limit" if stops else None)
+
+
+def test_no_limit() -> None:
+    stop = requests()
+    stop.note_step(1e9)
+    assert stop.votes() == [0.0] * len(REASONS)
+    assert stop.seconds_left() == math.inf
+
+
+@pytest.mark.parametrize("hours", [0, -1, math.nan, math.inf, -math.inf])
+def test_senseless_limit_is_refused(hours: float) -> None:
+    with pytest.raises(Refusal, match=f"max_training_hours {hours} ") as refused:
+        requests(hours)
+    assert refused.value.exit_code == BAD_INPUT
+
+
+def test_process_start_counts_what_came_before() -> None:
+    script = "import time; time.sleep(0.7); from trainer.stopping import process_start_monotonic as start\n"
+    script += "print(time.monotonic() - start())"
+    began = time.monotonic()
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert float(printed) <= time.monotonic() - began + 0.02
+    if sys.platform == "linux":
+        assert float(printed) >= 0.7
+
+
+def test_slurm_end(tmp_path: Path) -> None:
+    left = stopping.slurm_seconds_left
+    assert left({}) is None
+    assert left({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(time.time() + 50)}) == pytest.approx(50, abs=1)
+    squeue = tmp_path / "squeue"
+    environ = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_TIME_FORMAT": "relative"}
+    for answer, seconds in (("$(date -d '+100 seconds' +%FT%T)", 100), ("N/A", None), ("", None)):
+        squeue.write_text(f'#!/bin/sh\n[ "$*$SLURM_TIME_FORMAT" = "-h -j 7 -o %estandard" ] && echo "{answer}"\n')
+        squeue.chmod(0o755)
+        os_path, os.environ["PATH"] = os.environ["PATH"], environ["PATH"]  # where the command itself is looked up
+        try:
+            assert left(environ) == (None if seconds is None else pytest.approx(seconds, abs=5))
+        finally:
+            os.environ["PATH"] = os_path
+    assert left({"SLURM_JOB_ID": "7", "PATH": str(tmp_path / "nowhere")}) is None  # no squeue
+
+
+# Votes
+
+
+def test_one_rank_is_enough_and_the_first_reason_wins() -> None:
+    assert StopRequests.decide([0.0] * len(REASONS)) is None
+    for index, reason in enumerate(REASONS):
+        assert StopRequests.decide([0.0] * index + [1.0] * (len(REASONS) - index)) == reason
+
+
+def test_votes_are_cheap(tmp_path: Path) -> None:
+    stop = StopRequests(1.0, time.monotonic(), RunDirectory(tmp_path), str, print)
+    for _ in range(50):
+        stop.note_step(0.01)
+    began = time.perf_counter()
+    for _ in range(2000):
+        stop.votes()
+    assert (time.perf_counter() - began) / 2000 < 100e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((10, 10, 0, 0, 1.0, None), "last step"),
+        ((11, 10, 9, 3, 1.0, 2.0), "last step"),
+        ((9, 10, 0, 0, 1.0, None), None),
+        ((9, 10, 0, 0, 2.0, 2.0), "target loss"),
+        ((9, 10, 0, 0, 2.1, 2.0), None),
+        ((9, 10, 0, 0, math.nan, 2.0), None),
+        ((9, 10, 0, 0, None, 2.0), None),
+        ((9, 10, 0, 0, -0.1, 0.0), "target loss"),
+        ((9, 10, 3, 3, 1.0, None), "patience"),
+        ((9, 10, 2, 3, 1.0, None), None),
+        ((9, 10, 99, 0, 1.0, None), None),
+    ],
+)
+def test_finished_reason(arguments: tuple, reason: str | None) -> None:
+    assert finished_reason(*arguments) == reason
+
+
+# Signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_signal_is_a_vote_and_the_old_handler_returns(name: str) -> None:
+    number, heard = signal.Signals[name], []
+    before = signal.signal(number, lambda *_: heard.append(name))
+    try:
+        with requests() as stop:
+            assert stop.decide(stop.votes()) is None
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert stop.decide(stop.votes()) == name
+            assert heard == []
+        os.kill(os.getpid(), number)
+        assert heard == [name]
+    finally:
+        signal.signal(number, before)
+    assert "interrupts" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_second_interrupt_leaves_at_once_but_sigterm_does_not(tmp_path: Path) -> None:
+    process = start(tmp_path, "--slow-save")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "reason SIGINT\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert "without saving" in process.stderr.read()
+
+
+def test_second_interrupt_ends_a_process_stuck_in_one_c_call() -> None:
+    """As in a hung collective: no Python handler runs there."""
+    script = TRAIN[: TRAIN.index("    say(f")] + "    import ctypes\n    libc, mutex = ctypes.CDLL(None), bytes(64)\n"
+    script += "    say('started')\n    libc.pthread_mutex_lock(mutex)\n    libc.pthread_mutex_lock(mutex)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN, text=True
+    )
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+
+
+def test_an_interrupt_and_its_echo_from_the_launcher_are_one(tmp_path: Path) -> None:
+    process = start(tmp_path, "--slow-save", env=LAUNCHED)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    process = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=5)[0] == "reason SIGUSR1\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux only")
+@pytest.mark.parametrize("environment", [LAUNCHED, PLAIN])
+def test_trainer_stops_when_its_launcher_is_killed_but_not_when_its_shell_is(tmp_path: Path, environment: dict) -> None:
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-u', '-c', *sys.argv[1:]])"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", launcher, TRAIN, str(tmp_path)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True,
+    )  # fmt: skip
+    trainer = int(parent.stdout.readline().split()[1])
+    parent.kill()
+    parent.wait()
+    if environment is PLAIN:
+        time.sleep(0.5)
+        os.kill(trainer, signal.SIGUSR1)
+    assert parent.stdout.readline() == ("reason SIGTERM\n" if environment is LAUNCHED else "reason SIGUSR1\n")
+
+
+# DataLoader workers
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.001)
+        return os.getpid()
+
+
+def loader() -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(Numbers(), batch_size=1, num_workers=1, worker_init_fn=reset_in_worker)
+
+
+def test_workers_outlive_signals_to_everyone_and_end_with_their_loader() -> None:
+    with requests() as stop:
+        batches = iter(loader())
+        worker = int(next(batches))
+        for number in stopping.SIGNALS:
+            os.kill(worker, number) if number != signal.SIGTERM else subprocess.run(["kill", str(worker)], check=True)
+        time.sleep(0.1)
+        for _ in range(20):
+            assert int(next(batches)) == worker
+        assert stop.decide(stop.votes()) is None  # their signals are not ours
+        (process,) = batches._workers
+        process.terminate()  # DataLoader's own way, at the interpreter's exit
+        process.join(timeout=5)
+        assert process.exitcode == 0
+    # Signal handlers of this process were not touched from the worker.
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux only")
+def test_workers_of_a_killed_trainer_end() -> None:
+    script = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_stopping import *\n"
+    script += "batches = iter(loader())\nprint(int(next(batches)), flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    worker = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+
+    def gone() -> bool:
+        try:
+            return stopping._stat_fields(worker)[0] == "Z"
+        except OSError:
+            return True
+
+    assert eventually(gone, 2)  # torch's own watchdog needs five seconds
+
+
+# Files and stdin
+
+
+def test_stop_and_status_files(tmp_path: Path) -> None:
+    run, said = RunDirectory(tmp_path), []
+    with StopRequests(None, time.monotonic(), run, lambda: "step 7", said.append) as stop:
+        run.status_file.touch()
+        assert stop.decide(stop.votes()) is None
+        assert said == ["step 7"]
+        assert not run.status_file.exists()
+        run.stop_file.touch()
+        assert eventually(lambda: stop.decide(stop.votes()) == "stop_file", 2)
+        assert run.stop_file.exists()  # a run killed before its save still knows that it should stop
+    assert not run.stop_file.exists()
+    with StopRequests(None, time.monotonic(), None, str, said.append) as other_rank:
+        run.stop_file.touch()
+        assert other_rank.decide(other_rank.votes()) is None
+    assert run.stop_file.exists()
+
+
+def test_lines_from_a_pipe(tmp_path: Path) -> None:
+    process = start(tmp_path, stdin=subprocess.PIPE)
+    for typed, answer in (
+        ("STA", ""),
+        ("TUS \n\n", "step 7\n"),
+        ("quit\n", "type `stop` to save and stop, or `status`\n"),
+    ):
+        process.stdin.write(typed)
+        process.stdin.flush()
+        if answer:
+            assert process.stdout.readline() == answer
+    assert process.communicate("stop", timeout=5)[0] == "reason stop_typed\n"  # ended by the end of input
+
+
+def test_end_of_input_does_not_stop(tmp_path: Path) -> None:
+    process = start(tmp_path, stdin=subprocess.PIPE)
+    process.stdin.close()
+    time.sleep(0.8)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 0
+
+
+def test_files_and_closed_stdin_are_not_listened_to(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("stop\n")
+    with open(tmp_path / "list") as file:
+        processes = [
+            start(tmp_path, stdin=file),
+            start(tmp_path, "--descriptor-0", stdin=None, preexec_fn=lambda: os.close(0)),
+        ]
+        time.sleep(0.8)
+        assert [process.poll() for process in processes] == [None, None]
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+
+
+class Terminal:
+    """An interactive shell with job control, on a pseudo-terminal."""
+
+    def __init__(self) -> None:
+        self.shell, self.descriptor = pty.fork()
+        if self.shell == 0:
+            os.environ.clear()
+            os.environ.update(PLAIN, PS1="$ ", PYTHONPATH=str(Path(stopping.__file__).parents[1]))
+            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        self.unread = b""
+
+    def type(self, line: str) -> None:
+        os.write(self.descriptor, line.encode() + b"\n")
+
+    def shows(self, expected: str, seconds: float = 10) -> bool:
+        end = time.monotonic() + seconds
+        while expected.encode() not in self.unread and time.monotonic() < end:
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                self.unread += os.read(self.descriptor, 4096)
+        found, self.unread = expected.encode() in self.unread, self.unread.partition(expected.encode())[2]
+        return found
+
+    def close(self) -> None:
+        os.kill(self.shell, signal.SIGKILL)
+        os.close(self.descriptor)
+        os.waitpid(self.shell, 0)
+
+
+TORCHRUN = """
+import os, subprocess, sys
+environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
+subprocess.run([sys.executable, *sys.argv[1:]], env=environment, start_new_session=True)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_background_job_is_not_suspended_and_listens_once_in_the_foreground(tmp_path: Path, launcher: str) -> None:
+    if launcher == "torchrun" and sys.platform != "linux":
+        pytest.skip("the launcher's terminal is read from /proc")
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "torchrun.py").write_text(TORCHRUN)
+    command = f"{sys.executable} {tmp_path}/torchrun.py" if launcher == "torchrun" else sys.executable
+    terminal = Terminal()
+    try:
+        terminal.type(f"{command} {tmp_path}/train.py {tmp_path} &")
+        assert terminal.shows("started ")
+        terminal.type("sleep 1.5")  # while it runs, what is typed waits in the terminal for anyone to read
+        time.sleep(0.3)
+        terminal.type("stop")
+        assert terminal.shows("stop: command not found")  # the shell got it, not the background job
+        terminal.type("jobs")
+        assert terminal.shows("Running")  # not: Stopped (tty input)
+        terminal.type("fg")
+        assert terminal.shows("train.py")
+        time.sleep(0.3)
+        terminal.type("status")
+        assert terminal.shows("step 7")
+        terminal.type("stop")
+        assert terminal.shows("reason stop_typed")
+    finally:
+        terminal.close()

@@ -1,0 +1,404 @@
+"""Text to samples: rows, tokenizers, cache, packing."""
+
+import hashlib
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.data import embedded, text
+from recipes.data.text import TokenSplit
+from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
+
+ROWS = {
+    "train": [
+        "The cat sat on the mat .",
+        "  A naïve café → 日本語 🙂 costs 3 € .",
+        "= Heading =",
+        "The dog sat on the cat .",
+    ],
+    "validation": ["The mat sat ."],
+    "test": ["A dog on a mat .", "The end ."],
+}
+END = 9
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in zip(("train", "valid", "test"), ROWS.values(), strict=True):
+        # Blank rows, trailing blanks and a Windows line end, as they are found in the wild.
+        content = " \n" + " \n\n".join(rows) + "\r\n \n"
+        (folder / f"wiki.{name}.tokens").write_bytes(content.encode())
+    return folder
+
+
+def split_of_rows(*rows: list[int]) -> TokenSplit:
+    ids = np.array([token for row in rows for token in [*row, END]], dtype=np.uint16)
+    return TokenSplit(ids, np.cumsum([len(row) + 1 for row in rows]), words=0, fingerprint="")
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_local_rows_are_stripped_and_blank_ones_dropped(data_dir: Path) -> None:
+    assert text.load_rows("wikitext2", str(data_dir)) == ROWS
+
+
+def test_plain_text_files_and_odd_line_separators(tmp_path: Path) -> None:
+    for name in ("train.txt", "validation.txt", "test.txt"):
+        (tmp_path / name).write_text("\ufeffone\u2028row\nanother\n", encoding="utf-8")
+    assert text.load_rows("", str(tmp_path))["test"] == ["one\u2028row", "another"]
+
+
+def test_errors_of_local_files_name_the_file(data_dir: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a folder") as error:
+        text.load_rows("wikitext2", str(data_dir / "nowhere"))
+    assert "wiki.{train,valid,test}.tokens" in one_line(error)
+
+    validation = data_dir / "wiki.valid.tokens"
+    for content, problem in ((b"caf\xe9", "0xe9 at offset 3"), (b"", "is empty"), (b" \n\n", "only blank rows")):
+        validation.write_bytes(content)
+        with pytest.raises(ValueError, match=problem) as error:
+            text.load_rows("wikitext2", str(data_dir))
+        assert str(validation) in one_line(error)
+    validation.unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        text.load_rows("wikitext2", str(data_dir))
+    assert str(validation) in one_line(error)
+    (data_dir / "wiki.train.tokens").unlink()
+    with pytest.raises(FileNotFoundError, match="no training file") as error:
+        text.load_rows("wikitext2", str(data_dir))
+    one_line(error)
+
+
+def test_unknown_dataset() -> None:
+    with pytest.raises(ValueError, match=r"'wikitext'.*wikitext2.*embedded.*--data_dir") as error:
+        text.load_rows("wikitext", None)
+    one_line(error)
+
+
+def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(text, "_hub_answers", lambda: False)
+    # Names that no machine has in its cache.
+    monkeypatch.setattr(text, "HUB_WIKITEXT", "samecurve/nowhere")
+    monkeypatch.setattr(text, "HUB_GPT2", ("samecurve/nowhere",))
+    offline = datasets.config.HF_HUB_OFFLINE
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"wikitext2.*--data_dir.*--dataset embedded") as error:
+        text.load_rows("wikitext2", None)
+    one_line(error)
+    with pytest.raises(ValueError, match=r"--tokenizer PATH.*--tokenizer train") as error:
+        text.load_tokenizer("gpt2", [], 0, tmp_path)
+    one_line(error)
+    assert time.monotonic() - started < 10
+    assert offline == datasets.config.HF_HUB_OFFLINE
+
+
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
+    assert not text._hub_answers()
+
+
+# ------------------------------------------------------------------------------------------------------------ embedded
+
+
+def test_embedded_text_is_the_same_every_time_and_no_row_is_in_two_splits() -> None:
+    rows = embedded.load_embedded()
+    code = (
+        "import hashlib; from recipes.data.embedded import load_embedded;"
+        "print(hashlib.sha256(repr(load_embedded()).encode()).hexdigest())"
+    )
+    other = run_python(code, PYTHONHASHSEED="7")
+    assert other == hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    every_row = [row for split in rows.values() for row in split]
+    assert len(every_row) == len(set(every_row))
+    assert all(row == " ".join(row.split()) for row in every_row)
+    sizes = {split: sum(map(len, rows[split])) for split in rows}
+    assert sizes["train"] > 1_000_000
+    assert min(sizes["validation"], sizes["test"]) > 0.02 * sizes["train"]
+
+
+def test_embedded_splits_are_by_document_name() -> None:
+    splits = [embedded.split_of(f"package/module_{i}.py") for i in range(4000)]
+    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+        assert abs(splits.count(split) / 4000 - share) < 0.02
+
+
+def test_embedded_paragraphs_are_prose_lines(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""A heading\n=========\n\nTwo\n   lines.\n\n1 + 1\n"""\nif True:\n    def f():\n        "Inner."\nx = "no"\n'
+    )
+    found = [row for doc in embedded._docstrings(path) for row in embedded._paragraphs(doc)]
+    assert found == ["A heading", "Two lines.", "Inner."]
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_trained_tokenizer_round_trips_any_text_and_is_deterministic(tmp_path: Path) -> None:
+    first = text.load_tokenizer("train", ROWS["train"], 300, tmp_path / "a")
+    second = text.load_tokenizer("train", ROWS["train"], 300, tmp_path / "b")
+    assert first.to_str() == second.to_str()
+    assert first.get_vocab_size() == 300
+    assert first.token_to_id(text.END_OF_TEXT) == 0
+    for row in [*ROWS["train"], "\tnever seen: ßøλ\x00 \u2028 𐍈  "]:
+        assert first.decode(first.encode(row).ids) == row
+
+
+def test_vocab_and_merges_with_and_without_version_line(tmp_path: Path) -> None:
+    trained = text.load_tokenizer("train", ROWS["train"], 300, tmp_path)
+    folder = tmp_path / "bpe"
+    folder.mkdir()
+    trained.model.save(str(folder))
+    merges = folder / "merges.txt"
+    assert merges.read_text().startswith("#version")
+    expected = trained.encode(ROWS["train"][1] + text.END_OF_TEXT).ids
+    assert expected[-1] == 0
+    for content in (merges.read_text(), merges.read_text().split("\n", 1)[1]):
+        merges.write_text(content)
+        loaded = text.load_tokenizer(str(folder), [], 0, tmp_path)
+        assert loaded.encode(ROWS["train"][1] + text.END_OF_TEXT).ids == expected
+
+    folder.rename(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"300 entries.*50257") as error:
+        text.load_tokenizer(str(tmp_path / "gpt2"), [], 0, tmp_path)
+    one_line(error)
+
+
+def test_tokenizer_json_neither_pads_nor_truncates(tmp_path: Path) -> None:
+    trained = text.load_tokenizer("train", ROWS["train"], 300, tmp_path)
+    trained.enable_padding(length=64)
+    trained.enable_truncation(2)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = text.load_tokenizer(str(path), [], 0, tmp_path)
+        assert loaded.decode(loaded.encode("The cat sat").ids) == "The cat sat"
+        assert 2 < len(loaded.encode("The cat sat").ids) < 64
+
+
+def test_errors_of_tokenizers(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(tmp_path / "no_end.json"))
+    (tmp_path / "broken.json").write_text("{\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "small" / "merges.txt").write_text("")
+    for name, kind, problem in (
+        ("no_end.json", ValueError, "no token <|endoftext|>"),
+        ("broken.json", ValueError, "not a tokenizer.json"),
+        ("empty", FileNotFoundError, "has no vocab.json"),
+        ("small", ValueError, "lacks 255 of the 256 bytes"),
+        ("nowhere", FileNotFoundError, "does not exist"),
+    ):
+        with pytest.raises(kind) as error:
+            text.load_tokenizer(str(tmp_path / name), [], 0, tmp_path)
+        assert problem in one_line(error)
+        assert name in one_line(error)
+    with pytest.raises(ValueError, match=r"vocab_size 256 .* at least 257") as error:
+        text.load_tokenizer("train", ROWS["train"], 256, tmp_path)
+    one_line(error)
+
+
+# --------------------------------------------------------------------------------------------------------- ids, cache
+
+
+def test_prepared_ids_decode_to_the_rows_and_words_count_line_ends(data_dir: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    prepared = text.prepare_text("wikitext2", str(data_dir), "train", 300, tmp_path)
+    tokenizer = Tokenizer.from_str(prepared.tokenizer_json)
+    assert (prepared.vocab_size, prepared.end_of_text) == (300, 0)
+    for name, split in prepared.splits.items():
+        assert split.ids.dtype == np.uint16
+        assert split.row_ends.dtype == np.int64
+        starts = [0, *split.row_ends[:-1]]
+        pieces = [split.ids[a:b] for a, b in zip(starts, split.row_ends, strict=True)]
+        assert [tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == ROWS[name]
+        assert all(piece[-1] == 0 for piece in pieces)
+        assert len(split.ids) == split.row_ends[-1]
+    assert prepared.splits["test"].words == (6 + 1) + (3 + 1)
+
+
+def test_rows_are_encoded_alike_in_any_number_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = text.load_tokenizer("train", ROWS["train"], 300, tmp_path)
+    ids, row_ends = text.encode_rows(tokenizer, ROWS["train"])
+    monkeypatch.setattr(text, "ENCODE_ROWS", 3)
+    again = text.encode_rows(tokenizer, ROWS["train"])
+    assert np.array_equal(ids, again[0])
+    assert np.array_equal(row_ends, again[1])
+
+
+def test_second_call_reads_the_cache_and_damage_is_repaired(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    encoded: list[int] = []
+    encode_rows = text.encode_rows
+    monkeypatch.setattr(text, "encode_rows", lambda t, rows: encoded.append(len(rows)) or encode_rows(t, rows))
+
+    def prepare() -> text.Text:
+        encoded.clear()
+        return text.prepare_text("wikitext2", str(data_dir), "train", 300, cache)
+
+    def contents(prepared: text.Text) -> list[list[int]]:
+        return [array.tolist() for split in prepared.splits.values() for array in (split.ids, split.row_ends)]
+
+    first = prepare()
+    assert encoded == [4, 1, 2]
+    expected = contents(first)
+    assert contents(prepare()) == expected
+    assert encoded == []
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".npy", ".json"}
+
+    for damage in ("truncate", "empty", "flip", "remove"):
+        for path in files:
+            intact = path.read_bytes()
+            damaged = {"truncate": intact[:-3], "empty": b"", "flip": bytes([*intact[:-2], intact[-2] ^ 1, intact[-1]])}
+            # A new file, as the old one may be mapped by `first`: nobody writes into a file of the cache.
+            path.unlink()
+            if damage != "remove":
+                path.write_bytes(damaged[damage])
+            again = prepare()
+            assert contents(again) == expected, (damage, path)
+            assert again.fingerprint == first.fingerprint
+            assert path.read_bytes() == intact
+            assert encoded or "tokenizers" in path.parts
+    assert contents(first) == expected
+
+
+def test_a_failed_write_leaves_no_file_behind(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(ValueError, match=r"No space left.*SAMECURVE_CACHE") as error:
+            text.prepare_text("wikitext2", str(data_dir), "train", 300, cache)
+    one_line(error)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    assert len(text.prepare_text("wikitext2", str(data_dir), "train", 300, cache).splits) == 3
+
+
+def test_fingerprint_follows_rows_and_tokenizer_and_cache_the_environment(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "from_environment"))
+    first = text.prepare_text("wikitext2", str(data_dir), "train", 300)
+    assert (tmp_path / "from_environment" / "tokens" / first.splits["train"].fingerprint).is_dir()
+    other_tokenizer = text.prepare_text("wikitext2", str(data_dir), "train", 290)
+    (data_dir / "wiki.test.tokens").write_text("Another test .\n")
+    other_test = text.prepare_text("wikitext2", str(data_dir), "train", 300)
+    assert len({first.fingerprint, other_tokenizer.fingerprint, other_test.fingerprint}) == 3
+    assert other_test.splits["train"].fingerprint == first.splits["train"].fingerprint
+
+
+def test_a_mapped_split_is_pickled_by_path(data_dir: Path, tmp_path: Path) -> None:
+    (data_dir / "wiki.train.tokens").write_text("The cat sat on the mat .\n" * 5000)
+    prepared = text.prepare_text("wikitext2", str(data_dir), "train", 300, tmp_path)
+    blocks = TokenBlocks(prepared.splits["train"], 16, prepared.vocab_size, prepared.end_of_text)
+    sent = pickle.dumps(blocks)
+    assert len(sent) < 2000 < prepared.splits["train"].ids.nbytes
+    assert torch.equal(pickle.loads(sent).__getitems__([3])["labels"], blocks.__getitems__([3])["labels"])
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_blocks_shift_labels_once_and_pad_the_last() -> None:
+    blocks = TokenBlocks(split_of_rows([1, 2, 3], [4, 5]), max_length=4, vocab_size=10, end_of_text=END)
+    assert len(blocks) == 2
+    batch = blocks.__getitems__([0, 1])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, END], [4, 5, END, END]]
+    assert batch["labels"].tolist() == [[2, 3, END, 4], [5, END, IGNORED, IGNORED]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8, 9, 10, 101])
+def test_blocks_predict_every_token_but_the_first_exactly_once(tokens: int) -> None:
+    ids = np.random.default_rng(tokens).integers(0, 50, tokens).astype(np.uint16)
+    blocks = TokenBlocks(TokenSplit(ids, np.array([tokens]), 0, ""), 4, 50, 0)
+    assert len(blocks) == math.ceil((tokens - 1) / 4)  # and so no block without a label
+    batch = blocks.__getitems__(range(len(blocks)))
+    real = batch["labels"] != IGNORED
+    assert batch["labels"][real].tolist() == ids[1:].tolist()
+    assert batch["input_ids"][real].tolist() == ids[:-1].tolist()
+
+
+def test_numbers_go_on_through_the_epochs() -> None:
+    split = split_of_rows([1, 2, 3], [4, 5], [6])
+    for samples in (TokenBlocks(split, 4, 10, END), TokenRows(split, 4, 10, END)):
+        n = len(samples)
+        first, later = samples.__getitems__([1, 0, 1]), samples.__getitems__([n + 1, 10**12 * n, 5 * n + 1])
+        assert torch.equal(first["input_ids"], later["input_ids"])
+        assert torch.equal(first["labels"], later["labels"])
+
+
+def test_rows_are_padded_to_the_longest_of_the_batch_and_truncation_is_counted() -> None:
+    rows = TokenRows(split_of_rows([1, 2, 3, 4, 5], [6], [7, 8], [1, 2, 3, 4]), 4, 10, END)
+    assert len(rows) == 4
+    assert rows.truncated == 1  # four tokens and end-of-text are four inputs: that one just fits
+    batch = rows.__getitems__([2, 1])
+    assert batch["input_ids"].tolist() == [[7, 8], [6, END]]
+    assert batch["labels"].tolist() == [[8, END], [END, IGNORED]]
+    batch = rows.__getitems__([0, 3])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[2, 3, 4, 5], [2, 3, 4, END]]
+
+
+def test_errors_of_samples() -> None:
+    for kind in (TokenBlocks, TokenRows):
+        with pytest.raises(ValueError, match=r"id 7 at position 4 .* vocab_size 7") as error:
+            kind(split_of_rows([1, 2, 3, 0, 7]), 4, 7, 0)
+        one_line(error)
+        with pytest.raises(ValueError, match="1 tokens") as error:
+            kind(split_of_rows([]), 4, 10, END)
+        one_line(error)
+    with pytest.raises(ValueError, match="row 1 ") as error:
+        TokenRows(split_of_rows([1, 2], [], [3]), 4, 10, END)
+    one_line(error)
+
+
+# ------------------------------------------------------------------------------------------------------------- imports
+
+
+def test_importing_is_light() -> None:
+    heavy = {"torch", "transformers", "datasets", "tokenizers", "trainer"}
+    assert run_python(f"import sys, recipes.data.text; print(sorted({heavy!r} & sys.modules.keys()))") == "[]"
+
+
+def run_python(code: str, **environment: str) -> str:
+    root = Path(text.__file__).parents[2]
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -1,0 +1,330 @@
+"""Checkpoint folders: safetensors and JSON, written whole or not at all, and only read back if their manifest matches.
+
+A folder is written under a temporary name beside its place, every file is fsynced, the manifest (sizes and SHA-256 of all
+others) comes last, and a rename makes it count. Recurring names (`best_model`, `checkpoint_epoch_3`) are relative links to it.
+No pickle is written or read: the readers below open the files the manifest names, as safetensors or JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.errors import CHECKPOINT, Refusal
+from trainer.launch import Control
+from trainer.portable_state import Entry
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 5_000_000_000
+_TEMPORARY = ".unfinished-"
+ABANDONED = "rolled_back"
+
+
+def write(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Sequence[Entry]],
+    documents: Mapping[str, str],
+    control: Control,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write checkpoint `folder/name`. Collective: every process calls it, and all return or all raise Refusal (exit 5).
+
+    `tensors` maps a stem (`model`, `optimizer`) to its entries; `documents` a file name to its text. Rank 0 writes. Where
+    that fails the others go on gathering to the end, so that nobody hangs, and the temporary folder is removed.
+    """
+    temporary = folder / f"{_TEMPORARY}{name}"
+    failure: Refusal | None = None
+
+    def attempt(action: Callable[[], Any]) -> None:
+        nonlocal failure
+        if control.rank == 0 and failure is None:
+            try:
+                action()
+            except (OSError, SafetensorError) as error:
+                failure = Refusal(
+                    f"checkpoint {folder / name} could not be written: {error}; free some space", CHECKPOINT
+                )
+
+    def start() -> None:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+
+    attempt(start)
+    for stem, entries in tensors.items():
+        shards = _shards(entries, shard_bytes)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = (
+                f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
+            held: dict[str, Tensor] = {}
+            for entry in shard:
+                tensor = entry.read()  # collective under ZeRO
+                if control.rank == 0 and failure is None:
+                    held[entry.name] = tensor
+            attempt(lambda held=held, file=file: save_file(held, temporary / file, metadata={"format": "pt"}))
+            weight_map |= {entry.name: file for entry in shard}
+        if len(shards) > 1:
+            total = sum(entry.size_bytes for entry in entries)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            attempt(lambda stem=stem, index=index: _write_json(temporary / f"{stem}.safetensors.index.json", index))
+    attempt(lambda: [(temporary / file).write_text(text, encoding="utf-8") for file, text in documents.items()])
+    attempt(lambda: _commit(temporary, folder / name))
+    if failure is not None:
+        _remove(temporary)
+    control.agree(failure)
+    control.barrier()
+    return folder / name
+
+
+def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.size_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.size_bytes
+    return shards
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    files = {}
+    for path in sorted(temporary.iterdir()):
+        path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
+        files[path.name] = _describe(path)
+        _fsync(path)
+    _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
+    _fsync(temporary / MANIFEST)
+    _fsync(temporary)
+    os.rename(temporary, final)
+    _fsync(final.parent)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)  # a file or a folder
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder of ours; never through a link."""
+    with contextlib.suppress(OSError):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def step_folders(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """(step, path) of the step checkpoints in `folder`, newest first; links and other names do not count."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(re.escape(prefix) + r"(\d+)", path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed saves have left."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        _remove(path)
+
+
+def resolve(path: str, below: Sequence[Path]) -> Path:
+    """The checkpoint folder a user means: as given, then below each of `below`; `.pt` and `.pth` endings are ignored."""
+    plain = re.sub(r"\.(pth?|safetensors)$", "", path)
+    for root in (Path(), *below):
+        candidate = (root / plain).expanduser()
+        if candidate.is_dir():
+            return candidate.resolve()
+    tried = ", ".join(str(root / plain) for root in (Path(), *below))
+    near = sorted({str(p.parent) for root in below if root.is_dir() for p in root.glob(f"**/{MANIFEST}")})
+    hint = f"; there are: {', '.join(near[:5])}" if near else ""
+    raise Refusal(f"no checkpoint folder at {tried}{hint}")
+
+
+class Checkpoint:
+    """A committed checkpoint folder. Making one checks the manifest's form; `verify` checks every byte."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        manifest = self._json(MANIFEST)
+        version = manifest.get("format")
+        if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
+            raise self._broken(MANIFEST, "is not a manifest")
+        if version > FORMAT:
+            raise Refusal(
+                f"{path} has checkpoint format {version}, this version reads up to {FORMAT}; update samecurve",
+                CHECKPOINT,
+            )
+        self.files: dict[str, dict[str, Any]] = manifest["files"]
+        for name in self.files:
+            if Path(name).name != name:
+                raise self._broken(MANIFEST, f"names {name!r}, which is not a file in this folder")
+        self.digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        self._where: dict[str, dict[str, str]] = {}
+        self._open: dict[str, Any] = {}
+
+    def _broken(self, file: str, what: str) -> Refusal:
+        return Refusal(f"checkpoint {self.path}: {file} {what}; choose another checkpoint", CHECKPOINT)
+
+    def _json(self, file: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise self._broken(file, "is missing") from None
+        except (OSError, ValueError) as error:
+            raise self._broken(file, f"cannot be read ({error})") from None
+        if not isinstance(value, dict):
+            raise self._broken(file, "holds no JSON object")
+        return value
+
+    def verify(self) -> None:
+        """Raise Refusal (exit 5), naming the file, unless every file has the size and hash of the manifest."""
+        for name, told in self.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise self._broken(name, "is missing")
+            if path.stat().st_size != told["size"]:
+                raise self._broken(name, f"has {path.stat().st_size} bytes instead of {told['size']}")
+            if _describe(path)["sha256"] != told["sha256"]:
+                raise self._broken(name, "does not match its hash (damaged)")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """trainer_state.json."""
+        return self._json("trainer_state.json")
+
+    def text(self, file: str) -> str:
+        """A text file of the checkpoint."""
+        if file not in self.files:
+            raise self._broken(file, "is missing")
+        return (self.path / file).read_text(encoding="utf-8")
+
+    def _files_of(self, stem: str) -> dict[str, str]:
+        """{tensor name: file} of `model` or `optimizer`; only files the manifest names are opened."""
+        if stem not in self._where:
+            single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+            if single in self.files:
+                self._where[stem] = dict.fromkeys(self._tensors(single).keys(), single)
+            elif index in self.files:
+                mapping = self._json(index).get("weight_map", {})
+                stray = sorted(set(mapping.values()) - set(self.files))
+                if stray:
+                    raise self._broken(index, f"points to {stray[0]!r}, which is not in the manifest")
+                self._where[stem] = mapping
+            else:
+                raise self._broken(single, "is missing")
+        return self._where[stem]
+
+    def _tensors(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.path / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise self._broken(file, f"is not a safetensors file ({error})") from None
+        return self._open[file]
+
+    def names(self, stem: str) -> set[str]:
+        """Names of the tensors of `model` or `optimizer`."""
+        return set(self._files_of(stem))
+
+    def shape(self, stem: str, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._tensors(self._files_of(stem)[name]).get_slice(name).get_shape())
+
+    def tensor(self, stem: str, name: str) -> Tensor:
+        """One tensor, on the host."""
+        return self._tensors(self._files_of(stem)[name]).get_tensor(name)
+
+
+def newest_good(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest step checkpoint whose every byte is right; damaged ones are passed over, loudly.
+
+    Refusal (exit 5) if there are some and none is good: starting afresh would bury what may still be saved.
+    """
+    folders = step_folders(folder, prefix)
+    for _, path in folders:
+        try:
+            found = Checkpoint(path)
+            found.verify()
+            return found
+        except Refusal as reason:
+            say(f"WARNING: skipping a damaged checkpoint: {reason}")
+    if folders:
+        raise Refusal(
+            f"none of the {len(folders)} checkpoints in {folder} is intact; move them away, or use --run_name",
+            CHECKPOINT,
+        )
+    return None
+
+
+def link(folder: Path, name: str, target: str) -> None:
+    """Point `folder/name` at its sibling `target`, atomically."""
+    temporary = folder / f"{_TEMPORARY}{name}.link"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    os.replace(temporary, folder / name)
+    _fsync(folder)
+
+
+def links(folder: Path) -> dict[str, str]:
+    """{link name: target name} of the links in `folder`."""
+    return {p.name: os.readlink(p) for p in folder.iterdir() if p.is_symlink()} if folder.is_dir() else {}
+
+
+def prune(folder: Path, prefix: str, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` step checkpoints (0: delete none), never one that a link points to."""
+    kept = set(links(folder).values())
+    for _, path in step_folders(folder, prefix)[keep_last:] if keep_last else ():
+        if path.name not in kept:
+            # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
+            doomed = folder / f"{_TEMPORARY}{path.name}"
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
+    """Set aside (never delete) the step checkpoints after `step`, newest first, so that none of them is resumed again."""
+    later = [path for at, path in step_folders(folder, prefix) if at > step]
+    if not later:
+        return []
+    number = 1
+    while (aside := folder / f"{ABANDONED}_{number}").exists():
+        number += 1
+    aside.mkdir()
+    names = {path.name for path in later}
+    for name, target in links(folder).items():
+        if target in names:
+            (aside / name).symlink_to(target)
+            (folder / name).unlink()
+    for path in later:
+        os.rename(path, aside / path.name)
+    return [str(aside / path.name) for path in later]

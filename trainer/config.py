@@ -1,0 +1,394 @@
+"""Configuration: four sections of frozen dataclasses, and the command line that fills them.
+
+A run is described by `model`, `data`, `optimisation` and `run`. A recipe brings the first two and may extend the others.
+On the command line the sections disappear (`--d_model 512`). A preset and a YAML file become leading arguments, so that all
+three meet the same checks, and the later one wins: flags > YAML > preset > defaults (or the checkpoint that is resumed).
+
+Nothing here imports torch: `--help` has to answer at once.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from tyro.conf import arg
+
+from trainer.errors import Refusal
+
+SECTIONS = ("model", "data", "optimisation", "run")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """What decides the weights, beside the model and the data."""
+
+    seed: int = 42
+    """seed of initial weights, order of the data and dropout"""
+    batch_size: Annotated[int, arg(aliases=("--batch",))] = 8
+    """samples of one micro-step, summed over all processes"""
+    gradient_accumulation_steps: int = 1
+    """micro-steps per optimizer step; effective batch = batch_size x this"""
+    max_steps: Annotated[int, arg(aliases=("--max_iters", "--steps"))] = 0
+    """optimizer steps of the whole run (0: max_epochs decides)"""
+    max_epochs: float = 10.0
+    """passes over the training set, if max_steps is 0"""
+    learning_rate: Annotated[float, arg(aliases=("--lr",))] = 3e-4
+    """peak learning rate"""
+    min_lr: float = 0.0
+    """learning rate of the last step"""
+    warmup_steps: Annotated[int, arg(aliases=("--warmup_iters",))] = 2000
+    """optimizer steps of linear warm-up; an untyped value is cut to a tenth of the run"""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """muon: 2-D hidden weights by Muon, the rest by AdamW (not under ZeRO)"""
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    """first-moment decay of Adam; momentum of SGD"""
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    """largest global gradient norm (0: no clipping)"""
+    init_from: str | None = None
+    """take the initial weights (only these) from this checkpoint folder or pretrained name"""
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples per optimizer step, over all processes and micro-steps."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides where and how the run happens, but not its mathematics."""
+
+    output_dir: str | None = None
+    """run directory (default: runs/RECIPE/NAME)"""
+    run_name: str | None = None
+    """last part of the run directory (default: from the preset or YAML file and the flags that change weights)"""
+    preset: str | None = None
+    """a named set of values of this recipe"""
+    config: str | None = None
+    """a YAML file of values, flat or in sections"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: what the launcher says, else bf16 on a GPU and fp32 on a CPU"""
+    compile: bool = False
+    """torch.compile the network together with its loss"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    deterministic: bool = False
+    """deterministic kernels: bit-exact resume on a GPU too"""
+    num_workers: int = 2
+    """data-loading processes per training process"""
+    prefetch_factor: int = 2
+    """micro-batches each data-loading process prepares ahead"""
+    pin_memory: bool = True
+    """page-locked host batches (GPU only)"""
+    log_every: Annotated[int, arg(aliases=("--log_interval",))] = 100
+    """optimizer steps between log lines"""
+    eval_every: Annotated[int, arg(aliases=("--eval_interval",))] = 500
+    """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
+    eval_iters: int = 0
+    """batches per evaluation (0: the whole set)"""
+    save_every: Annotated[int, arg(aliases=("--checkpoint_interval",))] = 1000
+    """optimizer steps between checkpoints (0: off)"""
+    save_minutes: float = 0.0
+    """minutes between checkpoints (0: off)"""
+    keep_last: int = 3
+    """step checkpoints to keep (0: all); what a link such as best_model points to is always kept"""
+    checkpoint_dir: str | None = None
+    """where the checkpoints go (default: checkpoints/ in the run directory)"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue the run in this run directory, if it holds one"""
+    resume_from: str | None = None
+    """start from this checkpoint, or roll this run back to it"""
+    stop_at_step: int = 0
+    """end this launch at this step, as if asked to stop (0: off)"""
+    max_training_hours: float | None = None
+    """end this launch, checkpoint included, within so many hours of its start"""
+    patience: int = 0
+    """evaluations without a better one before the run ends (0: off)"""
+    target_loss: float | None = None
+    """end the run once the logged training loss is at or below this"""
+    max_bad_steps: int = 10
+    """steps in a row with a non-finite gradient before the run fails"""
+    timeout_minutes: float = 60.0
+    """how long a process waits for the others before it gives up"""
+    use_tensorboard: bool = False
+    use_wandb: bool = False
+    wandb_project: str = "samecurve"
+    wandb_run_name: str | None = None
+
+
+# What describes this launch alone, and is therefore never taken over from a checkpoint.
+PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "stop_at_step")
+# Must be positive / may be zero / must lie in [0, 1): the same bounds for every recipe.
+_POSITIVE = ("batch_size", "gradient_accumulation_steps", "learning_rate", "eps", "log_every", "prefetch_factor")
+_NOT_NEGATIVE = ("max_steps", "max_epochs", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "num_workers")
+_NOT_NEGATIVE += (
+    "eval_every",
+    "eval_iters",
+    "save_every",
+    "save_minutes",
+    "keep_last",
+    "stop_at_step",
+    "patience",
+    "seed",
+)
+_FRACTION = ("beta1", "beta2", "dropout")
+_MORE_POSITIVE = ("max_bad_steps", "timeout_minutes", "max_training_hours")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A command line, read. `base` is what it would have been without the typed flags: their difference names the run."""
+
+    config: Any
+    base: Any
+    typed: frozenset[str]
+    """names of the fields that were given: by a flag, in the YAML file or in the preset"""
+
+
+def flag_names(config_class: type) -> dict[str, str]:
+    """Every spelling of every flag, with underscores and without dashes -> the field it sets."""
+    names: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(config_class, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            names |= flag_names(hint)
+            continue
+        names[name] = name
+        for extra in getattr(hint, "__metadata__", ()):
+            names |= {alias.lstrip("-").replace("-", "_"): name for alias in getattr(extra, "aliases", None) or ()}
+    return names
+
+
+def values(config: Any) -> dict[str, Any]:
+    """All values of a sectioned (or flat) config by field name."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flat |= values(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
+
+
+def changed(config: Any, base: Any, sections: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """{field: (base value, config value)} where the two differ, within `sections`."""
+    before = {k: v for s in sections for k, v in values(getattr(base, s)).items()}
+    after = {k: v for s in sections for k, v in values(getattr(config, s)).items()}
+    return {k: (before[k], v) for k, v in after.items() if before[k] != v}
+
+
+def parse(
+    config_class: type,
+    presets: Mapping[str, Path],
+    argv: Sequence[str],
+    prog: str,
+    default: Any = None,
+    description: str = "",
+) -> Parsed:
+    """Read a training command line. `default` (a checkpoint's config) stands in for the defaults of the flags not given.
+
+    Raises Refusal (one or two lines) for anything a user can mend; exits 0 after `--help`.
+    """
+    default = config_class() if default is None else default
+    names = flag_names(config_class)
+    preset, config_file = _peek(argv, "preset"), _peek(argv, "config")
+    if preset is not None and preset not in presets:
+        raise Refusal(
+            f"unknown preset {preset!r}{_nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}"
+        )
+    leading = _arguments(_read_yaml(presets[preset], names)) if preset else []
+    from_file = _arguments(_read_yaml(Path(config_file), names)) if config_file else []
+    description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
+    base = _cli(config_class, [*leading, *from_file], prog, default, description)
+    config = _cli(config_class, [*leading, *from_file, *argv], prog, default, description)
+    typed = frozenset(names[n] for n in _typed([*leading, *from_file, *argv], names))
+    if "max_epochs" in typed and config.optimisation.max_steps:
+        steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
+        raise Refusal(
+            f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs"
+        )
+    check(config)
+    return Parsed(config, base, typed)
+
+
+def parse_flat(config_class: type, argv: Sequence[str], prog: str) -> Any:
+    """Read the command line of a sub-command: one flat dataclass."""
+    return _cli(config_class, argv, prog, None, (config_class.__doc__ or "").strip())
+
+
+def check(config: Any) -> None:
+    """Refuse numbers no run can mean, naming the flag and the value."""
+    for name, value in values(config).items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            raise Refusal(f"{name} {value} is not a finite number; give a finite one")
+        if name in _POSITIVE + _MORE_POSITIVE and value <= 0:
+            raise Refusal(f"{name} {value} must be above 0")
+        if name in _NOT_NEGATIVE and value < 0:
+            raise Refusal(f"{name} {value} must not be negative")
+        if name in _FRACTION and not 0 <= value < 1:
+            raise Refusal(f"{name} {value} must be at least 0 and below 1")
+    optimisation = config.optimisation
+    if not optimisation.max_steps and not optimisation.max_epochs:
+        raise Refusal("max_steps and max_epochs are both 0; give one of them")
+    if optimisation.min_lr > optimisation.learning_rate:
+        raise Refusal(f"min_lr {optimisation.min_lr:g} is above learning_rate {optimisation.learning_rate:g}; lower it")
+
+
+def to_yaml(config: Any) -> str:
+    """The whole config as YAML, in sections; `from_mapping(yaml)` gives it back."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The whole config as plain dicts and lists (tuples become lists), in sections."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) -> Any:
+    """The reverse of `to_mapping`; `source` is named when a section or key is not ours."""
+    sections = {}
+    for name, section_class in typing.get_type_hints(config_class).items():
+        section = dict(mapping.get(name) or {})
+        unknown = set(section) - {f.name for f in dataclasses.fields(section_class)}
+        if unknown:
+            raise Refusal(
+                f"{source}: unknown key {sorted(unknown)[0]!r} in section {name}; written by another version?"
+            )
+        sections[name] = section_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+    return config_class(**sections)
+
+
+def run_name(parsed: Parsed) -> str:
+    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
+    run = parsed.config.run
+    parts = [Path(run.config).stem if run.config else run.preset or "default"]
+    for name, (_, value) in changed(parsed.config, parsed.base, ("model", "data", "optimisation")).items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
+        # Two paths may read the same once made safe; a short hash keeps their runs apart.
+        parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")
+    name = "-".join(parts)
+    return name if len(name) <= 120 else f"{name[:110]}-{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _peek(argv: Sequence[str], name: str) -> str | None:
+    """The last value of `--name X` or `--name=X`, before the real parser runs."""
+    found = None
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _typed(argv: Sequence[str], names: Mapping[str, str]) -> set[str]:
+    words = {w.partition("=")[0].lstrip("-").replace("-", "_") for w in argv if w.startswith("--")}
+    return {w for word in words for w in (word, word.removeprefix("no_")) if w in names}
+
+
+def _arguments(mapping: Mapping[str, Any]) -> list[str]:
+    """{name: value} as command-line words, so that a preset or a file meets the checks a typed flag meets."""
+    words: list[str] = []
+    for name, value in mapping.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain data only (SafeLoader refuses every !!python tag), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise Refusal(f"--config {path}: {error.strerror}; give an existing YAML file") from None
+    except UnicodeDecodeError as error:
+        raise Refusal(f"--config {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise Refusal(f"--config {path}{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise Refusal(f"--config {path}: expected `name: value` lines, found {type(data).__name__}")
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        inner = value if key in SECTIONS and isinstance(value, dict) else {key: value}
+        for name, leaf in inner.items():
+            canonical = names.get(str(name).replace("-", "_"))
+            if canonical is None:
+                raise Refusal(f"--config {path}: unknown key {str(name)!r}{_nearest(str(name), names)}")
+            if canonical in flat:
+                raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
+            if isinstance(leaf, dict):
+                raise Refusal(
+                    f"--config {path}: {name} takes a value, not a section; sections are {', '.join(SECTIONS)}"
+                )
+            flat[canonical] = leaf
+    return flat
+
+
+def _cli(config_class: type, argv: Sequence[str], prog: str, default: Any, description: str) -> Any:
+    complaint = io.StringIO()
+    marker = tyro.conf.OmitArgPrefixes[config_class]  # type: ignore[valid-type]
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(marker, args=list(argv), prog=prog, description=description, use_underscores=True, **extra)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise Refusal(_one_line(complaint.getvalue(), config_class)) from None
+
+
+def _one_line(box: str, config_class: type) -> str:
+    """tyro explains in a box; keep its first paragraph, and add the nearest flag if a name was unknown."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if line and set(line) == {"─"}]
+    text = " ".join(lines[: rules[0] if rules else None]) or box.strip()
+    unknown = re.search(r"Unrecognized options: (--?[\w-]+)", text)
+    if unknown:
+        word = unknown[1].lstrip("-").replace("-", "_")
+        return f"unknown flag {unknown[1]}{_nearest(word, flag_names(config_class))}; --help lists all flags"
+    return text.rstrip(".") + "; --help lists all flags"

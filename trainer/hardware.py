@@ -1,0 +1,40 @@
+"""What the device can do, for MFU and for the answer to `status`."""
+
+from __future__ import annotations
+
+import torch
+
+# Dense bf16/fp16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity).
+_PEAK_16_BIT = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of one GPU in the precision trained in; None where it is not known (CPUs, fp32, other cards)."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in _PEAK_16_BIT.items() if card in name), None)
+
+
+def memory_text(device: torch.device) -> str:
+    """Memory in use and at its highest, in GiB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return f"GPU memory {used / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB"
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"process memory peak {peak / 2**30:.2f} GiB"

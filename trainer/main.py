@@ -1,0 +1,288 @@
+"""The entry point of every recipe: `main(MyRecipe())`. Reads the command line, joins the launch, trains, leaves cleanly.
+
+`train` is the default sub-command. A Refusal becomes one line and its exit code; anything else is a bug, with a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer import config as configuration
+from trainer.config import Parsed
+from trainer.console import Console
+from trainer.errors import FINISHED, OUT_OF_MEMORY, Refusal
+from trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from trainer.launch import Launch
+    from trainer.resume import Plan
+    from trainer.setup import Session
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Every process reads the command line; only the first of a launch speaks.
+    console = Console(None, int(os.environ.get("RANK") or 0) == 0)
+    launch: Launch | None = None
+    code = FINISHED
+    try:
+        command, flags = _command_line(recipe, argv)
+        from trainer.launch import connect
+        from trainer.stopping import die_with_launcher
+
+        die_with_launcher()
+        run = flags.config.run if isinstance(flags, Parsed) else flags
+        launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0))
+        if isinstance(flags, Parsed):
+            train(recipe, flags, argv, launch, console)
+        else:
+            recipe.commands[command].run(recipe, flags, launch, console.say)
+    except Refusal as refusal:
+        code = refusal.exit_code
+        console.complain(str(refusal))
+        console.log_traceback(refusal)
+    except Exception as error:
+        code = _code_of(error)
+        console.log_traceback(error)
+        if code == OUT_OF_MEMORY:
+            console.complain(_out_of_memory(error, flags), everywhere=True)
+        else:
+            import traceback
+
+            traceback.print_exc()
+    finally:
+        console.close()
+    if launch is None:
+        sys.exit(code)
+    from trainer.launch import shut_down
+
+    shut_down(launch, code)
+
+
+def _command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
+    """(sub-command, its flags): a Parsed for `train`."""
+    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    rest = argv[1:] if argv and not argv[0].startswith("-") else argv
+    if command == "train":
+        others = f"\nSub-commands: train (default), {', '.join(recipe.commands)}." if recipe.commands else ""
+        return command, configuration.parse(recipe.Config, recipe.presets, rest, recipe.name, description=others)
+    if command not in recipe.commands:
+        known = ", ".join(["train", *recipe.commands])
+        raise Refusal(f"unknown sub-command {command!r}; {recipe.name} has: {known}")
+    return command, configuration.parse_flat(recipe.commands[command].flags, rest, f"{recipe.name} {command}")
+
+
+def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> str:
+    """One launch of a training run; the reason it ended. Collective.
+
+    The lock of the run directory is held, and its status.json kept, by rank 0.
+    """
+    from trainer.resume import Plan, make_plan
+
+    arguments = [word for i, word in enumerate(argv) if (i, word) != (0, "train")]
+    locks: list[Any] = []
+    directory = None
+
+    def decide() -> dict[str, Any]:
+        nonlocal directory
+        plan, held = make_plan(recipe, parsed, arguments, console.say)
+        locks.extend(held)
+        directory = plan.directory
+        return plan.to_json()
+
+    training = None
+    try:
+        told = launch.control.on_main(decide)
+        plan, error = None, None
+        try:
+            plan = Plan.from_json(recipe, told, launch.rank)
+        except Refusal as refusal:
+            error = refusal
+        launch.control.agree(error)
+        assert plan is not None
+        training = _Launch(recipe, plan, argv, launch, console)
+        return training.run()
+    except BaseException as error:
+        if directory is not None and training is not None and training.started:
+            reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+            directory.write_status("failed", reason, training.step)
+        raise
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+class _Launch:
+    """What surrounds the loop: the checks before it, the files of the run directory, the words after it."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console):
+        self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
+        self.started, self.loop = False, None
+
+    @property
+    def step(self) -> int | None:
+        """The step reached."""
+        return self.loop.progress.step if self.loop is not None else None
+
+    def run(self) -> str:
+        """Assemble, train, report."""
+        from trainer.loop import Training
+        from trainer.setup import assemble, describe
+        from trainer.stopping import StopRequests, process_start_monotonic, slurm_seconds_left
+
+        plan, launch, say = self.plan, self.launch, self.console.say
+        session = assemble(self.recipe, plan, launch, say)
+        over = self._already_finished(session)
+        if over:
+            say(over)
+            return "already finished"
+        launch.control.on_main(lambda: self._open(session))
+        self.started = True
+        run = session.config.run
+        for line in [f"Run directory: {plan.directory.path}", *describe(session)]:
+            say(line)
+        left = slurm_seconds_left(os.environ) if launch.is_main else None
+        stops = StopRequests(
+            run.max_training_hours,
+            process_start_monotonic(),
+            plan.directory if launch.is_main else None,
+            lambda: self.loop.logbook.status() if self.loop else "starting",
+            say,
+            None if left is None else time.monotonic() + left,
+        )
+        metrics = self._metrics(session) if launch.is_main else None
+        try:
+            with stops:
+                self.loop = Training(session, plan, stops, metrics, self.console)
+                reason = self.loop.run()
+            self._report(session, reason, metrics)
+        except BaseException:
+            if metrics is not None:
+                metrics.close(1)
+            raise
+        if metrics is not None:
+            metrics.close(0)
+        return reason
+
+    def _already_finished(self, session: Session) -> str | None:
+        """A sentence if the run has nothing left to do; nothing has been written by then."""
+        from trainer import checkpoint
+        from trainer.logbook import Progress
+        from trainer.stopping import finished_reason
+
+        found, run = self.plan.checkpoint, session.config.run
+        if found is None or not self.plan.same_run or run.resume_from:
+            return None
+        p = Progress(**found.state["progress"])
+        reason = finished_reason(
+            p.step, session.total_steps, p.evaluations_without_better, run.patience, p.train_loss, run.target_loss
+        )
+        if reason is None or checkpoint.links(found.path.parent).get("checkpoint_final") != found.path.name:
+            return None
+        return f"Already finished ({reason}) at step {p.step:,}: {found.path}. Nothing to do; raise --max_steps with --resume_from to go on"
+
+    def _open(self, session: Session) -> None:
+        """On rank 0: the files of the run directory, and the checkpoints that a roll-back sets aside."""
+        from trainer import checkpoint
+        from trainer.run_directory import write_text_atomic
+
+        directory, found, say = self.plan.directory, self.plan.checkpoint, self.console.say
+        self.console.open_log(directory.log)
+        directory.write_command([self.recipe.name, *self.argv])
+        directory.write_environment(
+            {"processes": self.launch.processes, "device": str(self.launch.device), "deepspeed": self.launch.deepspeed}
+        )
+        write_text_atomic(directory.config, configuration.to_yaml(session.config))
+        if found is not None:
+            step = found.state["progress"]["step"]
+            say(f"Loading checkpoint: {found.path}")
+            say(f"Resumed from step {step}")
+            if self.plan.same_run:
+                for path in checkpoint.roll_back(directory.checkpoints, self.recipe.checkpoint_prefix, step):
+                    say(f"Rolled back: set aside {path}")
+                best = f"{self.recipe.checkpoint_prefix}{found.state['progress']['best_step']}"
+                if (
+                    "best_model" not in checkpoint.links(directory.checkpoints)
+                    and (directory.checkpoints / best).is_dir()
+                ):
+                    checkpoint.link(directory.checkpoints, "best_model", best)
+        directory.write_status(
+            "running", None, found.state["progress"]["step"] if found else 0, found.path if found else None
+        )
+
+    def _metrics(self, session: Session) -> Any:
+        from trainer.metrics import Metrics, WandbSettings
+
+        run, directory, found = session.config.run, self.plan.directory, self.plan.checkpoint
+        wandb = None
+        if run.use_wandb:
+            name = run.wandb_run_name or f"{self.recipe.name}-{directory.path.name}"
+            wandb = WandbSettings(run.wandb_project, name, directory.path / "wandb_run_id.txt", directory.path)
+        resumed = found.state["progress"]["step"] if found is not None and self.plan.same_run else None
+        board = directory.tensorboard if run.use_tensorboard else None
+        values = configuration.values(session.config)
+        return Metrics(
+            directory.metrics,
+            tensorboard_dir=board,
+            wandb=wandb,
+            config=values,
+            resumed_step=resumed,
+            say=self.console.say,
+        )
+
+    def _report(self, session: Session, reason: str, metrics: Any) -> None:
+        """After the loop: final metrics, the plot, what the recipe has to show, status.json."""
+        from trainer.stopping import REASONS
+
+        loop, directory, say = self.loop, self.plan.directory, self.console.say
+        assert loop is not None
+        if not self.launch.is_main:
+            return
+        stopped = reason in REASONS or reason == "stop_at_step"
+        last = directory.checkpoints / f"{self.recipe.checkpoint_prefix}{loop.progress.step}"
+        directory.write_status("stopped" if stopped else "finished", reason, loop.progress.step, last)
+        say(f"{'Stopped' if stopped else 'Finished'} at step {loop.progress.step:,}: {reason}. Checkpoint: {last}")
+        if stopped:
+            say("The same command continues this run.")
+            return
+        final = {key.replace("eval/", "final/"): value for key, value in loop.last_evaluation.items()}
+        if loop.progress.train_loss is not None:
+            final.setdefault("final/train_loss", loop.progress.train_loss)
+        metrics.log(loop.progress.step, final)
+        try:
+            from trainer.plot import plot_loss
+
+            directory.plots.mkdir(exist_ok=True)
+            unit = self.recipe.loss_unit
+            plot_loss(
+                directory.metrics, directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}", unit=unit
+            )
+            say(f"Plot: {directory.plots / 'loss.png'}")
+        except (OSError, Refusal) as error:
+            say(f"WARNING: no plot: {error}")
+        self.recipe.after_training(session.config, session.data, directory, last, say)
+
+
+def _code_of(error: Exception) -> int:
+    import torch
+
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return OUT_OF_MEMORY if memory else 1
+
+
+def _out_of_memory(error: Exception, flags: Any) -> str:
+    """One message with the resolved batch arithmetic and the remedies in order."""
+    batch = ""
+    if isinstance(flags, Parsed):
+        o = flags.config.optimisation
+        batch = f" with batch_size {o.batch_size} x {o.gradient_accumulation_steps} accumulation = {o.effective_batch_size} samples a step"
+    return (
+        f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same effective "
+        "batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Checkpoints are kept. "
+        f"({' '.join(str(error).split())[:200]})"
+    )
