@@ -20,6 +20,8 @@ from trainer.recipe import Batch, Command, Data, Recipe
 
 @dataclass(frozen=True)
 class Model:
+    """The network."""
+
     d_model: int = 768
     """width"""
     num_layers: Annotated[int, arg(aliases=("--n_layers",))] = 12
@@ -34,6 +36,8 @@ class Model:
 
 @dataclass(frozen=True)
 class TextData:
+    """The text and how it is cut."""
+
     dataset: Literal["wikitext2", "wikitext103", "embedded"] = "wikitext2"
     """WikiText from the hub, or English that is on every machine (Python's documentation)"""
     data_dir: str | None = None
@@ -48,6 +52,8 @@ class TextData:
 
 @dataclass(frozen=True)
 class Run(trainer_config.Run):
+    """The guide's defaults."""
+
     max_training_hours: float | None = 12.0
     """end this launch, checkpoint included, within so many hours of its start"""
     use_tensorboard: bool = True

@@ -45,9 +45,7 @@ def terminal() -> Iterator[tuple[int, int]]:
     os.close(theirs)
 
 
-def test_a_terminal_shows_step_loss_rate_and_eta_and_stdout_only_the_lines(
-    tmp_path: Path, terminal: tuple[int, int]
-) -> None:
+def test_a_terminal_shows_step_loss_rate_and_eta_and_stdout_only_the_lines(tmp_path: Path, terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
     done = run_script(TWO_LINES_AND_A_BAR, tmp_path, stdout=subprocess.PIPE, stderr=theirs)
     shown = os.read(ours, 65536).decode()

@@ -89,9 +89,7 @@ def test_a_directory_that_cannot_be_written_is_refused_at_the_start(tmp_path: Pa
     assert refusal.value.exit_code == 5
 
 
-@pytest.mark.parametrize(
-    ("package", "flag"), [("wandb", "--use_wandb"), ("torch.utils.tensorboard", "--use_tensorboard")]
-)
+@pytest.mark.parametrize(("package", "flag"), [("wandb", "--use_wandb"), ("torch.utils.tensorboard", "--use_tensorboard")])
 def test_a_missing_package_is_refused_before_a_row_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, flag: str
 ) -> None:
@@ -141,9 +139,7 @@ def no_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_wandb_account")
-def test_wandb_goes_offline_by_itself_and_a_resumed_run_keeps_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_goes_offline_by_itself_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     metrics = start(tmp_path, said=said, wandb=wandb_in(tmp_path))
     metrics.log(1, {"train/loss": 1.0})
@@ -225,9 +221,7 @@ os._exit(0)
 def test_a_wandb_process_that_dies_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WANDB_MODE": "offline"}
     command = [sys.executable, "-c", KILLED_WANDB]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("the end\n")
     assert done.stdout.count("W&B: ") == 1

@@ -62,9 +62,7 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path, holder: subproce
 
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """As a DataLoader worker that outlives its killed trainer for a moment."""
-    script = HOLD.replace(
-        "time.sleep(60)", "import os\nchild = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)"
-    )
+    script = HOLD.replace("time.sleep(60)", "import os\nchild = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"

@@ -93,9 +93,7 @@ def test_unknown_dataset() -> None:
     one_line(error)
 
 
-def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
     monkeypatch.setattr(text, "_hub_answers", lambda: False)

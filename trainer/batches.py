@@ -55,7 +55,7 @@ class TrainingOrder:
 
     def __init__(
         self, batch_size: int, rank: int, processes: int, seed: int, length: int | None, first_micro_batch: int
-    ):
+    ) -> None:
         self.batch_size, self.part, self.rank = batch_size, share(batch_size, processes), rank
         self.seed, self.length, self.first_micro_batch = seed, length, first_micro_batch
 
@@ -73,7 +73,7 @@ class EvaluationOrder:
     samples of each batch are its own, so that the spare ones are left out.
     """
 
-    def __init__(self, length: int, batch_size: int, rank: int, processes: int):
+    def __init__(self, length: int, batch_size: int, rank: int, processes: int) -> None:
         part = max(1, batch_size // processes)
         starts = range(0, length, part * processes)
         mine = [range(min(s + rank * part, length), min(s + (rank + 1) * part, length)) for s in starts]
@@ -122,9 +122,7 @@ def length_of(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def describe(
-    batch_size: int, accumulation: int, processes: int, total_steps: int, samples: int | None
-) -> Sequence[str]:
+def describe(batch_size: int, accumulation: int, processes: int, total_steps: int, samples: int | None) -> Sequence[str]:
     """The batch arithmetic, in the lines printed at start."""
     effective = batch_size * accumulation
     lines = [

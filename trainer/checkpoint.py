@@ -54,9 +54,7 @@ def write(
             try:
                 action()
             except (OSError, SafetensorError) as error:
-                failure = Refusal(
-                    f"checkpoint {folder / name} could not be written: {error}; free some space", CHECKPOINT
-                )
+                failure = Refusal(f"checkpoint {folder / name} could not be written: {error}; free some space", CHECKPOINT)
 
     def start() -> None:
         _remove(temporary)
@@ -67,9 +65,7 @@ def write(
         shards = _shards(entries, shard_bytes)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
-            file = (
-                f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            )
+            file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             held: dict[str, Tensor] = {}
             for entry in shard:
                 tensor = entry.read()  # collective under ZeRO
@@ -172,7 +168,7 @@ def resolve(path: str, below: Sequence[Path]) -> Path:
 class Checkpoint:
     """A committed checkpoint folder. Making one checks the manifest's form; `verify` checks every byte."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         manifest = self._json(MANIFEST)
         version = manifest.get("format")

@@ -204,9 +204,7 @@ def parse(
     names = flag_names(config_class)
     preset, config_file = _peek(argv, "preset"), _peek(argv, "config")
     if preset is not None and preset not in presets:
-        raise Refusal(
-            f"unknown preset {preset!r}{_nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}"
-        )
+        raise Refusal(f"unknown preset {preset!r}{_nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
     leading = _arguments(_read_yaml(presets[preset], names)) if preset else []
     from_file = _arguments(_read_yaml(Path(config_file), names)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
@@ -215,9 +213,7 @@ def parse(
     typed = frozenset(names[n] for n in _typed([*leading, *from_file, *argv], names))
     if "max_epochs" in typed and config.optimisation.max_steps:
         steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
-        raise Refusal(
-            f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs"
-        )
+        raise Refusal(f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs")
     check(config)
     return Parsed(config, base, typed)
 
@@ -270,9 +266,7 @@ def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) ->
         section = dict(mapping.get(name) or {})
         unknown = set(section) - {f.name for f in dataclasses.fields(section_class)}
         if unknown:
-            raise Refusal(
-                f"{source}: unknown key {sorted(unknown)[0]!r} in section {name}; written by another version?"
-            )
+            raise Refusal(f"{source}: unknown key {sorted(unknown)[0]!r} in section {name}; written by another version?")
         sections[name] = section_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
     return config_class(**sections)
 
@@ -362,9 +356,7 @@ def _read_yaml(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
             if canonical in flat:
                 raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
             if isinstance(leaf, dict):
-                raise Refusal(
-                    f"--config {path}: {name} takes a value, not a section; sections are {', '.join(SECTIONS)}"
-                )
+                raise Refusal(f"--config {path}: {name} takes a value, not a section; sections are {', '.join(SECTIONS)}")
             flat[canonical] = leaf
     return flat
 

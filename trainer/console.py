@@ -56,9 +56,7 @@ class Console:
         if self._is_main:
             self._log("".join(traceback.format_exception(exc)))
 
-    def progress(
-        self, step: int, total_steps: int, loss: float, units_per_sec: float, unit: str, eta_seconds: float
-    ) -> None:
+    def progress(self, step: int, total_steps: int, loss: float, units_per_sec: float, unit: str, eta_seconds: float) -> None:
         """Shows the bar at `step` of `total_steps`, with rate (`unit` is what is counted: "tokens") and remaining time.
 
         Only where stderr is a terminal: in a pipe or a file a bar is a thousand lines of noise.

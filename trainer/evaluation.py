@@ -20,7 +20,7 @@ class Objective(nn.Module):
     Only scalars leave it: Accelerate upcasts what a prepared module returns, and logits would be gigabytes.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe):
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network = network
         self.recipe = recipe

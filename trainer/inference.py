@@ -53,9 +53,7 @@ def evaluate_trained(
     recipe: Recipe, network: nn.Module, settings: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
-    made = accelerator(
-        replace(launch, deepspeed=False), precision(settings.run.mixed_precision, launch), settings.optimisation
-    )
+    made = accelerator(replace(launch, deepspeed=False), precision(settings.run.mixed_precision, launch), settings.optimisation)
     first = dataset.__getitems__([0])
     given = recipe.loss_weights(settings)
     weights = {term: float(given.get(term, 1.0)) for term in recipe.items(first)}

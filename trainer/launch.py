@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Sum:
     """A sum over all processes that is on its way."""
 
-    def __init__(self, values: Sequence[float], group: Any):
+    def __init__(self, values: Sequence[float], group: Any) -> None:
         self._tensor = torch.tensor(values, dtype=torch.float64)
         self._work = None if group is None else dist.all_reduce(self._tensor, group=group, async_op=True)
 
@@ -43,7 +43,7 @@ class Control:
     With one process every call returns at once. All calls are collective.
     """
 
-    def __init__(self, rank: int, processes: int, timeout: timedelta):
+    def __init__(self, rank: int, processes: int, timeout: timedelta) -> None:
         self.rank, self.processes, self._timeout = rank, processes, timeout
         self._group = dist.new_group(backend="gloo", timeout=timeout) if processes > 1 else None
 
@@ -214,13 +214,9 @@ def fill_deepspeed_config(
     filled = dict(config)
     stage = int((filled.get("zero_optimization") or {}).get("stage", 0))
     if stage not in (1, 2, 3):
-        raise Refusal(
-            f"DeepSpeed zero_optimization.stage {stage} brings nothing over DDP; use accelerate_configs/ddp.yaml"
-        )
+        raise Refusal(f"DeepSpeed zero_optimization.stage {stage} brings nothing over DDP; use accelerate_configs/ddp.yaml")
     if settings.optimizer == "muon":
-        raise Refusal(
-            "optimizer muon needs whole matrices, and ZeRO flattens them; use adamw, or accelerate_configs/ddp.yaml"
-        )
+        raise Refusal("optimizer muon needs whole matrices, and ZeRO flattens them; use adamw, or accelerate_configs/ddp.yaml")
     from_file = bool(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     wanted = {
         "train_micro_batch_size_per_gpu": (settings.batch_size // processes, "--batch_size over the processes"),

@@ -39,7 +39,7 @@ class Progress:
 class Logbook:
     """The log interval: sums on the device, counts on the host, times; and the lines that come of them."""
 
-    def __init__(self, session: Session, progress: Progress, metrics: Metrics | None, console: Console):
+    def __init__(self, session: Session, progress: Progress, metrics: Metrics | None, console: Console) -> None:
         self.session, self.progress, self.metrics, self.console = session, progress, metrics, console
         self.launch, self.recipe = session.launch, session.recipe
         self.terms = list(session.weights)

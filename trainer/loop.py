@@ -44,7 +44,7 @@ class Upcoming:
 class Training:
     """One launch of one run, from the first step of this launch to its last."""
 
-    def __init__(self, session: Session, plan: Plan, stops: StopRequests, metrics: Metrics | None, console: Console):
+    def __init__(self, session: Session, plan: Plan, stops: StopRequests, metrics: Metrics | None, console: Console) -> None:
         self.session, self.stops, self.metrics, self.console = session, stops, metrics, console
         self.recipe, self.config, self.launch = session.recipe, session.config, session.launch
         self.run_config, self.optimisation = self.config.run, self.config.optimisation
@@ -117,9 +117,7 @@ class Training:
         except Exception as reason:  # told to every rank, so that none waits for a batch that never comes
             error = reason
         self.logbook.waited += time.monotonic() - began
-        save = (
-            self.run_config.save_minutes and time.monotonic() - self.last_saved_at > 60 * self.run_config.save_minutes
-        )
+        save = self.run_config.save_minutes and time.monotonic() - self.last_saved_at > 60 * self.run_config.save_minutes
         votes = [*self.stops.votes(), float(bool(save) and self.launch.is_main), float(error is not None)]
         return Upcoming(micro_batches, self.launch.control.sum([*counts, *votes]), error)
 
@@ -129,7 +127,9 @@ class Training:
         votes = told[len(self.terms) :]
         if votes[-1]:
             error = upcoming.error
-            text = f"reading data failed on rank {self.launch.rank}: {type(error).__name__}: {' '.join(str(error).split())[-600:]}"
+            text = (
+                f"reading data failed on rank {self.launch.rank}: {type(error).__name__}: {' '.join(str(error).split())[-600:]}"
+            )
             self.launch.control.agree(None if error is None else Refusal(text))
         return told[: len(self.terms)], StopRequests.decide(votes[: len(REASONS)]), bool(votes[-2])
 
@@ -262,7 +262,7 @@ class Training:
         """End the run after too many non-finite steps in a row. The weights are as they were before them."""
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
             raise Refusal(
-                f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step {self.progress.step}; lower "
-                "--learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",
+                f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step {self.progress.step}; "
+                "lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",
                 NOT_FINITE,
             )

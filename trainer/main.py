@@ -120,7 +120,7 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
 class _Launch:
     """What surrounds the loop: the checks before it, the files of the run directory, the words after it."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console):
+    def __init__(self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console) -> None:
         self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
         self.started, self.loop = False, None
 
@@ -184,7 +184,8 @@ class _Launch:
         )
         if reason is None or checkpoint.links(found.path.parent).get("checkpoint_final") != found.path.name:
             return None
-        return f"Already finished ({reason}) at step {p.step:,}: {found.path}. Nothing to do; raise --max_steps with --resume_from to go on"
+        way_on = f"to go on: --max_steps N --resume_from {found.path}"
+        return f"Already finished ({reason}) at step {p.step:,}, nothing to do; {way_on}"
 
     def _open(self, session: Session) -> None:
         """On rank 0: the files of the run directory, and the checkpoints that a roll-back sets aside."""
@@ -206,14 +207,9 @@ class _Launch:
                 for path in checkpoint.roll_back(directory.checkpoints, self.recipe.checkpoint_prefix, step):
                     say(f"Rolled back: set aside {path}")
                 best = f"{self.recipe.checkpoint_prefix}{found.state['progress']['best_step']}"
-                if (
-                    "best_model" not in checkpoint.links(directory.checkpoints)
-                    and (directory.checkpoints / best).is_dir()
-                ):
+                if "best_model" not in checkpoint.links(directory.checkpoints) and (directory.checkpoints / best).is_dir():
                     checkpoint.link(directory.checkpoints, "best_model", best)
-        directory.write_status(
-            "running", None, found.state["progress"]["step"] if found else 0, found.path if found else None
-        )
+        directory.write_status("running", None, found.state["progress"]["step"] if found else 0, found.path if found else None)
 
     def _metrics(self, session: Session) -> Any:
         from trainer.metrics import Metrics, WandbSettings
@@ -259,9 +255,7 @@ class _Launch:
 
             directory.plots.mkdir(exist_ok=True)
             unit = self.recipe.loss_unit
-            plot_loss(
-                directory.metrics, directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}", unit=unit
-            )
+            plot_loss(directory.metrics, directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}", unit=unit)
             say(f"Plot: {directory.plots / 'loss.png'}")
         except (OSError, Refusal) as error:
             say(f"WARNING: no plot: {error}")
@@ -280,9 +274,11 @@ def _out_of_memory(error: Exception, flags: Any) -> str:
     batch = ""
     if isinstance(flags, Parsed):
         o = flags.config.optimisation
-        batch = f" with batch_size {o.batch_size} x {o.gradient_accumulation_steps} accumulation = {o.effective_batch_size} samples a step"
+        arithmetic = f"{o.batch_size} x {o.gradient_accumulation_steps} accumulation = {o.effective_batch_size}"
+        batch = f" with batch_size {arithmetic} samples a step"
     return (
-        f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same effective "
-        "batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Checkpoints are kept. "
+        f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
+        "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
+        "Checkpoints are kept. "
         f"({' '.join(str(error).split())[:200]})"
     )

@@ -38,7 +38,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     learning rate and one schedule serve both. Both parts share this object's groups and state.
     """
 
-    def __init__(self, groups: Groups, network: nn.Module, settings: Optimisation):
+    def __init__(self, groups: Groups, network: nn.Module, settings: Optimisation) -> None:
         matrices = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
         # An embedding is a look-up table, and so is a head, tied or not: a row per token, not a map between hidden spaces.
         matrices -= {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}

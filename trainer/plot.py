@@ -38,9 +38,7 @@ def plot_loss(
     rows = read_metrics(metrics_path)
     train, validation = curve(rows, "train/loss"), curve(rows, "eval/val_loss")
     if not (train[0] or validation[0]):
-        raise Refusal(
-            f"{metrics_path} holds no train/loss and no eval/val_loss yet; train for at least --log_every steps"
-        )
+        raise Refusal(f"{metrics_path} holds no train/loss and no eval/val_loss yet; train for at least --log_every steps")
     figure = _new_figure(8, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if train[0]:
@@ -50,9 +48,7 @@ def plot_loss(
         label = f"eval/val_loss (final {_final(validation)}, best {best:.4g} at step {best_step})"
         upper.plot(*validation, "o-", color=VALIDATION_COLOUR, markersize=3.5, label=label)
     if baseline:
-        upper.axhline(
-            baseline[1], color="0.25", linestyle="--", linewidth=1, label=f"{baseline[0]} ({baseline[1]:.4g})"
-        )
+        upper.axhline(baseline[1], color="0.25", linestyle="--", linewidth=1, label=f"{baseline[0]} ({baseline[1]:.4g})")
     _finish_axis(upper, f"loss ({unit})" if unit else "loss")
     upper.set_title(title)
     lower.plot(*curve(rows, "train/learning_rate"), color="#2ca02c")

@@ -47,7 +47,7 @@ def saved_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class PlainState:
     """One process, or DDP: everything is whole on every process."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, moments: Sequence[str]):
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, moments: Sequence[str]) -> None:
         self.network, self.optimizer, self.moments = network, optimizer, moments
 
     def model_entries(self) -> list[Entry]:
@@ -88,7 +88,7 @@ class ZeroState:
     partition is given its zero moments here, before DeepSpeed links them. The training curve is the same as without.
     """
 
-    def __init__(self, network: nn.Module, optimizer: Any, moments: Sequence[str], processes: int, rank: int):
+    def __init__(self, network: nn.Module, optimizer: Any, moments: Sequence[str], processes: int, rank: int) -> None:
         self.network, self.moments, self.processes, self.rank = network, moments, processes, rank
         zero = optimizer.optimizer  # inside Accelerate's wrapper
         self.base = zero
@@ -109,8 +109,7 @@ class ZeroState:
     def model_entries(self) -> list[Entry]:
         """Parameters from the fp32 masters (tied ones once) and buffers."""
         entries = [
-            Entry(name, _shape(p), torch.float32, lambda p=p: self._weight(p))
-            for name, p in self.network.named_parameters()
+            Entry(name, _shape(p), torch.float32, lambda p=p: self._weight(p)) for name, p in self.network.named_parameters()
         ]
         return entries + [_entry(name, b, b.dtype) for name, b in saved_buffers(self.network)]
 

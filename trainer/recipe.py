@@ -64,7 +64,7 @@ class Recipe:
     """what this recipe's guide calls a step checkpoint"""
 
     def build_model(self, config: Any, data: Data) -> nn.Module:
-        """The bare network, with fresh weights from torch's generator (seeded by the trainer); `data` may decide its vocabulary."""
+        """The bare network, with fresh weights from torch's (seeded) generator; `data` may decide its vocabulary."""
         raise TypeError(f"{type(self).__name__} lacks build_model")
 
     def build_data(self, config: Any) -> Data:
@@ -132,9 +132,7 @@ class Recipe:
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation."""
-        return f"Evaluating at step {step}... " + " | ".join(
-            f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items()
-        )
+        return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
 
     def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
         """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one."""

@@ -65,16 +65,10 @@ class Plan:
 def default_directory(recipe: Recipe, parsed: Parsed) -> Path:
     """runs/RECIPE/NAME, unless `--output_dir` or `--run_name` says otherwise."""
     run = parsed.config.run
-    return (
-        Path(run.output_dir)
-        if run.output_dir
-        else Path("runs", recipe.name, run.run_name or configuration.run_name(parsed))
-    )
+    return Path(run.output_dir) if run.output_dir else Path("runs", recipe.name, run.run_name or configuration.run_name(parsed))
 
 
-def make_plan(
-    recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable[[str], None]
-) -> tuple[Plan, list[Lock]]:
+def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable[[str], None]) -> tuple[Plan, list[Lock]]:
     """Lock the run directory and decide what to do there. Called on rank 0 only; the locks are held to the end."""
     run = parsed.config.run
     path = default_directory(recipe, parsed)
@@ -141,9 +135,7 @@ def _merge(
     """The checkpoint's configuration with what was asked for on top, if it may be."""
     written_by = found.state.get("recipe")
     if written_by != recipe.name:
-        raise Refusal(
-            f"{found.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint"
-        )
+        raise Refusal(f"{found.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
     saved = configuration.from_mapping(
         recipe.Config, yaml.safe_load(found.text("config.yaml")), str(found.path / "config.yaml")
     )
@@ -157,14 +149,11 @@ def _merge(
     old, new = saved.optimisation, config.optimisation
     if old.seed != new.seed or old.init_from != new.init_from:
         name = "seed" if old.seed != new.seed else "init_from"
-        raise Refusal(
-            f"{name}: {found.path} has {getattr(old, name)}, asked for {getattr(new, name)}; {way_out} {found.path}"
-        )
+        raise Refusal(f"{name}: {found.path} has {getattr(old, name)}, asked for {getattr(new, name)}; {way_out} {found.path}")
     if old.effective_batch_size != new.effective_batch_size:
+        before, after = (f"{o.batch_size} x {o.gradient_accumulation_steps} = {o.effective_batch_size}" for o in (old, new))
         raise Refusal(
-            f"effective batch: {found.path} has {old.batch_size} x {old.gradient_accumulation_steps} = {old.effective_batch_size}, "
-            f"asked for {new.batch_size} x {new.gradient_accumulation_steps} = {new.effective_batch_size}; keep the product, or {way_out} "
-            f"{found.path}"
+            f"effective batch: {found.path} has {before}, asked for {after}; keep the product, or {way_out} {found.path}"
         )
     for name, (before, after) in configuration.changed(config, saved, ("optimisation",)).items():
         if name in ("batch_size", "gradient_accumulation_steps"):

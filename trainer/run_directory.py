@@ -190,9 +190,7 @@ class Lock:
 
     def acquire(self) -> None:
         """Take the lock and start the heartbeat. Raises Refusal: exit 2 if it is held, 5 if the file is no good."""
-        if (
-            os.path.realpath(self.path) in Lock._held
-        ):  # asked before opening: closing a second descriptor would drop the first
+        if os.path.realpath(self.path) in Lock._held:  # asked before opening: closing a second descriptor would drop the first
             raise self._in_use({"host": socket.gethostname(), "pid": os.getpid()})
         with ExitStack() as undo:
             descriptor = self._open()

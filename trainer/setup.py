@@ -103,9 +103,7 @@ def load_weights(network: nn.Module, found: Checkpoint) -> None:
     wrong += [f"{n}: not in this model" for n in sorted(set(have) - set(wanted))]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise Refusal(
-            f"{found.path} holds another model: {'; '.join(wrong[:4])}{more}; give its model flags", CHECKPOINT
-        )
+        raise Refusal(f"{found.path} holds another model: {'; '.join(wrong[:4])}{more}; give its model flags", CHECKPOINT)
     targets = dict(network.named_parameters()) | dict(saved_buffers(network))
     with torch.no_grad():
         for name, target in targets.items():
@@ -135,8 +133,8 @@ def _same_everywhere(network: nn.Module, launch: Launch) -> None:
     text = ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
     digest = hashlib.sha256(text.encode()).hexdigest()
     same = launch.control.broadcast(digest) == digest
-    reason = f"rank {launch.rank} built another model than rank 0 (names, shapes or order of parameters); make build_model repeatable"
-    launch.control.agree(None if same else Refusal(reason))
+    differs = f"rank {launch.rank} built another model than rank 0 (names, shapes or order of parameters)"
+    launch.control.agree(None if same else Refusal(f"{differs}; make build_model repeatable"))
 
 
 def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
@@ -153,7 +151,8 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     data = load_data(recipe, config, launch)
     if found is not None and found.state["data_fingerprint"] != data.fingerprint:
         raise Refusal(
-            f"data fingerprint: {found.path} was trained on {found.state['data_fingerprint'][:12]}, this is {data.fingerprint[:12]}; "
+            f"data fingerprint: {found.path} was trained on {found.state['data_fingerprint'][:12]}, this is "
+            f"{data.fingerprint[:12]}; "
             f"restore the data, or take the weights only: --init_from {found.path}"
         )
     samples = batches.length_of(data.train)
@@ -204,9 +203,7 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
             state.restore_weights(found.names("model"), lambda name: found.tensor("model", name))
         state.restore_optimizer(found.names("optimizer"), lambda name: found.tensor("optimizer", name))
         update.restore_loss_scale(found.state["loss_scale"])
-    return Session(
-        recipe, config, launch, data, network, model, update, state, weights, mixed_precision, steps, documents
-    )
+    return Session(recipe, config, launch, data, network, model, update, state, weights, mixed_precision, steps, documents)
 
 
 def describe(session: Session) -> list[str]:
@@ -218,7 +215,8 @@ def describe(session: Session) -> list[str]:
     names = {"no": "fp32", "bf16": "bf16", "fp16": "fp16 with loss scaling"}
     optimisation = config.optimisation
     return [
-        f"Launch: {backend}, {launch.processes} x {launch.device.type}, {names[session.precision]}, {torch.get_num_threads()} threads each",
+        f"Launch: {backend}, {launch.processes} x {launch.device.type}, {names[session.precision]}, "
+        f"{torch.get_num_threads()} CPU threads each",
         f"Parameters: {sum(sizes):,} ({sum(trained):,} trained)",
         *batches.describe(
             optimisation.batch_size,
@@ -227,6 +225,7 @@ def describe(session: Session) -> list[str]:
             session.total_steps,
             batches.length_of(session.data.train),
         ),
-        f"Optimizer: {optimisation.optimizer}, peak learning rate {optimisation.learning_rate:g} after {optimisation.warmup_steps:,} steps, "
+        f"Optimizer: {optimisation.optimizer}, peak learning rate {optimisation.learning_rate:g} after "
+        f"{optimisation.warmup_steps:,} steps, "
         f"down to {optimisation.min_lr:g}; weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
     ]

@@ -232,9 +232,7 @@ class StopRequests:
         return self._deadline - time.monotonic()
 
     def _watch_interrupts(self) -> None:
-        echo_seconds = (
-            1.0 if launched(os.environ) else 0.2
-        )  # a launcher may pass the terminal's Ctrl-C on: one, not two
+        echo_seconds = 1.0 if launched(os.environ) else 0.2  # a launcher may pass the terminal's Ctrl-C on: one, not two
         first = 0.0
         while True:
             for number in self._wake[0].recv(64):

@@ -24,11 +24,11 @@ class Step(NamedTuple):
 
 
 class LossScale:
-    """Dynamic loss scale for fp16 (Micikevicius et al. 2018), on the device: halved at an overflow, doubled after 2,000 clean steps."""
+    """Dynamic loss scale for fp16 (Micikevicius et al. 2018): halved at an overflow, doubled after 2,000 clean steps."""
 
     GROWTH_INTERVAL = 2000
 
-    def __init__(self, device: torch.device, scale: float = 2.0**16, growth: int = 0):
+    def __init__(self, device: torch.device, scale: float = 2.0**16, growth: int = 0) -> None:
         self.scale = torch.tensor(scale, device=device)
         self.growth = torch.tensor(growth, device=device)
 
@@ -50,7 +50,7 @@ class PlainUpdate:
         scale: LossScale | None,
         processes: int,
         grad_clip: float,
-    ):
+    ) -> None:
         self.network, self.optimizer, self.scale = network, optimizer, scale
         self.processes, self.grad_clip = processes, grad_clip
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -101,7 +101,7 @@ class PlainUpdate:
 class DeepSpeedUpdate:
     """ZeRO 1, 2 or 3. The engine is called directly, so that the learning rate is set between last backward and step."""
 
-    def __init__(self, engine: Any, processes: int, accumulation: int):
+    def __init__(self, engine: Any, processes: int, accumulation: int) -> None:
         self.network, self.engine = engine, engine
         self.factor = processes * accumulation  # the engine averages over both
 
@@ -156,7 +156,7 @@ def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 class BadSteps:
     """Counts non-finite steps, reading each verdict one step late, when the device has long produced it."""
 
-    def __init__(self, in_a_row: int = 0, total: int = 0):
+    def __init__(self, in_a_row: int = 0, total: int = 0) -> None:
         self.in_a_row, self.total = in_a_row, total
         self._pending: tuple[Tensor, Any] | None = None
 

@@ -55,9 +55,7 @@ def _documents() -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
     paths = sorted(_source_files(library))
     if not paths:
-        raise FileNotFoundError(
-            f"this Python has no standard library sources in {library}; give text with --data_dir instead"
-        )
+        raise FileNotFoundError(f"this Python has no standard library sources in {library}; give text with --data_dir instead")
     for path in paths:
         yield path.relative_to(library).as_posix(), "\n\n".join(_docstrings(path))
 

@@ -258,9 +258,7 @@ def _local_tokenizer(path: Path) -> "Tokenizer":
         raise FileNotFoundError(f"tokenizer {path} does not exist; use gpt2, train, a folder or a tokenizer.json")
     for name in ("vocab.json", "merges.txt"):
         if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"tokenizer {path} has no {name}; it must hold tokenizer.json, or vocab.json + merges.txt"
-            )
+            raise FileNotFoundError(f"tokenizer {path} has no {name}; it must hold tokenizer.json, or vocab.json + merges.txt")
     return _gpt2_files(path)
 
 
@@ -270,9 +268,7 @@ def _tokenizer_from_file(path: Path) -> "Tokenizer":
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(
-            f"{path} is not a tokenizer.json ({_one_line(error)}); give another with --tokenizer PATH"
-        ) from None
+        raise ValueError(f"{path} is not a tokenizer.json ({_one_line(error)}); give another with --tokenizer PATH") from None
 
 
 def _gpt2_files(folder: Path) -> "Tokenizer":

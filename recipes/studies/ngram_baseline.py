@@ -16,9 +16,7 @@ import math
 import numpy as np
 
 
-def bigram_loss(
-    train_ids: np.ndarray, eval_ids: np.ndarray, vocab_size: int, eval_mask: np.ndarray | None = None
-) -> float:
+def bigram_loss(train_ids: np.ndarray, eval_ids: np.ndarray, vocab_size: int, eval_mask: np.ndarray | None = None) -> float:
     """Mean nats per predicted token of a Kneser-Ney bigram: the loss of a language model on the same tokens.
 
     `train_ids` [train tokens] and `eval_ids` [eval tokens] are streams of ids below `vocab_size`. Every token of
@@ -30,9 +28,7 @@ def bigram_loss(
     return _mean_nats(model.log_probability(eval_ids[:-1], eval_ids[1:]), eval_mask)
 
 
-def unigram_loss(
-    train_ids: np.ndarray, eval_ids: np.ndarray, vocab_size: int, eval_mask: np.ndarray | None = None
-) -> float:
+def unigram_loss(train_ids: np.ndarray, eval_ids: np.ndarray, vocab_size: int, eval_mask: np.ndarray | None = None) -> float:
     """Mean nats per predicted token from frequencies alone, discounted as above; arguments as for `bigram_loss`."""
     counts = np.bincount(_checked(train_ids, vocab_size, "train_ids"), minlength=vocab_size)
     eval_ids = _checked(eval_ids, vocab_size, "eval_ids")
