@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -48,12 +49,28 @@ def start(words: Sequence[str], log: Path, env: Mapping[str, str] | None = None,
         )  # type: ignore[call-overload]
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`, whatever group or session they are in (launchers give each rank its own)."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if entry.name.isdigit():
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a started command and all it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    """SIGKILL to a started command and all it has started, at once."""
+    doomed = [*descendants(process.pid), process.pid]
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait(timeout=30)
 
 

@@ -15,7 +15,7 @@ from trainer import checkpoint, config
 from trainer.checkpoint import Checkpoint
 from trainer.errors import Refusal
 from trainer.evaluation import Objective, evaluate
-from trainer.launch import Launch, accelerator, precision
+from trainer.launch import Launch, precision
 from trainer.recipe import Data, Recipe
 from trainer.setup import build_network, load_weights
 
@@ -53,12 +53,13 @@ def evaluate_trained(
     recipe: Recipe, network: nn.Module, settings: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
-    made = accelerator(replace(launch, deepspeed=False), precision(settings.run.mixed_precision, launch), settings.optimisation)
     first = dataset.__getitems__([0])
     given = recipe.loss_weights(settings)
     weights = {term: float(given.get(term, 1.0)) for term in recipe.items(first)}
-    objective = made.prepare_model(Objective(network, recipe), evaluation_mode=True)
-    result = evaluate(objective, recipe, weights, dataset, batch_size, replace(settings.run, eval_iters=0), launch)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(settings.run.mixed_precision, launch))
+    whole = replace(settings.run, eval_iters=0)
+    with torch.autocast(launch.device.type, kind, enabled=kind is not None):
+        result = evaluate(Objective(network, recipe), recipe, weights, dataset, batch_size, whole, launch)
     assert result is not None
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import Optimisation
-from trainer.errors import BAD_INPUT, Refusal
+from trainer.errors import FINISHED, Refusal
 from trainer.stopping import launched
 
 if TYPE_CHECKING:
@@ -250,11 +251,13 @@ def fill_deepspeed_config(
 
 def shut_down(launch: Launch | None, code: int) -> None:
     """Leave the process with `code`. Gloo's threads abort the interpreter's own exit now and then, so it is skipped."""
-    import sys
-
-    if launch is not None and launch.processes > 1:
-        if code in (0, BAD_INPUT):
-            launch.control.barrier()
+    if launch is not None and dist.is_initialized():
+        if code == FINISHED:
+            try:
+                launch.control.barrier()
+            except RuntimeError as error:  # another process has died meanwhile, and says why itself
+                print(f"error: rank {launch.rank} lost the other processes at the end: {error}", file=sys.stderr)
+                code = 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

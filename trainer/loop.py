@@ -29,6 +29,8 @@ from trainer.stopping import REASONS, StopRequests, finished_reason
 from trainer.update import BadSteps
 
 # The links each kind of stop leaves beside the step checkpoint.
+# What a save takes, until the first one has been timed: fp32 weights and two moments onto a slow disk, bytes per second.
+SLOW_SAVE_SECONDS, SLOW_DISK = 1.0, 200e6
 STOP_LINKS = {"time_limit": "checkpoint_time_limit"}
 
 
@@ -56,23 +58,33 @@ class Training:
         self.logbook = Logbook(session, self.progress, metrics, console)
         self.samples = batches.length_of(session.data.train)
         self.last_saved_at = time.monotonic()
+        stops.expect_save(SLOW_SAVE_SECONDS + sum(p.numel() for p in session.network.parameters()) * 12 / SLOW_DISK)
         self.last_evaluation: dict[str, float] = {}
 
     def run(self) -> str:
         """Train until something ends it; the reason."""
         s, p = self.session, self.progress
-        accumulation = self.optimisation.gradient_accumulation_steps
+        first = p.step * self.optimisation.gradient_accumulation_steps
         order = batches.TrainingOrder(
             self.optimisation.batch_size,
             self.launch.rank,
             self.launch.processes,
             self.optimisation.seed,
             self.samples,
-            p.step * accumulation,
+            first,
         )
         self.reader = batches.read(s.data.train, order, self.run_config, self.launch.device)
-        upcoming = self.read_ahead()
         s.model.train()
+        try:
+            return self.steps()
+        finally:
+            batches.close(self.reader)
+
+    def steps(self) -> str:
+        """The loop itself."""
+        s, p = self.session, self.progress
+        accumulation = self.optimisation.gradient_accumulation_steps
+        upcoming = self.read_ahead()
         while True:
             totals, asked, save_asked = self.agreed(upcoming)
             better = False
