@@ -1,4 +1,4 @@
-"""The training loop, top to bottom. `Training.run` is the whole of it:
+"""The training loop, top to bottom. `Training.steps` is the whole of it:
 
 stop? -> evaluate? -> save? -> this step's micro-batches and their counts over all ranks -> seed -> forward and backward of
 each -> update -> log
@@ -58,7 +58,7 @@ class Training:
         self.logbook = Logbook(session, self.progress, metrics, console)
         self.samples = batches.length_of(session.data.train)
         self.last_saved_at = time.monotonic()
-        stops.expect_save(SLOW_SAVE_SECONDS + sum(p.numel() for p in session.network.parameters()) * 12 / SLOW_DISK)
+        stops.expect_save(SLOW_SAVE_SECONDS + 3 * sum(e.size_bytes for e in session.state.model_entries()) / SLOW_DISK)
         self.last_evaluation: dict[str, float] = {}
 
     def run(self) -> str:
