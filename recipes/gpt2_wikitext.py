@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from recipes.studies.language_model import Evaluate, Generate, evaluate, generate, show_trained
+from recipes.studies.language_model import Evaluate, Generate, baselines, evaluate, generate, show_trained
 from trainer import config as trainer_config
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Recipe
@@ -129,6 +129,11 @@ class Gpt2Wikitext(Recipe):
         from recipes.models.gpt2 import training_flops_per_token
 
         return training_flops_per_token(network.config)
+
+    def baseline(self, config: Config, data: Data) -> tuple[str, float]:
+        """A bigram on the validation split, which any language model should beat."""
+        nats = baselines(data.extra["text"], "validation", config.data.packing, config.model.max_length)
+        return "Kneser-Ney bigram", nats["Kneser-Ney bigram"]
 
     def after_training(self, config: Config, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
         """Validation perplexity beside the baselines, and a sample."""

@@ -5,6 +5,7 @@ BAD_INPUT = 2  # a configuration, a flag, or data that cannot be used
 NOT_FINITE = 4  # too many steps in a row with a gradient that is not finite
 CHECKPOINT = 5  # a checkpoint that cannot be read, a disk that cannot be written
 OUT_OF_MEMORY = 6  # the device has no memory left
+INTERRUPTED = 130  # Ctrl-C before there was anything to save, or twice
 
 
 class Refusal(Exception):  # noqa: N818 - not an error of the program

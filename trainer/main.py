@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from trainer import config as configuration
 from trainer.config import Parsed
 from trainer.console import Console
-from trainer.errors import FINISHED, OUT_OF_MEMORY, Refusal
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
     from trainer.launch import Launch
     from trainer.resume import Plan
     from trainer.setup import Session
+    from trainer.stopping import StopRequests
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
@@ -46,6 +47,9 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         code = refusal.exit_code
         console.complain(str(refusal))
         console.log_traceback(refusal)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        console.complain("interrupted before training began; nothing was changed")
     except Exception as error:
         code = _code_of(error)
         console.log_traceback(error)
@@ -131,9 +135,23 @@ class _Launch:
 
     def run(self) -> str:
         """Assemble, train, report."""
+        from trainer.stopping import StopRequests, process_start_monotonic, slurm_seconds_left
+
+        left = slurm_seconds_left(os.environ) if self.launch.is_main else None
+        # From here on a signal is a request: one that comes while the data are prepared is obeyed at the first step.
+        with StopRequests(
+            self.plan.config.run.max_training_hours,
+            process_start_monotonic(),
+            self.plan.directory if self.launch.is_main else None,
+            lambda: self.loop.logbook.status() if self.loop else "starting",
+            self.console.say,
+            None if left is None else time.monotonic() + left,
+        ) as stops:
+            return self._train(stops)
+
+    def _train(self, stops: StopRequests) -> str:
         from trainer.loop import Training
         from trainer.setup import assemble, describe
-        from trainer.stopping import StopRequests, process_start_monotonic, slurm_seconds_left
 
         plan, launch, say = self.plan, self.launch, self.console.say
         session = assemble(self.recipe, plan, launch, say)
@@ -141,32 +159,28 @@ class _Launch:
         if over:
             say(over)
             return "already finished"
-        launch.control.on_main(lambda: self._open(session))
+        metrics, error = None, None
+        if launch.is_main:
+            try:
+                self._open(session)
+                metrics = self._metrics(session)
+            except Refusal as refusal:
+                error = refusal
+            except OSError as reason:
+                error = Refusal(f"{plan.directory.path}: {reason}; choose another --output_dir", CHECKPOINT)
+        launch.control.agree(error)
         self.started = True
-        run = session.config.run
         for line in [f"Run directory: {plan.directory.path}", *describe(session)]:
             say(line)
-        left = slurm_seconds_left(os.environ) if launch.is_main else None
-        stops = StopRequests(
-            run.max_training_hours,
-            process_start_monotonic(),
-            plan.directory if launch.is_main else None,
-            lambda: self.loop.logbook.status() if self.loop else "starting",
-            say,
-            None if left is None else time.monotonic() + left,
-        )
-        metrics = self._metrics(session) if launch.is_main else None
+        code = 1
         try:
-            with stops:
-                self.loop = Training(session, plan, stops, metrics, self.console)
-                reason = self.loop.run()
+            self.loop = Training(session, plan, stops, metrics, self.console)
+            reason = self.loop.run()
             self._report(session, reason, metrics)
-        except BaseException:
+            code = FINISHED
+        finally:
             if metrics is not None:
-                metrics.close(1)
-            raise
-        if metrics is not None:
-            metrics.close(0)
+                metrics.close(code)
         return reason
 
     def _already_finished(self, session: Session) -> str | None:
@@ -254,9 +268,10 @@ class _Launch:
             from trainer.plot import plot_loss
 
             directory.plots.mkdir(exist_ok=True)
-            unit = self.recipe.loss_unit
-            plot_loss(directory.metrics, directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}", unit=unit)
-            say(f"Plot: {directory.plots / 'loss.png'}")
+            picture, title = directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}"
+            baseline = self.recipe.baseline(session.config, session.data)
+            plot_loss(directory.metrics, picture, title, baseline, unit=self.recipe.loss_unit)
+            say(f"Plot: {picture}")
         except (OSError, Refusal) as error:
             say(f"WARNING: no plot: {error}")
         self.recipe.after_training(session.config, session.data, directory, last, say)

@@ -134,6 +134,10 @@ class Recipe:
         """The console line of an evaluation."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
 
+    def baseline(self, config: Any, data: Data) -> tuple[str, float] | None:
+        """(name, loss) of a trivial model on the first evaluation set, for the loss plot."""
+        return None
+
     def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
         """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one."""
 
