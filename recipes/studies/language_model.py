@@ -147,7 +147,7 @@ def report(text: Text, split: str, packing: str, max_length: int, loss: float, s
     say(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
     say(f"{split} perplexity: {perplexity(loss):.2f} per token, {perplexity(loss * tokens / words):.2f} per word")
     for name, nats in baselines(text, split, packing, max_length).items():
-        side = "above the model's" if nats > loss else "below the model's: the model has learned less than counting pairs"
+        side = "the model is better" if nats > loss else "the model is still worse"
         say(f"  for scale, {name} perplexity on the same tokens: {perplexity(nats):.2f} per token ({side})")
 
 
