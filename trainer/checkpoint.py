@@ -29,6 +29,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 5_000_000_000
 _TEMPORARY = ".unfinished-"
+ENDINGS = r"\.(pth?|safetensors)$"
+"""what guides write behind the names of checkpoints, which are folders here"""
 ABANDONED = "rolled_back"
 
 
@@ -154,7 +156,7 @@ def clear_unfinished(folder: Path) -> None:
 
 def resolve(path: str, below: Sequence[Path]) -> Path:
     """The checkpoint folder a user means: as given, then below each of `below`; `.pt` and `.pth` endings are ignored."""
-    plain = re.sub(r"\.(pth?|safetensors)$", "", path)
+    plain = re.sub(ENDINGS, "", path)
     for root in (Path(), *below):
         candidate = (root / plain).expanduser()
         if candidate.is_dir():
@@ -180,9 +182,11 @@ class Checkpoint:
                 CHECKPOINT,
             )
         self.files: dict[str, dict[str, Any]] = manifest["files"]
-        for name in self.files:
+        for name, told in self.files.items():
             if Path(name).name != name:
                 raise self._broken(MANIFEST, f"names {name!r}, which is not a file in this folder")
+            if not (isinstance(told, dict) and isinstance(told.get("size"), int) and isinstance(told.get("sha256"), str)):
+                raise self._broken(MANIFEST, f"has no size and hash for {name!r}")
         self.digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
         self._where: dict[str, dict[str, str]] = {}
         self._open: dict[str, Any] = {}
@@ -209,7 +213,11 @@ class Checkpoint:
                 raise self._broken(name, "is missing")
             if path.stat().st_size != told["size"]:
                 raise self._broken(name, f"has {path.stat().st_size} bytes instead of {told['size']}")
-            if _describe(path)["sha256"] != told["sha256"]:
+            try:
+                actual = _describe(path)["sha256"]
+            except OSError as error:
+                raise self._broken(name, f"cannot be read ({error})") from None
+            if actual != told["sha256"]:
                 raise self._broken(name, "does not match its hash (damaged)")
 
     @property
@@ -230,7 +238,9 @@ class Checkpoint:
             if single in self.files:
                 self._where[stem] = dict.fromkeys(self._tensors(single).keys(), single)
             elif index in self.files:
-                mapping = self._json(index).get("weight_map", {})
+                mapping = self._json(index).get("weight_map")
+                if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+                    raise self._broken(index, "has no weight_map")
                 stray = sorted(set(mapping.values()) - set(self.files))
                 if stray:
                     raise self._broken(index, f"points to {stray[0]!r}, which is not in the manifest")
@@ -253,7 +263,11 @@ class Checkpoint:
 
     def shape(self, stem: str, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._tensors(self._files_of(stem)[name]).get_slice(name).get_shape())
+        file = self._files_of(stem)[name]
+        try:
+            return tuple(self._tensors(file).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise self._broken(file, f"lacks {name} ({error})") from None
 
     def tensor(self, stem: str, name: str) -> Tensor:
         """One tensor, on the host."""

@@ -7,11 +7,8 @@ three meet the same checks, and the later one wins: flags > YAML > preset > defa
 Nothing here imports torch: `--help` has to answer at once.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import hashlib
-import io
 import math
 import re
 import typing
@@ -20,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 import yaml
 from tyro.conf import arg
 
 from trainer.errors import Refusal
-
-SECTIONS = ("model", "data", "optimisation", "run")
+from trainer.flags import arguments, cli, flag_names, nearest, peek, read_yaml, typed
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,8 @@ class Run:
 # What describes this launch alone, and is therefore never taken over from a checkpoint.
 PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "stop_at_step")
 # Must be positive / may be zero / must lie in [0, 1): the same bounds for every recipe.
-_POSITIVE = ("batch_size", "gradient_accumulation_steps", "learning_rate", "eps", "log_every", "prefetch_factor")
+_SIZES = ("d_model", "num_layers", "num_heads", "d_ff", "max_length", "vocab_size")
+_POSITIVE = (*_SIZES, "batch_size", "gradient_accumulation_steps", "learning_rate", "eps", "log_every", "prefetch_factor")
 _NOT_NEGATIVE = ("max_steps", "max_epochs", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "num_workers")
 _NOT_NEGATIVE += (
     "eval_every",
@@ -157,19 +153,6 @@ class Parsed:
     base: Any
     typed: frozenset[str]
     """names of the fields that were given: by a flag, in the YAML file or in the preset"""
-
-
-def flag_names(config_class: type) -> dict[str, str]:
-    """Every spelling of every flag, with underscores and without dashes -> the field it sets."""
-    names: dict[str, str] = {}
-    for name, hint in typing.get_type_hints(config_class, include_extras=True).items():
-        if dataclasses.is_dataclass(hint):
-            names |= flag_names(hint)
-            continue
-        names[name] = name
-        for extra in getattr(hint, "__metadata__", ()):
-            names |= {alias.lstrip("-").replace("-", "_"): name for alias in getattr(extra, "aliases", None) or ()}
-    return names
 
 
 def values(config: Any) -> dict[str, Any]:
@@ -202,25 +185,25 @@ def parse(
     """
     default = config_class() if default is None else default
     names = flag_names(config_class)
-    preset, config_file = _peek(argv, "preset"), _peek(argv, "config")
+    preset, config_file = peek(argv, "preset"), peek(argv, "config")
     if preset is not None and preset not in presets:
-        raise Refusal(f"unknown preset {preset!r}{_nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
-    leading = _arguments(_read_yaml(presets[preset], names)) if preset else []
-    from_file = _arguments(_read_yaml(Path(config_file), names)) if config_file else []
+        raise Refusal(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
+    leading = arguments(read_yaml(presets[preset], config_class)) if preset else []
+    from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
-    base = _cli(config_class, [*leading, *from_file], prog, default, description)
-    config = _cli(config_class, [*leading, *from_file, *argv], prog, default, description)
-    typed = frozenset(names[n] for n in _typed([*leading, *from_file, *argv], names))
-    if "max_epochs" in typed and config.optimisation.max_steps:
+    base = cli(config_class, [*leading, *from_file], prog, default, description)
+    config = cli(config_class, [*leading, *from_file, *argv], prog, default, description)
+    given = frozenset(names[n] for n in typed([*leading, *from_file, *argv], names))
+    if "max_epochs" in given and config.optimisation.max_epochs and config.optimisation.max_steps:
         steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
         raise Refusal(f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs")
     check(config)
-    return Parsed(config, base, typed)
+    return Parsed(config, base, given)
 
 
 def parse_flat(config_class: type, argv: Sequence[str], prog: str) -> Any:
     """Read the command line of a sub-command: one flat dataclass."""
-    return _cli(config_class, argv, prog, None, (config_class.__doc__ or "").strip())
+    return cli(config_class, argv, prog, None, (config_class.__doc__ or "").strip())
 
 
 def check(config: Any) -> None:
@@ -286,101 +269,3 @@ def run_name(parsed: Parsed) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The last value of `--name X` or `--name=X`, before the real parser runs."""
-    found = None
-    for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            found = argv[i + 1]
-        elif word.startswith(f"--{name}="):
-            found = word.partition("=")[2]
-    return found
-
-
-def _typed(argv: Sequence[str], names: Mapping[str, str]) -> set[str]:
-    words = {w.partition("=")[0].lstrip("-").replace("-", "_") for w in argv if w.startswith("--")}
-    return {w for word in words for w in (word, word.removeprefix("no_")) if w in names}
-
-
-def _arguments(mapping: Mapping[str, Any]) -> list[str]:
-    """{name: value} as command-line words, so that a preset or a file meets the checks a typed flag meets."""
-    words: list[str] = []
-    for name, value in mapping.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list | tuple):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words.append(f"--{name}={value}")
-    return words
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain data only (SafeLoader refuses every !!python tag), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except OSError as error:
-        raise Refusal(f"--config {path}: {error.strerror}; give an existing YAML file") from None
-    except UnicodeDecodeError as error:
-        raise Refusal(f"--config {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise Refusal(f"--config {path}{where}: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(data, dict):
-        raise Refusal(f"--config {path}: expected `name: value` lines, found {type(data).__name__}")
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        inner = value if key in SECTIONS and isinstance(value, dict) else {key: value}
-        for name, leaf in inner.items():
-            canonical = names.get(str(name).replace("-", "_"))
-            if canonical is None:
-                raise Refusal(f"--config {path}: unknown key {str(name)!r}{_nearest(str(name), names)}")
-            if canonical in flat:
-                raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
-            if isinstance(leaf, dict):
-                raise Refusal(f"--config {path}: {name} takes a value, not a section; sections are {', '.join(SECTIONS)}")
-            flat[canonical] = leaf
-    return flat
-
-
-def _cli(config_class: type, argv: Sequence[str], prog: str, default: Any, description: str) -> Any:
-    complaint = io.StringIO()
-    marker = tyro.conf.OmitArgPrefixes[config_class]  # type: ignore[valid-type]
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(marker, args=list(argv), prog=prog, description=description, use_underscores=True, **extra)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise Refusal(_one_line(complaint.getvalue(), config_class)) from None
-
-
-def _one_line(box: str, config_class: type) -> str:
-    """tyro explains in a box; keep its first paragraph, and add the nearest flag if a name was unknown."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if line and set(line) == {"─"}]
-    text = " ".join(lines[: rules[0] if rules else None]) or box.strip()
-    unknown = re.search(r"Unrecognized options: (--?[\w-]+)", text)
-    if unknown:
-        word = unknown[1].lstrip("-").replace("-", "_")
-        return f"unknown flag {unknown[1]}{_nearest(word, flag_names(config_class))}; --help lists all flags"
-    return text.rstrip(".") + "; --help lists all flags"

@@ -184,7 +184,7 @@ def precision(asked: str, launch: Launch) -> str:
     return asked
 
 
-def accelerator(launch: Launch, mixed_precision: str, settings: Optimisation) -> Accelerator:
+def accelerator(launch: Launch, mixed_precision: str, settings: Optimisation, asked: str) -> Accelerator:
     """An Accelerator for this launch; under DeepSpeed with its `auto` values filled in from our own flags."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -198,14 +198,14 @@ def accelerator(launch: Launch, mixed_precision: str, settings: Optimisation) ->
     plugin = made.state.deepspeed_plugin
     if plugin is None:
         raise Refusal("the launcher asked for DeepSpeed and Accelerate did not enable it; check the --config_file")
-    filled = fill_deepspeed_config(plugin.deepspeed_config, mixed_precision, settings, launch.processes)
+    filled = fill_deepspeed_config(plugin.deepspeed_config, mixed_precision, settings, launch.processes, asked)
     plugin.deepspeed_config.clear()
     plugin.deepspeed_config.update(filled)
     return made
 
 
 def fill_deepspeed_config(
-    config: Mapping[str, Any], mixed_precision: str, settings: Optimisation, processes: int
+    config: Mapping[str, Any], mixed_precision: str, settings: Optimisation, processes: int, asked: str = "auto"
 ) -> dict[str, Any]:
     """A DeepSpeed configuration with batch, accumulation, clipping and precision from our flags.
 
@@ -234,17 +234,19 @@ def fill_deepspeed_config(
         if key in filled:
             raise Refusal(f"DeepSpeed file: remove its {key!r} section; samecurve sets it from its own flags")
     bf16, fp16 = (dict(filled.pop(key, None) or {}) for key in ("bf16", "fp16"))
-    if bf16.get("enabled") is True:
+    told = "bf16" if bf16.get("enabled") is True else "fp16" if fp16.get("enabled") is True else None
+    if told and told != mixed_precision and not (told == "bf16" and asked == "auto" and mixed_precision == "no"):
+        raise Refusal(
+            f"DeepSpeed file: {told}.enabled contradicts --mixed_precision, which came to {mixed_precision}; "
+            f'write "auto" there, or --mixed_precision {told}'
+        )
+    if told == "bf16":
         # Pure bf16 weights, asked for by name. By default a NaN would go unnoticed there.
         filled["bf16"] = {**bf16, "check_grad_overflow": True}
     elif mixed_precision == "bf16":
         filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif mixed_precision == "fp16":
         filled["fp16"] = {**fp16, "enabled": True}
-    elif fp16.get("enabled") is True:
-        raise Refusal(
-            'DeepSpeed file: fp16.enabled contradicts --mixed_precision; write "auto" there, or --mixed_precision fp16'
-        )
     filled.setdefault("steps_per_print", 2**31 - 1)
     return filled
 

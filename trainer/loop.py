@@ -29,9 +29,9 @@ from trainer.stopping import REASONS, StopRequests, finished_reason
 from trainer.update import BadSteps
 
 # The links each kind of stop leaves beside the step checkpoint.
+STOP_LINKS = {"time_limit": "checkpoint_time_limit"}
 # What a save takes, until the first one has been timed: fp32 weights and two moments onto a slow disk, bytes per second.
 SLOW_SAVE_SECONDS, SLOW_DISK = 1.0, 200e6
-STOP_LINKS = {"time_limit": "checkpoint_time_limit"}
 
 
 @dataclass
@@ -148,11 +148,11 @@ class Training:
     def finished(self) -> str | None:
         """Why the run, or this launch, is over; the same on every rank."""
         p, run = self.progress, self.run_config
-        if run.stop_at_step and p.step >= run.stop_at_step:
-            return "stop_at_step"
-        return finished_reason(
+        over = finished_reason(
             p.step, self.session.total_steps, p.evaluations_without_better, run.patience, p.train_loss, run.target_loss
         )
+        asked = run.stop_at_step and p.step >= run.stop_at_step
+        return over or ("stop_at_step" if asked else None)
 
     def epoch(self) -> int:
         """Whole epochs behind this step; 0 for an endless stream."""
@@ -164,9 +164,12 @@ class Training:
         return bool(self.samples) and self.progress.step > 0 and before // self.samples < self.epoch()
 
     def evaluation_due(self) -> bool:
-        """Every `eval_every` steps, at the end of an epoch, and at the last step; once."""
+        """Every `eval_every` steps, at the end of an epoch, and at the end of the run; once."""
         p, every = self.progress, self.run_config.eval_every
-        due = (every and p.step % every == 0) or self.epoch_ended() or p.step >= self.session.total_steps
+        if self.finished() not in (None, "stop_at_step"):
+            # The launch that finishes a run reports its last evaluation, also if the one before has been killed after it.
+            return bool(self.session.data.evaluation) and (p.evaluated_step != p.step or not self.last_evaluation)
+        due = (every and p.step % every == 0) or self.epoch_ended()
         return bool(due and p.step > 0 and p.evaluated_step != p.step and self.session.data.evaluation)
 
     def save_due(self) -> bool:
@@ -199,6 +202,9 @@ class Training:
             if means is None:
                 return False, asked
             found |= {f"eval/{name}_{key}": value for key, value in means.items()}
+        self.last_evaluation = found
+        if p.evaluated_step == p.step:
+            return False, None  # known already: the launch before was ended between this evaluation and its last save
         p.evaluated_step = p.step
         metric = found[f"eval/{self.recipe.best_metric}"]
         sign = 1.0 if self.recipe.best_is == "lower" else -1.0
@@ -206,7 +212,6 @@ class Training:
         if better:
             p.best, p.best_step = metric, p.step
         p.evaluations_without_better = 0 if better else p.evaluations_without_better + 1
-        self.last_evaluation = found
         self.logbook.write(found)
         self.console.say(self.recipe.evaluation_line(p.step, found))
         self.logbook.aside += time.monotonic() - began

@@ -30,6 +30,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     # Every process reads the command line; only the first of a launch speaks.
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)
     launch: Launch | None = None
+    flags: Any = None
     code = FINISHED
     try:
         command, flags = _command_line(recipe, argv)
@@ -274,7 +275,10 @@ class _Launch:
             say(f"Plot: {picture}")
         except (OSError, Refusal) as error:
             say(f"WARNING: no plot: {error}")
-        self.recipe.after_training(session.config, session.data, directory, last, say)
+        try:
+            self.recipe.after_training(session.config, session.data, directory, last, say)
+        except (OSError, ValueError, Refusal) as error:  # the training itself is done and saved
+            say(f"WARNING: {error}")
 
 
 def _code_of(error: Exception) -> int:

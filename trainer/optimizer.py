@@ -20,7 +20,12 @@ def build(groups: Groups, network: nn.Module, settings: Optimisation) -> torch.o
     if settings.optimizer == "adam":
         return torch.optim.Adam(groups, **adam)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.beta1, fused=True)
+        sgd = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.beta1, fused=True)
+        if settings.beta1:
+            # Fused SGD allocates this without filling it, and a skipped first step would leave it that way.
+            for p in (p for group in groups for p in group["params"]):
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     return MuonAndAdamW(groups, network, settings)
 
 
@@ -39,7 +44,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Groups, network: nn.Module, settings: Optimisation) -> None:
-        matrices = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
+        # By name and shape, not by nn.Linear: GPT-2's projections in transformers are of a class of their own.
+        matrices = {id(p) for n, p in network.named_parameters() if p.ndim == 2 and n.rpartition(".")[2] == "weight"}
         # An embedding is a look-up table, and so is a head, tied or not: a row per token, not a map between hidden spaces.
         matrices -= {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
         matrices -= {id(getattr(getattr(network, "lm_head", None), "weight", None))}

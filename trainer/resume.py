@@ -72,8 +72,16 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
     """Lock the run directory and decide what to do there. Called on rank 0 only; the locks are held to the end."""
     run = parsed.config.run
     path = default_directory(recipe, parsed)
-    checkpoint_dir = run.checkpoint_dir or _previous_checkpoint_dir(path, recipe)
+    before = _previous_checkpoint_dir(path)
+    checkpoint_dir = run.checkpoint_dir or before
     directory = RunDirectory(path, Path(checkpoint_dir) if checkpoint_dir else None)
+    old = Path(before) if before else path / "checkpoints"
+    held = checkpoints.step_folders(old, recipe.checkpoint_prefix)
+    if held and not checkpoints.step_folders(directory.checkpoints, recipe.checkpoint_prefix):
+        raise Refusal(
+            f"{path} holds a run whose checkpoints are in {old}; --checkpoint_dir {checkpoint_dir} has none of them: "
+            "move them there, leave the flag out, or choose another --run_name"
+        )
     directory.prepare()
     locks = [Lock(path, say)]
     if directory.checkpoints.resolve().parent != path.resolve():
@@ -92,10 +100,10 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
     return Plan(config, directory, found, same_run, parsed.typed), locks
 
 
-def _previous_checkpoint_dir(path: Path, recipe: Recipe) -> str | None:
+def _previous_checkpoint_dir(path: Path) -> str | None:
     try:
         return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"]["checkpoint_dir"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
 
 

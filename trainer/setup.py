@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from trainer import batches, optimizer
+from trainer.checkpoint import ENDINGS as CHECKPOINT_ENDINGS
 from trainer.checkpoint import Checkpoint
 from trainer.errors import CHECKPOINT, Refusal
 from trainer.evaluation import Objective
@@ -111,8 +113,10 @@ def load_weights(network: nn.Module, found: Checkpoint) -> None:
 
 
 def _initial_weights(recipe: Recipe, network: nn.Module, name: str) -> None:
-    if (Path(name) / "manifest.json").is_file():
-        found = Checkpoint(Path(name))
+    folder = Path(re.sub(CHECKPOINT_ENDINGS, "", name))
+    # One of ours is always checked, also if its manifest is what was lost.
+    if any((folder / file).exists() for file in ("manifest.json", "trainer_state.json")):
+        found = Checkpoint(folder)
         found.verify()
         load_weights(network, found)
         return
@@ -146,7 +150,7 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    made = accelerator(launch, mixed_precision, optimisation)
+    made = accelerator(launch, mixed_precision, optimisation, run.mixed_precision)
 
     data = load_data(recipe, config, launch)
     if found is not None and found.state["data_fingerprint"] != data.fingerprint:

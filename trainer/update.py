@@ -136,7 +136,8 @@ class DeepSpeedUpdate:
         scaler = self._dynamic_scaler()
         if scaler is None:
             return {}
-        clean = scaler.cur_iter - scaler.last_overflow_iter - 1
+        # DeepSpeed counts from the last overflow and doubles at each full window; we count from the last doubling.
+        clean = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
         return {"scale": scaler.cur_scale, "growth": clean, "hysteresis": scaler.cur_hysteresis}
 
     def restore_loss_scale(self, state: dict[str, Any]) -> None:

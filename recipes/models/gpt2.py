@@ -56,7 +56,7 @@ def pretrained_gpt2(name: str) -> dict[str, Tensor]:
     """Weights of a pretrained GPT-2 by the names of `build_gpt2`'s model. OSError where the hub or folder has none."""
     from transformers import GPT2LMHeadModel
 
-    return GPT2LMHeadModel.from_pretrained(name).state_dict()
+    return GPT2LMHeadModel.from_pretrained(name, use_safetensors=True).state_dict()
 
 
 def training_flops_per_token(config: Any) -> float:

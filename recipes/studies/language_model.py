@@ -113,7 +113,7 @@ def show_trained(recipe: Recipe, config: Any, data: Data, run: RunDirectory, che
     loss = read_metrics(run.metrics)[-1]["final/val_loss"]
     report(text, "validation", config.data.packing, length, loss, say)
     row = text.splits["validation"]
-    opening = text.tokenizer().decode(np.asarray(row.ids[: min(12, int(row.row_ends[0]) - 1)]).tolist())
+    opening = text.tokenizer().decode(np.asarray(row.ids[: min(12, length // 2, int(row.row_ends[0]) - 1)]).tolist())
     say(f"Sample: {sample(network.eval(), text, Generate(str(checkpoint), prompt=opening))}")
 
 

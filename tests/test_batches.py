@@ -1,0 +1,224 @@
+"""The stream of samples: what a step reads follows from its number alone."""
+
+import itertools
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from trainer import batches
+from trainer.batches import EvaluationOrder, TrainingOrder, hash32, permutation, sample_numbers, share
+from trainer.config import Run
+from trainer.errors import Refusal
+
+CPU = torch.device("cpu")
+
+
+def read(order: TrainingOrder, count: int) -> list[list[int]]:
+    return list(itertools.islice(iter(order), count))
+
+
+def order(
+    batch_size: int, length: int | None, rank: int = 0, processes: int = 1, first: int = 0, seed: int = 3
+) -> TrainingOrder:
+    return TrainingOrder(batch_size, rank, processes, seed, length, first)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+def test_an_epoch_is_a_permutation(length: int) -> None:
+    for epoch in range(3):
+        assert sorted(permutation(5, epoch, length).tolist()) == list(range(length))
+    if length == 1000:
+        shuffled = permutation(5, 0, length)
+        assert (shuffled != np.arange(length)).mean() > 0.9
+        assert (shuffled != permutation(5, 1, length)).mean() > 0.9
+        assert (shuffled != permutation(6, 0, length)).mean() > 0.9
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    """A run that is resumed by another version of numpy goes on with the same data."""
+    assert hash32(1, 2, 3) == 3066602209
+    assert permutation(42, 0, 8).tolist() == [3, 1, 0, 7, 4, 6, 5, 2]
+
+
+def test_each_item_once_per_epoch_and_its_number_tells_the_epoch() -> None:
+    length, epochs = 37, 4
+    numbers = sample_numbers(range(length * epochs), 9, length)
+    assert len(set(numbers)) == len(numbers)
+    for epoch in range(epochs):
+        part = numbers[epoch * length : (epoch + 1) * length]
+        assert {n // length for n in part} == {epoch}
+        assert sorted(n % length for n in part) == list(range(length))
+
+
+def test_an_endless_stream_is_read_in_order() -> None:
+    assert sample_numbers(range(5, 9), 9, None) == [5, 6, 7, 8]
+    assert read(order(4, None, rank=1, processes=2, first=2), 2) == [[10, 11], [14, 15]]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("length", [5, 12, 50, None])
+def test_the_processes_together_read_the_micro_batch_of_one(processes: int, length: int | None) -> None:
+    alone = read(order(12, length), 20)
+    parts = [read(order(12, length, rank, processes), 20) for rank in range(processes)]
+    assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == alone
+
+
+def test_accumulation_only_cuts_the_stream_otherwise() -> None:
+    whole = list(itertools.chain(*read(order(8, 30), 12)))
+    assert list(itertools.chain(*read(order(2, 30), 48))) == whole
+    assert list(itertools.chain(*read(order(4, 30), 24))) == whole
+
+
+def test_a_resumed_stream_goes_on_where_it_was() -> None:
+    assert read(order(8, 30, first=7), 20) == read(order(8, 30), 27)[7:]
+
+
+def test_resuming_far_into_a_run_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(seed: int, epoch: int, length: int) -> np.ndarray:
+        asked.append(epoch)
+        return permutation(seed, epoch, length)
+
+    monkeypatch.setattr(batches, "permutation", counted)
+    first = next(iter(order(8, 1000, first=10**9)))
+    assert len(first) == 8
+    assert set(asked) == {8 * 10**9 // 1000}
+
+
+def test_batches_run_through_the_border_of_epochs() -> None:
+    found = read(order(4, 6), 6)
+    assert {len(batch) for batch in found} == {4}
+    assert [n // 6 for n in found[1]] == [0, 0, 1, 1]
+
+
+def test_a_set_smaller_than_a_batch_works() -> None:
+    batch = read(order(8, 3), 2)[0]
+    assert [n // 3 for n in batch] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert sorted(n % 3 for n in batch[:3]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "hint"), [(10, 4, "use 8 or 12"), (3, 4, "use 4"), (7, 2, "use 6 or 8"), (1, 2, "use 2")]
+)
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch: int, processes: int, hint: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        share(batch, processes)
+    assert f"batch_size {batch}" in str(caught.value)
+    assert f"{processes} processes" in str(caught.value)
+    assert str(caught.value).endswith(hint)
+
+
+def test_a_batch_that_divides_is_shared_evenly() -> None:
+    assert [share(12, n) for n in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_reads_every_sample_once_in_the_same_number_of_batches() -> None:
+    for length, batch, processes in itertools.product([1, 2, 3, 7, 8, 9, 16, 33], [1, 2, 3, 8, 64], [1, 2, 3, 4, 8]):
+        ranks = [EvaluationOrder(length, batch, rank, processes) for rank in range(processes)]
+        assert len({len(rank) for rank in ranks}) == 1
+        own = []
+        for rank in ranks:
+            assert len(rank) == len(list(rank)) == len(rank.counts)
+            for numbers, count in zip(rank, rank.counts, strict=True):
+                assert numbers, "every process takes part in every forward"
+                assert all(0 <= n < length for n in numbers)
+                assert count in (len(numbers), 0)
+                own += numbers[:count]
+        assert sorted(own) == list(range(length)), (length, batch, processes)
+
+
+def test_evaluation_batches_are_no_larger_than_training_ones() -> None:
+    for rank in range(4):
+        assert max(map(len, EvaluationOrder(100, 8, rank, 4))) == 2
+    assert [len(b) for b in EvaluationOrder(10, 8, 0, 1)] == [8, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------- loader
+
+
+@dataclass
+class Squares:
+    """Item n is n²; every batch also tells which number was asked for."""
+
+    length: int = 23
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        asked = torch.tensor(numbers)
+        return {"number": asked, "square": (asked % self.length) ** 2}
+
+
+def loaded(workers: int, count: int = 9) -> list[dict[str, torch.Tensor]]:
+    reader = batches.read(Squares(), order(5, 23), Run(num_workers=workers), CPU)
+    try:
+        return [next(reader) for _ in range(count)]
+    finally:
+        batches.close(reader)
+
+
+def test_workers_change_no_batch_and_nothing_draws_from_the_global_generators() -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone, helped = loaded(0), loaded(2)
+    for one, two, numbers in zip(alone, helped, read(order(5, 23), 9), strict=True):
+        assert torch.equal(one["number"], two["number"])
+        assert torch.equal(one["square"], two["square"])
+        assert one["number"].tolist() == numbers
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_the_loader_reads_evaluation_to_its_end() -> None:
+    reader = batches.read(Squares(), EvaluationOrder(23, 8, 0, 1), Run(num_workers=0), CPU)
+    assert torch.cat([batch["number"] for batch in reader]).tolist() == list(range(23))
+
+
+def test_a_set_on_the_device_is_called_here_with_the_same_numbers() -> None:
+    dataset = Squares()
+    dataset.on_device = True  # type: ignore[attr-defined]
+    reader = batches.read(dataset, order(5, 23), Run(num_workers=2), CPU)
+    assert [next(reader)["number"].tolist() for _ in range(6)] == read(order(5, 23), 6)
+    batches.close(reader)
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_hashes_of_neighbours_do_not_collide() -> None:
+    seen = {hash32(seed, step, rank) for seed in range(4) for step in range(2000) for rank in range(4)}
+    assert len(seen) >= 4 * 2000 * 4 - 2  # 32,000 draws from 2^32: a collision is expected in one run of eight
+    assert all(0 <= value < 2**32 for value in seen)
+    assert hash32(1, 23) != hash32(12, 3)
+    assert hash32(1, 2) != hash32(2, 1)
+    assert hash32("order", 1) != hash32(1)
+
+
+def test_hashes_are_spread_over_all_32_bits() -> None:
+    values = np.array([hash32(0, step, 0) for step in range(4000)], dtype=np.uint64)
+    for bit in range(32):
+        assert 0.45 < float(((values >> np.uint64(bit)) & np.uint64(1)).mean()) < 0.55
+
+
+def test_the_batch_arithmetic_is_printed() -> None:
+    text = "\n".join(batches.describe(8, 4, 2, 100, 1600))
+    for part in (
+        "4 samples x 2 processes x 4 accumulation = 32",
+        "100 optimizer steps",
+        "3,200 samples",
+        "2.00 epochs of 1,600",
+    ):
+        assert part in text
+    assert "epochs" not in "\n".join(batches.describe(8, 1, 1, 100, None))

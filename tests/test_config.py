@@ -1,0 +1,466 @@
+"""The command line, YAML files and presets: what they set, and the one line they refuse with."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import RECIPE, ROOT, environment
+
+from recipes.gpt2_wikitext import Config, Gpt2Wikitext
+from trainer import config as configuration
+from trainer.config import Optimisation, Parsed, Run
+from trainer.errors import BAD_INPUT, Refusal
+
+PRESETS = Gpt2Wikitext.presets
+
+
+def parse(*argv: str) -> Parsed:
+    return configuration.parse(Config, PRESETS, argv, "gpt2_wikitext")
+
+
+def values(*argv: str) -> dict[str, object]:
+    """What differs from the defaults, without the name of the file it came from."""
+    before, after = configuration.values(Config()), configuration.values(parse(*argv).config)
+    return {name: value for name, value in after.items() if value != before[name] and name not in ("config", "preset")}
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(Refusal) as caught:
+        parse(*argv)
+    message = str(caught.value)
+    assert caught.value.exit_code == BAD_INPUT
+    assert message.strip()
+    assert message.count("\n") <= 1
+    assert len(message) < 400
+    return message
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> object:
+    def write(content: str | bytes, name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("flag", ["--d_model", "--d-model"])
+def test_flags_are_flat_and_hyphens_mean_underscores(flag: str) -> None:
+    parsed = parse(flag, "512")
+    assert parsed.config.model.d_model == 512
+    assert parsed.typed == {"d_model"}
+    assert values(f"{flag}=256") == {"d_model": 256}
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [
+        ("--batch", "batch_size", 4),
+        ("--max_iters", "max_steps", 7),
+        ("--steps", "max_steps", 7),
+        ("--lr", "learning_rate", 0.125),
+        ("--warmup_iters", "warmup_steps", 3),
+        ("--log_interval", "log_every", 9),
+        ("--eval_interval", "eval_every", 9),
+        ("--checkpoint_interval", "save_every", 9),
+        ("--n_layers", "num_layers", 2),
+        ("--n-layers", "num_layers", 2),
+        ("--nhead", "num_heads", 2),
+    ],
+)
+def test_aliases_of_the_guides(alias: str, name: str, value: float, write: object) -> None:
+    assert values(alias, str(value)) == {name: value}
+    assert parse(alias, str(value)).typed == {name}
+    assert values("--config", write(f"{alias.lstrip('-')}: {value}\n")) == {name: value}
+
+
+def test_no_flag_gives_the_guides_defaults() -> None:
+    config = parse().config
+    o, r, m = config.optimisation, config.run, config.model
+    assert (m.d_model, m.num_layers, m.num_heads, m.d_ff, m.max_length, m.dropout) == (768, 12, None, None, 1024, 0.1)
+    assert (o.batch_size, o.gradient_accumulation_steps, o.learning_rate, o.weight_decay) == (8, 1, 3e-4, 0.01)
+    assert (o.beta1, o.beta2, o.eps, o.grad_clip, o.warmup_steps, o.min_lr, o.optimizer) == (
+        0.9,
+        0.95,
+        1e-8,
+        1.0,
+        2000,
+        0.0,
+        "adamw",
+    )
+    assert (o.max_epochs, o.max_steps) == (10.0, 0)
+    assert (r.eval_every, r.save_every, r.log_every, r.max_training_hours, r.use_tensorboard, r.num_workers) == (
+        500,
+        1000,
+        100,
+        12.0,
+        True,
+        2,
+    )
+    assert (r.max_bad_steps, r.keep_last, r.mixed_precision, r.resume) == (10, 3, "auto", "auto")
+
+
+def test_booleans_none_and_the_last_of_two() -> None:
+    assert values("--compile", "--no_use_tensorboard", "--no-pin-memory") == {
+        "compile": True,
+        "use_tensorboard": False,
+        "pin_memory": False,
+    }
+    assert values("--compile", "--no_compile") == {}
+    assert values("--max_training_hours", "None") == {"max_training_hours": None}
+    assert values("--d_model", "512", "--d_model", "256") == {"d_model": 256}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dmodel", "512"], ["--dmodel", "d_model"]),
+        (["--learning-rat", "1"], ["--learning-rat", "learning_rate"]),
+        (["--d_model", "big"], ["--d_model", "big"]),
+        (["--d_model", "1.5"], ["--d_model", "1.5"]),
+        (["--d_model"], ["--d_model"]),
+        (["--max_training_hours", "8h"], ["--max_training_hours", "8h"]),
+        (["--device", "gpu"], ["gpu", "auto", "cpu", "cuda"]),
+        (["--optimizer", "lion"], ["lion", "adamw", "muon"]),
+        (["--compile", "perhaps"], ["perhaps"]),
+        (["stray"], ["stray"]),
+        (["--preset", "quik"], ["quik", "quick"]),
+        (["--preset"], ["--preset"]),
+        (["--config"], ["--config"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_name(argv: list[str], words: list[str]) -> None:
+    message = refusal(*argv)
+    for word in words:
+        assert word in message
+
+
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", "0"),
+        ("batch_size", "-4"),
+        ("gradient_accumulation_steps", "0"),
+        ("learning_rate", "0"),
+        ("learning_rate", "nan"),
+        ("learning_rate", "inf"),
+        ("eps", "0"),
+        ("log_every", "0"),
+        ("prefetch_factor", "0"),
+        ("max_steps", "-1"),
+        ("max_epochs", "-1"),
+        ("min_lr", "-1e-5"),
+        ("warmup_steps", "-1"),
+        ("weight_decay", "-0.1"),
+        ("grad_clip", "-1"),
+        ("num_workers", "-1"),
+        ("eval_every", "-1"),
+        ("eval_iters", "-1"),
+        ("save_every", "-1"),
+        ("save_minutes", "-1"),
+        ("keep_last", "-1"),
+        ("stop_at_step", "-1"),
+        ("patience", "-1"),
+        ("seed", "-1"),
+        ("beta1", "1"),
+        ("beta2", "1.5"),
+        ("dropout", "1"),
+        ("dropout", "-0.1"),
+        ("max_bad_steps", "0"),
+        ("timeout_minutes", "0"),
+        ("max_training_hours", "0"),
+        ("max_training_hours", "-2"),
+        ("max_training_hours", "nan"),
+        ("target_loss", "inf"),
+        ("d_model", "0"),
+        ("num_layers", "-1"),
+        ("num_heads", "-2"),
+        ("d_ff", "0"),
+        ("max_length", "0"),
+    ],
+)
+def test_numbers_that_no_run_can_mean(name: str, value: str) -> None:
+    config = Config()
+    section = next(s for s in configuration.SECTIONS if hasattr(getattr(config, s), name))
+    number = int(value) if value.lstrip("-").isdigit() else float(value)
+    changed = dataclasses.replace(getattr(config, section), **{name: number})
+    with pytest.raises(Refusal, match=rf"^{name} {re.escape(str(number))}"):
+        configuration.check(dataclasses.replace(config, **{section: changed}))
+
+
+@pytest.mark.parametrize("flag", ["--grad_clip", "--warmup_steps", "--weight_decay", "--dropout", "--keep_last", "--seed"])
+def test_zero_is_allowed_where_it_means_none(flag: str) -> None:
+    assert configuration.values(parse(flag, "0").config)[flag.lstrip("-")] == 0
+
+
+def test_contradictions_are_refused() -> None:
+    assert "max_epochs 3" in refusal("--max_steps", "10", "--max_epochs", "3")
+    assert "--max_steps 0" in refusal("--max_steps", "10", "--max_epochs", "3")
+    assert "max_steps and max_epochs" in refusal("--max_steps", "0", "--max_epochs", "0")
+    assert "min_lr 1 " in refusal("--min_lr", "1")
+    assert parse("--max_epochs", "3", "--max_steps", "0").config.optimisation.max_epochs == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- YAML
+
+
+def test_yaml_flat_and_in_sections_mean_the_same(write: object) -> None:
+    flat = "d_model: 512\nlr: 1e-3\nmax_epochs: 2\ncompile: true\nuse_tensorboard: no\ndata_dir: ~\nd-ff: 99\n"
+    sections = "model: {d-model: 512, d_ff: 99}\noptimisation:\n  learning_rate: 0.001\n  max_epochs: 2\n"
+    sections += "run:\n  compile: yes\n  use_tensorboard: false\ndata:\n  data_dir: null\n"
+    expected = {"d_model": 512, "d_ff": 99, "learning_rate": 1e-3, "max_epochs": 2.0, "compile": True, "use_tensorboard": False}
+    assert values("--config", write(flat)) == expected
+    assert values(f"--config={write(sections)}") == expected
+    names = {"d_model", "d_ff", "learning_rate", "max_epochs", "compile", "use_tensorboard", "data_dir", "config"}
+    assert parse("--config", write(flat)).typed == parse("--config", write(sections)).typed == names
+
+
+def test_none_in_yaml_switches_off_a_default(write: object) -> None:
+    assert values("--config", write("max_training_hours: null\nnum_heads: ~\n")) == {"max_training_hours": None}
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1.0e-3", "0.001", "1E-03"])
+def test_exponents_of_yaml_are_numbers(written: str, write: object) -> None:
+    assert parse("--config", write(f"learning_rate: {written}\n")).config.optimisation.learning_rate == 1e-3
+
+
+def test_flags_beat_yaml_beats_preset_beats_defaults(write: object) -> None:
+    file = write("num_layers: 3\nbatch_size: 5\n")
+    argv = ["--preset", "quick", "--config", file, "--batch_size", "2"]
+    for arguments in (argv, [*argv[4:], *argv[2:4], *argv[:2]]):
+        config = parse(*arguments).config
+        assert config.optimisation.batch_size == 2  # flag
+        assert config.model.num_layers == 3  # YAML
+        assert config.model.d_model == 128  # preset
+        assert config.optimisation.beta2 == 0.95  # default
+
+
+def test_a_checkpoints_config_stands_in_for_the_defaults() -> None:
+    saved = parse("--d_model", "512", "--compile", "--lr", "1e-3").config
+    again = configuration.parse(Config, PRESETS, ["--lr", "2e-3"], "x", default=saved)
+    assert again.config.model.d_model == 512
+    assert again.config.run.compile
+    assert again.config.optimisation.learning_rate == 2e-3
+    assert again.typed == {"learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("d_model: 512\nd_model: 256\n", ["d_model", "twice"]),
+        ("d_model: 512\nmodel:\n  d_model: 256\n", ["d_model", "twice"]),
+        ("lr: 1e-3\nlearning_rate: 2e-3\n", ["learning_rate", "twice"]),
+        ("model:\n  d_model: 1\nmodel:\n  d_ff: 2\n", ["model", "twice"]),
+        ("model:\n\td_model: 512\n", ["line 2", "\\t"]),
+        (b"d_model: 512 # \xff\n", ["UTF-8"]),
+        ("d_model: !!python/object/apply:os.system ['true']\n", ["line 1", "python/object"]),
+        ("d_model: !!python/tuple [1]\n", ["python/tuple"]),
+        ("d_modle: 512\n", ["d_modle", "'d_model'"]),
+        ("model:\n  dropuot: 0.1\n", ["dropuot", "'dropout'"]),
+        ("- d_model\n", ["list"]),
+        ("just words\n", ["str"]),
+        ("d_model: [1\n", ["line"]),
+        ("model:\n  d_model: {wide: 1}\n", ["d_model", "section"]),
+        ("d_model: wide\n", ["d_model", "wide"]),
+        ("d_model: 1.5\n", ["d_model", "1.5"]),
+        ("d_model: 512\n? [1, 2]\n: 3\n", ["line"]),
+        ("batch_size: -1\n", ["batch_size -1"]),
+        ("d_model: true\n", ["d_model"]),
+        ("compile: perhaps\n", ["perhaps"]),
+    ],
+)
+def test_bad_yaml_is_refused(content: str | bytes, words: list[str], write: object) -> None:
+    message = refusal("--config", write(content))
+    for word in words:
+        assert word in message
+
+
+def test_a_python_tag_runs_nothing(write: object, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    refusal("--config", write(f"d_model: !!python/object/apply:os.mkdir ['{mark}']\n"))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", ["d_model: [512, 256]\n", "learning_rate: true\n", 'compile: "true"\n'])
+def test_a_wrong_type_in_yaml_names_its_key(content: str, write: object) -> None:
+    assert content.partition(":")[0] in refusal("--config", write(content))
+
+
+@pytest.mark.parametrize("content", ["preset: quick\n", "config: other.yaml\n"])
+def test_a_file_that_names_another_is_not_silently_ignored(content: str, write: object) -> None:
+    """Either the named values count, or the file is refused: never a run without them that says it had them."""
+    try:
+        config = parse("--config", write(content)).config
+    except Refusal:
+        return
+    assert config.model.d_model == 128
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One."""
+
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[float, float] = (0.0, 1.0)
+    text: str = "plain"
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Two."""
+
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Config:
+    """Small."""
+
+    model: _Model = field(default_factory=_Model)
+    data: _Data = field(default_factory=_Data)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    run: Run = field(default_factory=Run)
+
+
+def test_tuples_by_flag_and_yaml(write: object) -> None:
+    by_flag = configuration.parse(
+        _Config, {}, ["--sizes", "3", "4", "5", "--pair", "1e-3", "2", "--names", "a", "b"], "x"
+    ).config
+    by_file = configuration.parse(
+        _Config, {}, ["--config", write("model:\n  sizes: [3, 4, 5]\n  pair: [1e-3, 2]\nnames: [a, b]\n")], "x"
+    ).config
+    assert by_flag.model == by_file.model == _Model((3, 4, 5), (1e-3, 2.0))
+    assert by_flag.data == by_file.data == _Data(("a", "b"))
+
+
+def test_yaml_of_a_config_gives_it_back() -> None:
+    argv = ["--sizes", "7", "--names", "a b", "é", "--text", "no: 'yes'", "--lr", "1e-7", "--max_training_hours", "None"]
+    config = configuration.parse(_Config, {}, argv, "x").config
+    text = configuration.to_yaml(config)
+    assert configuration.from_mapping(_Config, yaml.safe_load(text), "here") == config
+    config = parse("--preset", "quick", "--data_dir", "a b/ü", "--num_heads", "None").config
+    assert configuration.from_mapping(Config, yaml.safe_load(configuration.to_yaml(config)), "here") == config
+
+
+def test_a_saved_config_is_itself_a_config_file(write: object) -> None:
+    config = parse("--preset", "quick", "--d_ff", "77", "--no_pin_memory").config
+    saved = configuration.to_yaml(dataclasses.replace(config, run=dataclasses.replace(config.run, preset=None)))
+    again = parse("--config", write(saved), "--max_steps", "0").config
+    assert again.model == config.model
+    assert again.data == config.data
+    assert not again.run.pin_memory
+
+
+def test_a_saved_config_with_an_unknown_key_is_refused() -> None:
+    mapping = configuration.to_mapping(Config())
+    mapping["model"]["heads"] = 3
+    with pytest.raises(Refusal, match=r"here: unknown key 'heads' in section model"):
+        configuration.from_mapping(Config, mapping, "here")
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "default"),
+        (["--preset", "quick"], "quick"),
+        (["--d_model", "512"], "default-d_model512"),
+        (["--preset", "quick", "--seed", "7"], "quick-seed7"),
+        (["--d_model", "768"], "default"),
+        (["--preset", "quick", "--d_model", "128"], "quick"),
+        (["--log_every", "5", "--num_workers", "0", "--max_training_hours", "1", "--device", "cpu"], "default"),
+        (["--lr", "5e-4", "--n_layers", "2"], "default-num_layers2-learning_rate0.0005"),
+        (["--resume_from", "checkpoints/best_model.pth"], "default"),
+    ],
+)
+def test_run_names(argv: list[str], name: str) -> None:
+    assert configuration.run_name(parse(*argv)) == name
+
+
+def test_a_config_file_names_the_run(write: object) -> None:
+    assert configuration.run_name(parse("--config", write("d_model: 64\n", "small.yaml"))) == "small"
+    assert configuration.run_name(parse("--config", write("d_model: 64\n", "small.yaml"), "--d_ff", "3")) == "small-d_ff3"
+
+
+def test_paths_in_names_are_safe_and_stay_apart() -> None:
+    names = [configuration.run_name(parse("--data_dir", path)) for path in ("/a/b c", "/a/b_c", "../b c", "~/x/" + "y" * 300)]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert Path(name).name == name
+        assert len(name) <= 120
+        assert name.isascii()
+        assert name == configuration.run_name(parse("--data_dir", "~/x/" + "y" * 300)) or name in names[:3]
+
+
+def test_very_long_names_are_cut_and_stay_apart() -> None:
+    many = ["--lr", "1e-3", "--beta1", "0.8", "--beta2", "0.9", "--weight_decay", "0.2", "--gradient_accumulation_steps", "4"]
+    many += ["--d_model", "64", "--num_layers", "3", "--warmup_steps", "5", "--batch_size", "4", "--max_steps"]
+    names = {configuration.run_name(parse(*many, steps)) for steps in ("10", "11")}
+    assert len(names) == 2
+    assert all(len(name) <= 120 for name in names)
+
+
+# --------------------------------------------------------------------------------------------------- presets and --help
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_parse_and_pass_every_check(preset: str) -> None:
+    parsed = parse("--preset", preset)
+    assert PRESETS[preset].is_file()
+    assert parsed.config.run.preset == preset
+    assert configuration.changed(parsed.config, parsed.base, ("model", "data", "optimisation")) == {}
+    assert configuration.changed(parsed.config, Config(), ("model", "data", "optimisation"))
+
+
+def test_every_yaml_of_the_recipes_is_a_preset_or_parses() -> None:
+    files = sorted((ROOT / "recipes" / "configs").glob("gpt2_wikitext*.yaml"))
+    assert files
+    for file in files:
+        parse("--config", str(file))
+
+
+def test_help_answers_at_once_without_torch() -> None:
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(RECIPE)!r}, *sys.argv[1:]]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    heavy = sorted(sys.modules.keys() & {'torch', 'transformers', 'accelerate', 'deepspeed', 'datasets', 'wandb'})\n"
+        "    print('LEFT', end.code, heavy)\n"
+    )
+    for arguments in (["--help"], ["evaluate", "--help"], ["--dmodel", "3"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+        )
+        code = BAD_INPUT if arguments == ["--dmodel", "3"] else 0
+        assert done.stdout.splitlines()[-1] == f"LEFT {code} []", done.stderr
+    seconds = []
+    for _ in range(3):  # the quickest of three: others may be using the cores
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, str(RECIPE), "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+        )
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 0
+        assert done.stderr == ""
+        assert "--d_model" in done.stdout
+        assert "quick" in done.stdout
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2

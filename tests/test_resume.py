@@ -1,0 +1,499 @@
+"""What a launch does with what it finds: the rules of resuming, each with the message a person reads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from recipes.gpt2_wikitext import Gpt2Wikitext
+from trainer import config as configuration
+from trainer.console import Console
+from trainer.errors import BAD_INPUT, CHECKPOINT, Refusal
+from trainer.launch import connect
+from trainer.main import train
+from trainer.setup import load_weights
+
+TINY = "--tokenizer train --vocab_size 300 --d_model 16 --num_layers 1 --num_heads 2 --max_length 32 --dropout 0.1"
+TINY += " --batch_size 4 --max_steps 12 --warmup_steps 2 --learning_rate 1e-3 --save_every 4 --eval_every 4 --log_every 2"
+TINY += " --num_workers 0 --keep_last 0 --no_use_tensorboard --device cpu"
+
+
+class Quiet(Gpt2Wikitext):
+    """Without the sample at the end, which takes longer than the training."""
+
+    def after_training(self, *_: object) -> None:
+        pass
+
+
+def launch(*flags: str, recipe: Gpt2Wikitext | None = None) -> str:
+    """One launch in this process; what it said. Raises its Refusal, with what was said until then as `.said`."""
+    recipe = recipe or Quiet()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            parsed = configuration.parse(recipe.Config, recipe.presets, flags, recipe.name)
+            train(recipe, parsed, flags, connect("cpu", 1), Console(None, True))
+        except Refusal as refusal:
+            refusal.said = said.getvalue()  # type: ignore[attr-defined]
+            raise
+    return said.getvalue()
+
+
+def refused(*flags: str) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        launch(*flags)
+    assert "\n" not in str(caught.value)  # one line for a person
+    return caught.value
+
+
+def write_text(folder: Path, words: str = "to be or not that is the question whether tis nobler in mind suffer") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = words.split()
+    for name, rows in (("train", 150), ("validation", 8), ("test", 8)):
+        lines = (" ".join(vocabulary[(i * i + 3 * k) % len(vocabulary)] for k in range(12)) for i in range(rows))
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def flags(data: Path, run: Path | None, *more: str) -> list[str]:
+    where = [] if run is None else ["--output_dir", str(run)]
+    return [*TINY.split(), "--data_dir", str(data), *where, *more]
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("checkpoint_step_")) for p in (run / "checkpoints").glob("checkpoint_step_*"))
+
+
+def saved_config(run: Path, step: int) -> dict[str, dict[str, object]]:
+    return yaml.safe_load((run / "checkpoints" / f"checkpoint_step_{step}" / "config.yaml").read_text())
+
+
+def content(folder: Path) -> dict[str, tuple[str, int]]:
+    """{file: (what it holds, when it was written)}; the lock, which each launch takes and empties, aside."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = (os.readlink(path), path.lstat().st_mtime_ns)
+        elif path.is_file() and path.name != ".lock":
+            found[str(path)] = (path.read_bytes().hex(), path.stat().st_mtime_ns)
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMECURVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; never changed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    launch(*flags(data, run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run stopped at step 8; never changed."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    launch(*flags(data, run, "--stop_at_step", "8"))
+    return run
+
+
+@pytest.fixture
+def halfway(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run."""
+    return Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+
+
+@pytest.fixture
+def complete(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+# The same command
+
+
+def test_the_same_command_continues_to_the_same_weights(data: Path, halfway: Path, finished: Path) -> None:
+    said = launch(*flags(data, halfway))
+    assert "Resumed from step 8" in said
+    assert steps(halfway) == [4, 8, 12]
+    assert same_weights(halfway / "checkpoints" / "checkpoint_final", finished / "checkpoints" / "checkpoint_final")
+    assert json.loads((halfway / "status.json").read_text())["state"] == "finished"
+
+
+def test_what_is_not_typed_comes_from_the_checkpoint_not_from_the_defaults(data: Path, halfway: Path) -> None:
+    launch("--output_dir", str(halfway))  # no model flag, no data flag
+    assert steps(halfway) == [4, 8, 12]
+    for section in ("model", "data", "optimisation"):
+        assert saved_config(halfway, 12)[section] == saved_config(halfway, 4)[section]
+    assert saved_config(halfway, 12)["run"]["save_every"] == 4
+    assert saved_config(halfway, 12)["model"]["d_model"] == 16
+    assert saved_config(halfway, 12)["data"]["data_dir"] == str(data)
+
+
+def test_flags_of_one_launch_are_not_taken_over(data: Path, halfway: Path) -> None:
+    """`--stop_at_step 8` ended the launch that wrote the checkpoint; it must not end the next one."""
+    assert "Finished at step 12" in launch("--output_dir", str(halfway))
+
+
+def test_flags_of_the_run_section_are_free(data: Path, halfway: Path) -> None:
+    said = launch(*flags(data, halfway, "--log_every", "1", "--save_every", "2", "--num_workers", "1", "--patience", "9"))
+    assert "Resumed from step 8" in said
+    assert steps(halfway) == [4, 8, 10, 12]
+    assert "->" not in said
+
+
+def test_a_finished_run_says_so_and_writes_nothing(data: Path, finished: Path) -> None:
+    before = content(finished)
+    said = launch(*flags(data, finished))
+    assert "Already finished (last step) at step 12, nothing to do" in said
+    assert "--max_steps" in said  # the way on
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize(("flag", "reason"), [(("--target_loss", "100"), "target loss"), (("--patience", "1"), "patience")])
+def test_a_run_that_finished_early_is_finished_too(data: Path, tmp_path: Path, flag: tuple[str, str], reason: str) -> None:
+    worse = ("--learning_rate", "3.0", "--warmup_steps", "0") if reason == "patience" else ()  # evaluation never improves
+    words = flags(data, tmp_path, "--eval_every", "1", *flag, *worse)
+    launch(*words)
+    reached = steps(tmp_path)[-1]
+    assert reached < 12
+    before = content(tmp_path)
+    assert f"Already finished ({reason}) at step {reached}" in launch(*words)
+    assert content(tmp_path) == before
+
+
+def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:
+    words = flags(data, tmp_path, "--target_loss", "100", "--eval_every", "0")
+    said = launch(*words, recipe=Gpt2Wikitext())
+    assert "Finished at step 2: target loss" in said
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_killed_just_before_its_last_link_is_finished_by_the_same_command(data: Path, complete: Path) -> None:
+    (complete / "checkpoints" / "checkpoint_final").unlink()
+    launch(*flags(data, complete), recipe=Gpt2Wikitext())
+    assert os.readlink(complete / "checkpoints" / "checkpoint_final") == "checkpoint_step_12"
+    assert json.loads((complete / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_launch_told_to_stop_at_the_last_step_finishes_the_run(data: Path, tmp_path: Path) -> None:
+    launch(*flags(data, tmp_path, "--stop_at_step", "12"))
+    assert (tmp_path / "checkpoints" / "checkpoint_final").is_dir()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_stopped_as_asked_goes_on(data: Path, stopped: Path, halfway: Path) -> None:
+    status = json.loads((stopped / "status.json").read_text())
+    assert (status["state"], status["reason"], status["step"]) == ("stopped", "stop_at_step", 8)
+    assert "Finished at step 12" in launch(*flags(data, halfway))
+
+
+def test_resume_never_refuses_a_directory_that_holds_a_run(data: Path, halfway: Path, tmp_path: Path) -> None:
+    before = content(halfway)
+    refusal = refused(*flags(data, halfway, "--resume", "never"))
+    assert refusal.exit_code == BAD_INPUT
+    assert "holds a run at step 8" in str(refusal)
+    assert "--run_name" in str(refusal)
+    assert content(halfway) == before
+    assert "Finished at step 4" in launch(*flags(data, tmp_path / "new", "--resume", "never", "--max_steps", "4"))
+
+
+def test_resume_never_and_resume_from_contradict(data: Path, halfway: Path) -> None:
+    source = str(halfway / "checkpoints" / "checkpoint_step_4")
+    assert "contradict" in str(refused(*flags(data, halfway, "--resume", "never", "--resume_from", source)))
+
+
+# Changes
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "old", "new"),
+    [
+        (("--learning_rate", "5e-4"), "learning_rate", "0.001", "0.0005"),
+        (("--max_steps", "16"), "max_steps", "12", "16"),
+        (("--max_steps", "10"), "max_steps", "12", "10"),
+        (("--weight_decay", "0.2"), "weight_decay", "0.01", "0.2"),
+        (("--beta2", "0.99"), "beta2", "0.95", "0.99"),
+    ],
+)
+def test_changes_to_the_optimisation_need_resume_from(
+    data: Path, halfway: Path, change: tuple[str, str], name: str, old: str, new: str
+) -> None:
+    before = content(halfway)
+    refusal = refused(*flags(data, halfway, *change))
+    assert refusal.exit_code == BAD_INPUT
+    assert f"{name}: the run has {old}, asked for {new}" in str(refusal)
+    assert "--resume_from" in str(refusal)
+    assert content(halfway) == before
+
+    said = launch(*flags(data, halfway, *change, "--resume_from", str(halfway / "checkpoints" / "checkpoint_step_8")))
+    assert f"{name}: {old} -> {new}" in said
+    last = steps(halfway)[-1]
+    assert last == (int(new) if name == "max_steps" else 12)
+    assert str(saved_config(halfway, last)["optimisation"][name]) == new
+
+
+def test_a_typed_default_counts_as_typed(data: Path, halfway: Path) -> None:
+    """3e-4 is the default of --learning_rate, but the run has another: asking for it is a change."""
+    assert "learning_rate: the run has 0.001, asked for 0.0003" in str(refused(*flags(data, halfway, "--lr", "3e-4")))
+
+
+@pytest.mark.parametrize("explicitly", [False, True])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("--d_model", "32"), ("d_model: ", "has 16, asked for 32")),
+        (("--dropout", "0.2"), ("dropout: ", "has 0.1, asked for 0.2")),
+        (("--packing", "rows"), ("packing: ", "has blocks, asked for rows")),
+        (("--seed", "7"), ("seed: ", "has 42, asked for 7")),
+        (("--batch_size", "8"), ("effective batch: ", "has 4 x 1 = 4, asked for 8 x 1 = 8")),
+        (("--gradient_accumulation_steps", "3"), ("effective batch: ", "has 4 x 1 = 4, asked for 4 x 3 = 12")),
+    ],
+)
+def test_another_model_data_seed_or_effective_batch_is_refused(
+    data: Path, halfway: Path, change: tuple[str, str], told: tuple[str, str], explicitly: bool
+) -> None:
+    before = content(halfway)
+    how = ("--resume_from", "checkpoint_step_8") if explicitly else ()
+    refusal = refused(*flags(data, halfway, *change, *how))
+    assert refusal.exit_code == BAD_INPUT
+    for part in (*told, "--run_name", "--init_from"):  # both values and the way out
+        assert part in str(refusal)
+    assert content(halfway) == before
+
+
+def test_the_same_effective_batch_may_be_split_otherwise(data: Path, halfway: Path) -> None:
+    said = launch(*flags(data, halfway, "--batch_size", "2", "--gradient_accumulation_steps", "2"))
+    assert "Resumed from step 8" in said
+    assert steps(halfway) == [4, 8, 12]
+    assert saved_config(halfway, 12)["optimisation"]["batch_size"] == 2
+
+
+def test_other_data_under_the_same_name_is_refused(data: Path, halfway: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "text"))
+    run = tmp_path / "other"
+    launch(*flags(copy, run, "--stop_at_step", "4"))
+    write_text(copy, "entirely different words now stand in the very same place of this disk so that")
+    before = content(run)
+    refusal = refused(*flags(copy, run))
+    assert refusal.exit_code == BAD_INPUT
+    assert "data fingerprint" in str(refusal)
+    assert "--init_from" in str(refusal)
+    assert content(run) == before
+
+
+def test_another_data_dir_is_refused_naming_both(data: Path, halfway: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "moved"))
+    refusal = refused(*flags(copy, halfway))
+    assert f"has {data}, asked for {copy}" in str(refusal)
+
+
+# --resume_from
+
+
+def test_resume_from_inside_the_run_rolls_it_back(data: Path, complete: Path) -> None:
+    said = launch(*flags(data, complete, "--resume_from", str(complete / "checkpoints" / "checkpoint_step_4")))
+    assert "Resumed from step 4" in said
+    assert "Rolled back: set aside" in said
+    aside = complete / "checkpoints" / "rolled_back_1"
+    assert {p.name for p in aside.iterdir() if not p.is_symlink()} == {"checkpoint_step_8", "checkpoint_step_12"}
+    assert same_weights(aside / "checkpoint_step_12", complete / "checkpoints" / "checkpoint_step_12")
+    at = [json.loads(line) for line in (complete / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["step"] for row in at if "train/loss" in row]
+    assert logged == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_roll_back_survives_a_kill_before_the_next_save(data: Path, complete: Path) -> None:
+    """The later checkpoints are set aside at once: the same command without --resume_from must not take them up again."""
+    launch(*flags(data, complete, "--resume_from", "checkpoint_step_4", "--stop_at_step", "4"))
+    assert steps(complete) == [4]
+    assert "Resumed from step 4" in launch(*flags(data, complete, "--stop_at_step", "5"))
+
+
+def test_resume_from_of_the_last_checkpoint_of_a_finished_run(data: Path, complete: Path) -> None:
+    said = launch(*flags(data, complete, "--resume_from", "checkpoint_final"), recipe=Gpt2Wikitext())
+    assert "Finished at step 12" in said
+
+
+def test_resume_from_another_run_starts_a_new_run_directory(data: Path, finished: Path, tmp_path: Path) -> None:
+    before = content(finished)
+    source = finished / "checkpoints" / "checkpoint_step_8"
+    words = flags(data, tmp_path / "branch", "--resume_from", str(source))
+    said = launch(*words, "--stop_at_step", "10")
+    assert "Resumed from step 8" in said
+    assert content(finished) == before
+    # The very same command again, as a scheduler would: it goes on from its own checkpoint.
+    said = launch(*words)
+    assert "already holds a run" in said
+    assert "Resumed from step 10" in said
+    assert same_weights(tmp_path / "branch" / "checkpoints" / "checkpoint_final", finished / "checkpoints" / "checkpoint_final")
+
+
+@pytest.mark.parametrize("ending", ["", ".pt", ".pth"])
+@pytest.mark.parametrize("below", ["", "checkpoints/", "absolute"])
+def test_the_endings_of_the_guides_are_ignored(data: Path, halfway: Path, ending: str, below: str) -> None:
+    below = f"{halfway}/checkpoints/" if below == "absolute" else below
+    said = launch(*flags(data, halfway, "--resume_from", f"{below}checkpoint_step_4{ending}", "--stop_at_step", "5"))
+    assert "Resumed from step 4" in said
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(data: Path, halfway: Path) -> None:
+    refusal = refused(*flags(data, halfway, "--resume_from", "checkpoint_step_999"))
+    assert "checkpoint_step_999" in str(refusal)
+    assert str(halfway / "checkpoints" / "checkpoint_step_8") in str(refusal)
+
+
+def test_another_recipes_checkpoint_is_refused(data: Path, halfway: Path) -> None:
+    class Other(Quiet):
+        name = "another_recipe"
+
+    with pytest.raises(Refusal, match="was written by recipe 'gpt2_wikitext', not 'another_recipe'"):
+        launch(*flags(data, halfway), recipe=Other())
+
+
+# --init_from
+
+
+def test_init_from_takes_the_weights_only(data: Path, finished: Path, tmp_path: Path) -> None:
+    source = finished / "checkpoints" / "checkpoint_step_8"
+    words = flags(data, tmp_path, "--init_from", str(source), "--seed", "7")
+    said = launch(*words, "--learning_rate", "1e-30", "--weight_decay", "0", "--max_steps", "1", "--warmup_steps", "0")
+    assert "Resumed" not in said
+    assert steps(tmp_path) == [1]
+    assert same_weights(tmp_path / "checkpoints" / "checkpoint_step_1", source)
+    moments = load_file(tmp_path / "checkpoints" / "checkpoint_step_1" / "optimizer.safetensors")
+    assert float(moments["step"]) == 1
+
+
+def test_a_run_begun_by_init_from_resumes_with_the_same_command(data: Path, finished: Path, tmp_path: Path) -> None:
+    words = flags(data, tmp_path, "--init_from", str(finished / "checkpoints" / "checkpoint_final"))
+    launch(*words, "--stop_at_step", "4")
+    assert "Resumed from step 4" in launch(*words, "--stop_at_step", "5")
+
+
+def test_another_models_weights_are_refused_with_each_difference(data: Path, finished: Path, tmp_path: Path) -> None:
+    source = finished / "checkpoints" / "checkpoint_final"
+    refusal = refused(*flags(data, tmp_path / "run", "--init_from", str(source), "--d_model", "32", "--num_layers", "2"))
+    assert refusal.exit_code == CHECKPOINT
+    assert "holds another model" in str(refusal)
+    assert "(300, 16) instead of (300, 32)" in str(refusal)
+    assert " more" in str(refusal)
+    assert steps(tmp_path / "run") == []
+
+
+def test_weights_that_do_not_fit_change_nothing(finished: Path) -> None:
+    import torch
+
+    from trainer.checkpoint import Checkpoint
+
+    network = torch.nn.Linear(3, 3)
+    before = network.weight.detach().clone()
+    with pytest.raises(Refusal, match="weight: missing instead of"):
+        load_weights(network, Checkpoint(finished / "checkpoints" / "checkpoint_step_8"))
+    assert network.weight.equal(before)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "byte"])
+def test_init_from_a_damaged_checkpoint_is_refused(data: Path, complete: Path, tmp_path: Path, damage: str) -> None:
+    source = complete / "checkpoints" / "checkpoint_step_8"
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (source / "model.safetensors").write_bytes(weights)
+    if damage == "manifest":  # unfinished or tampered with: it must not pass for a folder of transformers' instead
+        (source / "manifest.json").unlink()
+    refused(*flags(data, tmp_path / "new", "--init_from", str(source), "--max_steps", "1"))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "default"),
+        (["--preset", "quick"], "quick"),
+        (["--d_model", "512"], "default-d_model512"),
+        (["--preset", "quick", "--lr", "1e-3"], "quick-learning_rate0.001"),
+        (["--d_model", "512", "--log_every", "7", "--num_workers", "0", "--max_training_hours", "1"], "default-d_model512"),
+        (["--max_epochs", "3", "--n_layers", "2"], "default-num_layers2-max_epochs3"),
+        (["--d_model", "768"], "default"),  # the default, typed
+    ],
+)
+def test_default_run_names(words: list[str], name: str) -> None:
+    recipe = Gpt2Wikitext()
+    assert configuration.run_name(configuration.parse(recipe.Config, recipe.presets, words, recipe.name)) == name
+
+
+def test_without_a_name_the_same_command_finds_its_run_and_another_gets_its_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = flags(data, None, "--stop_at_step", "2")
+    launch(*small)
+    assert "Resumed from step 2" in launch(*small, "--stop_at_step", "3")
+    launch(*small, "--d_model", "32")
+    runs = {p.name for p in (tmp_path / "runs" / "gpt2_wikitext").iterdir()}
+    assert len(runs) == 2
+    assert all(name.startswith("default-d_model") for name in runs)
+
+
+def test_a_yaml_file_names_the_run_and_flags_win_over_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = iter(TINY.replace("--no_use_tensorboard", "--use_tensorboard false").split())
+    pairs = {flag.removeprefix("--"): next(words) for flag in words}
+    (tmp_path / "mine.yaml").write_text("\n".join(f"{k}: {v}" for k, v in {**pairs, "data_dir": data}.items()))
+    said = launch("--config", "mine.yaml", "--stop_at_step", "2")
+    assert str(Path("runs", "gpt2_wikitext", "mine")) in said
+    assert "Resumed from step 2" in launch("--config", "mine.yaml", "--stop_at_step", "3")
+    assert "max_steps: the run has 12, asked for 20" in str(
+        refused("--config", "mine.yaml", "--max_steps", "20", "--run_name", "mine")
+    )
+
+
+# What is left behind
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00garbage"),
+        lambda run: (run / "config.yaml").write_text("run: [unclosed"),
+        lambda run: (run / "config.yaml").unlink(),
+        lambda run: (run / "status.json").write_text("{"),
+        lambda run: (run / "metrics.jsonl").write_bytes(b'{"step": 2, "train/loss": 1.0}\n{"step": 99, "tr'),
+        lambda run: (run / "metrics.jsonl").unlink(),
+    ],
+    ids=["config-bytes", "config-yaml", "config-missing", "status", "metrics-cut", "metrics-missing"],
+)
+def test_a_damaged_file_of_the_run_directory_does_not_stop_a_resume(
+    data: Path, halfway: Path, spoil: Callable[[Path], object]
+) -> None:
+    """Kills and full disks leave such files; the checkpoint alone decides."""
+    spoil(halfway)
+    assert "Resumed from step 8" in launch(*flags(data, halfway))
+    rows = [json.loads(line) for line in (halfway / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 12

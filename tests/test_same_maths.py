@@ -1,0 +1,271 @@
+"""Property 1, the launch never changes the maths: the same losses and gradient norms under every backend and every way to cut
+a step into micro-batches; and with them clipping, and what happens to a step whose gradient is not finite.
+
+One launch a backend trains all runs. What they should give comes from a loop in plain PyTorch below, which knows no
+backend and no accumulation, and divides each loss term once.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import run
+from scenarios import Finished, launch
+from toy_recipe import ToyRecipe
+
+from recipes.gpt2_wikitext import Gpt2Wikitext
+from trainer import batches, config, setup
+from trainer.recipe import Recipe
+
+BACKENDS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+STEPS = 20
+EFFECTIVE_BATCH = 8
+TOY_ROWS = 64
+SEED = 42  # the default
+# Stopped four steps before the end: a run that is finished draws a picture, which takes longer than the training.
+COMMON = ["--max_steps", str(STEPS + 4), "--stop_at_step", str(STEPS), "--learning_rate", "1e-2", "--warmup_steps", "4"]
+CUTS = {
+    f"{batch}x{8 // batch}": ["--batch_size", str(batch), "--gradient_accumulation_steps", str(8 // batch)]
+    for batch in (2, 4, 8)
+}
+# Learning rate 0.5 throughout, plain gradient descent: a step's weight change is the clipped gradient times 0.5.
+DESCENT = [
+    "--max_steps",
+    "3",
+    "--stop_at_step",
+    "2",
+    "--optimizer",
+    "sgd",
+    "--beta1",
+    "0",
+    "--weight_decay",
+    "0",
+    "--save_every",
+    "1",
+]
+DESCENT += ["--learning_rate", "0.5", "--min_lr", "0.5", "--warmup_steps", "0", *CUTS["4x2"]]
+CLIP = 0.01
+
+
+def sample(step: int, place: int) -> str:
+    """The number of the sample that optimizer step `step` (from 1) of the toy meets at `place` of its EFFECTIVE_BATCH."""
+    position = (step - 1) * EFFECTIVE_BATCH + place
+    return str(batches.sample_numbers(range(position, position + 1), SEED, TOY_ROWS)[0])
+
+
+# At 4x2 on two processes, rank 0 reads places 0, 1, 4, 5 and rank 1 the others: one rank alone meets each of these.
+NAN_STEPS = {1: sample(1, 3), 6: sample(6, 0), 7: sample(7, 7)}
+NAN_FLAGS = [
+    "--stop_at_step",
+    "10",
+    "--nan_samples",
+    *NAN_STEPS.values(),
+    "--save_every",
+    "1",
+    "--keep_last",
+    "0",
+    *CUTS["4x2"],
+]
+
+
+def runs(text: Path, kind: str = "one") -> dict[str, tuple[str, list[str]]]:
+    """{name: (recipe, command line)}: what a launch of `kind` trains."""
+    gpt2 = ["--data_dir", str(text), "--tokenizer", "train", "--vocab_size", "300", "--packing", "rows", "--d_model", "16"]
+    gpt2 += ["--num_layers", "2", "--num_heads", "2", "--max_length", "24", "--dropout", "0", "--no_use_tensorboard"]
+    gpt2 += ["--num_workers", "0", "--log_every", "1", "--eval_every", "0", "--save_every", "0", *COMMON]
+    gpt2 += ["--max_training_hours", "1"]
+    made = {f"toy {cut}": ("toy", [*COMMON, *flags]) for cut, flags in CUTS.items()}
+    made |= {f"gpt2 {cut}": ("gpt2", [*gpt2, *CUTS[cut]]) for cut in ("2x4", "8x1")}
+    made["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
+    # A lower learning rate: at 1e-2 twenty steps of Adam make 2e-3 of what bf16 rounds differently in another summation order.
+    bf16 = ["--mixed_precision", "bf16", "--learning_rate", "3e-4"]
+    made |= {f"{name} bf16": (name, [*made[f"{name} 8x1"][1], *bf16]) for name in ("toy", "gpt2")}
+    made["clipped"] = ("toy", [*DESCENT, "--grad_clip", str(CLIP)])
+    made["unclipped"] = ("toy", [*DESCENT, "--grad_clip", "0"])
+    made["nan adamw"] = ("toy", [*COMMON, *NAN_FLAGS])
+    made["nan sgd"] = ("toy", [*COMMON, *NAN_FLAGS, "--optimizer", "sgd", "--grad_clip", "0.1"])
+    bad = [sample(step, 3) for step in (2, *range(5, 13))]  # a single one first, which must not count
+    made["gives up"] = ("toy", [*COMMON, *CUTS["4x2"], "--save_every", "2", "--max_bad_steps", "3", "--nan_samples", *bad])
+    # Optimizer offload is Adam's alone.
+    return {name: run for name, run in made.items() if kind != "zero3_offload" or "sgd" not in run[1]}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of rows of 1 to 12 words, so that the micro-batches have unlike token counts."""
+    folder, dice = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["a", "of", "river", "stone", "walked", "quietly", "between", "seventeen", "lighthouses"]
+    for name, rows in (("train", 60), ("validation", 9), ("test", 3)):
+        lines = [" ".join(dice.choices(words, k=dice.randint(1, 12))) for _ in range(rows)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finished]]:
+    """{backend: {name: run}}."""
+    for tool in ("g++", "ninja"):  # told here, in one line, rather than by DeepSpeed in a hundred
+        assert shutil.which(tool), f"zero3_offload compiles DeepSpeed's CPU Adam: install {tool}"
+    return {kind: launch(kind, runs(text, kind), tmp_path_factory.mktemp(kind)) for kind in BACKENDS}
+
+
+def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means: int = 0) -> dict[str, list[float]]:
+    """Losses and norms of a loop that a textbook could print: AdamW, the whole step as one batch, one process.
+
+    With `mean_of_means` N, wrongly: the step is cut into N micro-batches, each divided by its own counts, and averaged.
+    """
+    settings = config.parse(recipe.Config, recipe.presets, argv, recipe.name).config
+    o, data = settings.optimisation, recipe.build_data(settings)
+    network = setup.build_network(recipe, settings, data)
+    optimizer = torch.optim.AdamW(recipe.parameter_groups(network, settings), betas=(o.beta1, o.beta2), eps=o.eps)
+    curves: dict[str, list[float]] = {"train/loss": [], "train/grad_norm": []}
+    for step in range(1, steps + 1):
+        positions = range((step - 1) * EFFECTIVE_BATCH, step * EFFECTIVE_BATCH)
+        numbers = batches.sample_numbers(positions, o.seed, len(data.train))
+        parts = mean_of_means or 1
+        part, loss = len(numbers) // parts, torch.zeros(())
+        for i in range(parts):
+            batch = data.train.__getitems__(numbers[i * part : (i + 1) * part])
+            counts, weights = recipe.items(batch), recipe.loss_weights(settings)
+            for term, total in recipe.loss(network, batch).items():
+                loss = loss + weights.get(term, 1.0) * total / max(counts[term], 1) / parts
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(step, o.max_steps, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        curves["train/loss"].append(loss.item())
+        curves["train/grad_norm"].append(norm.item())
+    return curves
+
+
+@pytest.fixture(scope="module")
+def references(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+    """The right curves of both recipes."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SAMECURVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    argv = {name: runs(text)[f"{name} 8x1"][1] for name in ("toy", "gpt2")}
+    found = {"toy": reference(ToyRecipe(), argv["toy"]), "gpt2": reference(Gpt2Wikitext(), argv["gpt2"])}
+    patch.undo()
+    return found
+
+
+def apart(run: Finished, right: dict[str, list[float]]) -> float:
+    """The largest relative difference from `right` over all steps, of losses and gradient norms."""
+    worst = 0.0
+    for name, values in right.items():
+        curve = run.curve(name)
+        assert list(curve) == list(range(1, len(values) + 1)), run.outcomes
+        for mine, value in zip(curve.values(), values, strict=True):
+            assert mine is not None
+            assert math.isfinite(mine)
+            worst = max(worst, abs(mine - value) / abs(value))
+    return worst
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
+    kind: str, finished: dict[str, dict[str, Finished]], references: dict[str, dict[str, list[float]]]
+) -> None:
+    names = [name for name in finished[kind] if name.endswith(tuple(CUTS))]
+    assert len(names) == 5
+    found = {name: apart(finished[kind][name], references[name.split()[0]]) for name in names}
+    print(kind, found)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    for name in ("toy", "gpt2"):
+        alone = finished["one"][f"{name} bf16"]
+        right = {key: [v or math.nan for v in alone.curve(key).values()] for key in ("train/loss", "train/grad_norm")}
+        found = apart(finished[kind][f"{name} bf16"], right)
+        print(kind, name, found)
+        assert found < 1e-3
+        fp32 = finished[kind][f"{name} 8x1"]
+        first = [abs(fp32.curve(key)[1] / values[0] - 1) for key, values in right.items()]
+        assert max(first) > 1e-5, "bf16 was not on"
+
+
+def test_a_mean_of_means_would_not_pass(
+    text: Path, references: dict[str, dict[str, list[float]]], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
+    for name, recipe in (("toy", ToyRecipe()), ("gpt2", Gpt2Wikitext())):
+        for parts in (2, 4):
+            wrong = reference(recipe, runs(text)[f"{name} 8x1"][1], steps=1, mean_of_means=parts)
+            off = {key: abs(value / references[name][key][0] - 1) for key, (value,) in wrong.items()}
+            print(name, parts, off)
+            assert max(off.values()) > 1e-3, (name, parts, off)
+
+
+@pytest.mark.parametrize("kind", BACKENDS[:-1])  # offloading takes Adam only
+def test_clipping_bounds_the_step_and_only_if_asked(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    def change(run: Finished) -> float:
+        before, after = run.tensors("model", 1), run.tensors("model", 2)
+        return math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in after))
+
+    clipped, unclipped = finished[kind]["clipped"], finished[kind]["unclipped"]
+    assert change(clipped) == pytest.approx(0.5 * CLIP, rel=1e-3)
+    norm = unclipped.curve("train/grad_norm")[2]
+    assert norm is not None
+    assert norm > 1
+    assert change(unclipped) == pytest.approx(0.5 * norm, rel=1e-3)
+    assert clipped.curve("train/grad_norm")[1] == pytest.approx(unclipped.curve("train/grad_norm")[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [(k, o) for k in BACKENDS for o in ("adamw", "sgd") if (k, o) != ("zero3_offload", "sgd")]
+)
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
+    kind: str, optimizer: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    run, alone = finished[kind][f"nan {optimizer}"], finished["one"][f"nan {optimizer}"]
+    assert [outcome["reason"] for outcome in run.outcomes] == ["stop_at_step"] * len(run.outcomes)
+    assert run.steps() == list(range(1, 11))
+    for key in ("train/loss", "train/grad_norm"):
+        values = run.curve(key)
+        assert [step for step, value in values.items() if value is None] == list(NAN_STEPS)
+        for step, value in alone.curve(key).items():
+            assert values[step] == (None if value is None else pytest.approx(value, rel=1e-5))
+    assert run.curve("train/bad_steps")[10] == len(NAN_STEPS)
+    for step in range(2, 11):
+        for stem in ("model", "optimizer"):
+            before, after = run.tensors(stem, step - 1), run.tensors(stem, step)
+            same = all(torch.equal(after[name], tensor) for name, tensor in before.items())
+            assert same == (step in NAN_STEPS), (stem, step)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_its_checkpoints(
+    kind: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    check_gave_up(finished[kind]["gives up"])
+    outcomes = finished[kind]["gives up"].outcomes
+    assert {outcome["exit_code"] for outcome in outcomes} == {4}
+    assert len({outcome["message"] for outcome in outcomes}) == 1
+
+
+def test_the_exit_code_of_a_run_that_gave_up(tmp_path: Path) -> None:
+    _, argv = runs(tmp_path)["gives up"]
+    script, folder = Path(__file__).with_name("toy_recipe.py"), tmp_path / "run"
+    log = run("one", script, *argv, "--output_dir", str(folder), log=tmp_path / "log.txt", expect=4)
+    assert "error: the gradient was not finite in 3 steps in a row" in log
+    check_gave_up(Finished(folder, []))
+
+
+def check_gave_up(run: Finished) -> None:
+    """After the third bad step in a row, read a step late; the checkpoints before and among the bad steps are good."""
+    assert 7 <= max(run.curve("train/loss")) <= 8
+    assert run.steps() == [2, 4, 6]
+    weights = [run.tensors("model", step) for step in (4, 6)]
+    for name, tensor in weights[0].items():
+        assert torch.isfinite(tensor).all()
+        assert torch.equal(tensor, weights[1][name])

@@ -1,0 +1,279 @@
+"""Property 6, and every way to ask for a stop, through the launchers a person uses: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launching import RECIPE, command, environment, kill_group, start
+
+from trainer.checkpoint import Checkpoint
+
+TINY = "--tokenizer train --vocab_size 300 --d_model 32 --num_layers 2 --num_heads 2 --max_length 32 --batch_size 4"
+TINY += " --max_steps 1000000 --save_every 0 --eval_every 0 --log_every 20 --no_use_tensorboard --device cpu"
+START_SECONDS = 90.0
+SAVE_SECONDS = 30.0
+
+
+class Launched:
+    """A training run under some launcher, in a process group of its own."""
+
+    def __init__(self, place: Path, words: list[str], directory: Path, **options: object) -> None:
+        self.directory, self.log = directory, directory.with_suffix(".log")
+        self.began = time.monotonic()
+        env = environment(SAMECURVE_CACHE=str(place / "cache"), OMP_NUM_THREADS="1")
+        self.process = start(words, self.log, env, **options)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """Every living process with the run directory in its command line: launcher, ranks, data workers."""
+        found = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) != os.getpid():
+                try:
+                    words = Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
+                    state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if str(self.directory).encode() in words and state != "Z":
+                    found.append(int(entry))
+        return found
+
+    def rank(self, number: int) -> int:
+        """The process of a rank: the oldest with that number in its environment (its data workers are younger)."""
+        wanted = f"RANK={number}".encode()
+        return min(pid for pid in self.pids() if wanted in Path("/proc", str(pid), "environ").read_bytes().split(b"\0"))
+
+    def wait_until(self, what: Callable[[], bool], seconds: float, why: str) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, f"{why} within {seconds} s:\n{self.text[-3000:]}"
+            time.sleep(0.02)
+
+    def wait_for_training(self) -> None:
+        def trains() -> bool:
+            assert self.process.poll() is None, self.text[-3000:]
+            return bool(re.search(r"^Step +\d+ \|", self.text, re.MULTILINE))
+
+        self.wait_until(trains, START_SECONDS, "no step was logged")
+
+    def exit_code(self, seconds: float = SAVE_SECONDS) -> int:
+        try:
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.text[-3000:]}") from None
+
+    def check_stopped(self, reason: str) -> None:
+        """It says so, its checkpoint is whole, and nothing of it runs any more."""
+        self.wait_until(lambda: not self.pids(), SAVE_SECONDS, "orphans left")
+        status = json.loads((self.directory / "status.json").read_text())
+        assert (status["state"], status["reason"]) == ("stopped", reason), self.text[-3000:]
+        found = Checkpoint(Path(status["checkpoint"]))
+        found.verify()
+        assert found.state["progress"]["step"] == status["step"] > 0
+        assert f"Stopped at step {status['step']:,}: {reason}." in self.text
+        saved = re.findall(r"Saved checkpoint to (\S+)", self.text)
+        assert saved[-1] == str(found.path)
+        assert len(set(saved)) == len(saved)  # both asked by a signal and by its launcher: one stop, one save
+        assert "Traceback" not in (self.directory / "train.log").read_text()  # (torchrun prints one of its own)
+
+    def close(self) -> None:
+        for pid in self.pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        kill_group(self.process)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopping")
+    (folder / "text").mkdir()
+    words = "if music be the food of love play on give me excess of it that surfeiting the appetite may sicken"
+    for name, rows in (("train", 6000), ("validation", 6), ("test", 6)):  # an epoch, whose end saves, is far away
+        lines = (" ".join(words.split()[(i * i + 5 * k) % 20] for k in range(12)) for i in range(rows))
+        (folder / "text" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+Launcher = Callable[..., Launched]
+
+
+@pytest.fixture
+def launch(place: Path, tmp_path: Path) -> Iterator[Launcher]:
+    """Starts a run; whatever still runs at the end of the test is killed."""
+    started: list[Launched] = []
+
+    def begin(kind: str, *more: str, name: str = "run", **options: object) -> Launched:
+        directory = tmp_path / name
+        words = [*TINY.split(), "--data_dir", str(place / "text"), "--output_dir", str(directory), "--num_workers", "1", *more]
+        if kind == "accelerate":  # the launcher with one process
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+            line = [*launcher, str(RECIPE), *words]
+        else:
+            line = command(kind, RECIPE, *words)
+        started.append(Launched(place, line, directory, **options))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.close()
+
+
+# Property 6
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp"])
+def test_it_has_left_before_the_limit_counted_from_its_start(launch: Launcher, kind: str) -> None:
+    limit_seconds = 18.0
+    run = launch(kind, "--max_training_hours", str(limit_seconds / 3600))
+    assert run.exit_code(60) == 0, run.text[-3000:]
+    took = time.monotonic() - run.began
+    assert took <= limit_seconds, f"{took:.1f} s"
+    assert took > limit_seconds / 2  # and it used the time it had
+    run.check_stopped("time_limit")
+    link = run.directory / "checkpoints" / "checkpoint_time_limit"
+    assert link.is_symlink()
+    Checkpoint(link).verify()
+    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/loss" in line for line in lines)
+
+
+def test_a_limit_that_is_over_before_the_first_step_still_saves(launch: Launcher) -> None:
+    run = launch("one", "--max_training_hours", str(0.5 / 3600))
+    assert run.exit_code(60) == 0, run.text[-3000:]
+    status = json.loads((run.directory / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "time_limit")
+    assert status["step"] <= 3
+    Checkpoint(run.directory / "checkpoints" / "checkpoint_time_limit").verify()
+    assert not run.pids()
+
+
+# Signals
+
+
+def test_signals_to_plain_python(launch: Launcher) -> None:
+    """To the process alone, or, as a terminal does with Ctrl-C, to its whole group with the data workers in it."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    runs = {number: launch("one", name=number.name) for number in signals}
+    for number, run in runs.items():
+        run.wait_for_training()
+        if number == signal.SIGINT:
+            os.killpg(run.process.pid, number)
+        else:
+            os.kill(run.process.pid, number)
+    for number, run in runs.items():
+        assert run.exit_code() == 0, run.text[-3000:]
+        run.check_stopped(number.name)
+
+
+def test_sigterm_to_accelerate_launch_with_one_process(launch: Launcher) -> None:
+    """The launcher dies of it without a word to its child, which must save all the same and not live on."""
+    run = launch("accelerate")
+    run.wait_for_training()
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.exit_code()
+    run.check_stopped("SIGTERM")
+
+
+def test_sigterm_to_the_ddp_launcher(launch: Launcher) -> None:
+    run = launch("ddp")
+    run.wait_for_training()
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.exit_code()  # torchrun gives 1 whatever its children gave: status.json tells
+    run.check_stopped("SIGTERM")
+
+
+def test_sigkill_to_the_ddp_launcher_leaves_no_orphans(launch: Launcher) -> None:
+    run = launch("ddp")
+    run.wait_for_training()
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.exit_code()
+    run.check_stopped("SIGTERM")  # what the kernel sends to the ranks for it
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(launch: Launcher) -> None:
+    run = launch("ddp")
+    run.wait_for_training()
+    os.kill(run.rank(1), signal.SIGUSR1)
+    assert run.exit_code() == 0, run.text[-3000:]
+    run.check_stopped("SIGUSR1")
+
+
+def test_a_second_interrupt_leaves_at_once(launch: Launcher) -> None:
+    """A step of minutes: the first Ctrl-C would be obeyed after it, the second one is not for waiting."""
+    run = launch("one", "--gradient_accumulation_steps", "100000", "--num_workers", "0")
+    run.wait_until(lambda: "Optimizer: " in run.text, START_SECONDS, "no start")
+    time.sleep(1.0)
+    os.killpg(run.process.pid, signal.SIGINT)
+    time.sleep(1.0)
+    assert run.process.poll() is None, "the first interrupt must wait for the step"
+    again = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.exit_code(10) == 130
+    assert time.monotonic() - again < 2
+    assert "second interrupt: leaving at once" in run.text
+    assert not list((run.directory / "checkpoints").glob("*step_*"))
+    run.wait_until(lambda: not run.pids(), 5, "orphans left")
+
+
+# Words and files
+
+
+def test_a_stop_file_stops_and_is_removed(launch: Launcher) -> None:
+    run = launch("ddp")
+    run.wait_for_training()
+    (run.directory / "status").touch()
+    run.wait_until(lambda: not (run.directory / "status").exists(), 10, "the status file was not answered")
+    run.wait_until(lambda: " of 1,000,000; " in run.text, 10, "no status")
+    (run.directory / "stop").touch()
+    assert run.exit_code() == 0, run.text[-3000:]
+    run.check_stopped("stop_file")
+    assert not (run.directory / "stop").exists()
+
+
+def test_status_and_stop_typed_into_a_pipe(launch: Launcher) -> None:
+    run = launch("one", stdin=subprocess.PIPE)
+    run.wait_for_training()
+    typed = run.process.stdin
+    assert typed is not None
+    typed.write(b"status\n")
+    typed.flush()
+    run.wait_until(lambda: " of 1,000,000; " in run.text, 10, "no status")
+    assert run.process.poll() is None
+    line = next(line for line in run.text.splitlines() if " of 1,000,000; " in line)
+    for part in ("Step ", " h trained", "to go", "last: Step", "Loss: "):
+        assert part in line
+    typed.write(b"stop\n")
+    typed.flush()
+    assert run.exit_code() == 0, run.text[-3000:]
+    run.check_stopped("stop_typed")
+
+
+def test_the_end_of_stdin_stops_nothing_and_the_same_command_goes_on(launch: Launcher) -> None:
+    run = launch("one", stdin=subprocess.PIPE)
+    run.wait_for_training()
+    assert run.process.stdin is not None
+    run.process.stdin.close()
+    time.sleep(1.5)  # three looks at stdin
+    assert run.process.poll() is None, run.text[-3000:]
+    os.kill(run.process.pid, signal.SIGHUP)
+    assert run.exit_code() == 0, run.text[-3000:]
+    run.check_stopped("SIGHUP")
+    stopped_at = json.loads((run.directory / "status.json").read_text())["step"]
+
+    again = launch("one", "--stop_at_step", str(stopped_at + 3))
+    assert again.exit_code(60) == 0, again.text[-3000:]
+    assert f"Resumed from step {stopped_at}" in again.text

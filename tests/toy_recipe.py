@@ -1,0 +1,139 @@
+"""A recipe of a few milliseconds a step with everything that goes wrong elsewhere, for the property tests.
+
+Two loss terms with different item counts and weights, rows of unequal length, tied weights, two parameter groups, sizes that
+no number of processes divides, a parameter of one element, and samples whose loss is NaN, so that one rank alone meets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer import config as trainer_config
+from trainer.main import main
+from trainer.recipe import Batch, Data, Recipe
+
+IGNORED = -100
+VOCABULARY = 32
+
+
+@dataclass(frozen=True)
+class Model:
+    width: int = 16
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    train_rows: int = 64
+    nan_samples: tuple[int, ...] = ()
+    """numbers in the endless stream: each is met once, in one step, by one process"""
+
+
+@dataclass(frozen=True)
+class Run(trainer_config.Run):
+    num_workers: int = 0
+    log_every: int = 1
+    eval_every: int = 0
+    save_every: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a toy."""
+
+    model: Model = field(default_factory=Model)
+    data: Rows = field(default_factory=Rows)
+    optimisation: trainer_config.Optimisation = field(default_factory=trainer_config.Optimisation)
+    run: Run = field(default_factory=Run)
+
+
+class ToyRows:
+    """Row i: random tokens, 3 to 14 of them, and for two rows of three a number to predict; all from (salt, i)."""
+
+    def __init__(self, rows: int, salt: int, nan_samples: Sequence[int] = ()) -> None:
+        self.rows, self.salt, self.nan_samples = rows, salt, frozenset(nan_samples)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        made = [np.random.RandomState(self.salt + number % self.rows) for number in numbers]
+        rows = [torch.from_numpy(random.randint(0, VOCABULARY, random.randint(4, 16))) for random in made]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        return {
+            "tokens": padded[:, :-1].clamp_min(0),
+            "labels": padded[:, 1:],
+            "value": torch.tensor([3 * random.rand() for random in made], dtype=torch.float32),
+            "has_value": torch.tensor([number % self.rows % 3 > 0 for number in numbers]),
+            "health": torch.tensor([float("nan") if number in self.nan_samples else 1.0 for number in numbers]),
+        }
+
+
+class ToyNetwork(nn.Module):
+    """tokens [batch, time] -> logits [batch, time, vocabulary], value [batch]."""
+
+    def __init__(self, width: int, dropout: float, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 33), nn.GELU(), nn.Linear(33, width), nn.Dropout(dropout))
+            for _ in range(2)
+        )
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+        self.value = nn.Linear(width, 1)  # its bias is the parameter of one element
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.embed(tokens)
+        for block in self.blocks:
+            hidden = hidden + (checkpoint(block, hidden, use_reentrant=False) if self.recompute else block(hidden))
+        return self.head(hidden), self.value(hidden[:, 0])[:, 0]
+
+
+class ToyRecipe(Recipe):
+    """The contract, filled in as small as it goes."""
+
+    name = "toy"
+    Config = Config
+    best_metric = "val_loss"
+
+    def build_data(self, config: Config) -> Data:
+        train = ToyRows(config.data.train_rows, 0, config.data.nan_samples)
+        return Data(train, {"val": ToyRows(9, 10_000)}, fingerprint="toy")
+
+    def build_model(self, config: Config, data: Data) -> nn.Module:
+        return ToyNetwork(config.model.width, config.model.dropout, config.run.gradient_checkpointing)
+
+    def items(self, batch: Batch) -> dict[str, int]:
+        return {"token": int((batch["labels"] != IGNORED).sum()), "value": int(batch["has_value"].sum())}
+
+    def loss(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self._sums(network(batch["tokens"]), batch)
+
+    def _sums(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Tensor]:
+        logits, value = outputs
+        token = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+        huber = F.huber_loss(value.float(), batch["value"], reduction="none") * batch["health"]
+        return {"token": token, "value": (huber * batch["has_value"]).sum()}
+
+    def loss_weights(self, config: Any) -> dict[str, float]:
+        return {"value": 0.3}
+
+    def measure(self, network: nn.Module, batch: Batch) -> dict[str, tuple[Tensor | float, float]]:
+        outputs, counts = network(batch["tokens"]), self.items(batch)
+        right = (outputs[0].argmax(-1) == batch["labels"]).sum()
+        sums = {term: (total, counts[term]) for term, total in self._sums(outputs, batch).items()}
+        return {**sums, "accuracy": (right, counts["token"])}
+
+
+if __name__ == "__main__":
+    main(ToyRecipe())

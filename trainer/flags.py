@@ -1,0 +1,150 @@
+"""The words of a command line and of a YAML file: their spellings, their checks, and tyro's complaints in one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from trainer.errors import Refusal
+
+SECTIONS = ("model", "data", "optimisation", "run")
+
+
+def flag_names(config_class: type) -> dict[str, str]:
+    """Every spelling of every flag, with underscores and without dashes -> the field it sets."""
+    names: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(config_class, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            names |= flag_names(hint)
+            continue
+        names[name] = name
+        for extra in getattr(hint, "__metadata__", ()):
+            names |= {alias.lstrip("-").replace("-", "_"): name for alias in getattr(extra, "aliases", None) or ()}
+    return names
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """A question with the likeliest of `known`, in brackets; empty if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """The last value of `--name X` or `--name=X`, before the real parser runs."""
+    found = None
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def typed(argv: Sequence[str], names: Mapping[str, str]) -> set[str]:
+    """The spellings of `names` that occur in a command line."""
+    words = {w.partition("=")[0].lstrip("-").replace("-", "_") for w in argv if w.startswith("--")}
+    return {w for word in words for w in (word, word.removeprefix("no_")) if w in names}
+
+
+def arguments(mapping: Mapping[str, Any]) -> list[str]:
+    """{name: value} as command-line words, so that a preset or a file meets the checks a typed flag meets."""
+    words: list[str] = []
+    for name, value in mapping.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain data only (SafeLoader refuses every !!python tag), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _kinds(config_class: type) -> dict[str, str]:
+    """What YAML may hold for each field."""
+    kinds: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            kinds |= _kinds(hint)
+        else:
+            kinds[name] = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
+    return kinds
+
+
+def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
+    """{field: value} of a YAML file, flat or in sections. Refusal, naming file and key, for whatever cannot be meant."""
+    names, kinds = flag_names(config_class), _kinds(config_class)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise Refusal(f"--config {path}: {error.strerror}; give an existing YAML file") from None
+    except UnicodeDecodeError as error:
+        raise Refusal(f"--config {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise Refusal(f"--config {path}{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise Refusal(f"--config {path}: expected `name: value` lines, found {type(data).__name__}")
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        inner = (value or {}) if key in SECTIONS and (value is None or isinstance(value, dict)) else {key: value}
+        for name, leaf in inner.items():
+            canonical = names.get(str(name).replace("-", "_"))
+            if canonical is None:
+                raise Refusal(f"--config {path}: unknown key {str(name)!r}{nearest(str(name), names)}")
+            if canonical in flat:
+                raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
+            if isinstance(leaf, dict):
+                raise Refusal(f"--config {path}: {name} takes a value, not a section; sections are {', '.join(SECTIONS)}")
+            if canonical in ("preset", "config") and leaf is not None:
+                raise Refusal(f"--config {path}: {canonical} cannot be given in a file; type --{canonical} {leaf}")
+            found = "true or false" if isinstance(leaf, bool) else "a list" if isinstance(leaf, list) else "one value"
+            if leaf is not None and found != kinds[canonical]:
+                raise Refusal(f"--config {path}: {name} takes {kinds[canonical]}, found {leaf!r}")
+            flat[canonical] = leaf
+    return flat
+
+
+def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, description: str) -> Any:
+    """tyro.cli, with prefixes of sections left out and its complaints as a Refusal of one line."""
+    complaint = io.StringIO()
+    marker = tyro.conf.OmitArgPrefixes[config_class]  # type: ignore[valid-type]
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(marker, args=list(argv), prog=prog, description=description, use_underscores=True, **extra)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise Refusal(_one_line(complaint.getvalue(), config_class)) from None
+
+
+def _one_line(box: str, config_class: type) -> str:
+    """tyro explains in a box; keep its first paragraph, and add the nearest flag if a name was unknown."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if line and set(line) == {"─"}]
+    text = " ".join(lines[: rules[0] if rules else None]) or box.strip()
+    unknown = re.search(r"Unrecognized options: (--?[\w-]+)", text)
+    if unknown:
+        word = unknown[1].lstrip("-").replace("-", "_")
+        return f"unknown flag {unknown[1]}{nearest(word, flag_names(config_class))}; --help lists all flags"
+    return text.rstrip(".") + "; --help lists all flags"
