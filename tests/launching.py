@@ -33,11 +33,14 @@ def command(kind: str, script: Path, *arguments: str) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what a launcher around pytest may have set."""
+    """This process's environment without what a launcher around pytest may have set.
+
+    One thread each: tiny steps spend their time waiting for a second thread that another process keeps from running.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "PET_", "WANDB_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
-    return {**kept, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
+    return {**kept, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **extra}
 
 
 def start(words: Sequence[str], log: Path, env: Mapping[str, str] | None = None, **options: object) -> subprocess.Popen[bytes]:

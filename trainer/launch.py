@@ -119,6 +119,8 @@ def connect(device: str, timeout_minutes: float) -> Launch:
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
     timeout = timedelta(minutes=timeout_minutes)
+    # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     if deepspeed:
         # DeepSpeed still calls names that torch 2.13 has deprecated, at every step of every process.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -247,6 +249,9 @@ def fill_deepspeed_config(
         filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif mixed_precision == "fp16":
         filled["fp16"] = {**fp16, "enabled": True}
+    # With an offloaded optimizer Accelerate would put DeepSpeed's CPU Adam in place of whatever was asked for, and compile
+    # it; torch's own fused CPU forms do the same work.
+    filled["zero_force_ds_cpu_optimizer"] = False
     filled.setdefault("steps_per_print", 2**31 - 1)
     return filled
 

@@ -98,13 +98,9 @@ class ZeroState:
         self.partitions = zero.fp32_partitioned_groups_flat if self.stage3 else zero.single_partition_of_fp32_groups
         for flat in self.partitions:
             state = {m: torch.zeros_like(flat.data) for m in moments}
-            self.base.state[flat] = {"step": self._count(0.0, flat), **state} if "exp_avg" in moments else state
+            self.base.state[flat] = {"step": torch.tensor(0.0, device=flat.device), **state} if "exp_avg" in moments else state
         if not self.stage3 and moments:
             zero._lazy_init_hp_params_optimizer_state()
-
-    def _count(self, value: float, flat: Tensor) -> Any:
-        # DeepSpeed's CPU Adam passes an int to C++; torch's fused Adam wants a tensor beside the parameter.
-        return int(value) if "DeepSpeed" in type(self.base).__name__ else torch.tensor(value, device=flat.device)
 
     def model_entries(self) -> list[Entry]:
         """Parameters from the fp32 masters (tied ones once) and buffers."""
@@ -153,7 +149,7 @@ class ZeroState:
         if STEP in names and "exp_avg" in self.moments:
             count = float(read(STEP))
             for flat in self.partitions:
-                self.base.state[flat]["step"] = self._count(count, flat)
+                self.base.state[flat]["step"] = torch.tensor(count, device=flat.device)
 
     def _set(self, p: Any, value: Tensor, moment: str | None) -> None:
         from deepspeed import utils
