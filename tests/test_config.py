@@ -16,6 +16,7 @@ from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from trainer import config as configuration
 from trainer.config import Optimisation, Parsed, Run
 from trainer.errors import BAD_INPUT, Refusal
+from trainer.flags import SECTIONS
 
 PRESETS = Gpt2Wikitext.presets
 
@@ -195,7 +196,7 @@ def test_a_wrong_flag_is_refused_by_name(argv: list[str], words: list[str]) -> N
 )
 def test_numbers_that_no_run_can_mean(name: str, value: str) -> None:
     config = Config()
-    section = next(s for s in configuration.SECTIONS if hasattr(getattr(config, s), name))
+    section = next(s for s in SECTIONS if hasattr(getattr(config, s), name))
     number = int(value) if value.lstrip("-").isdigit() else float(value)
     changed = dataclasses.replace(getattr(config, section), **{name: number})
     with pytest.raises(Refusal, match=rf"^{name} {re.escape(str(number))}"):

@@ -248,7 +248,6 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
     assert process.communicate(timeout=5)[0] == "reason SIGUSR1\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux only")
 @pytest.mark.parametrize("environment", [LAUNCHED, PLAIN])
 def test_trainer_stops_when_its_launcher_is_killed_but_not_when_its_shell_is(tmp_path: Path, environment: dict) -> None:
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-u', '-c', *sys.argv[1:]])"
@@ -281,7 +280,7 @@ def loader() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(Numbers(), batch_size=1, num_workers=1, worker_init_fn=reset_in_worker)
 
 
-def test_workers_outlive_signals_to_everyone_and_end_with_their_loader() -> None:
+def workers_outlive_signals() -> None:
     with requests() as stop:
         batches = iter(loader())
         worker = int(next(batches))
@@ -299,7 +298,11 @@ def test_workers_outlive_signals_to_everyone_and_end_with_their_loader() -> None
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux only")
+def test_workers_outlive_signals_to_everyone_and_end_with_their_loader() -> None:
+    script = "import sys; sys.path.insert(0, sys.argv[1])\nimport test_stopping\ntest_stopping.workers_outlive_signals()"
+    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], check=True, timeout=60)
+
+
 def test_workers_of_a_killed_trainer_end() -> None:
     script = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_stopping import *\n"
     script += "batches = iter(loader())\nprint(int(next(batches)), flush=True)\ntime.sleep(60)"

@@ -105,6 +105,8 @@ def reset_in_worker(worker_id: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere (macOS) torch's handler stays: any SIGTERM ends the worker
+        # Ignored as well: the mask is this thread's alone, and a library may have started others at the fork.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_sigterm_of, args=(trainer.pid,), daemon=True).start()
     _die_with_parent(signal.SIGKILL)
