@@ -26,14 +26,15 @@ from launching import RECIPE, ROOT, environment
 from torch import nn
 
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer import checkpoint
+from trainer import checkpoint, retention
 from trainer import config as configuration
-from trainer.checkpoint import Checkpoint, newest_good
+from trainer.checkpoint import Checkpoint
 from trainer.console import Console
 from trainer.errors import CHECKPOINT, Refusal
 from trainer.launch import Control, connect
 from trainer.main import train
 from trainer.portable_state import Entry, PlainState
+from trainer.retention import newest_good
 
 PREFIX = "checkpoint_step_"
 ALONE = Control(0, 1, timedelta(minutes=1))
@@ -232,7 +233,7 @@ def test_half_written_folders_do_not_count_and_are_cleared(tmp_path: Path) -> No
     outside = tmp_path / "outside"
     (outside / "precious").mkdir(parents=True)
     (tmp_path / ".unfinished-link").symlink_to(outside)
-    checkpoint.clear_unfinished(tmp_path)
+    retention.clear_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{PREFIX}4", "outside"]
     assert (outside / "precious").is_dir()
 
@@ -243,7 +244,7 @@ def test_links_and_other_names_are_no_step_checkpoints(tmp_path: Path) -> None:
     (tmp_path / f"{PREFIX}98").write_text("a file")
     for name in (f"{PREFIX}9x", f"old_{PREFIX}9", f"{PREFIX}-9", "rolled_back_1"):
         (tmp_path / name).mkdir()
-    assert checkpoint.step_folders(tmp_path, PREFIX) == [(4, tmp_path / f"{PREFIX}4")]
+    assert retention.step_folders(tmp_path, PREFIX) == [(4, tmp_path / f"{PREFIX}4")]
 
 
 def test_a_newer_format_is_refused_with_both_versions(tmp_path: Path) -> None:
@@ -362,14 +363,14 @@ def test_no_source_reads_or_writes_pickles() -> None:
 def test_killed_at_every_file_operation_of_a_save(tmp_path: Path, keep_last: int) -> None:
     """SIGKILL before each file operation, one after the other: there is always a good newest checkpoint, old or new."""
     template, folder = tmp_path / "template", tmp_path / "checkpoints"
-    checkpoint.link(template, "best_model", write(template, 4).name)
+    retention.link(template, "best_model", write(template, 4).name)
     write(template, 8)
     names = ("open", "os.", "shutil.", "pathlib.")
 
     def save() -> None:
         write(folder, 12)
-        checkpoint.link(folder, "best_model", f"{PREFIX}12")
-        checkpoint.prune(folder, PREFIX, keep_last)
+        retention.link(folder, "best_model", f"{PREFIX}12")
+        retention.prune(folder, PREFIX, keep_last)
 
     killed, seen = 0, set()
     for number in range(1, 200):
@@ -399,14 +400,14 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path, keep_last: int
         assert Checkpoint(folder / "best_model").state["step"] in (4, 12)
         assert float(found.tensor("model", "a.weight")[0, 0]) == found.state["step"]
         seen.add(found.state["step"])
-        checkpoint.clear_unfinished(folder)  # and the next launch can save again
+        retention.clear_unfinished(folder)  # and the next launch can save again
         if not os.WIFSIGNALED(status):
             break
         killed += 1
     assert killed > 15
     assert seen == {8, 12}
     expected = {12} if keep_last == 1 else {8, 12}  # the last child lived to the end
-    assert {step for step, _ in checkpoint.step_folders(folder, PREFIX)} == expected
+    assert {step for step, _ in retention.step_folders(folder, PREFIX)} == expected
 
 
 def test_a_file_too_large_removes_what_was_begun(tmp_path: Path) -> None:
@@ -429,22 +430,22 @@ def test_a_file_too_large_removes_what_was_begun(tmp_path: Path) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    return [step for step, _ in checkpoint.step_folders(folder, PREFIX)]
+    return [step for step, _ in retention.step_folders(folder, PREFIX)]
 
 
 def test_prune_keeps_the_newest_and_what_links_point_to(tmp_path: Path) -> None:
     for step in (4, 8, 12, 16, 20, 100):
         write(tmp_path, step)
-    checkpoint.link(tmp_path, "best_model", f"{PREFIX}4")
-    checkpoint.link(tmp_path, "checkpoint_epoch_1", f"{PREFIX}12")
-    checkpoint.prune(tmp_path, PREFIX, 0)
+    retention.link(tmp_path, "best_model", f"{PREFIX}4")
+    retention.link(tmp_path, "checkpoint_epoch_1", f"{PREFIX}12")
+    retention.prune(tmp_path, PREFIX, 0)
     assert steps(tmp_path) == [100, 20, 16, 12, 8, 4]
-    checkpoint.prune(tmp_path, PREFIX, 3)
+    retention.prune(tmp_path, PREFIX, 3)
     assert steps(tmp_path) == [100, 20, 16, 12, 4]
-    checkpoint.prune(tmp_path, PREFIX, 1)
+    retention.prune(tmp_path, PREFIX, 1)
     assert steps(tmp_path) == [100, 12, 4]
-    checkpoint.link(tmp_path, "best_model", f"{PREFIX}100")
-    checkpoint.prune(tmp_path, PREFIX, 1)
+    retention.link(tmp_path, "best_model", f"{PREFIX}100")
+    retention.prune(tmp_path, PREFIX, 1)
     assert steps(tmp_path) == [100, 12]
     assert not list(tmp_path.glob(".unfinished-*"))
 
@@ -457,7 +458,7 @@ def test_prune_never_deletes_through_a_link_nor_what_is_not_ours(tmp_path: Path)
     (folder / f"{PREFIX}2").symlink_to(precious)  # a link by the name of a step
     (folder / f"{PREFIX}4" / "link").symlink_to(elsewhere)  # and one inside a folder that goes
     (folder / "my_notes").mkdir()
-    checkpoint.prune(folder, PREFIX, 1)
+    retention.prune(folder, PREFIX, 1)
     assert steps(folder) == [8]
     assert (folder / f"{PREFIX}2").is_symlink()
     assert (folder / "my_notes").is_dir()
@@ -466,7 +467,7 @@ def test_prune_never_deletes_through_a_link_nor_what_is_not_ours(tmp_path: Path)
 
 def test_a_link_is_relative_and_replaced(tmp_path: Path) -> None:
     for step in (4, 8):
-        checkpoint.link(tmp_path, "best_model", write(tmp_path, step).name)
+        retention.link(tmp_path, "best_model", write(tmp_path, step).name)
     assert os.readlink(tmp_path / "best_model") == f"{PREFIX}8"
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert Checkpoint(moved / "best_model").state["step"] == 8
@@ -475,17 +476,15 @@ def test_a_link_is_relative_and_replaced(tmp_path: Path) -> None:
 def test_roll_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         write(tmp_path, step)
-    checkpoint.link(tmp_path, "best_model", f"{PREFIX}12")
-    checkpoint.link(tmp_path, "checkpoint_epoch_1", f"{PREFIX}4")
-    assert checkpoint.roll_back(tmp_path, PREFIX, 4) == [
-        str(tmp_path / "rolled_back_1" / f"{PREFIX}{step}") for step in (12, 8)
-    ]
+    retention.link(tmp_path, "best_model", f"{PREFIX}12")
+    retention.link(tmp_path, "checkpoint_epoch_1", f"{PREFIX}4")
+    assert retention.roll_back(tmp_path, PREFIX, 4) == [str(tmp_path / "rolled_back_1" / f"{PREFIX}{step}") for step in (12, 8)]
     assert steps(tmp_path) == [4]
-    assert checkpoint.links(tmp_path) == {"checkpoint_epoch_1": f"{PREFIX}4"}
+    assert retention.links(tmp_path) == {"checkpoint_epoch_1": f"{PREFIX}4"}
     assert Checkpoint(tmp_path / "rolled_back_1" / "best_model").state["step"] == 12
-    assert checkpoint.roll_back(tmp_path, PREFIX, 4) == []
+    assert retention.roll_back(tmp_path, PREFIX, 4) == []
     write(tmp_path, 8)
-    checkpoint.roll_back(tmp_path, PREFIX, 4)
+    retention.roll_back(tmp_path, PREFIX, 4)
     assert sorted(p.name for p in (tmp_path / "rolled_back_2").iterdir()) == [f"{PREFIX}8"]
 
 

@@ -249,7 +249,7 @@ def test_sigkill_of_one_rank_ends_the_others_and_leaves_no_half_checkpoint(place
     finally:
         send(processes_of(directory), signal.SIGKILL)
         kill_group(process)
-    from trainer.checkpoint import newest_good
+    from trainer.retention import newest_good
 
     said: list[str] = []
     assert newest_good(directory / "checkpoints", "checkpoint_step_", said.append) is not None

@@ -28,10 +28,10 @@ from trainer.portable_state import Entry
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 5_000_000_000
-_TEMPORARY = ".unfinished-"
+TEMPORARY = ".unfinished-"
+"""how the name of a folder begins that is not (or no longer) a checkpoint"""
 ENDINGS = r"\.(pth?|safetensors)$"
 """what guides write behind the names of checkpoints, which are folders here"""
-ABANDONED = "rolled_back"
 
 
 def write(
@@ -47,7 +47,7 @@ def write(
     `tensors` maps a stem (`model`, `optimizer`) to its entries; `documents` a file name to its text. Rank 0 writes. Where
     that fails the others go on gathering to the end, so that nobody hangs, and the temporary folder is removed.
     """
-    temporary = folder / f"{_TEMPORARY}{name}"
+    temporary = folder / f"{TEMPORARY}{name}"
     failure: Refusal | None = None
 
     def attempt(action: Callable[[], Any]) -> None:
@@ -59,7 +59,7 @@ def write(
                 failure = Refusal(f"checkpoint {folder / name} could not be written: {error}; free some space", CHECKPOINT)
 
     def start() -> None:
-        _remove(temporary)
+        remove(temporary)
         temporary.mkdir(parents=True)
 
     attempt(start)
@@ -82,7 +82,7 @@ def write(
     attempt(lambda: [(temporary / file).write_text(text, encoding="utf-8") for file, text in documents.items()])
     attempt(lambda: _commit(temporary, folder / name))
     if failure is not None:
-        _remove(temporary)
+        remove(temporary)
     control.agree(failure)
     control.barrier()
     return folder / name
@@ -107,12 +107,12 @@ def _commit(temporary: Path, final: Path) -> None:
     for path in sorted(temporary.iterdir()):
         path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
         files[path.name] = _describe(path)
-        _fsync(path)
+        fsync(path)
     _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
-    _fsync(temporary / MANIFEST)
-    _fsync(temporary)
+    fsync(temporary / MANIFEST)
+    fsync(temporary)
     os.rename(temporary, final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)  # a file or a folder
     try:
         os.fsync(descriptor)
@@ -132,39 +133,10 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a folder of ours; never through a link."""
     with contextlib.suppress(OSError):
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
-
-
-def step_folders(folder: Path, prefix: str) -> list[tuple[int, Path]]:
-    """(step, path) of the step checkpoints in `folder`, newest first; links and other names do not count."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(re.escape(prefix) + r"(\d+)", path.name)
-        if match and path.is_dir() and not path.is_symlink():
-            found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed saves have left."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        _remove(path)
-
-
-def resolve(path: str, below: Sequence[Path]) -> Path:
-    """The checkpoint folder a user means: as given, then below each of `below`; `.pt` and `.pth` endings are ignored."""
-    plain = re.sub(ENDINGS, "", path)
-    for root in (Path(), *below):
-        candidate = (root / plain).expanduser()
-        if candidate.is_dir():
-            return candidate.resolve()
-    tried = ", ".join(str(root / plain) for root in (Path(), *below))
-    near = sorted({str(p.parent) for root in below if root.is_dir() for p in root.glob(f"**/{MANIFEST}")})
-    hint = f"; there are: {', '.join(near[:5])}" if near else ""
-    raise Refusal(f"no checkpoint folder at {tried}{hint}")
 
 
 class Checkpoint:
@@ -274,67 +246,14 @@ class Checkpoint:
         return self._tensors(self._files_of(stem)[name]).get_tensor(name)
 
 
-def newest_good(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest step checkpoint whose every byte is right; damaged ones are passed over, loudly.
-
-    Refusal (exit 5) if there are some and none is good: starting afresh would bury what may still be saved.
-    """
-    folders = step_folders(folder, prefix)
-    for _, path in folders:
-        try:
-            found = Checkpoint(path)
-            found.verify()
-            return found
-        except Refusal as reason:
-            say(f"WARNING: skipping a damaged checkpoint: {reason}")
-    if folders:
-        raise Refusal(
-            f"none of the {len(folders)} checkpoints in {folder} is intact; move them away, or use --run_name",
-            CHECKPOINT,
-        )
-    return None
-
-
-def link(folder: Path, name: str, target: str) -> None:
-    """Point `folder/name` at its sibling `target`, atomically."""
-    temporary = folder / f"{_TEMPORARY}{name}.link"
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    temporary.symlink_to(target)
-    os.replace(temporary, folder / name)
-    _fsync(folder)
-
-
-def links(folder: Path) -> dict[str, str]:
-    """{link name: target name} of the links in `folder`."""
-    return {p.name: os.readlink(p) for p in folder.iterdir() if p.is_symlink()} if folder.is_dir() else {}
-
-
-def prune(folder: Path, prefix: str, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` step checkpoints (0: delete none), never one that a link points to."""
-    kept = set(links(folder).values())
-    for _, path in step_folders(folder, prefix)[keep_last:] if keep_last else ():
-        if path.name not in kept:
-            # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
-            doomed = folder / f"{_TEMPORARY}{path.name}"
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
-
-
-def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
-    """Set aside (never delete) the step checkpoints after `step`, newest first, so that none of them is resumed again."""
-    later = [path for at, path in step_folders(folder, prefix) if at > step]
-    if not later:
-        return []
-    number = 1
-    while (aside := folder / f"{ABANDONED}_{number}").exists():
-        number += 1
-    aside.mkdir()
-    names = {path.name for path in later}
-    for name, target in links(folder).items():
-        if target in names:
-            (aside / name).symlink_to(target)
-            (folder / name).unlink()
-    for path in later:
-        os.rename(path, aside / path.name)
-    return [str(aside / path.name) for path in later]
+def resolve(path: str, below: Sequence[Path]) -> Path:
+    """The checkpoint folder a user means: as given, then below each of `below`; `.pt` and `.pth` endings are ignored."""
+    plain = re.sub(ENDINGS, "", path)
+    for root in (Path(), *below):
+        candidate = (root / plain).expanduser()
+        if candidate.is_dir():
+            return candidate.resolve()
+    tried = ", ".join(str(root / plain) for root in (Path(), *below))
+    near = sorted({str(p.parent) for root in below if root.is_dir() for p in root.glob(f"**/{MANIFEST}")})
+    hint = f"; there are: {', '.join(near[:5])}" if near else ""
+    raise Refusal(f"no checkpoint folder at {tried}{hint}")

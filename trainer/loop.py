@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer import batches, checkpoint
+from trainer import batches, checkpoint, retention
 from trainer.config import to_yaml
 from trainer.console import Console
 from trainer.errors import NOT_FINITE, Refusal
@@ -228,8 +228,8 @@ class Training:
         def point() -> None:
             try:
                 for link in links:
-                    checkpoint.link(self.folder, link, name)
-                checkpoint.prune(self.folder, self.recipe.checkpoint_prefix, self.run_config.keep_last)
+                    retention.link(self.folder, link, name)
+                retention.prune(self.folder, self.recipe.checkpoint_prefix, self.run_config.keep_last)
             except OSError as error:
                 self.console.say(f"WARNING: {error}: a link was not set or an old checkpoint not removed")
 

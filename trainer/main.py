@@ -186,7 +186,7 @@ class _Launch:
 
     def _already_finished(self, session: Session) -> str | None:
         """A sentence if the run has nothing left to do; nothing has been written by then."""
-        from trainer import checkpoint
+        from trainer import retention
         from trainer.logbook import Progress
         from trainer.stopping import finished_reason
 
@@ -197,14 +197,14 @@ class _Launch:
         reason = finished_reason(
             p.step, session.total_steps, p.evaluations_without_better, run.patience, p.train_loss, run.target_loss
         )
-        if reason is None or checkpoint.links(found.path.parent).get("checkpoint_final") != found.path.name:
+        if reason is None or retention.links(found.path.parent).get("checkpoint_final") != found.path.name:
             return None
         way_on = f"to go on: --max_steps N --resume_from {found.path}"
         return f"Already finished ({reason}) at step {p.step:,}, nothing to do; {way_on}"
 
     def _open(self, session: Session) -> None:
         """On rank 0: the files of the run directory, and the checkpoints that a roll-back sets aside."""
-        from trainer import checkpoint
+        from trainer import retention
         from trainer.run_directory import write_text_atomic
 
         directory, found, say = self.plan.directory, self.plan.checkpoint, self.console.say
@@ -219,11 +219,11 @@ class _Launch:
             say(f"Loading checkpoint: {found.path}")
             say(f"Resumed from step {step}")
             if self.plan.same_run:
-                for path in checkpoint.roll_back(directory.checkpoints, self.recipe.checkpoint_prefix, step):
+                for path in retention.roll_back(directory.checkpoints, self.recipe.checkpoint_prefix, step):
                     say(f"Rolled back: set aside {path}")
                 best = f"{self.recipe.checkpoint_prefix}{found.state['progress']['best_step']}"
-                if "best_model" not in checkpoint.links(directory.checkpoints) and (directory.checkpoints / best).is_dir():
-                    checkpoint.link(directory.checkpoints, "best_model", best)
+                if "best_model" not in retention.links(directory.checkpoints) and (directory.checkpoints / best).is_dir():
+                    retention.link(directory.checkpoints, "best_model", best)
         directory.write_status("running", None, found.state["progress"]["step"] if found else 0, found.path if found else None)
 
     def _metrics(self, session: Session) -> Any:

@@ -17,6 +17,7 @@ import yaml
 
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
+from trainer import retention
 from trainer.checkpoint import Checkpoint
 from trainer.config import Parsed
 from trainer.errors import Refusal
@@ -76,8 +77,8 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
     checkpoint_dir = run.checkpoint_dir or before
     directory = RunDirectory(path, Path(checkpoint_dir) if checkpoint_dir else None)
     old = Path(before) if before else path / "checkpoints"
-    held = checkpoints.step_folders(old, recipe.checkpoint_prefix)
-    if held and not checkpoints.step_folders(directory.checkpoints, recipe.checkpoint_prefix):
+    held = retention.step_folders(old, recipe.checkpoint_prefix)
+    if held and not retention.step_folders(directory.checkpoints, recipe.checkpoint_prefix):
         raise Refusal(
             f"{path} holds a run whose checkpoints are in {old}; --checkpoint_dir {checkpoint_dir} has none of them: "
             "move them there, leave the flag out, or choose another --run_name"
@@ -89,7 +90,7 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
     try:
         for lock in locks:
             lock.acquire()
-        checkpoints.clear_unfinished(directory.checkpoints)
+        retention.clear_unfinished(directory.checkpoints)
         found, same_run = _choose(recipe, run, directory, say)
         config = parsed.config if found is None else _merge(recipe, parsed, argv, found, same_run, say)
     except BaseException:
@@ -117,7 +118,7 @@ def _choose(
 ) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to start from, and whether it is this run's own."""
     folder = directory.checkpoints
-    existing = checkpoints.step_folders(folder, recipe.checkpoint_prefix)
+    existing = retention.step_folders(folder, recipe.checkpoint_prefix)
     if run.resume == "never":
         if run.resume_from:
             raise Refusal("--resume never and --resume_from contradict each other; keep one")
@@ -134,7 +135,7 @@ def _choose(
             asked.verify()
             return asked, inside
         say(f"{folder} already holds a run: continuing it (--resume_from {run.resume_from} was its start)")
-    return checkpoints.newest_good(folder, recipe.checkpoint_prefix, say), True
+    return retention.newest_good(folder, recipe.checkpoint_prefix, say), True
 
 
 def _merge(

@@ -1,0 +1,97 @@
+"""The folder of a run's checkpoints: which there are, what points to them, which may go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.checkpoint import TEMPORARY, Checkpoint, fsync, remove
+from trainer.errors import CHECKPOINT, Refusal
+
+ABANDONED = "rolled_back"
+
+
+def step_folders(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """(step, path) of the step checkpoints in `folder`, newest first; links and other names do not count."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(re.escape(prefix) + r"(\d+)", path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed saves have left."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        remove(path)
+
+
+def newest_good(folder: Path, prefix: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest step checkpoint whose every byte is right; damaged ones are passed over, loudly.
+
+    Refusal (exit 5) if there are some and none is good: starting afresh would bury what may still be saved.
+    """
+    folders = step_folders(folder, prefix)
+    for _, path in folders:
+        try:
+            found = Checkpoint(path)
+            found.verify()
+            return found
+        except Refusal as reason:
+            say(f"WARNING: skipping a damaged checkpoint: {reason}")
+    if folders:
+        raise Refusal(
+            f"none of the {len(folders)} checkpoints in {folder} is intact; move them away, or use --run_name",
+            CHECKPOINT,
+        )
+    return None
+
+
+def link(folder: Path, name: str, target: str) -> None:
+    """Point `folder/name` at its sibling `target`, atomically."""
+    temporary = folder / f"{TEMPORARY}{name}.link"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    os.replace(temporary, folder / name)
+    fsync(folder)
+
+
+def links(folder: Path) -> dict[str, str]:
+    """{link name: target name} of the links in `folder`."""
+    return {p.name: os.readlink(p) for p in folder.iterdir() if p.is_symlink()} if folder.is_dir() else {}
+
+
+def prune(folder: Path, prefix: str, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` step checkpoints (0: delete none), never one that a link points to."""
+    kept = set(links(folder).values())
+    for _, path in step_folders(folder, prefix)[keep_last:] if keep_last else ():
+        if path.name not in kept:
+            # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
+            doomed = folder / f"{TEMPORARY}{path.name}"
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
+    """Set aside (never delete) the step checkpoints after `step`, newest first, so that none of them is resumed again."""
+    later = [path for at, path in step_folders(folder, prefix) if at > step]
+    if not later:
+        return []
+    number = 1
+    while (aside := folder / f"{ABANDONED}_{number}").exists():
+        number += 1
+    aside.mkdir()
+    names = {path.name for path in later}
+    for name, target in links(folder).items():
+        if target in names:
+            (aside / name).symlink_to(target)
+            (folder / name).unlink()
+    for path in later:
+        os.rename(path, aside / path.name)
+    return [str(aside / path.name) for path in later]
