@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -103,11 +105,19 @@ def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[B
         num_workers=run.num_workers,
         prefetch_factor=run.prefetch_factor if run.num_workers else None,
         pin_memory=run.pin_memory and device.type == "cuda",
+        multiprocessing_context=_worker_context() if run.num_workers else None,
         worker_init_fn=reset_in_worker,
         # An iterator draws a seed when it is made; from a generator of its own, so that it does not shift dropout.
         generator=torch.Generator(),
     )
     return iter(loader)
+
+
+def _worker_context() -> BaseContext:
+    """How workers are started: from a clean server process, see `trainer.worker_server`. Data sets have to be picklable."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "trainer.worker_server"])
+    return context
 
 
 def close(batches: Iterator[Batch]) -> None:

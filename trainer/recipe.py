@@ -20,7 +20,7 @@ class Dataset(Protocol):
     A finite set has `__len__`; for sample number s its item is `s % len` and its epoch `s // len`, so every random choice
     about a sample (crop, flip) may be drawn from (seed, s). A set without `__len__` generates sample s from (seed, s).
     Tensors of a batch have the batch as their first dimension. `on_device = True`: called in the training process, and
-    gives tensors that are where the model is.
+    gives tensors that are where the model is. Any other must be picklable: data-loading workers get a copy.
     """
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch: ...
