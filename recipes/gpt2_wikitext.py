@@ -89,7 +89,10 @@ class Gpt2Wikitext(Recipe):
         text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size)
         cut = TokenBlocks if flags.packing == "blocks" else TokenRows
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}
-        return Data(sets["train"], {"val": sets["validation"]}, sets["test"], text.fingerprint, {"text": text})
+        data = Data(sets["train"], {"val": sets["validation"]}, sets["test"], text.fingerprint, extra={"text": text})
+        cuts = {name: getattr(rows, "truncated", 0) for name, rows in sets.items()}
+        data.notes += [f"{n} of {len(sets[name])} {name} rows cut to {length} tokens" for name, n in cuts.items() if n]
+        return data
 
     def build_model(self, config: Config, data: Data) -> Any:
         """GPT2LMHeadModel with the vocabulary of the data."""

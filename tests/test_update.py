@@ -337,7 +337,7 @@ def test_precision_sections() -> None:
     assert autocast["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert not autocast.keys() & {"bf16", "fp16"}
     half = fill({**ZERO, "fp16": {"enabled": "auto", "initial_scale_power": 9}}, "fp16")
-    assert half["fp16"] == {"enabled": True, "initial_scale_power": 9}
+    assert half["fp16"] == {"enabled": True, "initial_scale_power": 9, "loss_scale_window": 2000}
     assert "torch_autocast" not in half
     pure = fill({**ZERO, "bf16": {"enabled": True}}, "no")
     assert pure["bf16"]["enabled"] is True

@@ -24,6 +24,7 @@ from torch import Tensor
 from trainer.errors import CHECKPOINT, Refusal
 from trainer.launch import Control
 from trainer.portable_state import Entry
+from trainer.run_directory import fsync_directory
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -56,7 +57,10 @@ def write(
             try:
                 action()
             except (OSError, SafetensorError) as error:
-                failure = Refusal(f"checkpoint {folder / name} could not be written: {error}; free some space", CHECKPOINT)
+                failure = Refusal(
+                    f"checkpoint {folder / name} could not be written: {error}; is there space, and the right to write?",
+                    CHECKPOINT,
+                )
 
     def start() -> None:
         remove(temporary)
@@ -70,9 +74,10 @@ def write(
             file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             held: dict[str, Tensor] = {}
             for entry in shard:
-                tensor = entry.read()  # collective under ZeRO
-                if control.rank == 0 and failure is None:
-                    held[entry.name] = tensor
+                if entry.collective or (control.rank == 0 and failure is None):
+                    tensor = entry.read()
+                    if control.rank == 0 and failure is None:
+                        held[entry.name] = tensor
             attempt(lambda held=held, file=file: save_file(held, temporary / file, metadata={"format": "pt"}))
             weight_map |= {entry.name: file for entry in shard}
         if len(shards) > 1:
@@ -107,12 +112,12 @@ def _commit(temporary: Path, final: Path) -> None:
     for path in sorted(temporary.iterdir()):
         path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
         files[path.name] = _describe(path)
-        fsync(path)
+        _fsync(path)
     _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
-    fsync(temporary / MANIFEST)
-    fsync(temporary)
+    _fsync(temporary / MANIFEST)
+    fsync_directory(temporary)
     os.rename(temporary, final)
-    fsync(final.parent)
+    fsync_directory(final.parent)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -120,13 +125,9 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def fsync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)  # a file or a folder
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -195,6 +196,8 @@ class Checkpoint:
     @property
     def state(self) -> dict[str, Any]:
         """trainer_state.json."""
+        if "trainer_state.json" not in self.files:
+            raise self._broken("trainer_state.json", "is missing")
         return self._json("trainer_state.json")
 
     def text(self, file: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 # Dense bf16/fp16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity).
 _PEAK_16_BIT = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -25,7 +28,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "no":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in _PEAK_16_BIT.items() if card in name), None)
+    return next((peak for card, peak in _PEAK_16_BIT.items() if re.search(rf"\b{card}\b", name)), None)
 
 
 def memory_text(device: torch.device) -> str:

@@ -76,7 +76,7 @@ class Control:
         if any(failed):
             source = next(r for r, flag in enumerate(failed) if flag)
             message, code = self.broadcast([str(error), error.exit_code] if error else None, source)
-            raise Refusal(message, code)
+            raise Refusal(message, code, known_to_all=True)
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Do `action` on rank 0 only; every process gets its (JSON) result, or raises its refusal."""
@@ -116,7 +116,8 @@ def connect(device: str, timeout_minutes: float) -> Launch:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("device cuda: torch sees no GPU here; use --device cpu")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_cpu = device == "cpu" or (device == "auto" and told_cpu) or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
     timeout = timedelta(minutes=timeout_minutes)
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
@@ -176,6 +177,8 @@ def _use_all_cores(processes: int) -> None:
 def precision(asked: str, launch: Launch) -> str:
     """no, bf16 or fp16: what was asked for, else what the launcher set, else the best this device has."""
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked == "auto" and told not in ("no", "bf16", "fp16"):
+        raise Refusal(f"the launcher asks for mixed_precision {told}; use no, bf16 or fp16")
     if asked == "auto" and told in ("bf16", "fp16"):
         asked = told
     elif asked == "auto":
@@ -248,7 +251,7 @@ def fill_deepspeed_config(
     elif mixed_precision == "bf16":
         filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif mixed_precision == "fp16":
-        filled["fp16"] = {**fp16, "enabled": True}
+        filled["fp16"] = {"loss_scale_window": 2000, **fp16, "enabled": True}
     # With an offloaded optimizer Accelerate would put DeepSpeed's CPU Adam in place of whatever was asked for, and compile
     # it; torch's own fused CPU forms do the same work.
     filled["zero_force_ds_cpu_optimizer"] = False

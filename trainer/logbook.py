@@ -31,7 +31,7 @@ class Progress:
     hours: float = 0.0
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    sums: list[float] = field(default_factory=list)
+    sums: list[float | None] = field(default_factory=list)
     """loss sums of the log interval so far, over all ranks, by term"""
     counts: list[float] = field(default_factory=list)
 
@@ -47,7 +47,8 @@ class Logbook:
         self.samples = length_of(session.data.train)
         zeros = [0.0] * len(self.terms)
         # The sums of a checkpoint are global: rank 0 alone carries them on.
-        mine = progress.sums if progress.sums and self.launch.is_main else zeros
+        carried = [math.nan if s is None else s for s in progress.sums] or zeros
+        mine = carried if self.launch.is_main else zeros
         self.sums = torch.tensor(mine, dtype=torch.float64, device=self.launch.device)
         self.counts = list(progress.counts) or zeros
         self.timed_counts = zeros
@@ -66,7 +67,8 @@ class Logbook:
 
     def settle(self) -> None:
         """Bring `progress` up to date for a checkpoint. Collective."""
-        self.progress.sums = self.launch.control.sum(self.sums.tolist()).wait()
+        sums = self.launch.control.sum(self.sums.tolist()).wait()
+        self.progress.sums = [s if math.isfinite(s) else None for s in sums]  # JSON has no NaN
         self.progress.counts = self.counts
         self.progress.hours = self.hours()
 
@@ -94,7 +96,7 @@ class Logbook:
         flops = self.recipe.flops_per_item(self.session.config, self.session.network) if self.peak else None
         if self.peak and flops:
             found["train/mfu"] = self.per_second * flops / (self.peak * self.launch.processes)
-        p.train_loss = found["train/loss"]
+        p.train_loss = found["train/loss"] if math.isfinite(found["train/loss"]) else None
         self.sums.zero_()
         zeros = [0.0] * len(self.terms)
         self.counts, self.timed_counts = zeros, zeros

@@ -7,6 +7,7 @@ each -> update -> log
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import time
@@ -60,6 +61,7 @@ class Training:
         self.last_saved_at = time.monotonic()
         stops.expect_save(SLOW_SAVE_SECONDS + 3 * sum(e.size_bytes for e in session.state.model_entries()) / SLOW_DISK)
         self.last_evaluation: dict[str, float] = {}
+        self.previous_best: tuple[float | None, int] = (None, 0)
 
     def run(self) -> str:
         """Train until something ends it; the reason."""
@@ -85,6 +87,8 @@ class Training:
         s, p = self.session, self.progress
         accumulation = self.optimisation.gradient_accumulation_steps
         upcoming = self.read_ahead()
+        if self.saved_step == p.step and self.epoch_ended():
+            self.save(False, None)  # only its link: a kill may have come between the save and that
         while True:
             totals, asked, save_asked = self.agreed(upcoming)
             better = False
@@ -97,7 +101,7 @@ class Training:
                 return reason
 
             began = time.monotonic()
-            seed_everything(self.optimisation.seed, p.step, self.launch.rank)
+            seed_everything(self.launch.device, self.optimisation.seed, p.step, self.launch.rank)
             scale = torch.tensor([s.weights[t] / max(n, 1.0) for t, n in zip(self.terms, totals, strict=True)])
             scale = scale.to(self.launch.device, non_blocking=True)
             for number, batch in enumerate(upcoming.micro_batches, start=1):
@@ -138,7 +142,7 @@ class Training:
         told = upcoming.told.wait()
         votes = told[len(self.terms) :]
         if votes[-1]:
-            error = upcoming.error
+            error = upcoming.error  # None on the ranks that are well
             text = (
                 f"reading data failed on rank {self.launch.rank}: {type(error).__name__}: {' '.join(str(error).split())[-600:]}"
             )
@@ -210,6 +214,7 @@ class Training:
         sign = 1.0 if self.recipe.best_is == "lower" else -1.0
         better = math.isfinite(metric) and (p.best is None or sign * metric < sign * p.best)
         if better:
+            self.previous_best = (p.best, p.best_step)
             p.best, p.best_step = metric, p.step
         p.evaluations_without_better = 0 if better else p.evaluations_without_better + 1
         self.logbook.write(found)
@@ -233,8 +238,9 @@ class Training:
             except OSError as error:
                 self.console.say(f"WARNING: {error}: a link was not set or an old checkpoint not removed")
 
+        written = self.saved_step != p.step
         try:
-            if self.saved_step != p.step:
+            if written:
                 tensors = {
                     "model": self.session.state.model_entries(),
                     "optimizer": self.session.state.optimizer_entries(),
@@ -245,14 +251,18 @@ class Training:
         except Refusal as failure:
             if reason:
                 raise
+            if better:  # its weights are lost: the best one is still the one before
+                p.best, p.best_step = self.previous_best
             self.console.say(f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
             return
         finally:
             self.last_saved_at = time.monotonic()
             self.logbook.aside += self.last_saved_at - began
             self.stops.note_save(self.last_saved_at - began)
-        self.logbook.write({"checkpoint/seconds": time.monotonic() - began})
-        self.console.say(f"Saved checkpoint to {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))
+        if written:
+            self.logbook.write({"checkpoint/seconds": time.monotonic() - began})
+        what = "Saved checkpoint to" if written else "Linked checkpoint"
+        self.console.say(f"{what} {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))
 
     def documents(self) -> dict[str, str]:
         """The text files of a checkpoint."""
@@ -267,7 +277,7 @@ class Training:
             "processes": self.launch.processes,
             "loss_scale": self.session.update.loss_scale_state(),
             "data_fingerprint": self.session.data.fingerprint,
-            "torch": torch.__version__,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
         }
         return {
             "trainer_state.json": json.dumps(state, indent=1),

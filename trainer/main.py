@@ -46,11 +46,11 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
             recipe.commands[command].run(recipe, flags, launch, console.say)
     except Refusal as refusal:
         code = refusal.exit_code
-        console.complain(str(refusal))
+        console.complain(str(refusal), everywhere=launch is not None and not refusal.known_to_all)
         console.log_traceback(refusal)
     except KeyboardInterrupt:
         code = INTERRUPTED
-        console.complain("interrupted before training began; nothing was changed")
+        console.complain("interrupted before anything was changed")
     except Exception as error:
         code = _code_of(error)
         console.log_traceback(error)
@@ -156,7 +156,7 @@ class _Launch:
 
         plan, launch, say = self.plan, self.launch, self.console.say
         session = assemble(self.recipe, plan, launch, say)
-        over = self._already_finished(session)
+        over = launch.control.on_main(lambda: self._already_finished(session))
         if over:
             say(over)
             return "already finished"
@@ -222,7 +222,9 @@ class _Launch:
                 for path in retention.roll_back(directory.checkpoints, self.recipe.checkpoint_prefix, step):
                     say(f"Rolled back: set aside {path}")
                 best = f"{self.recipe.checkpoint_prefix}{found.state['progress']['best_step']}"
-                if "best_model" not in retention.links(directory.checkpoints) and (directory.checkpoints / best).is_dir():
+                # A kill between a save and its links leaves the old ones.
+                stale = retention.links(directory.checkpoints).get("best_model") != best
+                if stale and found.state["progress"]["best_step"] and (directory.checkpoints / best).is_dir():
                     retention.link(directory.checkpoints, "best_model", best)
         directory.write_status("running", None, found.state["progress"]["step"] if found else 0, found.path if found else None)
 
@@ -277,14 +279,17 @@ class _Launch:
             say(f"WARNING: no plot: {error}")
         try:
             self.recipe.after_training(session.config, session.data, directory, last, say)
-        except (OSError, ValueError, Refusal) as error:  # the training itself is done and saved
-            say(f"WARNING: {error}")
+        except Exception as error:
+            self.console.log_traceback(error)
+            say(f"WARNING: the report after training failed: {type(error).__name__}: {error}")
 
 
 def _code_of(error: Exception) -> int:
     import torch
 
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error).lower() for sign in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    )
     return OUT_OF_MEMORY if memory else 1
 
 

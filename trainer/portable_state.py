@@ -20,12 +20,14 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint; `read` brings it to the host in full (a collective call under ZeRO)."""
+    """One tensor of a checkpoint; `read` brings it to the host in full."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    collective: bool = False
+    """whether every process has to call `read`"""
 
     @property
     def size_bytes(self) -> int:
@@ -53,7 +55,7 @@ class PlainState:
     def model_entries(self) -> list[Entry]:
         """Parameters (fp32, tied ones once) and buffers."""
         entries = [_entry(name, p, torch.float32) for name, p in self.network.named_parameters()]
-        return entries + [_entry(name, b, b.dtype) for name, b in saved_buffers(self.network)]
+        return entries + [_entry(name, b, _saved_dtype(b)) for name, b in saved_buffers(self.network)]
 
     def optimizer_entries(self) -> list[Entry]:
         """Every moment by parameter, and the step count; empty before the first step."""
@@ -81,6 +83,10 @@ def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
     return Entry(name, tuple(tensor.shape), dtype, lambda: host_copy(tensor, dtype))
 
 
+def _saved_dtype(buffer: Tensor) -> torch.dtype:
+    return torch.float32 if buffer.is_floating_point() else buffer.dtype
+
+
 class ZeroState:
     """DeepSpeed ZeRO 1, 2 or 3: parameters and moments in flat partitions. Made right after `prepare`, on a fresh run too.
 
@@ -105,9 +111,10 @@ class ZeroState:
     def model_entries(self) -> list[Entry]:
         """Parameters from the fp32 masters (tied ones once) and buffers."""
         entries = [
-            Entry(name, _shape(p), torch.float32, lambda p=p: self._weight(p)) for name, p in self.network.named_parameters()
+            Entry(name, _shape(p), torch.float32, lambda p=p: self._weight(p), True)
+            for name, p in self.network.named_parameters()
         ]
-        return entries + [_entry(name, b, b.dtype) for name, b in saved_buffers(self.network)]
+        return entries + [_entry(name, b, _saved_dtype(b)) for name, b in saved_buffers(self.network)]
 
     def _weight(self, p: Tensor) -> Tensor:
         from deepspeed import zero
@@ -126,7 +133,7 @@ class ZeroState:
             return host_copy(safe_get_full_optimizer_state(p, moment).view(_shape(p)), torch.float32)
 
         entries = [
-            Entry(f"{m}.{name}", _shape(p), torch.float32, lambda p=p, m=m: read(p, m))
+            Entry(f"{m}.{name}", _shape(p), torch.float32, lambda p=p, m=m: read(p, m), True)
             for name, p in self.network.named_parameters()
             if p.requires_grad
             for m in self.moments

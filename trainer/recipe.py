@@ -35,6 +35,8 @@ class Data:
     test: Any = None
     fingerprint: str = ""
     """hash of the contents: a resumed run refuses other data"""
+    notes: list[str] = field(default_factory=list)
+    """what the user should know of the data (how many samples were cut), printed at start"""
     extra: dict[str, Any] = field(default_factory=dict)
     """what the recipe itself wants to find again (a tokenizer, task vectors)"""
 

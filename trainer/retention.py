@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint import TEMPORARY, Checkpoint, fsync, remove
+from trainer.checkpoint import TEMPORARY, Checkpoint, remove
 from trainer.errors import CHECKPOINT, Refusal
+from trainer.run_directory import fsync_directory
 
 ABANDONED = "rolled_back"
 
@@ -59,7 +60,7 @@ def link(folder: Path, name: str, target: str) -> None:
         temporary.unlink()
     temporary.symlink_to(target)
     os.replace(temporary, folder / name)
-    fsync(folder)
+    fsync_directory(folder)
 
 
 def links(folder: Path) -> dict[str, str]:

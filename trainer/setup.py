@@ -79,17 +79,18 @@ def total_steps(config: Any, samples: int | None) -> int:
     return math.ceil(optimisation.max_epochs * samples / optimisation.effective_batch_size)
 
 
-def seed_everything(seed: int, *parts: object) -> None:
+def seed_everything(device: torch.device, seed: int, *parts: object) -> None:
     """Seed torch's generators from a hash: dropout needs no generator state in a checkpoint, evaluation cannot disturb it."""
     value = batches.hash32(seed, *parts)
     torch.default_generator.manual_seed(value)  # torch.manual_seed takes a hundred times longer
-    if torch.cuda.is_available():
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)
+    if device.type == "cuda":
+        index = torch.cuda.current_device()  # on a line of its own: it is what fills `default_generators`
+        torch.cuda.default_generators[index].manual_seed(value)
 
 
 def build_network(recipe: Recipe, config: Any, data: Data) -> nn.Module:
-    """The bare network with fresh weights from the run's seed."""
-    seed_everything(config.optimisation.seed, "initial weights")
+    """The bare network, on the host, with fresh weights from the run's seed."""
+    seed_everything(torch.device("cpu"), config.optimisation.seed, "initial weights")
     try:
         return recipe.build_model(config, data)
     except (ValueError, OSError) as reason:
@@ -132,13 +133,15 @@ def _initial_weights(recipe: Recipe, network: nn.Module, name: str) -> None:
         ) from None
 
 
-def _same_everywhere(network: nn.Module, launch: Launch) -> None:
-    """Gradients are summed by position: the parameters must stand in the same order on every process."""
-    text = ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
+def _same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:
+    """Gradients are summed by position, and samples dealt out by number: both must mean the same on every process."""
+    sets = {"train": data.train, **data.evaluation}
+    text = data.fingerprint + ";".join(f"{name}{batches.length_of(dataset)}" for name, dataset in sets.items())
+    text += ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
     digest = hashlib.sha256(text.encode()).hexdigest()
     same = launch.control.broadcast(digest) == digest
-    differs = f"rank {launch.rank} built another model than rank 0 (names, shapes or order of parameters)"
-    launch.control.agree(None if same else Refusal(f"{differs}; make build_model repeatable"))
+    differs = f"rank {launch.rank} built another model or data set than rank 0 (names, shapes or order of parameters, contents)"
+    launch.control.agree(None if same else Refusal(f"{differs}; are versions and files the same on every host?"))
 
 
 def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
@@ -153,12 +156,13 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     made = accelerator(launch, mixed_precision, optimisation, run.mixed_precision)
 
     data = load_data(recipe, config, launch)
-    if found is not None and found.state["data_fingerprint"] != data.fingerprint:
-        raise Refusal(
-            f"data fingerprint: {found.path} was trained on {found.state['data_fingerprint'][:12]}, this is "
-            f"{data.fingerprint[:12]}; "
-            f"restore the data, or take the weights only: --init_from {found.path}"
-        )
+    for note in data.notes:
+        say(note)
+    if found is not None:
+        trained_on, here = found.state["data_fingerprint"], data.fingerprint
+        way_out = f"restore the data, or take the weights only: --init_from {found.path}"
+        text = f"data fingerprint: {found.path} was trained on {trained_on[:12]}, this is {here[:12]}; {way_out}"
+        launch.control.agree(None if trained_on == here else Refusal(text))
     samples = batches.length_of(data.train)
     steps = total_steps(config, samples)
     if found is None and "warmup_steps" not in plan.typed:
@@ -175,7 +179,7 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     elif optimisation.init_from:
         _initial_weights(recipe, network, optimisation.init_from)
         say(f"Initial weights from {optimisation.init_from}")
-    _same_everywhere(network, launch)
+    _same_everywhere(network, data, launch)
     first = batches.sample_numbers(range(1), optimisation.seed, samples)
     terms = recipe.items(data.train.__getitems__(first))
     given = recipe.loss_weights(config)
@@ -183,7 +187,6 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     documents = recipe.documents(config, network, data)
 
     objective = Objective(network, recipe)
-    built = optimizer.build(recipe.parameter_groups(network, config), network, optimisation)
     moments = optimizer.moments(optimisation.optimizer, optimisation.beta1)
     if run.compile:
         if launch.deepspeed:
@@ -192,13 +195,18 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     update: PlainUpdate | DeepSpeedUpdate
     state: PlainState | ZeroState
     if launch.deepspeed:
+        built = optimizer.build(recipe.parameter_groups(network, config), network, optimisation)
+        built.state.clear()  # ZeRO has its own, in flat partitions
         model, wrapped = made.prepare(objective, built)
         state = ZeroState(network, wrapped, moments, launch.processes, launch.rank)
         update = DeepSpeedUpdate(model, launch.processes, optimisation.gradient_accumulation_steps)
+        if mixed_precision == "fp16":
+            say("DeepSpeed fp16: weights are kept in fp16 between updates, so this run's numbers differ from DDP's")
         if model.bfloat16_enabled():
             say("DeepSpeed bf16.enabled: weights are kept in bf16, so this run's numbers differ from DDP's")
     else:
         model = made.prepare(objective)
+        built = optimizer.build(recipe.parameter_groups(network, config), network, optimisation)  # where the weights are now
         state = PlainState(network, built, moments)
         scale = LossScale(launch.device) if mixed_precision == "fp16" else None
         update = PlainUpdate(model, built, scale, launch.processes, optimisation.grad_clip)

@@ -7,6 +7,7 @@ global count; so averages that a backend takes by itself (over ranks, over micro
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +105,8 @@ class DeepSpeedUpdate:
     def __init__(self, engine: Any, processes: int, accumulation: int) -> None:
         self.network, self.engine = engine, engine
         self.factor = processes * accumulation  # the engine averages over both
+        if self._dynamic_scaler() is not None:
+            self._dynamic_scaler().raise_error_at_min_scale = False  # bad steps are counted by us, and end in a message
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Any:
@@ -124,8 +127,8 @@ class DeepSpeedUpdate:
         scale_before = scaler.cur_scale if scaler else 0.0
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow)
-        norm = float("inf") if skipped else float(self.engine.get_global_grad_norm())
-        return Step(torch.tensor(norm), torch.tensor(float(skipped and scale_before <= 1.0)))
+        norm = torch.as_tensor(math.inf if skipped else self.engine.get_global_grad_norm())
+        return Step(norm, torch.tensor(float(skipped and scale_before <= 1.0)))
 
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)

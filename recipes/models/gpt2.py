@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 
+CAUSAL_ATTENTION = "causal_sdpa"
+
+
 def build_gpt2(
     vocab_size: int,
     end_of_text: int,
@@ -26,7 +29,8 @@ def build_gpt2(
 
     Residual projections start with a standard deviation of 0.02 / sqrt(2 x layers). ValueError where sizes do not fit.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     heads = num_heads or max(1, d_model // 64)
     if d_model % heads:
@@ -47,6 +51,10 @@ def build_gpt2(
         use_cache=False,
     )
     model = GPT2LMHeadModel(config)
+    # Purely causal attention without a mask tensor. transformers would look for packed sequences in every forward, which
+    # reads the device on the host, and under torch.compile would hand over a mask that keeps flash attention away.
+    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+    model.config._attn_implementation = CAUSAL_ATTENTION
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
