@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from trainer.stopping import StopRequests
 
 
+REPORT_SECONDS = 60.0  # a finished run with less than this to its time limit leaves without plot and report
+
+
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -136,7 +139,8 @@ class _Launch:
 
     def run(self) -> str:
         """Assemble, train, report."""
-        from trainer.stopping import StopRequests, process_start_monotonic, slurm_seconds_left
+        from trainer.metrics import WANDB_EXIT_SECONDS
+        from trainer.stopping import EXIT_SECONDS, StopRequests, process_start_monotonic, slurm_seconds_left
 
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
         # From here on a signal is a request: one that comes while the data are prepared is obeyed at the first step.
@@ -147,6 +151,7 @@ class _Launch:
             lambda: self.loop.logbook.status() if self.loop else "starting",
             self.console.say,
             None if left is None else time.monotonic() + left,
+            EXIT_SECONDS + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
         ) as stops:
             return self._train(stops)
 
@@ -177,7 +182,7 @@ class _Launch:
         try:
             self.loop = Training(session, plan, stops, metrics, self.console)
             reason = self.loop.run()
-            self._report(session, reason, metrics)
+            self._report(session, reason, metrics, stops.seconds_left())
             code = FINISHED
         finally:
             if metrics is not None:
@@ -248,7 +253,7 @@ class _Launch:
             say=self.console.say,
         )
 
-    def _report(self, session: Session, reason: str, metrics: Any) -> None:
+    def _report(self, session: Session, reason: str, metrics: Any, seconds_left: float) -> None:
         """After the loop: final metrics, the plot, what the recipe has to show, status.json."""
         from trainer.stopping import REASONS
 
@@ -267,6 +272,9 @@ class _Launch:
         if loop.progress.train_loss is not None:
             final.setdefault("final/train_loss", loop.progress.train_loss)
         metrics.log(loop.progress.step, final)
+        if seconds_left < REPORT_SECONDS:
+            say("No time left for the plot and the report; tools/plot_run.py and `evaluate` make them")
+            return
         try:
             from trainer.plot import plot_loss
 

@@ -29,6 +29,7 @@ Say = Callable[[str], None]  # tells the user one line
 
 REACHABLE_SECONDS = 2.0  # how long the W&B server may take to answer before the run goes offline
 INIT_SECONDS = 20.0  # how long `wandb.init` may take: the other processes wait for it
+WANDB_EXIT_SECONDS = 15.0  # FINISH_SECONDS, and what its thread may take on top
 FINISH_SECONDS = 10.0  # how long the last upload may take: it counts against --max_training_hours
 
 
@@ -159,7 +160,7 @@ class _WandbRun:
     def close(self, exit_code: int) -> None:
         self._exit_code = exit_code
         self._rows.put(None)
-        self._thread.join(FINISH_SECONDS + 5)
+        self._thread.join(WANDB_EXIT_SECONDS)
         if self._thread.is_alive():
             self._say(f"W&B did not finish in time; upload the rest with: wandb sync {Path(self._run.dir).parent}")
 

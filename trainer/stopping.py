@@ -153,6 +153,7 @@ class StopRequests:
         status: Callable[[], str],
         say: Callable[[str], None],
         slurm_end: float | None = None,
+        exit_seconds: float = EXIT_SECONDS,
     ) -> None:
         check_hours(limit_hours)
         limit = math.inf if limit_hours is None else started + limit_hours * 3600
@@ -162,6 +163,7 @@ class StopRequests:
         self._step_seconds: deque[float] = deque(maxlen=50)
         self._save_seconds: deque[float] = deque(maxlen=5)
         self._expected_save_seconds = 0.0
+        self._exit_seconds = exit_seconds
         self._next_poll = 0.0
         self._stdin, self._typed = _stdin_kind(), b""
         self._previous: dict[signal.Signals, Any] = {}
@@ -211,7 +213,7 @@ class StopRequests:
         # The ranks act on this vote a step later, and then the save has to fit.
         step = max(self._step_seconds, default=0.0)
         save = max(self._save_seconds, default=self._expected_save_seconds)
-        if now + 2 * step + 1.5 * save + EXIT_SECONDS >= self._deadline:
+        if now + 2 * step + 1.5 * save + self._exit_seconds >= self._deadline:
             self._asked.add("time_limit")
         return [float(reason in self._asked) for reason in REASONS]
 
