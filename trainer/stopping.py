@@ -74,7 +74,7 @@ def check_hours(hours: float | None) -> None:
         raise Refusal(f"max_training_hours {hours} is no time limit; give hours above 0, or leave it out for no limit")
 
 
-def _die_with_parent(number: int) -> None:
+def die_with_parent(number: int) -> None:
     """Have the kernel send us `number` when the thread that started us ends. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # 1: PR_SET_PDEATHSIG
@@ -87,7 +87,7 @@ def die_with_launcher() -> None:
     """
     if launched(os.environ):
         parent = os.getppid()
-        _die_with_parent(signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
         if os.getppid() != parent:  # it died just before we asked
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -109,7 +109,7 @@ def reset_in_worker(worker_id: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_sigterm_of, args=(trainer.pid,), daemon=True).start()
-    _die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     if not trainer.is_alive():  # it died just before we asked
         os._exit(1)
 

@@ -9,6 +9,11 @@ import signal
 
 import torch.utils.data  # noqa: F401 - loaded here, once, for every worker
 
+from trainer.stopping import die_with_parent
+
+# Its own sign that the trainer is gone is a pipe that the workers hold open too; a killed trainer must leave none of them.
+die_with_parent(signal.SIGKILL)
+
 # A signal to the whole process group must not take the server, and with it the workers, from a trainer that still saves.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     with contextlib.suppress(ValueError):  # imported elsewhere, outside a main thread
