@@ -204,7 +204,8 @@ class _Launch:
         )
         if reason is None or retention.links(found.path.parent).get("checkpoint_final") != found.path.name:
             return None
-        way_on = f"to go on: --max_steps N --resume_from {found.path}"
+        change = {"patience": "--patience 0", "target loss": "a lower --target_loss"}.get(reason)
+        way_on = f"to go on: {change or f'--max_steps N --resume_from {found.path}'}"
         return f"Already finished ({reason}) at step {p.step:,}, nothing to do; {way_on}"
 
     def _open(self, session: Session) -> None:

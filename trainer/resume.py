@@ -84,9 +84,8 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
             "move them there, leave the flag out, or choose another --run_name"
         )
     directory.prepare()
-    locks = [Lock(path, say)]
-    if directory.checkpoints.resolve().parent != path.resolve():
-        locks.append(Lock(directory.checkpoints, say))
+    # Another run's --checkpoint_dir may point into this one: its folder has a lock of its own.
+    locks = [Lock(path, say), Lock(directory.checkpoints, say)]
     try:
         for lock in locks:
             lock.acquire()

@@ -111,7 +111,10 @@ def show_trained(recipe: Recipe, config: Any, data: Data, run: RunDirectory, che
     load_weights(network, Checkpoint(checkpoint))
     text, length = data.extra["text"], config.model.max_length
     loss = read_metrics(run.metrics)[-1]["final/val_loss"]
-    report(text, "validation", config.data.packing, length, loss, say)
+    if config.run.eval_iters:
+        say(f"validation: {loss:.4f} nats per token over the first {config.run.eval_iters} batches (eval_iters) only")
+    else:
+        report(text, "validation", config.data.packing, length, loss, say)
     row = text.splits["validation"]
     opening = text.tokenizer().decode(np.asarray(row.ids[: min(12, length // 2, int(row.row_ends[0]) - 1)]).tolist())
     say(f"Sample: {sample(network.eval(), text, Generate(str(checkpoint), prompt=opening))}")
@@ -145,7 +148,10 @@ def report(text: Text, split: str, packing: str, max_length: int, loss: float, s
     tokens = int(scored(text, split, packing, max_length).sum())
     words = text.splits[split].words
     say(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
-    say(f"{split} perplexity: {perplexity(loss):.2f} per token, {perplexity(loss * tokens / words):.2f} per word")
+    # Where rows were cut, the words of the split are more than those that were scored.
+    whole = tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
+    per_word = f", {perplexity(loss * tokens / words):.2f} per word" if whole else ""
+    say(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")
     for name, nats in baselines(text, split, packing, max_length).items():
         side = "the model is better" if nats > loss else "the model is still worse"
         say(f"  for scale, {name} perplexity on the same tokens: {perplexity(nats):.2f} per token ({side})")
@@ -157,7 +163,7 @@ def sample(network: Any, text: Text, flags: Generate) -> str:
 
     if not (flags.temperature >= 0 and math.isfinite(flags.temperature)):
         raise Refusal(f"temperature {flags.temperature} must be 0 (the likeliest token) or above")
-    if not 0 < flags.top_p <= 1 or flags.top_k < 0 or flags.max_new_tokens < 1 or flags.repetition_penalty <= 0:
+    if not 0 < flags.top_p <= 1 or flags.top_k < 0 or flags.max_new_tokens < 1 or not 0 < flags.repetition_penalty < math.inf:
         raise Refusal("generation needs 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1 and repetition_penalty > 0")
     tokenizer = text.tokenizer()
     ids = tokenizer.encode(flags.prompt, add_special_tokens=False).ids or [text.end_of_text]
