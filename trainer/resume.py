@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
     """Lock the run directory and decide what to do there. Called on rank 0 only; the locks are held to the end."""
     run = parsed.config.run
     path = default_directory(recipe, parsed)
-    before = _previous_checkpoint_dir(path)
+    before = _previous(path, "checkpoint_dir")
     checkpoint_dir = run.checkpoint_dir or before
     directory = RunDirectory(path, Path(checkpoint_dir) if checkpoint_dir else None)
     old = Path(before) if before else path / "checkpoints"
@@ -100,9 +100,10 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
     return Plan(config, directory, found, same_run, parsed.typed), locks
 
 
-def _previous_checkpoint_dir(path: Path) -> str | None:
+def _previous(path: Path, flag: str) -> str | None:
+    """A value of the run section that the launch before had in this run directory."""
     try:
-        return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"]["checkpoint_dir"]
+        return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"][flag]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
 
@@ -133,6 +134,11 @@ def _choose(
             asked = Checkpoint(path)
             asked.verify()
             return asked, inside
+        if not _restarted() and _previous(directory.path, "resume_from") != run.resume_from:
+            raise Refusal(
+                f"{folder} holds another run, at step {existing[0][0]}, which did not start from {run.resume_from}; leave "
+                "--resume_from out to continue it, or choose another --run_name"
+            )
         say(f"{folder} already holds a run: continuing it (--resume_from {run.resume_from} was its start)")
     return retention.newest_good(folder, recipe.checkpoint_prefix, say), True
 

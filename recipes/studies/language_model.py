@@ -67,6 +67,8 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
     from trainer.inference import evaluate_trained, find, load
     from trainer.setup import load_data
 
+    if flags.batch_size < 1:
+        raise Refusal(f"batch_size {flags.batch_size} must be above 0")
     found, config = find(recipe, flags.model_path, launch)
     # The checkpoint's own tokenizer: one trained anew on other data would give other ids.
     tokenizer = flags.tokenizer or str(found.path / "tokenizer.json")
