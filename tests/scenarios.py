@@ -6,6 +6,7 @@ rank writes down how every run ended. `launch` starts it, and gives back the run
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 Argv = list[str]
+TOY = "toy_recipe:ToyRecipe"
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,25 @@ class Finished:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order."""
-        folders = (self.path / "checkpoints").glob("checkpoint_step_*")
-        return sorted(int(folder.name.rpartition("_")[2]) for folder in folders if not folder.is_symlink())
+        return sorted(self._checkpoints())
 
     def tensors(self, stem: str, step: int) -> dict[str, Tensor]:
         """`model` or `optimizer` of the checkpoint of a step."""
-        return load_file(self.path / "checkpoints" / f"checkpoint_step_{step}" / f"{stem}.safetensors")
+        return load_file(self._checkpoints()[step] / f"{stem}.safetensors")
+
+    def _checkpoints(self) -> dict[int, Path]:
+        """{step: folder}, whatever the recipe calls them."""
+        folders = (folder for folder in (self.path / "checkpoints").glob("*_[0-9]*") if not folder.is_symlink())
+        return {int(folder.name.rpartition("_")[2]): folder for folder in folders if (folder / "manifest.json").is_file()}
 
 
 def launch(
     kind: str, runs: Mapping[str, tuple[str, Argv]], folder: Path, runs_folder: Path | None = None
 ) -> dict[str, Finished]:
-    """Train `runs` {name: (recipe, command line)} in one launch of `kind`, each in its own directory below `runs_folder`."""
+    """Train `runs` {name: (module:class of a recipe, command line)} in one launch of `kind`.
+
+    Each has its own directory below `runs_folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     runs_folder = runs_folder or folder
     spec = {name: (recipe, [*argv, "--output_dir", str(runs_folder / name)]) for name, (recipe, argv) in runs.items()}
@@ -63,11 +72,14 @@ def launch(
     return {name: Finished(runs_folder / name, [outcomes[name] for outcomes in told]) for name in runs}
 
 
+def recipe_of(where: str) -> Any:
+    """A recipe by `module:class`."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)()
+
+
 def train_all(folder: Path) -> None:
     """What each process of the launch does."""
-    from toy_recipe import ToyRecipe
-
-    from recipes.gpt2_wikitext import Gpt2Wikitext
     from trainer import config
     from trainer.console import Console
     from trainer.errors import Refusal
@@ -75,10 +87,9 @@ def train_all(folder: Path) -> None:
     from trainer.main import train
 
     joined = connect("cpu", 3.0)
-    recipes = {"toy": ToyRecipe, "gpt2": Gpt2Wikitext}
     outcomes = {}
-    for name, (recipe_name, argv) in json.loads((folder / "runs.json").read_text()).items():
-        recipe, console = recipes[recipe_name](), Console(None, joined.is_main)
+    for name, (where, argv) in json.loads((folder / "runs.json").read_text()).items():
+        recipe, console = recipe_of(where), Console(None, joined.is_main)
         console.say(f"----- {name}")
         outcome = {"reason": None, "exit_code": 0, "message": ""}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scenarios import Finished, launch
+from scenarios import TOY, Finished, launch
 from test_same_maths import sample
 
 CHAIN = (("one", 4), ("zero3", 8), ("ddp", 12), ("zero1", 16), ("one", 20))
@@ -16,11 +16,11 @@ COMMON += ["--batch_size", "4", "--gradient_accumulation_steps", "2"]
 BAD_STEPS = (2, 8, 9, 14)
 NAN = ["--nan_samples", *(sample(step, 3 if step % 2 else 4) for step in BAD_STEPS)]
 RUNS = {
-    "adamw": ("toy", COMMON),
-    "adamw after skipped steps": ("toy", [*COMMON, *NAN]),
+    "adamw": (TOY, COMMON),
+    "adamw after skipped steps": (TOY, [*COMMON, *NAN]),
     # Log intervals that run across the hand-overs: their sums are in the checkpoint.
-    "sgd with momentum": ("toy", [*COMMON, "--optimizer", "sgd", "--log_every", "3"]),
-    "adam, recomputed": ("toy", [*COMMON, "--optimizer", "adam", "--weight_decay", "0.1", "--gradient_checkpointing"]),
+    "sgd with momentum": (TOY, [*COMMON, "--optimizer", "sgd", "--log_every", "3"]),
+    "adam, recomputed": (TOY, [*COMMON, "--optimizer", "adam", "--weight_decay", "0.1", "--gradient_checkpointing"]),
 }
 
 

@@ -465,3 +465,80 @@ def test_help_answers_at_once_without_torch() -> None:
         if seconds[-1] < 2:
             break
     assert min(seconds) < 2
+
+
+# ------------------------------------------------------------------- what a recipe's config class may bring along itself
+
+
+@dataclass(frozen=True)
+class Window:
+    window_size: tuple[int, int] | None = None
+    img_size: int | None = None
+    """default: 16 x the window"""
+
+
+@dataclass(frozen=True)
+class NoData:
+    """Nothing to choose."""
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """A config with sections of its own for files, and values that follow from others."""
+
+    yaml_sections = {"project": {"name": "run_name", "seed": "seed"}, "bias": {"window": "window_size"}, "training": None}
+    model: Window = field(default_factory=Window)
+    data: NoData = field(default_factory=NoData)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    run: Run = field(default_factory=Run)
+
+    def resolved(self) -> "OwnConfig":
+        size = self.model.window_size
+        if size and self.model.img_size and self.model.img_size != 16 * size[0]:
+            raise Refusal(f"img_size {self.model.img_size} is not 16 x window_size {size[0]}; leave one out")
+        img_size = self.model.img_size or (16 * size[0] if size else None)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, img_size=img_size))
+
+
+def own(*argv: str) -> Parsed:
+    return configuration.parse(OwnConfig, {}, argv, "own")
+
+
+OWN_FILE = "project:\n  name: mine\n  seed: 3\nbias:\n  window: [7, 7]\ntraining:\n  lr: 1e-3\n"
+
+
+def test_sections_of_a_recipes_own_mean_its_fields(write: object) -> None:
+    parsed = own("--config", write(OWN_FILE))
+    assert parsed.config.model == Window((7, 7), 112)
+    assert (parsed.config.run.run_name, parsed.config.optimisation.seed) == ("mine", 3)
+    assert parsed.config.optimisation.learning_rate == 1e-3
+    assert parsed.typed == {"config", "run_name", "seed", "window_size", "learning_rate"}
+    assert own("--config", write(OWN_FILE), "--window_size", "2", "3").config.model.img_size == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("project:\n  nmae: x\n", ["'nmae'", "section project", "did you mean 'name'"]),
+        ("project:\n  window: [7, 7]\n", ["'window'", "section project"]),
+        ("projct:\n  name: x\n", ["'projct'", "did you mean 'project'"]),
+        ("bias:\n  window: 7\n", ["window takes a list"]),
+        ("bias:\n  window: [7, 7]\nmodel:\n  window_size: [3, 3]\n", ["window_size is given twice"]),
+        ("training:\n  bias:\n    window: [7, 7]\n", ["'bias'"]),
+    ],
+)
+def test_a_wrong_key_in_a_section_is_named_with_the_nearest(write: object, text: str, words: list[str]) -> None:
+    with pytest.raises(Refusal) as caught:
+        own("--config", write(text))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_follows_from_other_values_is_filled_in_checked_and_not_part_of_the_name() -> None:
+    parsed = own("--window_size", "2", "2")
+    assert parsed.config.model.img_size == 32
+    assert "img_size" not in configuration.run_name(parsed)
+    with pytest.raises(Refusal, match="img_size 40 is not 16 x window_size 2"):
+        own("--window_size", "2", "2", "--img_size", "40")
+    saved = parsed.config
+    again = configuration.parse(OwnConfig, {}, [], "own", default=saved).config
+    assert again == saved

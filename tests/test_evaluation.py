@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scenarios import Finished, launch
+from scenarios import TOY, Finished, launch
 from toy_recipe import ToyRecipe
 
 from trainer import config, setup
@@ -19,12 +19,12 @@ COMMON += ["--warmup_steps", "1"]
 SIZES = {f"batch {size}": ["--batch_size", size, "--gradient_accumulation_steps", str(8 // int(size))] for size in ("2", "8")}
 # Dropout, because disturbed generators are how evaluation changes training.
 DISTURBED = [*COMMON, "--batch_size", "4", "--dropout", "0.2"]
-RUNS = {name: ("toy", [*COMMON, *flags, "--eval_every", str(STEPS)]) for name, flags in SIZES.items()}
+RUNS = {name: (TOY, [*COMMON, *flags, "--eval_every", str(STEPS)]) for name, flags in SIZES.items()}
 RUNS |= {
-    "in peace": ("toy", DISTURBED),
-    "evaluating": ("toy", [*DISTURBED, "--eval_every", "1"]),
-    "saving": ("toy", [*DISTURBED, "--save_every", "1"]),
-    "both, with workers": ("toy", [*DISTURBED, "--eval_every", "2", "--save_every", "3", "--num_workers", "1"]),
+    "in peace": (TOY, DISTURBED),
+    "evaluating": (TOY, [*DISTURBED, "--eval_every", "1"]),
+    "saving": (TOY, [*DISTURBED, "--save_every", "1"]),
+    "both, with workers": (TOY, [*DISTURBED, "--eval_every", "2", "--save_every", "3", "--num_workers", "1"]),
 }
 
 

@@ -8,21 +8,20 @@ backend and no accumulation, and divides each loss term once.
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launching import run
-from scenarios import Finished, launch
-from toy_recipe import ToyRecipe
+from scenarios import TOY, Finished, launch, recipe_of
+from tiny_runs import TINY
 
-from recipes.gpt2_wikitext import Gpt2Wikitext
 from trainer import batches, config, setup
 from trainer.recipe import Recipe
 
 BACKENDS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+RECIPES = ("toy", *TINY)
 STEPS = 20
 EFFECTIVE_BATCH = 8
 TOY_ROWS = 64
@@ -73,42 +72,36 @@ NAN_FLAGS = [
 ]
 
 
-def runs(text: Path) -> dict[str, tuple[str, list[str]]]:
+def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """{name: (recipe, command line)}: what each launch trains."""
-    gpt2 = ["--data_dir", str(text), "--tokenizer", "train", "--vocab_size", "300", "--packing", "rows", "--d_model", "16"]
-    gpt2 += ["--num_layers", "2", "--num_heads", "2", "--max_length", "24", "--dropout", "0", "--no_use_tensorboard"]
-    gpt2 += ["--num_workers", "0", "--log_every", "1", "--eval_every", "0", "--save_every", "0", *COMMON]
-    gpt2 += ["--max_training_hours", "1"]
-    made = {f"toy {cut}": ("toy", [*COMMON, *flags]) for cut, flags in CUTS.items()}
-    made |= {f"gpt2 {cut}": ("gpt2", [*gpt2, *CUTS[cut]]) for cut in ("2x4", "8x1")}
+    made = {f"toy {cut}": (TOY, [*COMMON, *flags]) for cut, flags in CUTS.items()}
+    for name, (recipe, argv) in TINY.items():
+        made |= {f"{name} {cut}": (recipe, [*argv(folder), *COMMON, *CUTS[cut]]) for cut in ("2x4", "8x1")}
     made["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
     # A lower learning rate: at 1e-2 twenty steps of Adam make 2e-3 of what bf16 rounds differently in another summation order.
     bf16 = ["--mixed_precision", "bf16", "--learning_rate", "3e-4"]
-    made |= {f"{name} bf16": (name, [*made[f"{name} 8x1"][1], *bf16]) for name in ("toy", "gpt2")}
-    made["clipped"] = ("toy", [*DESCENT, "--grad_clip", str(CLIP)])
-    made["unclipped"] = ("toy", [*DESCENT, "--grad_clip", "0"])
-    made["nan adamw"] = ("toy", [*COMMON, *NAN_FLAGS])
-    made["nan sgd"] = ("toy", [*COMMON, *NAN_FLAGS, "--optimizer", "sgd", "--grad_clip", "0.1"])
+    for name in RECIPES:
+        recipe, argv = made[f"{name} 8x1"]
+        made[f"{name} bf16"] = (recipe, [*argv, *bf16])
+    made["clipped"] = (TOY, [*DESCENT, "--grad_clip", str(CLIP)])
+    made["unclipped"] = (TOY, [*DESCENT, "--grad_clip", "0"])
+    made["nan adamw"] = (TOY, [*COMMON, *NAN_FLAGS])
+    made["nan sgd"] = (TOY, [*COMMON, *NAN_FLAGS, "--optimizer", "sgd", "--grad_clip", "0.1"])
     bad = [sample(step, 3) for step in (2, *range(5, 13))]  # a single one first, which must not count
-    made["gives up"] = ("toy", [*COMMON, *CUTS["4x2"], "--save_every", "2", "--max_bad_steps", "3", "--nan_samples", *bad])
+    made["gives up"] = (TOY, [*COMMON, *CUTS["4x2"], "--save_every", "2", "--max_bad_steps", "3", "--nan_samples", *bad])
     return made
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of rows of 1 to 12 words, so that the micro-batches have unlike token counts."""
-    folder, dice = tmp_path_factory.mktemp("text"), random.Random(0)
-    words = ["a", "of", "river", "stone", "walked", "quietly", "between", "seventeen", "lighthouses"]
-    for name, rows in (("train", 60), ("validation", 9), ("test", 3)):
-        lines = [" ".join(dice.choices(words, k=dice.randint(1, 12))) for _ in range(rows)]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the recipes' data are."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finished]]:
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finished]]:
     """{backend: {name: run}}."""
-    return {kind: launch(kind, runs(text), tmp_path_factory.mktemp(kind)) for kind in BACKENDS}
+    return {kind: launch(kind, runs(folder), tmp_path_factory.mktemp(kind)) for kind in BACKENDS}
 
 
 def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means: int = 0) -> dict[str, list[float]]:
@@ -118,12 +111,13 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
     """
     settings = config.parse(recipe.Config, recipe.presets, argv, recipe.name).config
     o, data = settings.optimisation, recipe.build_data(settings)
+    length = batches.length_of(data.train)
     network = setup.build_network(recipe, settings, data)
     optimizer = torch.optim.AdamW(recipe.parameter_groups(network, settings), betas=(o.beta1, o.beta2), eps=o.eps)
     curves: dict[str, list[float]] = {"train/loss": [], "train/grad_norm": []}
     for step in range(1, steps + 1):
         positions = range((step - 1) * EFFECTIVE_BATCH, step * EFFECTIVE_BATCH)
-        numbers = batches.sample_numbers(positions, o.seed, len(data.train))
+        numbers = batches.sample_numbers(positions, o.seed, length)
         parts = mean_of_means or 1
         part, loss = len(numbers) // parts, torch.zeros(())
         for i in range(parts):
@@ -143,12 +137,12 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
 
 
 @pytest.fixture(scope="module")
-def references(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
-    """The right curves of both recipes."""
+def references(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+    """The right curves of every recipe."""
     patch = pytest.MonkeyPatch()
     patch.setenv("SAMECURVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    argv = {name: runs(text)[f"{name} 8x1"][1] for name in ("toy", "gpt2")}
-    found = {"toy": reference(ToyRecipe(), argv["toy"]), "gpt2": reference(Gpt2Wikitext(), argv["gpt2"])}
+    made = {name: runs(folder)[f"{name} 8x1"] for name in RECIPES}
+    found = {name: reference(recipe_of(recipe), argv) for name, (recipe, argv) in made.items()}
     patch.undo()
     return found
 
@@ -171,7 +165,7 @@ def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
     kind: str, finished: dict[str, dict[str, Finished]], references: dict[str, dict[str, list[float]]]
 ) -> None:
     names = [name for name in finished[kind] if name.endswith(tuple(CUTS))]
-    assert len(names) == 5
+    assert len(names) == len(CUTS) + 2 * len(TINY)
     found = {name: apart(finished[kind][name], references[name.split()[0]]) for name in names}
     print(kind, found)
     assert max(found.values()) < 1e-5, found
@@ -179,7 +173,7 @@ def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
 
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
-    for name in ("toy", "gpt2"):
+    for name in RECIPES:
         alone = finished["one"][f"{name} bf16"]
         right = {key: [v or math.nan for v in alone.curve(key).values()] for key in ("train/loss", "train/grad_norm")}
         found = apart(finished[kind][f"{name} bf16"], right)
@@ -191,12 +185,13 @@ def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dic
 
 
 def test_a_mean_of_means_would_not_pass(
-    text: Path, references: dict[str, dict[str, list[float]]], monkeypatch: Any, tmp_path: Path
+    folder: Path, references: dict[str, dict[str, list[float]]], monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
-    for name, recipe in (("toy", ToyRecipe()), ("gpt2", Gpt2Wikitext())):
+    for name in ("toy", "gpt2"):
+        recipe, argv = runs(folder)[f"{name} 8x1"]
         for parts in (2, 4):
-            wrong = reference(recipe, runs(text)[f"{name} 8x1"][1], steps=1, mean_of_means=parts)
+            wrong = reference(recipe_of(recipe), argv, steps=1, mean_of_means=parts)
             off = {key: abs(value / references[name][key][0] - 1) for key, (value,) in wrong.items()}
             print(name, parts, off)
             assert max(off.values()) > 1e-3, (name, parts, off)

@@ -1,12 +1,16 @@
 """Learning rates at the steps where schedules go wrong: the first, the peak, the last, and after it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
-from trainer.schedule import warmup_cosine, warmup_for
+from trainer.schedule import cosine_annealing, one_cycle, ramp_cosine, warmup_cosine, warmup_for
 
 TOTAL, WARMUP, PEAK, FLOOR = 10_000, 2_000, 6e-4, 6e-5
 
@@ -75,3 +79,57 @@ def test_the_recipe_follows_its_flags() -> None:
     recipe = Gpt2Wikitext()
     for step in (1, 100, WARMUP, 7_777, TOTAL):
         assert recipe.learning_rate(step, TOTAL, config) == rate(step)
+
+
+# ------------------------------------------------------------------------------------- schedules that torch has, by its own
+
+
+def torchs(make: Callable[[torch.optim.Optimizer], Any], steps: int, peak: float) -> list[float]:
+    """The learning rate of each step, by a scheduler of torch."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler, rates = make(optimizer), []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < steps - 1:
+            scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("total", [6, 7, 10, 11, 1000])
+def test_one_cycle_is_torchs_value_by_value(total: int) -> None:
+    factor = total / 2 - 1
+    options = {"pct_start": 0.5, "anneal_strategy": "linear", "div_factor": factor, "final_div_factor": factor}
+    right = torchs(lambda o: OneCycleLR(o, PEAK, total, cycle_momentum=False, **options), total, PEAK)
+    assert [one_cycle(step, total, PEAK) for step in range(1, total + 1)] == pytest.approx(right, rel=1e-9)
+
+
+def test_one_cycle_by_the_values_of_its_paper_experiment() -> None:
+    rates = [one_cycle(step, 1000, 1e-3) for step in range(1, 1001)]
+    assert (rates[0], rates[499], rates[-1]) == pytest.approx((2.004008e-6, 1e-3, 4.016048e-9), rel=1e-6)
+    rates = [one_cycle(step, 10, 1e-3) for step in range(1, 11)]
+    assert (rates[0], rates[4], rates[-1]) == pytest.approx((2.5e-4, 1e-3, 6.25e-5), rel=1e-12)
+    assert one_cycle(11, 10, 1e-3) == rates[-1]
+
+
+@pytest.mark.parametrize("total", [1, 4, 5])
+def test_one_cycle_refuses_runs_too_short_for_it(total: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 6 steps, not {total}"):
+        one_cycle(1, total, 1e-3)
+
+
+def test_cosine_annealing_is_torchs_value_by_value() -> None:
+    right = torchs(lambda o: CosineAnnealingLR(o, 200, eta_min=1e-6), 200, 1e-4)
+    assert [cosine_annealing(step, 200, 1e-4, 1e-6) for step in range(1, 201)] == pytest.approx(right, rel=1e-9)
+    assert f"{cosine_annealing(100_000, 1_000_000, 1e-4, 1e-6):.2e}" == "9.76e-05"
+    assert cosine_annealing(10**7, 10**6, 1e-4, 1e-6) == pytest.approx(1e-6)
+
+
+def test_a_ramp_and_a_cosine_are_torchs_two_schedulers_at_the_start_of_each_epoch() -> None:
+    def both(optimizer: torch.optim.Optimizer) -> SequentialLR:
+        ramp = LinearLR(optimizer, start_factor=0.1, total_iters=10)
+        return SequentialLR(optimizer, [ramp, CosineAnnealingLR(optimizer, T_max=90)], milestones=[10])
+
+    right, steps = torchs(both, 100, 1e-3), 7
+    mine = [ramp_cosine(1 + epoch * steps, 100 * steps, 10 * steps, 1e-3, 0.0, 0.1) for epoch in range(100)]
+    assert mine == pytest.approx(right, rel=1e-6)

@@ -97,6 +97,7 @@ def identity(batch: Batch) -> Batch:
 def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[Batch]:
     """Batches of `dataset` in `order`, through a DataLoader; from the data set itself if it generates on the device."""
     if getattr(dataset, "on_device", False):
+        dataset.to(device)
         return (dataset.__getitems__(numbers) for numbers in order)
     loader = DataLoader(
         dataset,

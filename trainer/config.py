@@ -147,9 +147,11 @@ _MORE_POSITIVE = ("max_bad_steps", "timeout_minutes", "max_training_hours")
 
 @dataclass(frozen=True)
 class Parsed:
-    """A command line, read. `base` is what it would have been without the typed flags: their difference names the run."""
+    """A command line, read. `asked` is the config before `resolved`, and `base` what that would have been without the typed
+    flags: their difference names the run."""
 
     config: Any
+    asked: Any
     base: Any
     typed: frozenset[str]
     """names of the fields that were given: by a flag, in the YAML file or in the preset"""
@@ -181,6 +183,9 @@ def parse(
 ) -> Parsed:
     """Read a training command line. `default` (a checkpoint's config) stands in for the defaults of the flags not given.
 
+    A config class with a method `resolved() -> config` fills in what follows from other values, and refuses (with a
+    Refusal) values that contradict each other.
+
     Raises Refusal (one or two lines) for anything a user can mend; exits 0 after `--help`.
     """
     default = config_class() if default is None else default
@@ -198,7 +203,11 @@ def parse(
         steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
         raise Refusal(f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs")
     check(config)
-    return Parsed(config, base, given)
+    asked = config
+    if hasattr(config, "resolved"):
+        config = config.resolved()
+        check(config)
+    return Parsed(config, asked, base, given)
 
 
 def parse_flat(config_class: type, argv: Sequence[str], prog: str) -> Any:
@@ -258,7 +267,7 @@ def run_name(parsed: Parsed) -> str:
     """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
     run = parsed.config.run
     parts = [Path(run.config).stem if run.config else run.preset or "default"]
-    for name, (_, value) in changed(parsed.config, parsed.base, ("model", "data", "optimisation")).items():
+    for name, (_, value) in changed(parsed.asked, parsed.base, ("model", "data", "optimisation")).items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
         safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
         # Two paths may read the same once made safe; a short hash keeps their runs apart.

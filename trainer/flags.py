@@ -84,14 +84,23 @@ def _kinds(config_class: type) -> dict[str, str]:
     for name, hint in typing.get_type_hints(config_class).items():
         if dataclasses.is_dataclass(hint):
             kinds |= _kinds(hint)
-        else:
-            kinds[name] = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
+            continue
+        inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if type(None) in typing.get_args(hint) and len(inner) == 1:
+            hint = inner[0]
+        kinds[name] = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
     return kinds
 
 
 def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
-    """{field: value} of a YAML file, flat or in sections. Refusal, naming file and key, for whatever cannot be meant."""
+    """{field: value} of a YAML file, flat or in sections. Refusal, naming file and key, for whatever cannot be meant.
+
+    A config class may have sections of its own for files: `yaml_sections` {section: {key: field}}, or {section: None} for
+    one that takes any field. In such a section a key means that field, whatever it means elsewhere.
+    """
     names, kinds = flag_names(config_class), _kinds(config_class)
+    own: Mapping[str, Mapping[str, str] | None] = getattr(config_class, "yaml_sections", {})
+    sections = {**dict.fromkeys(SECTIONS), **own}
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
@@ -106,15 +115,18 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
         raise Refusal(f"--config {path}: expected `name: value` lines, found {type(data).__name__}")
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        inner = (value or {}) if key in SECTIONS and (value is None or isinstance(value, dict)) else {key: value}
-        for name, leaf in inner.items():
-            canonical = names.get(str(name).replace("-", "_"))
+        section = key in sections and (value is None or isinstance(value, dict))
+        known = (sections[key] if section else None) or names
+        where = f" in section {key}" if section else ""
+        for name, leaf in ((value or {}) if section else {key: value}).items():
+            canonical = known.get(str(name).replace("-", "_"))
             if canonical is None:
-                raise Refusal(f"--config {path}: unknown key {str(name)!r}{nearest(str(name), names)}")
+                near = nearest(str(name), [*known, *(() if section else sections)])
+                raise Refusal(f"--config {path}: unknown key {str(name)!r}{where}{near}")
             if canonical in flat:
                 raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
             if isinstance(leaf, dict):
-                raise Refusal(f"--config {path}: {name} takes a value, not a section; sections are {', '.join(SECTIONS)}")
+                raise Refusal(f"--config {path}: {name} takes a value, not a section; sections are {', '.join(sections)}")
             if canonical in ("preset", "config") and leaf is not None:
                 raise Refusal(f"--config {path}: {canonical} cannot be given in a file; type --{canonical} {leaf}")
             found = "true or false" if isinstance(leaf, bool) else "a list" if isinstance(leaf, list) else "one value"

@@ -26,6 +26,8 @@ class Progress:
     evaluated_step: int = 0
     best: float | None = None
     best_step: int = 0
+    watched_best: float | None = None
+    """best value of the metric that patience waits for"""
     evaluations_without_better: int = 0
     train_loss: float | None = None
     hours: float = 0.0
@@ -111,6 +113,15 @@ class Logbook:
         """To metrics.jsonl and the trackers."""
         if self.metrics is not None:
             self.metrics.log(self.progress.step, found)
+
+    def epoch(self) -> int:
+        """Whole epochs behind this step; 0 for an endless stream."""
+        return self.progress.step * self.batch_size // self.samples if self.samples else 0
+
+    def epoch_ended(self) -> bool:
+        """Whether the last step finished an epoch."""
+        before = (self.progress.step - 1) * self.batch_size
+        return bool(self.samples) and self.progress.step > 0 and before // self.samples < self.epoch()
 
     def hours(self) -> float:
         """Hours trained, over all launches."""

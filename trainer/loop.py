@@ -6,17 +6,13 @@ each -> update -> log
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import json
 import math
 import time
 from dataclasses import dataclass
 
 import torch
 
-from trainer import batches, checkpoint, retention
-from trainer.config import to_yaml
+from trainer import batches
 from trainer.console import Console
 from trainer.errors import NOT_FINITE, Refusal
 from trainer.evaluation import evaluate
@@ -25,14 +21,10 @@ from trainer.logbook import Logbook, Progress
 from trainer.metrics import Metrics
 from trainer.recipe import Batch, move
 from trainer.resume import Plan
+from trainer.saving import Saver
 from trainer.setup import Session, seed_everything
 from trainer.stopping import REASONS, StopRequests, finished_reason
 from trainer.update import BadSteps
-
-# The links each kind of stop leaves beside the step checkpoint.
-STOP_LINKS = {"time_limit": "checkpoint_time_limit"}
-# What a save takes, until the first one has been timed: fp32 weights and two moments onto a slow disk, bytes per second.
-SLOW_SAVE_SECONDS, SLOW_DISK = 1.0, 200e6
 
 
 @dataclass
@@ -51,15 +43,12 @@ class Training:
         self.session, self.stops, self.metrics, self.console = session, stops, metrics, console
         self.recipe, self.config, self.launch = session.recipe, session.config, session.launch
         self.run_config, self.optimisation = self.config.run, self.config.optimisation
-        self.folder, self.run_directory = plan.directory.checkpoints, plan.directory
         self.terms = list(session.weights)
         self.progress = Progress(**plan.checkpoint.state["progress"]) if plan.checkpoint else Progress()
-        self.saved_step = self.progress.step if plan.checkpoint and plan.same_run else None
         self.bad_steps = BadSteps(self.progress.bad_in_a_row, self.progress.bad_steps)
         self.logbook = Logbook(session, self.progress, metrics, console)
+        self.saver = Saver(session, plan, self.logbook, stops, console)
         self.samples = batches.length_of(session.data.train)
-        self.last_saved_at = time.monotonic()
-        stops.expect_save(SLOW_SAVE_SECONDS + 3 * sum(e.size_bytes for e in session.state.model_entries()) / SLOW_DISK)
         self.last_evaluation: dict[str, float] = {}
         self.previous_best: tuple[float | None, int] = (None, 0)
 
@@ -87,7 +76,7 @@ class Training:
         s, p = self.session, self.progress
         accumulation = self.optimisation.gradient_accumulation_steps
         upcoming = self.read_ahead()
-        if self.saved_step == p.step and self.epoch_ended():
+        if self.saver.saved_step == p.step and self.logbook.epoch_ended():
             self.save(False, None)  # only its link: a kill may have come between the save and that
         while True:
             totals, asked, save_asked = self.agreed(upcoming)
@@ -95,7 +84,7 @@ class Training:
             if not asked and self.evaluation_due():
                 better, asked = self.evaluate()
             reason = asked or self.finished()
-            if reason or better or save_asked or self.save_due():
+            if reason or better or save_asked or self.saver.due():
                 self.save(better, reason)
             if reason:
                 return reason
@@ -133,8 +122,8 @@ class Training:
         except Exception as reason:  # told to every rank, so that none waits for a batch that never comes
             error = reason
         self.logbook.waited += time.monotonic() - began
-        save = self.run_config.save_minutes and time.monotonic() - self.last_saved_at > 60 * self.run_config.save_minutes
-        votes = [*self.stops.votes(), float(bool(save) and self.launch.is_main), float(error is not None)]
+        save = self.saver.due_by_the_clock() and self.launch.is_main
+        votes = [*self.stops.votes(), float(save), float(error is not None)]
         return Upcoming(micro_batches, self.launch.control.sum([*counts, *votes]), error)
 
     def agreed(self, upcoming: Upcoming) -> tuple[list[float], str | None, bool]:
@@ -158,29 +147,14 @@ class Training:
         asked = run.stop_at_step and p.step >= run.stop_at_step
         return over or ("stop_at_step" if asked else None)
 
-    def epoch(self) -> int:
-        """Whole epochs behind this step; 0 for an endless stream."""
-        return self.progress.step * self.optimisation.effective_batch_size // self.samples if self.samples else 0
-
-    def epoch_ended(self) -> bool:
-        """Whether the last step finished an epoch."""
-        before = (self.progress.step - 1) * self.optimisation.effective_batch_size
-        return bool(self.samples) and self.progress.step > 0 and before // self.samples < self.epoch()
-
     def evaluation_due(self) -> bool:
         """Every `eval_every` steps, at the end of an epoch, and at the end of the run; once."""
         p, every = self.progress, self.run_config.eval_every
         if self.finished() not in (None, "stop_at_step"):
             # The launch that finishes a run reports its last evaluation, also if the one before has been killed after it.
             return bool(self.session.data.evaluation) and (p.evaluated_step != p.step or not self.last_evaluation)
-        due = (every and p.step % every == 0) or self.epoch_ended()
+        due = (every and p.step % every == 0) or self.logbook.epoch_ended()
         return bool(due and p.step > 0 and p.evaluated_step != p.step and self.session.data.evaluation)
-
-    def save_due(self) -> bool:
-        """Every `save_every` steps and at the end of an epoch; not again where this run has just been resumed."""
-        every = self.run_config.save_every
-        due = bool(every and self.progress.step % every == 0) or self.epoch_ended()
-        return due and self.progress.step > 0 and self.saved_step != self.progress.step
 
     def evaluate(self) -> tuple[bool, str | None]:
         """Measure the evaluation sets. (whether the best metric improved, why to stop if a rank asked to meanwhile)."""
@@ -210,13 +184,16 @@ class Training:
         if p.evaluated_step == p.step:
             return False, None  # known already: the launch before was ended between this evaluation and its last save
         p.evaluated_step = p.step
-        metric = found[f"eval/{self.recipe.best_metric}"]
-        sign = 1.0 if self.recipe.best_is == "lower" else -1.0
-        better = math.isfinite(metric) and (p.best is None or sign * metric < sign * p.best)
+        recipe = self.recipe
+        better = improves(found[f"eval/{recipe.best_metric}"], p.best, recipe.best_is)
         if better:
             self.previous_best = (p.best, p.best_step)
-            p.best, p.best_step = metric, p.step
-        p.evaluations_without_better = 0 if better else p.evaluations_without_better + 1
+            p.best, p.best_step = found[f"eval/{recipe.best_metric}"], p.step
+        watched, direction = recipe.patience_metric or (recipe.best_metric, recipe.best_is)
+        progressed = improves(found[f"eval/{watched}"], p.watched_best, direction)
+        if progressed:
+            p.watched_best = found[f"eval/{watched}"]
+        p.evaluations_without_better = 0 if progressed else p.evaluations_without_better + 1
         self.logbook.write(found)
         self.console.say(self.recipe.evaluation_line(p.step, found))
         self.logbook.aside += time.monotonic() - began
@@ -224,66 +201,12 @@ class Training:
 
     def save(self, better: bool, reason: str | None) -> None:
         """Write a checkpoint of this step, if there is none, and point to it by the names it has earned."""
-        began, p, name = time.monotonic(), self.progress, f"{self.recipe.checkpoint_prefix}{self.progress.step}"
-        finished = reason is not None and reason == self.finished() and reason != "stop_at_step"
-        links = ["best_model"] * better + [f"checkpoint_epoch_{self.epoch()}"] * self.epoch_ended()
-        links += [STOP_LINKS[reason]] if reason in STOP_LINKS else []
-        links += ["checkpoint_final"] * finished
-
-        def point() -> None:
-            try:
-                for link in links:
-                    retention.link(self.folder, link, name)
-                retention.prune(self.folder, self.recipe.checkpoint_prefix, self.run_config.keep_last)
-            except OSError as error:
-                self.console.say(f"WARNING: {error}: a link was not set or an old checkpoint not removed")
-
-        written = self.saved_step != p.step
-        try:
-            if written:
-                tensors = {
-                    "model": self.session.state.model_entries(),
-                    "optimizer": self.session.state.optimizer_entries(),
-                }
-                checkpoint.write(self.folder, name, tensors, self.documents(), self.launch.control)
-                self.saved_step = p.step
-            self.launch.control.on_main(point)
-        except Refusal as failure:
-            if reason:
-                raise
-            if better:  # its weights are lost: the best one is still the one before
-                p.best, p.best_step = self.previous_best
-            self.console.say(f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
-            return
-        finally:
-            self.last_saved_at = time.monotonic()
-            self.logbook.aside += self.last_saved_at - began
-            self.stops.note_save(self.last_saved_at - began)
-        if written:
-            self.logbook.write({"checkpoint/seconds": time.monotonic() - began})
-        what = "Saved checkpoint to" if written else "Linked checkpoint"
-        self.console.say(f"{what} {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))
-
-    def documents(self) -> dict[str, str]:
-        """The text files of a checkpoint."""
         self.bad_steps.settle()
         p = self.progress
         p.bad_steps, p.bad_in_a_row = self.bad_steps.total, self.bad_steps.in_a_row
-        self.logbook.settle()
-        state = {
-            "recipe": self.recipe.name,
-            "progress": dataclasses.asdict(p),
-            "epoch": self.epoch(),
-            "processes": self.launch.processes,
-            "loss_scale": self.session.update.loss_scale_state(),
-            "data_fingerprint": self.session.data.fingerprint,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
-        }
-        return {
-            "trainer_state.json": json.dumps(state, indent=1),
-            "config.yaml": to_yaml(self.config),
-            **self.session.documents,
-        }
+        finished = reason is not None and reason == self.finished() and reason != "stop_at_step"
+        if not self.saver.save(better, reason, finished) and better:
+            p.best, p.best_step = self.previous_best  # the weights of the new best are lost
 
     def check_bad_steps(self) -> None:
         """End the run after too many non-finite steps in a row. The weights are as they were before them."""
@@ -293,3 +216,9 @@ class Training:
                 "lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",
                 NOT_FINITE,
             )
+
+
+def improves(value: float, before: float | None, direction: str) -> bool:
+    """Whether `value` is finite and better than the best one before it; `direction`: is `lower` or `higher` better."""
+    sign = 1.0 if direction == "lower" else -1.0
+    return math.isfinite(value) and (before is None or sign * value < sign * before)

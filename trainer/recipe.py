@@ -19,8 +19,9 @@ class Dataset(Protocol):
 
     A finite set has `__len__`; for sample number s its item is `s % len` and its epoch `s // len`, so every random choice
     about a sample (crop, flip) may be drawn from (seed, s). A set without `__len__` generates sample s from (seed, s).
-    Tensors of a batch have the batch as their first dimension. `on_device = True`: called in the training process, and
-    gives tensors that are where the model is. Any other must be picklable: data-loading workers get a copy.
+    Tensors of a batch have the batch as their first dimension. A set with `on_device = True` generates where the model is:
+    it is called in the training process, after one call of its `to(device)`. Any other must be picklable: data-loading
+    workers get a copy.
     """
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch: ...
@@ -59,6 +60,8 @@ class Recipe:
     commands: Mapping[str, Command] = {}
     best_metric: str = "val_loss"
     best_is: Literal["lower", "higher"] = "lower"
+    patience_metric: tuple[str, Literal["lower", "higher"]] | None = None
+    """(metric, which way is better) that `--patience` waits for; None: the best metric"""
     speed: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
     loss_unit: str = "nats"
@@ -110,6 +113,11 @@ class Recipe:
 
         o = config.optimisation
         return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
+
+    def schedule_text(self, config: Any) -> str:
+        """The schedule in words, printed at start."""
+        o = config.optimisation
+        return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
 
     def pretrained(self, name: str) -> dict[str, Tensor]:
         """Weights for an `--init_from` that is not a checkpoint folder. ValueError or OSError in one line if there are none."""

@@ -237,7 +237,6 @@ def describe(session: Session) -> list[str]:
             session.total_steps,
             batches.length_of(session.data.train),
         ),
-        f"Optimizer: {optimisation.optimizer}, peak learning rate {optimisation.learning_rate:g} after "
-        f"{optimisation.warmup_steps:,} steps, "
-        f"down to {optimisation.min_lr:g}; weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
+        f"Optimizer: {optimisation.optimizer}, {session.recipe.schedule_text(config)}; "
+        f"weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
     ]

@@ -1,0 +1,55 @@
+"""What holds for every recipe, tried on each: exact resume, twice, and the run that was never interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scenarios import Finished, launch
+from tiny_runs import TINY
+
+STEPS, PARTS = 12, (3, 8)
+COMMON = ["--max_steps", "16", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"]
+COMMON += ["--save_every", "0", "--keep_last", "0"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """Each recipe once in one piece, and once in three."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def argv(name: str, step: int) -> list[str]:
+        return [*TINY[name][1](folder), *COMMON, "--stop_at_step", str(step)]
+
+    runs = {f"{name} whole": (TINY[name][0], argv(name, STEPS)) for name in TINY}
+    found = launch("one", runs, tmp_path_factory.mktemp("whole"))
+    directories = tmp_path_factory.mktemp("parts")
+    for step in (*PARTS, STEPS):
+        runs = {f"{name} in parts": (TINY[name][0], argv(name, step)) for name in TINY}
+        found |= launch("one", runs, tmp_path_factory.mktemp(f"to_{step}"), directories)
+    return found
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_stopped_twice_it_ends_with_the_same_bits(name: str, finished: dict[str, Finished]) -> None:
+    whole, parts = finished[f"{name} whole"], finished[f"{name} in parts"]
+    assert parts.steps() == [*PARTS, STEPS], parts.outcomes
+    for stem in ("model", "optimizer"):
+        right, mine = whole.tensors(stem, STEPS), parts.tensors(stem, STEPS)
+        assert right.keys() == mine.keys()
+        assert [key for key in right if not right[key].equal(mine[key])] == []
+    for key in ("train/loss", "train/grad_norm", "train/learning_rate"):
+        assert len(whole.curve(key)) == STEPS
+        assert parts.curve(key) == whole.curve(key)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_learns_something(name: str, finished: dict[str, Finished]) -> None:
+    """Else equal curves show little: the weights move, and the losses are no constants."""
+    losses = list(finished[f"{name} whole"].curve("train/loss").values())
+    assert len(set(losses)) > STEPS // 2
+
+
+def test_every_recipe_has_a_tiny_run() -> None:
+    files = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.py")} - {"__init__"}
+    assert {where.partition(":")[0].removeprefix("recipes.") for where, _ in TINY.values()} == files
