@@ -1,0 +1,1 @@
+"""Benchmarks by name, for tools/benchmark.py."""
