@@ -126,7 +126,8 @@ def test_it_is_exact_where_words_overflow(reference: Reference) -> None:
     numbers = [n for power in (51, 57, 58, 59, 60, 63, 64, 65, 121, 122, 123, 127, 128) for n in around(2**power)]
     numbers += around(8_528_817_511) + around(12_327_829_503)
     numbers += [2**bits - 1 for bits in range(8, 129)]  # they rise by 3^bits / 2^bits
-    numbers += [dice.getrandbits(bits) | dice.getrandbits(bits) | 1 << bits - 1 for bits in (119, 120, 127) for _ in range(2000)]
+    for bits in (119, 120, 127):
+        numbers += [dice.getrandbits(bits) | dice.getrandbits(bits) | 1 << bits - 1 for _ in range(2000)]
     check(to_words(numbers), reference)
 
 

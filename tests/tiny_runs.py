@@ -31,7 +31,14 @@ def gpt2(folder: Path) -> Argv:
     return [*argv, *QUIET, "--max_training_hours", "1"]
 
 
+def collatz(folder: Path) -> Argv:
+    """Short vectors, some of which end within the prefix: the two losses have different counts."""
+    argv = ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_ff", "24", "--dropout", "0"]
+    return [*argv, *QUIET, "--max_len", "40", "--prefix_len", "12", "--val_numbers", "9", "--hard_fraction", "0.4"]
+
+
 TINY: dict[str, tuple[str, Callable[[Path], Argv]]] = {
     "gpt2": ("recipes.gpt2_wikitext:Gpt2Wikitext", gpt2),
+    "collatz": ("recipes.collatz:Collatz", collatz),
 }
 """{name: (module:class of the recipe, its command line for a folder it may write data to)}; steps, batch and rates are added"""

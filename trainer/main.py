@@ -264,6 +264,8 @@ class _Launch:
             return
         stopped = reason in REASONS or reason == "stop_at_step"
         last = directory.checkpoints / f"{self.recipe.checkpoint_prefix}{loop.progress.step}"
+        if reason == "target loss":
+            say("Target loss reached!")
         directory.write_status("stopped" if stopped else "finished", reason, loop.progress.step, last)
         say(f"{'Stopped' if stopped else 'Finished'} at step {loop.progress.step:,}: {reason}. Checkpoint: {last}")
         if stopped:
