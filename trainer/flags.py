@@ -67,6 +67,11 @@ def arguments(mapping: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def without_urls(text: str) -> str:
+    """What a complaint may repeat of a word: any URL may be a webhook's, which is a secret, under a mistyped name."""
+    return re.sub(r"[a-z][a-z0-9+.-]*://.*", "***", text, flags=re.IGNORECASE | re.DOTALL)
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Plain data only (SafeLoader refuses every !!python tag), and no key twice."""
 
@@ -122,7 +127,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
             canonical = known.get(str(name).replace("-", "_"))
             if canonical is None:
                 near = nearest(str(name), [*known, *(() if section else sections)])
-                raise Refusal(f"--config {path}: unknown key {str(name)!r}{where}{near}")
+                raise Refusal(f"--config {path}: unknown key {without_urls(str(name))!r}{where}{near}")
             if canonical in flat:
                 raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
             if isinstance(leaf, dict):
@@ -131,7 +136,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
                 raise Refusal(f"--config {path}: {canonical} cannot be given in a file; type --{canonical} {leaf}")
             found = "true or false" if isinstance(leaf, bool) else "a list" if isinstance(leaf, list) else "one value"
             if leaf is not None and found != kinds[canonical]:
-                raise Refusal(f"--config {path}: {name} takes {kinds[canonical]}, found {leaf!r}")
+                raise Refusal(f"--config {path}: {name} takes {kinds[canonical]}, found {without_urls(repr(leaf))}")
             flat[canonical] = leaf
     return flat
 
@@ -147,7 +152,11 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, descri
     except SystemExit as end:
         if not end.code:
             raise
-        raise Refusal(_one_line(complaint.getvalue(), config_class)) from None
+    safe = [without_urls(word) for word in argv]
+    if safe != list(argv):  # tyro breaks words over lines: it complains again, of words that may be shown
+        cli(config_class, safe, prog, default, description)
+        raise Refusal("the command line cannot be read; --help lists all flags")
+    raise Refusal(_one_line(complaint.getvalue(), config_class))
 
 
 def _one_line(box: str, config_class: type) -> str:

@@ -144,6 +144,10 @@ class Recipe:
         """The console line of an evaluation."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
 
+    def noticed(self) -> list[str]:
+        """What this process has seen in the last evaluation that somebody should hear of, a line each; emptied by the call."""
+        return []
+
     def baseline(self, config: Any, data: Data) -> tuple[str, float] | None:
         """(name, loss) of a trivial model on the first evaluation set, for the loss plot."""
         return None
