@@ -25,7 +25,7 @@ from trainer.run_directory import redact_text
 VARIABLE = "TRAINER_ALERT_WEBHOOK"
 REQUEST_SECONDS = 5.0  # how long the server may be silent
 CLOSE_SECONDS = 5.0  # how long the end of a launch waits for what is still to be sent; part of --max_training_hours
-ATTEMPTS = 4
+ATTEMPTS, FIRST_PAUSE_SECONDS = 4, 1.0  # the pause doubles, unless the server asks for another
 RETRY_AFTER_MAX_SECONDS = 600.0
 WAITING_ALERTS = 50
 TEXT_CHARACTERS = 1800  # Discord takes 2,000
@@ -44,7 +44,7 @@ class Webhook:
         """Whose format the host takes; `json` for one that is not known."""
         parts = urlsplit(self.url)
         host = parts.hostname or ""
-        if host.endswith(("hooks.slack.com", "hooks.slack-gov.com")) or (_is_discord(host) and parts.path.endswith("/slack")):
+        if host in ("hooks.slack.com", "hooks.slack-gov.com") or (_is_discord(host) and parts.path.endswith("/slack")):
             return "slack"
         return "discord" if _is_discord(host) else "json"
 
@@ -120,16 +120,16 @@ class WebhookAlerts(Alerts):
 
     def send(self, event: str, text: str, **facts: Fact) -> None:
         """Put an alert into the queue; from a full one the oldest is dropped, for what happened last matters most."""
-        text = redact_text(f"[{self._title}] {text}")
+        text = redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()  # no half characters of odd paths
         text = text if len(text) <= TEXT_CHARACTERS else text[: TEXT_CHARACTERS - 4] + " ..."
         self._put(self._webhook.body(text, {"event": event, "run": self._title, **facts}))
 
     def close(self) -> None:
-        """Wait until all is sent, for at most CLOSE_SECONDS. The thread is a daemon: it ends with the process."""
+        """Wait until all is sent, for at most `exit_seconds`. The thread is a daemon: it ends with the process."""
         self._put(None)
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(self.exit_seconds)
         if self._thread.is_alive():
-            self._warn(f"the webhook took longer than {CLOSE_SECONDS:g} s; the last alerts may not have been sent")
+            self._warn(f"the webhook took longer than {self.exit_seconds:g} s; the last alerts may not have been sent")
         self._say = lambda _: None  # a thread that prints while the interpreter ends can abort it
 
     def _put(self, body: bytes | None) -> None:
@@ -154,7 +154,7 @@ class WebhookAlerts(Alerts):
                 if wait_seconds is None:
                     break
                 if attempt + 1 < ATTEMPTS:
-                    time.sleep(wait_seconds or 2.0**attempt)
+                    time.sleep(wait_seconds or FIRST_PAUSE_SECONDS * 2**attempt)
             if problem:
                 self._warn(f"{problem}: an alert was not sent")
 
