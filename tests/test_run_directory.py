@@ -214,6 +214,51 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert "hunter2" not in "".join(file.read_text() for file in run.path.iterdir())
 
 
+def test_an_unused_directory_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    run = RunDirectory(tmp_path / "runs" / "toy" / "run", tmp_path / "big" / "checkpoints")
+    run.prepare()
+    run.lock(print)
+    run.release(used=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    run.prepare()
+    run.lock(print)
+    (run.checkpoints / "precious").write_text("mine")
+    run.release(used=False)
+    assert not (tmp_path / "runs" / "toy").exists()
+    assert (run.checkpoints / "precious").read_text() == "mine"
+
+    for used in (True, False):  # a directory that was there before stays
+        again = RunDirectory(run.checkpoints)
+        again.prepare()
+        again.lock(print)
+        again.release(used)
+        assert (run.checkpoints / ".lock").read_bytes() == b""
+
+
+def test_a_directory_that_another_run_holds_is_not_removed(tmp_path: Path, holder: subprocess.Popen) -> None:
+    run = RunDirectory(tmp_path, tmp_path / "big")
+    run.prepare()
+    run._made.append(tmp_path)  # as if it had been made by us a moment before the holder locked it
+    with pytest.raises(Refusal, match="in use"):
+        run.lock(print)
+    run.release(used=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_lock_file_that_is_removed_in_this_moment_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def removed_first(descriptor: int) -> str:
+        (tmp_path / ".lock").unlink()
+        return kernel(descriptor)
+
+    kernel = run_directory._record_lock
+    monkeypatch.setattr(run_directory, "_record_lock", removed_first)
+    with pytest.raises(Refusal, match="try again"):
+        Lock(tmp_path).acquire()
+
+
 def test_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

@@ -99,13 +99,11 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
     title = f"{recipe.name}/{default_directory(recipe, parsed).name}"
     alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.say)
     arguments = [word for i, word in enumerate(argv) if (i, word) != (0, "train")]
-    locks: list[Any] = []
     directory = None
 
     def decide() -> dict[str, Any]:
         nonlocal directory
-        plan, held = make_plan(recipe, parsed, arguments, console.say)
-        locks.extend(held)
+        plan = make_plan(recipe, parsed, arguments, console.say)
         directory = plan.directory
         return plan.to_json()
 
@@ -130,8 +128,8 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
             alerts.send("failed", f"Did not start: {reason}")
         raise
     finally:
-        for lock in locks:
-            lock.release()
+        if directory is not None:
+            directory.release(used=training is not None and training.started)
         alerts.close()
 
 
