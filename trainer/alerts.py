@@ -20,7 +20,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from trainer.errors import Refusal
-from trainer.run_directory import redact_text
+from trainer.redaction import redact_text
 
 VARIABLE = "TRAINER_ALERT_WEBHOOK"
 REQUEST_SECONDS = 5.0  # how long the server may be silent

@@ -14,6 +14,7 @@ import tyro
 import yaml
 
 from trainer.errors import Refusal
+from trainer.redaction import without_urls
 
 SECTIONS = ("model", "data", "optimisation", "run")
 
@@ -65,11 +66,6 @@ def arguments(mapping: Mapping[str, Any]) -> list[str]:
         else:
             words.append(f"--{name}={value}")
     return words
-
-
-def without_urls(text: str) -> str:
-    """What a complaint may repeat of a word: any URL may be a webhook's, which is a secret, under a mistyped name."""
-    return re.sub(r"[a-z][a-z0-9+.-]*://.*", "***", text, flags=re.IGNORECASE | re.DOTALL)
 
 
 class _UniqueKeys(yaml.SafeLoader):

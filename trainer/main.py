@@ -16,9 +16,8 @@ from trainer import config as configuration
 from trainer.config import Parsed
 from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
-from trainer.flags import without_urls
 from trainer.recipe import Recipe
-from trainer.run_directory import redact
+from trainer.redaction import redact, without_urls
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
