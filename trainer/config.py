@@ -24,6 +24,7 @@ from tyro.conf import arg
 from trainer.alerts import Webhook, find_webhook
 from trainer.errors import Refusal
 from trainer.flags import arguments, cli, flag_names, nearest, peek, read_yaml, typed
+from trainer.redaction import redact_text
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,15 @@ def parse_flat(config_class: type, argv: Sequence[str], prog: str) -> Any:
 
 
 def check(config: Any) -> None:
-    """Refuse numbers no run can mean, naming the flag and the value."""
+    """Refuse numbers no run can mean, naming the flag and the value, and URLs that hold a secret, without it."""
     for name, value in values(config).items():
+        if any(
+            isinstance(word, str) and redact_text(word) != word for word in (value if isinstance(value, tuple) else [value])
+        ):
+            raise Refusal(
+                f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
+                "in ~/.netrc or the environment"
+            )
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if not math.isfinite(value):

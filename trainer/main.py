@@ -17,7 +17,7 @@ from trainer.config import Parsed
 from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
 from trainer.recipe import Recipe
-from trainer.redaction import redact, without_urls
+from trainer.redaction import redact, redact_text, without_urls
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
@@ -64,7 +64,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         else:
             import traceback
 
-            traceback.print_exc()
+            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
     finally:
         console.close()
     if launch is None:

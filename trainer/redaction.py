@@ -9,13 +9,14 @@ _WEBHOOKS = (  # where the path is the secret
     r"discord(app)?\.com/api/(v\d+/)?webhooks/|hooks\.(slack|zapier)\.com/|webhook\.office\.com/"
     r"|outlook\.office\.com/webhook|chat\.googleapis\.com/|api\.telegram\.org/bot|maker\.ifttt\.com/"
 )
+_SCHEME = r"(?<![a-z0-9+.-])[a-z0-9+.-]+://"  # from the beginning of a word: quick on a megabyte without a space too
 _HOST = r"[^\s/\"'@]"
-_SECRET_URL = re.compile(rf"[a-z][a-z0-9+.-]*://({_HOST}+@|({_HOST}*\.)?({_WEBHOOKS}))[^\s\"'\\]*", re.IGNORECASE)
+_SECRET_URL = re.compile(rf"{_SCHEME}({_HOST}+@|({_HOST}*\.)?({_WEBHOOKS}))[^\s\"'\\]*", re.IGNORECASE)
 
 
 def without_urls(text: str) -> str:
     """A word of a command line as a complaint may repeat it: any URL may be a webhook's, under a mistyped name."""
-    return re.sub(r"[a-z][a-z0-9+.-]*://.*", "***", text, flags=re.IGNORECASE | re.DOTALL)
+    return re.sub(rf"{_SCHEME}.*", "***", text, flags=re.IGNORECASE | re.DOTALL)
 
 
 def redact_text(text: str) -> str:
