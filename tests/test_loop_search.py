@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,34 @@ def test_beside_a_training_it_gives_way_and_ends_with_it(tmp_path: Path) -> None
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "is finished: saved" in output.decode()
-    assert "1 workers" in output.decode()
+    assert "workers: 1" in output.decode()
+
+
+def test_a_find_is_alerted_once_and_the_secret_is_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bodies: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/hooks/SECRET"
+        for first in (-6, -6, -30):  # the second launch finds all done
+            state = tmp_path / f"{first}.json"
+            with pytest.raises(SystemExit) as left:
+                loop_search.main(["--start", str(first), "--count", "5", "--state", str(state), "--alert_webhook", url])
+            assert left.value.code == 0
+        server.shutdown()
+    texts = [body["text"] for body in bodies]
+    assert sum("cycle of -5, length 5" in text for text in texts) == 2  # once for each search
+    assert sum("cycle of -1, length 2" in text for text in texts) == len(texts) - 2 > 0
+    assert "SECRET" not in capsys.readouterr().out + "".join(p.read_text() for p in tmp_path.iterdir())
 
 
 def test_a_training_is_waited_for_and_its_death_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from loops.beside_training import give_way, training_ended
 from loops.exact import Map
 from loops.record import VERIFIED_BITS, Question, Record
+from loops.sieve import MAX_BITS
 
+from trainer.alerts import VARIABLE, find_webhook, open_alerts
 from trainer.console import Console, format_duration
 from trainer.errors import CHECKPOINT, FINISHED, Refusal
 
@@ -57,33 +60,39 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """The whole search: resume, cover, report. Raises Refusal."""
-    question = question_of(options)
-    beside = options.from_training is not None
+    question, beside = question_of(options), options.from_training is not None
     workers = options.workers if options.workers is not None else 1 if beside else _cores()
-    for name, value, low, high in (("workers", workers, 1, 1024), ("sieve_bits", options.sieve_bits, 8, 26)):
+    for name, value, low, high in (("workers", workers, 1, 1024), ("sieve_bits", options.sieve_bits, 8, MAX_BITS)):
         if not low <= value <= high:
             raise Refusal(f"{name} {value} is outside {low} to {high}")
+    webhook = find_webhook(options.alert_webhook, os.environ)
     state = options.state or default_state(question)
-    with _lock(state), _stop_signals() as asked, _Bar(question.count) as bar:
+    with _lock(state), _stop_signals() as asked, _Bar(question.count, shown=not beside) as bar:
         say = bar.above(console.say)
         record = Record.read(state, question)
         if not record.complete:
             record.write(state)  # a disk that refuses does so now
-            say(f"{question.rule} from {question.start}, {question.count:,} numbers, {workers} workers; state in {state}")
+            say(f"{question.rule} from {question.start}, {question.count:,} numbers; workers: {workers}; state: {state}")
             if record.tally.covered:
                 say(f"resuming at {record.next}: {record.tally.covered:,} are covered")
             stopped = asked
             if beside:
-                from loops.beside_training import give_way, training_ended
-
                 give_way()
                 ended = training_ended(options.from_training)
                 stopped = lambda: asked() or ended()  # noqa: E731 - two questions as one
-            else:
-                bar.start(record)
-            from loops.search import search  # compiles, or loads what is compiled
+            alerts = open_alerts(webhook, f"loop search {question.rule}", say)
 
-            reason = search(record, options.sieve_bits, workers, stopped, say, bar.show, lambda: record.write(state))
+            def on_find(text: str) -> None:
+                say(text)
+                alerts.send("found", text)
+
+            try:
+                from loops.search import search  # numba: --help need not wait for it
+
+                bar.show(record)
+                reason = search(record, options.sieve_bits, workers, stopped, on_find, bar.show, lambda: record.write(state))
+            finally:
+                alerts.close()
             if reason:
                 say(f"{reason}: saved; the same command goes on at {record.next}")
         if options.report:
@@ -168,15 +177,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="threads (default: one per core)")
     add("--max_steps", type=integer, default=100_000, help="steps after which a number is unresolved (default: %(default)s)")
     add("--max_bits", type=integer, default=256, help="size at which a number is unresolved (default: %(default)s)")
-    add("--sieve_bits", type=int, default=SIEVE_BITS, help="of the sieve for 3n+1, 8 to 26 (default: %(default)s)")
+    add(
+        "--sieve_bits",
+        type=int,
+        default=SIEVE_BITS,
+        help=f"bits of the sieve for 3n+1, 8 to {MAX_BITS} (default: %(default)s)",
+    )
     add("--state", type=Path, help="cursor and report so far (default: a file in runs/loop_search, named by the question)")
+    add("--alert_webhook", metavar="URL", help=f"tell this webhook of a find (or {VARIABLE} in the environment)")
     add("--report", type=Path, metavar="FILE.json", help="write the report there too, at the end")
     add(
         "--from_training",
         "--from-training",
         type=Path,
         metavar="RUN_DIR",
-        help="run beside this training: lowest priority, one worker, until its status.json is no longer `running`",
+        help="run beside this training: lowest priority, one worker, until its status.json is no longer `running`; "
+        "one that is not yet running is given two minutes",
     )
     return parser
 
@@ -219,8 +235,8 @@ def _stop_signals() -> Iterator[Callable[[], str | None]]:
 class _Bar:
     """A progress bar with numbers/s, where stderr is a terminal."""
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, total: int, shown: bool) -> None:
+        self._total, self._shown = total, shown
         self._bar: tqdm | None = None
 
     def __enter__(self) -> _Bar:
@@ -230,18 +246,15 @@ class _Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def start(self, record: Record) -> None:
-        """Show the bar at where the record begins."""
+    def show(self, record: Record) -> None:
+        """Draw the bar at where the record is. The rate is that of this launch."""
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=self._total, initial=record.tally.covered, unit=" numbers", unit_scale=True, disable=None, leave=False
-        )
-
-    def show(self, record: Record) -> None:
-        """Move the bar to where the record is."""
-        if self._bar is not None:
-            self._bar.update(record.tally.covered - self._bar.n)
+        covered = record.tally.covered
+        if self._bar is None:
+            disable = None if self._shown else True  # None: off where there is no terminal
+            self._bar = tqdm(total=self._total, initial=covered, unit=" numbers", unit_scale=True, disable=disable, leave=False)
+        self._bar.update(covered - self._bar.n)
 
     def above(self, say: Callable[[str], None]) -> Callable[[str], None]:
         """`say`, with the bar taken away while it prints."""

@@ -13,7 +13,6 @@ from numba import int64, njit, types, uint64
 from numba.extending import intrinsic
 
 BOUND_BITS = 112  # both loops take numbers n with |n| < 2^112
-MAX_SIEVE_BITS = 26  # before its first check a number grows to at most 2^112 x 1.5^26 < 2^128
 JUMP_BITS = 11  # steps of `follow_block` taken at once; 10 and 12 are slower
 _FULL = 1 << 57  # from this high half on, 2^121, a value may not jump: below it, 2^(121 - 11) x 3^11 < 2^127.5
 
@@ -93,7 +92,7 @@ def follow_block(
     residues, images, groups: see `sieve.Sieve`; factors, addends: `sieve.jump_table(JUMP_BITS)`. A number whose class mod 9
     is marked in `skipped_mod_9` is not followed. The residues of numbers that would overflow 128 bits, or do not fall in
     `max_jumps` jumps, are written to `given_up`, which has room for all. Needs block >= 1, n < 2^BOUND_BITS and
-    sieve_bits <= MAX_SIEVE_BITS.
+    sieve_bits <= `sieve.MAX_BITS`.
 
     Returns how many were followed, skipped mod 9, and given up.
     """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MAX_BITS = 26  # `compiled` checks a number only after these steps, which take it from 2^112 to at most 2^112 x 1.5^26 < 2^128
 POWERS_OF_3 = np.array([3**c for c in range(41)], np.uint64)
 
 
@@ -36,7 +37,7 @@ class Sieve:
 
 
 def build(bits: int) -> Sieve:
-    """The sieve mod 2^bits (1 to 32), for numbers of at least 2^bits. 0.06 s for 24 bits."""
+    """The sieve mod 2^bits, 1 to MAX_BITS, for numbers of at least 2^bits."""
     residues, images, odd_steps = np.zeros(1, np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.int64)
     for j in range(bits):
         residues = np.concatenate([residues, residues + np.uint64(1 << j)])
