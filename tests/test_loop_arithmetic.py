@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from launching import ROOT
+from plain_collatz import comes_after_smaller, falls_within, plain_cycle, shortcut
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -15,38 +16,6 @@ from loops.exact import Map
 
 COLLATZ = Map(3, 1)
 BITS = 10  # of the sieve: small enough to look at every residue
-
-
-def shortcut(n: int, steps: int) -> int:
-    """T^steps(n), one at a time."""
-    for _ in range(steps):
-        n = (3 * n + 1) // 2 if n % 2 else n // 2
-    return n
-
-
-def falls_within(n: int, steps: int) -> bool:
-    x = n
-    for _ in range(steps):
-        x = shortcut(x, 1)
-        if x < n:
-            return True
-    return False
-
-
-def comes_after_smaller(n: int) -> bool:
-    return n % 3 == 2 or n % 9 == 4
-
-
-def plain_cycle(rule: Map, n: int, max_bits: int = 256) -> int | None:
-    """The number closest to 0 of the cycle that `n` enters, by remembering all numbers; None for one that grows too far."""
-    seen: dict[int, None] = {}
-    while n not in seen:
-        if n.bit_length() > max_bits:
-            return None
-        seen[n] = None
-        n = rule.multiplier * n + rule.addend if n % 2 else n // 2
-    cycle = list(seen)[list(seen).index(n) :]
-    return min(cycle, key=lambda m: (abs(m), -m))
 
 
 # ------------------------------------------------------------------------------------------------------------- the sieve
@@ -169,7 +138,7 @@ def test_python_finds_the_cycles_of_a_dictionary() -> None:
     for rule in (Map(3, 1), Map(3, 5), Map(5, 1), Map(3, -3), Map(-3, 1)):
         for n in range(-200, 200):
             outcome, last = exact.follow(rule, n, 10**5, 256)
-            expected = plain_cycle(rule, n)
+            expected = plain_cycle(rule.multiplier, rule.addend, n)
             assert (exact.cycle_through(rule, last).smallest if outcome == "cycle" else None) == expected, (rule, n)
 
 

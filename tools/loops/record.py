@@ -112,8 +112,10 @@ class Record:
             return f"{numbers} falls below itself, so none is the smallest of a cycle{unless}; {gap}"
         if unresolved:
             unless = f", if the {unresolved:,} unresolved (a limit was reached) do"
-        if question.start <= 1:
-            return f"{numbers} that is positive reaches 1{unless}"
+        if question.start < 1:
+            return f"{numbers} was followed into a cycle, or is positive and reaches 1{unless}"
+        if question.start == 1:
+            return f"{numbers} reaches 1{unless}"
         return f"{numbers} reaches 1{unless}, as all below the start do (verified below 2^{VERIFIED_BITS}: Barina 2025)"
 
     def to_json(self) -> dict[str, Any]:
