@@ -242,7 +242,7 @@ def check(config: Any) -> None:
             )
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # an integer may be too long for a float
             raise Refusal(f"{name} {value} is not a finite number; give a finite one")
         if name in _POSITIVE + _MORE_POSITIVE and value <= 0:
             raise Refusal(f"{name} {value} must be above 0")
