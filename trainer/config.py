@@ -91,6 +91,8 @@ class Run:
     """page-locked host batches (GPU only)"""
     log_every: Annotated[int, arg(aliases=("--log_interval",))] = 100
     """optimizer steps between log lines"""
+    log_grad_norms: bool = False
+    """with each log line the gradient norm of every layer too (not under ZeRO)"""
     eval_every: Annotated[int, arg(aliases=("--eval_interval",))] = 500
     """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
     eval_iters: int = 0

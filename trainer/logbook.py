@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,7 +74,9 @@ class Logbook:
         self.progress.counts = self.counts
         self.progress.hours = self.hours()
 
-    def log(self, learning_rate: float, grad_norm: Tensor, bad_steps: int, seconds_left: float) -> None:
+    def log(
+        self, learning_rate: float, grad_norm: Tensor, norms: Mapping[str, Tensor], bad_steps: int, seconds_left: float
+    ) -> None:
         """Training metrics of the interval, means weighted by items. Here the host reads the device. Collective."""
         p = self.progress
         sums = self.launch.control.sum(self.sums.tolist()).wait()
@@ -93,6 +95,7 @@ class Logbook:
             "train/data_wait_fraction": min(1.0, self.waited / elapsed),
             "train/bad_steps": float(bad_steps),
         }
+        found |= {f"train/grad_norm/{layer}": float(norm) for layer, norm in norms.items()}
         if self.samples:
             found["train/epoch"] = p.step * self.batch_size / self.samples
         flops = self.recipe.flops_per_item(self.session.config, self.session.network) if self.peak else None

@@ -24,7 +24,7 @@ from trainer.resume import Plan
 from trainer.saving import Saver
 from trainer.setup import Session, seed_everything
 from trainer.stopping import REASONS, StopRequests, finished_reason
-from trainer.update import BadSteps
+from trainer.update import BadSteps, layers
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Training:
         self.recipe, self.config, self.launch = session.recipe, session.config, session.launch
         self.run_config, self.optimisation = self.config.run, self.config.optimisation
         self.terms = list(session.weights)
+        self.layers = layers(session.network) if self.run_config.log_grad_norms else {}
         self.progress = Progress(**plan.checkpoint.state["progress"]) if plan.checkpoint else Progress()
         self.bad_steps = BadSteps(self.progress.bad_in_a_row, self.progress.bad_steps)
         self.logbook = Logbook(session, self.progress, metrics, console)
@@ -100,13 +101,14 @@ class Training:
                 self.logbook.sums += sums.detach()
             p.step += 1
             learning_rate = self.recipe.learning_rate(p.step, s.total_steps, self.config)
-            grad_norm, bad = s.update.step(learning_rate)
+            logging = p.step % self.run_config.log_every == 0 or p.step == s.total_steps
+            grad_norm, bad, norms = s.update.step(learning_rate, self.layers if logging else {})
             self.bad_steps.note(bad)
             self.check_bad_steps()
             self.logbook.count(totals)
             upcoming = self.read_ahead()
-            if p.step % self.run_config.log_every == 0 or p.step == s.total_steps:
-                self.logbook.log(learning_rate, grad_norm, self.bad_steps.total, self.stops.seconds_left())
+            if logging:
+                self.logbook.log(learning_rate, grad_norm, norms, self.bad_steps.total, self.stops.seconds_left())
             self.stops.note_step(time.monotonic() - began)
             self.logbook.show_progress()
 
@@ -119,6 +121,8 @@ class Training:
                 micro_batches.append(next(self.reader))
                 items = self.recipe.items(micro_batches[-1])
                 counts = [n + items[term] for n, term in zip(counts, self.terms, strict=True)]
+        except torch.OutOfMemoryError:  # of a set that is generated on the device
+            raise
         except Exception as reason:  # told to every rank, so that none waits for a batch that never comes
             error = reason
         self.logbook.waited += time.monotonic() - began

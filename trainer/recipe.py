@@ -62,6 +62,8 @@ class Recipe:
     best_is: Literal["lower", "higher"] = "lower"
     patience_metric: tuple[str, Literal["lower", "higher"]] | None = None
     """(metric, which way is better) that `--patience` waits for; None: the best metric"""
+    monitored: tuple[str, ...] = ()
+    """terms of `loss` that are no losses (an accuracy): logged under their own names. Give them the weight 0"""
     speed: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
     loss_unit: str = "nats"
