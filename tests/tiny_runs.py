@@ -32,7 +32,6 @@ def gpt2(folder: Path) -> Argv:
     return [*argv, *QUIET, "--max_training_hours", "1"]
 
 
-<<<<<<< HEAD
 def tinystories(folder: Path) -> Argv:
     """Windows at random starts of 2,000 ids in a file."""
     dice, folder = random.Random(1), folder / "ids"
@@ -43,12 +42,12 @@ def tinystories(folder: Path) -> Argv:
     argv = ["--train_data_path", str(folder / "train.ids"), "--val_data_path", str(folder / "valid.ids"), "--vocab_size", "60"]
     argv += ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_ff", "24", "--context_length", "12", "--qk_norm"]
     return [*argv, *QUIET]
-=======
+
+
 def collatz(folder: Path) -> Argv:
     """Short vectors, some of which end within the prefix: the two losses have different counts."""
     argv = ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_ff", "24", "--dropout", "0"]
     return [*argv, *QUIET, "--max_len", "40", "--prefix_len", "12", "--val_numbers", "9", "--hard_fraction", "0.4"]
->>>>>>> collatz
 
 
 TINY: dict[str, tuple[str, Callable[[Path], Argv]]] = {
