@@ -39,7 +39,7 @@ def plot_loss(
     train, validation = curve(rows, "train/loss"), curve(rows, "eval/val_loss")
     if not (train[0] or validation[0]):
         raise Refusal(f"{metrics_path} holds no train/loss and no eval/val_loss yet; train for at least --log_every steps")
-    figure = _new_figure(8, 6.5)
+    figure = new_figure(8, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if train[0]:
         _draw(upper, train, f"train/loss (final {_final(train)})", TRAIN_COLOUR)
@@ -55,7 +55,7 @@ def plot_loss(
     lower.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.grid(alpha=0.3)
-    _save(figure, out)
+    save(figure, out)
 
 
 def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
@@ -65,7 +65,7 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
     """
     from matplotlib import colormaps
 
-    figure = _new_figure(8, 5)
+    figure = new_figure(8, 5)
     axis = figure.subplots()
     palette = colormaps["tab10"].colors if len(runs) <= 10 else colormaps["turbo"].resampled(len(runs)).colors
     for (label, path), colour in zip(runs.items(), palette, strict=False):
@@ -77,7 +77,7 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
         _draw(axis, points, f"{label} (final {_final(points)})", colour)
     _finish_axis(axis, metric)
     axis.set_xlabel("optimizer step")
-    _save(figure, out)
+    save(figure, out)
 
 
 def curve(rows: list[dict[str, float | None]], metric: str) -> Curve:
@@ -109,7 +109,7 @@ def _final(points: Curve) -> str:
     return f"{points[1][-1]:.4g}"
 
 
-def _new_figure(width_inches: float, height_inches: float) -> Figure:
+def new_figure(width_inches: float, height_inches: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -136,7 +136,7 @@ def _finish_axis(axis: Axes, label: str) -> None:
     axis.legend(fontsize=9)
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
