@@ -72,15 +72,14 @@ class PFNRaventos(Recipe):
         return dict(zip(self.items(batch), sums.unbind(), strict=True))
 
     def measure(self, network: Any, batch: Batch) -> dict[str, tuple[Any, float]]:
-        """Cross entropy, and the squared error of the mean prediction over the dimension of the task, of all models."""
+        """Cross entropy, and the squared error of the mean prediction over the dimension of the task, of each model."""
         y, counts = network.of_batch(batch["y"]), self.items(batch)
         logits = network(batch["x"], y)
-        sums = network.cross_entropy(logits, y).unbind()
-        error = (network.mean(logits) - y).square().sum() / batch["x"].shape[-1]
-        return {
-            **{name: (s, n) for s, (name, n) in zip(sums, counts.items(), strict=True)},
-            "mse": (error, sum(counts.values())),
-        }
+        errors = (network.mean(logits) - y).square().view(len(counts), -1).sum(1) / batch["x"].shape[-1]
+        found = {}
+        for (term, n), nats, error in zip(counts.items(), network.cross_entropy(logits, y), errors, strict=True):
+            found |= {term: (nats, n), f"mse_{term}" if len(counts) > 1 else "mse": (error, n)}
+        return found
 
     def learning_rate(self, step: int, total_steps: int, config: Config) -> float:
         """One cycle: a triangle with its peak at half."""

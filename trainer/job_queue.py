@@ -1,6 +1,6 @@
-"""Many commands, one at a time on each device: job i runs on queue i mod N, each queue in order, and no job's failure is another's.
+"""Many commands, one at a time on each device: job i runs on queue i mod N, each queue in order, failures stay their own.
 
-A job is any command that keeps its state in a directory of its own and leaves when it is sent SIGTERM; a training run does both.
+A job is any command that keeps its state in a directory of its own and leaves when it gets SIGTERM; a training run does both.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from trainer.console import format_duration
 from trainer.errors import INTERRUPTED, Refusal
 from trainer.stopping import SIGNALS, die_with_parent
 
 POLL_SECONDS = 0.1
+LOG = "job.log"
 _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "PET_")
 State = Literal["done", "stopped", "failed", "not started"]
 
@@ -36,7 +37,7 @@ class Job:
 
 
 def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
-    """What to set in the environment of each queue's jobs: its GPU of the `gpus` there are; without any, its share of the cores.
+    """What to set in the environment of each queue's jobs: its GPU of the `gpus` there are; without any, a share of the cores.
 
     Without `parallel` there is one queue; with it `count` of them (None: one for each GPU, or a single one without GPUs).
     Refusal for a count that cannot be met.
@@ -55,6 +56,12 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
     return [{"OMP_NUM_THREADS": str(max(1, cores // queues))} for _ in range(queues)]
 
 
+class _Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen[bytes]
+    began: float
+
+
 def run(
     jobs: Sequence[Job],
     queues: Sequence[Mapping[str, str]],
@@ -68,62 +75,74 @@ def run(
     """
     states: dict[str, State] = {job.name: "not started" for job in jobs}
     waiting = [[job for i, job in enumerate(jobs) if i % len(queues) == queue] for queue in range(len(queues))]
-    running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    asked: list[int] = []
-    handlers = {n: signal.getsignal(n) for n in SIGNALS}
-    for number in SIGNALS:
-        if number != signal.SIGHUP or handlers[number] != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: asked.append(number))
+    running: dict[int, _Running] = {}
     told = False
-    try:
-        while running or (not asked and any(waiting)):
-            if asked and not told:
-                told = True
-                say(f"{signal.Signals(asked[0]).name}: asking {len(running)} running jobs to save and leave")
-                for _, process, _ in running.values():
-                    with suppress(ProcessLookupError):
-                        process.send_signal(signal.SIGTERM)
-            if asked.count(signal.SIGINT) > 1:
-                raise KeyboardInterrupt
-            for queue, (job, process, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[queue]
-                    states[job.name] = _outcome(job, process.returncode, told)
-                    _report(job, states[job.name], process.returncode, time.monotonic() - began, say)
-                    if states[job.name] == "done":
-                        ended(job)
-            for queue, environment in enumerate(queues):
-                while queue not in running and waiting[queue] and not asked:
-                    job = waiting[queue].pop(0)
-                    if job.done():
-                        states[job.name] = "done"
-                        say(f"{job.name}: done before")
-                        ended(job)
-                    else:
-                        where = ", ".join(f"{key}={value}" for key, value in environment.items())
-                        say(f"{job.name}: started ({where})")
-                        running[queue] = (job, _start(job, environment), time.monotonic())
-            time.sleep(POLL_SECONDS if running else 0)
-    finally:
-        for _, process, _ in running.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def settle(job: Job, state: State, words: str) -> None:
+        states[job.name] = state
+        say(f"{job.name}: {words}")
+        if state == "done":
+            ended(job)
+
+    with _signals() as asked:
+        try:
+            while running or (any(waiting) and not asked):
+                if asked and not told:
+                    told = True
+                    say(f"{signal.Signals(asked[0]).name}: asking {len(running)} running jobs to save and leave")
+                    for _, process, _ in running.values():
+                        process.terminate()
+                if asked.count(signal.SIGINT) > 1:
+                    raise KeyboardInterrupt
+                for queue, (job, process, began) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[queue]
+                        settle(job, *_outcome(job, process.returncode, told, time.monotonic() - began))
+                for queue, environment in enumerate(queues):
+                    while queue not in running and waiting[queue] and not asked:
+                        job = waiting[queue].pop(0)
+                        if job.done():
+                            settle(job, "done", "done before")
+                            continue
+                        try:
+                            running[queue] = _Running(job, _start(job, environment), time.monotonic())
+                            say(f"{job.name}: started ({', '.join(f'{k}={v}' for k, v in environment.items())})")
+                        except OSError as error:
+                            settle(job, "failed", f"FAILED to start: {error}")
+                time.sleep(POLL_SECONDS if running else 0)
+        finally:
+            for _, process, _ in running.values():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its data workers too
+                process.wait()
     return states
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop. A SIGHUP that is ignored already (nohup) stays ignored."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     job.directory.mkdir(parents=True, exist_ok=True)
-    parent = os.getpid()
+    driver = os.getpid()
 
     def in_child() -> None:
         die_with_parent(signal.SIGTERM)  # a killed driver must not leave jobs behind that hold the directories
-        if os.getppid() != parent:
+        if os.getppid() != driver:
             os._exit(INTERRUPTED)
 
-    with (job.directory / "job.log").open("ab") as log:
+    with (job.directory / LOG).open("ab") as log:
         # A session of its own: the terminal's Ctrl-C reaches the driver alone, which passes on one signal, not two.
         return subprocess.Popen(
             list(job.command),
@@ -132,8 +151,21 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=in_child,  # noqa: PLW1509 - the driver has no threads that hold locks
+            preexec_fn=in_child,
         )
+
+
+def _outcome(job: Job, code: int, told: bool, seconds: float) -> tuple[State, str]:
+    """What became of a job that has ended, and in words."""
+    after = f"after {format_duration(seconds)}"
+    if code == 0 and job.done():
+        return "done", f"done {after}"
+    if code == 0 or told:
+        return "stopped", f"stopped {after}"
+    log = job.directory / LOG
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+    return "failed", f"FAILED {after} with exit code {code}: {why} (all of its output: {log})"
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
@@ -142,24 +174,7 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name in kept or not name.startswith(_LAUNCHERS)}
 
 
-def _outcome(job: Job, code: int, told: bool) -> State:
-    if code == 0 and job.done():
-        return "done"
-    return "stopped" if code == 0 or told else "failed"
-
-
-def _report(job: Job, state: State, code: int, seconds: float, say: Callable[[str], None]) -> None:
-    after = format_duration(seconds)
-    if state != "failed":
-        say(f"{job.name}: {state} after {after}")
-        return
-    log = job.directory / "job.log"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
-    why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-    say(f"{job.name}: FAILED after {after} with exit code {code}: {why} (all of its output: {log})")
-
-
-def summary(states: Mapping[str, Any]) -> str | None:
+def summary(states: Mapping[str, State]) -> str | None:
     """One line about the jobs that are not done; None if all are."""
     left = {name: state for name, state in states.items() if state != "done"}
     if not left:

@@ -2,7 +2,7 @@
 
 A sequence of K pairs becomes 2K tokens: even token 2i is the query (x_i, 0), odd token 2i+1 the example (x_i, y_i). A token
 attends to itself and to earlier *examples*, so the prediction at query i depends on the pairs before i and on x_i alone. There
-is no positional embedding: the examples are a set, and may be more than in training.
+is no positional embedding, so there may be more examples than in training.
 """
 
 from __future__ import annotations

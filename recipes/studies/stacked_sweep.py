@@ -1,12 +1,11 @@
 """All models of a sweep that are alike but for their tasks, trained as one network, then each put into its own run directory.
 
-A stacked run is an ordinary run of the recipe (`train --stack 4 16 64`) and stops and resumes as any other. What `unstack` makes
-of it cannot be told from runs of one model each.
+A stacked run is an ordinary run of the recipe (`train --stack 4 16 64`) and stops and resumes as any other. What `unstack`
+makes of it cannot be told from runs of one model each.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,6 +25,7 @@ from trainer import checkpoint, job_queue, retention
 from trainer import config as configuration
 from trainer.checkpoint import Checkpoint
 from trainer.job_queue import Job
+from trainer.metrics import read_metrics
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory
 
@@ -83,20 +83,27 @@ def unstack(recipe: Recipe, stacked: Path, config: Any, target: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     made = RunDirectory(temporary)
     made.checkpoints.mkdir(parents=True)
-    rows = [_row_of(json.loads(line), place) for line in source.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [_row_of(row, place) for row in read_metrics(source.metrics)]
+    rows = [row for row in rows if row.keys() - {"step", "time"}]
     made.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = replace(config, run=replace(config.run, output_dir=str(target), checkpoint_dir=None))
     made.config.write_text(configuration.to_yaml(config), encoding="utf-8")
     made.write_command([recipe.name, "train", "--output_dir", str(target), f"(model {place + 1} of {stacked})"])
     shutil.copy(source.environment, made.environment)
     control = Control(0, 1, timedelta(minutes=1))
-    for step, folder in reversed(retention.step_folders(source.checkpoints, recipe.checkpoint_prefix)):
+    folders = dict(reversed(retention.step_folders(source.checkpoints, recipe.checkpoint_prefix)))
+    best_key = f"eval/{recipe.best_metric}"
+    measured = [(row[best_key], row["step"]) for row in rows if row.get(best_key) is not None and row["step"] in folders]
+    for step, folder in folders.items():
         found = Checkpoint(folder)
-        state = _state_of(found.state, place, rows, step)
+        best = min((pair for pair in measured if pair[1] <= step), default=(None, 0))
+        state = _state_of(found.state, place, rows, step, best)
         documents = {"trainer_state.json": json.dumps(state, indent=1), "config.yaml": configuration.to_yaml(config)}
         checkpoint.write(made.checkpoints, folder.name, _tensors_of(found, place), documents, control)
     last = f"{recipe.checkpoint_prefix}{step}"
     retention.link(made.checkpoints, "checkpoint_final", last)
+    if best[1]:
+        retention.link(made.checkpoints, "best_model", f"{recipe.checkpoint_prefix}{best[1]}")
     made.write_status("finished", "last step", step, target / "checkpoints" / last)
     os.rename(temporary, target)
 
@@ -118,11 +125,13 @@ def _tensors_of(found: Checkpoint, place: int) -> dict[str, list[Any]]:
     return entries | {"tasks": plain_entries({"model_1": found.tensor("tasks", f"model_{place + 1}")})}
 
 
-def _state_of(state: dict[str, Any], place: int, rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
-    """trainer_state.json of one model: with its own sums and losses, and no best one yet, for the stack had only a common."""
+def _state_of(
+    state: dict[str, Any], place: int, rows: Sequence[dict[str, Any]], step: int, best: tuple[float | None, int]
+) -> dict[str, Any]:
+    """trainer_state.json of one model: its own sums and losses, and the best of its evaluations that has a checkpoint."""
     progress = state["progress"]
     losses = [row["train/loss"] for row in rows if row["step"] <= step and "train/loss" in row]
-    own = {"train_loss": losses[-1] if losses else None, "best": None, "best_step": 0, "watched_best": None}
+    own = {"train_loss": losses[-1] if losses else None, "best": best[0], "best_step": best[1], "watched_best": best[0]}
     own |= {name: [progress[name][place]] if progress[name] else [] for name in ("sums", "counts")}
     return {**state, "progress": {**progress, **own, "evaluations_without_better": 0}}
 

@@ -99,8 +99,8 @@ def sweep(recipe: Recipe, flags: Sweep, launch: Launch, say: Say) -> None:
     """The `sweep` sub-command: a driver, which is one process. Refusal (exit 1) if jobs have failed."""
     if launch.processes > 1:
         raise Refusal(
-            f"sweep starts its own processes and was started in {launch.processes}; start it plainly: python {RECIPE_FILE.name} "
-            "sweep --parallel ...",
+            f"sweep starts processes of its own and was itself started in {launch.processes}; start it plainly: "
+            f"python recipes/{RECIPE_FILE.name} sweep --parallel",
             known_to_all=True,
         )
     import torch

@@ -45,7 +45,7 @@ def plot_experiment(rows: Sequence[Results], out: Path) -> dict[int, float | Non
                 for axis in panels[line]:
                     label = f"M* ≈ {found:.0f}{suffix}: as far from\ndMMSE as from ridge (new tasks)"
                     axis.axvline(math.log2(found), color="0.4", linestyle=style, linewidth=1, label=label)
-        for column, text in enumerate(("(prediction − y)² / D", "(transformer − dMMSE)² / D", "(transformer − ridge)² / D")):
+        for column, text in enumerate(("(prediction - y)² / D", "(transformer - dMMSE)² / D", "(transformer - ridge)² / D")):
             _finish(panels[line, column], text, ("pretraining tasks", "new tasks, w ~ N(0, I)")[line], places)
     for axis in panels[1]:
         axis.set_xlabel("pretraining tasks M")
@@ -101,14 +101,20 @@ def _curve(
 ) -> None:
     name, kind, who = what
     points = [(places[row["num_tasks"]], row[name][kind][who]) for row in rows if who in row[name][kind]]
-    if points:
-        x, values = zip(*points, strict=True)
-        options: dict[str, Any] = {"color": colour, "linestyle": style, "label": label, "capsize": 3, "markersize": 4}
-        axis.errorbar(x, [v["mean"] for v in values], [v["se"] for v in values], marker="o", linewidth=1.4, **options)
+    # Infinitely many tasks stand apart: nothing is known between the largest pool and them.
+    apart = [point for point in points if 0 in places and point[0] == places[0]]
+    for part, line in (([point for point in points if point not in apart], style), (apart, "none")):
+        if part:
+            x, values = zip(*part, strict=True)
+            options: dict[str, Any] = {"color": colour, "linestyle": line, "label": label, "capsize": 3, "markersize": 4}
+            axis.errorbar(x, [v["mean"] for v in values], [v["se"] for v in values], marker="o", linewidth=1.4, **options)
+            label = "_again"  # an underscore keeps it out of the legend
 
 
 def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> None:
     from matplotlib.ticker import NullLocator
+
+    from trainer.plot import log_scale
 
     every = -(-len(places) // 9)
     shown = [m for i, m in enumerate(sorted(places, key=lambda m: m or math.inf)) if i % every == 0 or not m]
@@ -116,8 +122,10 @@ def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> No
     axis.xaxis.set_minor_locator(NullLocator())
     low, high = min(places.values()), max(places.values())
     axis.set_xlim(low - 0.4, high + 0.4)
-    axis.set(ylabel=ylabel, title=title, yscale="log")
-    axis.grid(alpha=0.3, which="both")
+    axis.set(ylabel=ylabel, title=title)
+    shown_values = [bound for line in axis.get_lines() for bound in line.get_ydata() if len(line.get_ydata()) and bound > 0]
+    log_scale(axis, max(shown_values) / min(shown_values))
+    axis.grid(alpha=0.3)
 
 
 def _curves_only(axis: Axes) -> tuple[list[Any], list[str]]:
