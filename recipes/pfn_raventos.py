@@ -91,7 +91,8 @@ class PFNRaventos(Recipe):
         """In words."""
         o = config.optimisation
         first, last = (self.learning_rate(step, o.max_steps, config) for step in (1, o.max_steps))
-        return f"one cycle, learning rate from {first:.3g} to {o.learning_rate:g} at half and down to {last:.3g}"
+        unused = " (warmup_steps and min_lr are not used)" if o.warmup_steps or o.min_lr else ""
+        return f"one cycle{unused}, learning rate from {first:.3g} to {o.learning_rate:g} at half and down to {last:.3g}"
 
     def tensors(self, config: Config, data: Data) -> dict[str, dict[str, Any]]:
         """The task vectors, so that a model is evaluated on the tasks it was trained on."""

@@ -65,7 +65,7 @@ class Optimisation(trainer_config.Optimisation):
     learning_rate: Annotated[float, arg(aliases=("--lr",))] = 1e-3
     """peak of the one cycle, at half of max_steps"""
     warmup_steps: Annotated[int, arg(aliases=("--warmup_iters",))] = 0
-    """unused: the schedule is one cycle"""
+    """not used: the one cycle follows from max_steps and learning_rate alone"""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adam"
     weight_decay: float = 0.0
     beta2: float = 0.999
@@ -140,10 +140,6 @@ def _check(config: Config) -> None:
         raise Refusal(f"d_model {m.d_model} does not divide into {m.num_heads} heads; give a --num_heads that divides it")
     if (low := config.y_bounds()[0]) >= (high := config.y_bounds()[1]):
         raise Refusal(f"the bins of y would lie on [{low:g}, {high:g}]; give a y_min below y_max, and a y_range above 0")
-    if o.warmup_steps or o.min_lr:
-        raise Refusal(
-            "the one-cycle schedule follows from max_steps and learning_rate alone; leave warmup_steps and min_lr out"
-        )
     if o.max_steps < 6:
         raise Refusal(f"max_steps {o.max_steps} is too short for the one-cycle schedule; give at least 6")
     if max(d.num_tasks, *d.stack, 0) * d.task_size > POOL_NUMBERS:
