@@ -84,7 +84,8 @@ def _command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
     if command not in recipe.commands:
         known = ", ".join(["train", *recipe.commands])
         raise Refusal(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
-    return command, configuration.parse_flat(recipe.commands[command].flags, rest, f"{recipe.name} {command}")
+    chosen = recipe.commands[command]
+    return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> str:
