@@ -186,6 +186,19 @@ def test_a_run_that_finished_early_is_finished_too(data: Path, tmp_path: Path, f
     assert content(tmp_path) == before
 
 
+def test_patience_may_wait_for_another_metric_than_the_best(data: Path, tmp_path: Path) -> None:
+    """The loss falls throughout, and every better one is the best model; what patience waits for never rises."""
+
+    class Waiting(Quiet):
+        patience_metric = ("val_perplexity", "higher")
+
+    words = flags(data, tmp_path, "--eval_every", "1", "--patience", "2")
+    said = launch(*words, recipe=Waiting())
+    assert "Finished at step 3: patience" in said
+    assert os.readlink(tmp_path / "checkpoints" / "best_model") == "checkpoint_step_3"
+    assert "Already finished (patience) at step 3" in launch(*words, recipe=Waiting())
+
+
 def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:
     words = flags(data, tmp_path, "--target_loss", "100", "--eval_every", "0")
     said = launch(*words, recipe=Gpt2Wikitext())
@@ -220,6 +233,17 @@ def test_resume_never_refuses_a_directory_that_holds_a_run(data: Path, halfway: 
     assert "--run_name" in str(refusal)
     assert content(halfway) == before
     assert "Finished at step 4" in launch(*flags(data, tmp_path / "new", "--resume", "never", "--max_steps", "4"))
+
+
+@pytest.mark.parametrize(
+    "words", [["--resume_from", "nowhere"], ["--data_dir", "nowhere"], ["--batch_size", "7", "--num_heads", "3"]]
+)
+def test_a_refused_start_leaves_no_directory_behind(data: Path, tmp_path: Path, words: list[str]) -> None:
+    refused(*flags(data, tmp_path / "runs" / "gpt2" / "run", *words))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    refused(*flags(data, tmp_path / "mine", *words))
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_resume_never_and_resume_from_contradict(data: Path, halfway: Path) -> None:

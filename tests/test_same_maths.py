@@ -8,6 +8,7 @@ backend and no accumulation, and divides each loss term once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
+class Launches(dict[str, dict[str, Finished]]):
+    """{backend: {name: run}}; a backend is launched when it is first asked for, so that each test's time-out is its own."""
+
+    def __init__(self, launch_of: Callable[[str], dict[str, Finished]]) -> None:
+        super().__init__()
+        self.launch_of = launch_of
+
+    def __missing__(self, kind: str) -> dict[str, Finished]:
+        self[kind] = self.launch_of(kind)
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finished]]:
-    """{backend: {name: run}}."""
-    return {kind: launch(kind, runs(folder), tmp_path_factory.mktemp(kind)) for kind in BACKENDS}
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """Every run under every backend."""
+    return Launches(lambda kind: launch(kind, runs(folder), tmp_path_factory.mktemp(kind)))
 
 
 def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means: int = 0) -> dict[str, list[float]]:
@@ -126,7 +139,7 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
             for term, total in recipe.loss(network, batch).items():
                 loss = loss + weights.get(term, 1.0) * total / max(counts[term], 1) / parts
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step, o.max_steps, settings)
         optimizer.step()

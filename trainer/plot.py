@@ -39,7 +39,7 @@ def plot_loss(
     train, validation = curve(rows, "train/loss"), curve(rows, "eval/val_loss")
     if not (train[0] or validation[0]):
         raise Refusal(f"{metrics_path} holds no train/loss and no eval/val_loss yet; train for at least --log_every steps")
-    figure = _new_figure(8, 6.5)
+    figure = new_figure(8, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if train[0]:
         _draw(upper, train, f"train/loss (final {_final(train)})", TRAIN_COLOUR)
@@ -55,7 +55,7 @@ def plot_loss(
     lower.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.grid(alpha=0.3)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
@@ -65,7 +65,7 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
     """
     from matplotlib import colormaps
 
-    figure = _new_figure(8, 5)
+    figure = new_figure(8, 5)
     axis = figure.subplots()
     palette = colormaps["tab10"].colors if len(runs) <= 10 else colormaps["turbo"].resampled(len(runs)).colors
     for (label, path), colour in zip(runs.items(), palette, strict=False):
@@ -77,7 +77,7 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
         _draw(axis, points, f"{label} (final {_final(points)})", colour)
     _finish_axis(axis, metric)
     axis.set_xlabel("optimizer step")
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def curve(rows: list[dict[str, float | None]], metric: str) -> Curve:
@@ -109,7 +109,8 @@ def _final(points: Curve) -> str:
     return f"{points[1][-1]:.4g}"
 
 
-def _new_figure(width_inches: float, height_inches: float) -> Figure:
+def new_figure(width_inches: float, height_inches: float) -> Figure:
+    """An empty figure that is only ever saved."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,21 +123,27 @@ def _new_figure(width_inches: float, height_inches: float) -> Figure:
 def _finish_axis(axis: Axes, label: str) -> None:
     """Names and grids a panel. Its scale is logarithmic if the values span more than a factor of 3: on a linear one the
     first steps of a run take all the height and what matters afterwards is a flat line."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     values = [v for line in axis.get_lines() for v in line.get_ydata() if math.isfinite(v)]
     span = max(values) / min(values) if values and min(values) > 0 else 1
     if span > 3:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if span < 30 else (1, 3)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        log_scale(axis, span)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
 
 
-def _save(figure: Figure, out: Path) -> None:
+def log_scale(axis: Axes, span: float) -> None:
+    """A logarithmic y axis with ticks that read as numbers; `span` is the ratio of its largest and smallest values."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if span < 30 else (1, 3)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Writes the picture, complete or not at all, in the format of `out`'s ending; makes its folder. OSError, ValueError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
