@@ -81,8 +81,11 @@ class CollatzTransformer(nn.Module):
         """`forward`, and the pooled states [batch, d_model] that the stopping time is predicted from."""
         states = self.encode(self.embed(src.long()), None if self.causal else src_key_padding_mask)
         pooled = self.pool(states, src_key_padding_mask, digits)
-        # The constant is added in fp32: in bf16 a log1p of 5 would come in steps of 0.03, which are 3 % of the number.
-        return self.stopping(pooled)[:, 0].float() + math.log1p(TYPICAL_STEPS), self.next_token(states), pooled
+        # Both heads in fp32 under autocast too: they cost next to nothing, and in bf16 a log1p of 5 comes in steps of 0.03.
+        with torch.autocast(states.device.type, enabled=False):
+            relative = self.stopping(pooled.to(self.next_token.weight.dtype))[:, 0]
+            logits = self.next_token(states.to(self.next_token.weight.dtype))
+        return relative.float() + math.log1p(TYPICAL_STEPS), logits, pooled
 
     def encode(self, embedded: Tensor, padding: Tensor | None) -> Tensor:
         """Embedded tokens [batch, time, d_model] -> states of the same shape. Causal without `padding`, masked by it else."""
