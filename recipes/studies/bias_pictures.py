@@ -87,7 +87,8 @@ def draw_attention(images: Any, maps: Any, titles: Sequence[str], out: Path, tit
             )
             axis.set(xticks=[], yticks=[])
             axis.set_title((f"layer {layer}\n" if row == 0 else "") + f"highest {share.max():.0%}", fontsize=8)
-    figure.colorbar(shown, ax=axes.tolist(), ticks=[], label="share of attention: none to each panel's highest", shrink=0.6)
+    whole, label = axes.flatten().tolist(), "share of attention: none to each panel's highest"
+    figure.colorbar(shown, ax=whole, ticks=[], label=label, shrink=0.6)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, out)
 
