@@ -1,4 +1,4 @@
-"""Labelled images: the same at every access and in every process, split as said, with something to learn in the synthetic ones."""
+"""Labelled images: the same at every access and in every process, split as said; what the synthetic ones have to teach."""
 
 from __future__ import annotations
 

@@ -272,11 +272,8 @@ class VisionTransformer(nn.Module):
 
 def _bias_arguments(given: Mapping[str, Any], num_heads: int, grid: tuple[int, int], prefix_tokens: int) -> dict[str, Any]:
     """Arguments of RelativePositionBias; ValueError where those that are given do not fit the model."""
-    made = {"num_heads": num_heads, "prefix_tokens": prefix_tokens, **given}
-    if made.get("bias_type", "2d") == "1d":
-        made = {"seq_len": grid[0] * grid[1], **made}
-    else:
-        made = {"window_size": grid, **made}
+    size = {"seq_len": grid[0] * grid[1]} if given.get("bias_type") == "1d" else {"window_size": grid}
+    made = {"num_heads": num_heads, "prefix_tokens": prefix_tokens, **size, **given}
     window, length = made.get("window_size"), made.get("seq_len")
     if made["num_heads"] != num_heads:
         raise ValueError(f"rpb_kwargs num_heads {made['num_heads']} is not the model's num_heads {num_heads}")
