@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from recipes.data.image_batches import Augmentation, ImageBatches
+from trainer.batches import TrainingOrder, close, read
+from trainer.config import Run
 
 SHAPE = (2, 6, 5)
 
@@ -51,6 +54,24 @@ def test_a_sample_is_the_same_alone_in_any_batch_and_in_another_process() -> Non
     for place, number in enumerate([3, 30, 17, 3]):
         for name, values in copy.__getitems__([number]).items():
             assert torch.equal(values[0], whole[name][place]), name
+
+
+def test_two_processes_read_the_halves_of_what_one_reads_with_and_without_workers() -> None:
+    cpu = torch.device("cpu")
+
+    def first(rank: int, processes: int, workers: int) -> list[dict[str, Tensor]]:
+        order = TrainingOrder(4, rank, processes, seed=5, length=12, first_micro_batch=2)
+        reader = read(made(crop_padding=1, flip=True, mixup=0.4), order, Run(num_workers=workers), cpu)
+        try:
+            return list(itertools.islice(reader, 3))
+        finally:
+            close(reader)
+
+    whole = first(0, 1, workers=2)
+    for parts in ([first(0, 1, 0)], [first(0, 2, 0), first(1, 2, 0)]):
+        for step, batch in enumerate(whole):
+            for name, values in batch.items():
+                assert torch.equal(torch.cat([part[step][name] for part in parts]), values)
 
 
 def test_every_epoch_augments_anew() -> None:

@@ -49,6 +49,7 @@ SCRIPT = {
     "evaluate": ["evaluate", "--model_path", "checkpoints/checkpoint_final"],
     "other batch": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--batch_size", "7"],
     "no test": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--split", "test"],
+    "other classes": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--data_dir", "letters"],
     "training set": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--split", "train"],
     "visualise": ["visualise", "--model_path", "checkpoints/best_model", "--images", "2"],
     "patience": ["--run_name", "patient", *DIGITS, "--max_epochs", "50", "--lr", "0.3", "--patience", "2"],
@@ -64,6 +65,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("place")
     (folder / "logs").mkdir()
     (folder / "compared.yaml").write_text(COMPARED)
+    for name in "abcdefghij":
+        (folder / "letters" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (8, 8)).save(folder / "letters" / name / f"{number}.png")
     words = [sys.executable, "-c", DRIVER, str(ROOT / "recipes" / "vit_relpos.py"), str(folder / "logs")]
     words.append(json.dumps(list(SCRIPT.values())))
     env = environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
@@ -141,6 +146,7 @@ def test_evaluate_gives_what_training_logged_for_any_batch_size(place: SimpleNam
         assert top5 == pytest.approx(100 * last["final/val_top5"], abs=0.006)
         assert loss == pytest.approx(last["final/val_loss"], abs=6e-5)
     assert "over 1,697 images" in output(place, "training set")
+    assert "letters has the classes a, b, c, d, e, f and 4 more" in output(place, "other classes", 2)
     assert "no test split" in output(place, "no test", 2)
 
 
