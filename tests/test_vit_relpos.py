@@ -52,7 +52,7 @@ SCRIPT = {
     "other classes": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--data_dir", "letters"],
     "training set": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--split", "train"],
     "visualise": ["visualise", "--model_path", "checkpoints/best_model", "--images", "2"],
-    "patience": ["--run_name", "patient", *DIGITS, "--max_epochs", "50", "--lr", "0.3", "--patience", "2"],
+    "patience": ["--run_name", "patient", *DIGITS, "--max_epochs", "50", "--lr", "0.3", "--patience", "2", "--save_epochs", "2"],
     "compare": ["compare", "--config", "compared.yaml", "--seeds", "2", "--device", "cpu"],
     "compare again": ["compare", "--config", "compared.yaml", "--seeds", "2", "--device", "cpu"],
     "no seeds": ["compare", "--seeds", "0"],
@@ -156,6 +156,9 @@ def test_early_stopping_waits_for_a_lower_validation_loss(place: SimpleNamespace
     assert ": patience." in output(place, "patience")
     losses = [row["eval/val_loss"] for row in rows(place, "patient") if "eval/val_loss" in row]
     assert losses.index(min(losses)) == len(losses) - 3
+    folder = place.folder / "runs" / "vit_relpos" / "patient" / "checkpoints"
+    kept = {path.name for path in folder.glob("checkpoint_epoch_*")}
+    assert kept == {f"checkpoint_epoch_{epoch}" for epoch in range(2, len(losses) + 1, 2)}
 
 
 def test_pictures_and_statistics(place: SimpleNamespace) -> None:
