@@ -14,7 +14,7 @@ from loops.exact import Cycle
 from loops.record import Record, Tally
 
 STRETCH_SECONDS = 0.25  # long enough to cost nothing to hand out, short enough to stop soon
-SAVE_SECONDS = 1.0  # the work that SIGKILL can cost, beside what is under way
+SAVE_SECONDS = 0.5  # the work that SIGKILL can cost, beside what is under way
 POLL_SECONDS = 0.2
 
 
