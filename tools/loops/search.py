@@ -54,9 +54,8 @@ def search(
             while record.next < stop and not (reason := stopped()):
                 while position < stop and len(waiting) < 2 * workers:
                     method, end = coverage.zone(position)
-                    end = min(
-                        end, (position + sizes[method]) // units[method] * units[method]
-                    )  # a block is cut at the ends only
+                    unit = units[method]  # a block is cut only where the range, or the method's zone, begins or ends in it
+                    end = min(end, (position + sizes[method]) // unit * unit)
                     waiting.append(_Stretch(position, end, method, pool.submit(_timed, coverage, position, end)))
                     position = end
                 try:
