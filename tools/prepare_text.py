@@ -201,7 +201,8 @@ def encode(encoder: Encoder, task: Task) -> tuple[bytes, bytes]:
     """(training ids, validation ids) of a group of parts."""
     train: list[bytes] = []
     valid: list[bytes] = []
-    for part, ids in zip(task, encoder([part.text for part in task]), strict=True):
+    for part in task:
+        ids = encoder(part.text)
         train += [encoder.end_of_text] * part.gap
         (valid if part.held_out else train).extend([ids, encoder.end_of_text] if part.end else [ids])
     return b"".join(train), b"".join(valid)

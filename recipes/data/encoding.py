@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,20 +13,21 @@ from recipes.data.tokenizer import END_OF_TEXT
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# GPT-2's pre-tokenizer (Radford et al. 2019, its public encoder.py): words, contractions, signs, digits, blanks; on ASCII,
-# the letters of Latin-1 and a few signs, where it takes no table of Unicode to tell one kind from another.
-LETTER = "A-Za-zÀ-ÖØ-öø-ÿ"
-WORD = re.compile(rf" ?[{LETTER}]+|'(?:[stmd]|re|ve|ll)| ?[^\s{LETTER}0-9]+| ?[0-9]+|\s+(?!\S)|\s+", re.ASCII)
-SIMPLE = re.compile(rf"[\x00-\x7f{LETTER}\u2018\u2019\u201c\u201d\u2013\u2014\u2026]*")
+# GPT-2's pre-tokenizer (Radford et al. 2019, its public encoder.py): words, contractions, signs, digits, blanks; for ASCII,
+# Latin letters and common signs, where it takes no table of Unicode to tell one kind from another.
+LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017f"
+SIGNS = "\u00a1-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u2013\u2014\u2018-\u201f\u2022\u2026\u20ac\u2122"
+WORD = re.compile(rf" ?[{LETTERS}]+|'(?:[stmd]|re|ve|ll)| ?[^\s{LETTERS}0-9]+| ?[0-9]+|\s+(?!\S)|\s+", re.ASCII)
+SIMPLE = re.compile(rf"[\x00-\x7f{LETTERS}{SIGNS}]*")
+LINE_END = re.compile(r"(?<=\S)(?=\n)")  # the pre-tokenizer cuts here whatever stands around
 MOST_WORDS = 1_000_000  # kept at a time: a few hundred megabytes
 
 
 class Encoder:
-    """Texts -> ids as bytes in `dtype`, without special tokens added; what `encode_batch` gives, several times faster.
+    """Text -> its ids as bytes in `dtype`: what the library's `encode` gives, no special tokens added, several times faster.
 
     Under GPT-2's pre-tokenizer the ids of a text are those of its words, one behind the other, and few words are new. A
-    text that is not SIMPLE, or with an added token in it, goes to the library, and so does every text of a tokenizer of
-    another kind.
+    line that is not SIMPLE, and a text with an added token in it, go to the library; with a tokenizer of another kind all do.
     """
 
     def __init__(self, tokenizer_json: str, dtype: str) -> None:
@@ -42,17 +42,21 @@ class Encoder:
         self.words = _Words(self.tokenizer, dtype)
         self.end_of_text = np.array([self.tokenizer.token_to_id(END_OF_TEXT)], dtype).tobytes()
 
-    def __call__(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text."""
-        slow = [n for n, text in enumerate(texts) if not self._plain(text)]
-        encodings = self.tokenizer.encode_batch_fast([texts[n] for n in slow], add_special_tokens=False)
-        found = {n: np.array(encoding.ids, self.dtype).tobytes() for n, encoding in zip(slow, encodings, strict=True)}
-        ids = self.words.__getitem__
-        return [found[n] if n in found else b"".join(map(ids, WORD.findall(text))) for n, text in enumerate(texts)]
+    def __call__(self, text: str) -> bytes:
+        """The ids of a text."""
+        if not self.by_words or any(token in text for token in self.added):
+            return self._by_the_library(text)
+        if text.isascii():
+            return self._by_words(text)
+        lines = LINE_END.split(text)
+        return b"".join(self._by_words(line) if SIMPLE.fullmatch(line) else self._by_the_library(line) for line in lines)
 
-    def _plain(self, text: str) -> bool:
-        simple = text.isascii() or SIMPLE.fullmatch(text)
-        return bool(self.by_words and simple and not any(token in text for token in self.added))
+    def _by_words(self, text: str) -> bytes:
+        return b"".join(map(self.words.__getitem__, WORD.findall(text)))
+
+    def _by_the_library(self, text: str) -> bytes:
+        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, self.dtype).tobytes()
 
 
 class _Words(dict[str, bytes]):
