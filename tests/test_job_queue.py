@@ -157,6 +157,9 @@ def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.Monk
     assert environments(False, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, 3, 0, {}) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments(True, 3, 0, {"OMP_NUM_THREADS": "1"}) == [{"OMP_NUM_THREADS": "1"}] * 3
+    by_launcher = {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_MODE": "default"}
+    assert environments(True, 3, 0, by_launcher) == [{"OMP_NUM_THREADS": "2"}] * 3
     for parallel, count, gpus, message in (
         (False, 2, 3, "needs --parallel"),
         (True, 4, 3, "gpus 4: there is 3 GPUs"),

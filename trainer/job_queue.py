@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from trainer.console import format_duration
 from trainer.errors import INTERRUPTED, Refusal
-from trainer.stopping import SIGNALS, die_with_parent
+from trainer.stopping import SIGNALS, die_with_parent, launched
 
 POLL_SECONDS = 0.1
 LOG = "job.log"
@@ -53,7 +53,8 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
         named = environ.get("CUDA_VISIBLE_DEVICES")
         visible = named.split(",") if named else [str(index) for index in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": visible[queue].strip()} for queue in range(queues)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores // queues))} for _ in range(queues)]
+    chosen = environ.get("OMP_NUM_THREADS") if not launched(environ) else None  # a launcher's choice is for its own processes
+    return [{"OMP_NUM_THREADS": chosen or str(max(1, cores // queues))} for _ in range(queues)]
 
 
 class _Running(NamedTuple):
