@@ -41,7 +41,7 @@ class StackedLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised together, scaled and shifted by model."""
         shape = (len(self.weight), *(1,) * (x.ndim - 2), x.shape[-1])
-        return torch.addcmul(self.bias.view(shape), F.layer_norm(x, x.shape[-1:]), self.weight.view(shape))
+        return F.layer_norm(x, x.shape[-1:]) * self.weight.view(shape) + self.bias.view(shape)
 
 
 class Block(nn.Module):
