@@ -14,7 +14,7 @@ import pytest
 from launching import ROOT, environment
 
 from trainer import job_queue
-from trainer.errors import Refusal
+from trainer.errors import INTERRUPTED, Refusal
 from trainer.job_queue import Job
 
 SHELL = "/bin/sh"
@@ -117,8 +117,9 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=send)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Refusal, match="interrupted twice") as refusal:
         run([job("deaf", tmp_path, deaf)])
+    assert refusal.value.exit_code == INTERRUPTED
     thread.join()
     assert not Path("/proc", (tmp_path / "deaf" / "pid").read_text().strip()).exists()
 

@@ -262,6 +262,11 @@ def test_the_picture_is_there_and_can_be_drawn_again(swept: SimpleNamespace, tmp
         gather(tmp_path / "other.jsonl")
 
 
+def test_other_settings_are_refused_in_the_same_directory(swept: SimpleNamespace) -> None:
+    with pytest.raises(Refusal, match=r"max_steps: .*tasks4-size3 holds a run with 400, asked for 500; choose another"):
+        plan(PFNRaventos(), parsed(*swept.argv, "--steps", "500"))
+
+
 def test_one_job_of_a_slurm_array_does_its_part(
     swept: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ def run(
     """Run `jobs` on `queues` (the environment of each); what became of them, by name. Use it in the main thread.
 
     `ended` is called for every job that is done, at once if it was done before. A signal is passed on to the running jobs as
-    SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises KeyboardInterrupt.
+    SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises Refusal (exit 130).
     """
     states: dict[str, State] = {job.name: "not started" for job in jobs}
     waiting = [[job for i, job in enumerate(jobs) if i % len(queues) == queue] for queue in range(len(queues))]
@@ -94,7 +94,7 @@ def run(
                     for _, process, _ in running.values():
                         process.terminate()
                 if asked.count(signal.SIGINT) > 1:
-                    raise KeyboardInterrupt
+                    raise Refusal("interrupted twice: the running jobs are killed; what they have saved is kept", INTERRUPTED)
                 for queue, (job, process, began) in list(running.items()):
                     if process.poll() is not None:
                         del running[queue]
