@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launching import RECIPE, command, environment, kill_group, start
+from launching import RECIPE, Started, command, environment
 
 from trainer.checkpoint import Checkpoint
 
@@ -30,30 +30,11 @@ class Launched:
         self.directory, self.log = directory, directory.with_suffix(".log")
         self.began = time.monotonic()
         env = environment(SAMECURVE_CACHE=str(place / "cache"), OMP_NUM_THREADS="1")
-        self.process = start(words, self.log, env, **options)
+        self.process = Started(words, self.log, env, **options)
 
     @property
     def text(self) -> str:
         return self.log.read_text(errors="replace")
-
-    def pids(self) -> list[int]:
-        """Every living process with the run directory in its command line: launcher, ranks, data workers."""
-        found = []
-        for entry in os.listdir("/proc"):
-            if entry.isdigit() and int(entry) != os.getpid():
-                try:
-                    words = Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
-                    state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if str(self.directory).encode() in words and state != "Z":
-                    found.append(int(entry))
-        return found
-
-    def rank(self, number: int) -> int:
-        """The process of a rank: the oldest with that number in its environment (its data workers are younger)."""
-        wanted = f"RANK={number}".encode()
-        return min(pid for pid in self.pids() if wanted in Path("/proc", str(pid), "environ").read_bytes().split(b"\0"))
 
     def wait_until(self, what: Callable[[], bool], seconds: float, why: str) -> None:
         end = time.monotonic() + seconds
@@ -76,7 +57,7 @@ class Launched:
 
     def check_stopped(self, reason: str) -> None:
         """It says so, its checkpoint is whole, and nothing of it runs any more."""
-        self.wait_until(lambda: not self.pids(), SAVE_SECONDS, "orphans left")
+        assert self.process.orphans(SAVE_SECONDS) == []
         status = json.loads((self.directory / "status.json").read_text())
         assert (status["state"], status["reason"]) == ("stopped", reason), self.text[-3000:]
         found = Checkpoint(Path(status["checkpoint"]))
@@ -87,14 +68,6 @@ class Launched:
         assert saved[-1] == str(found.path)
         assert len(set(saved)) == len(saved)  # both asked by a signal and by its launcher: one stop, one save
         assert "Traceback" not in (self.directory / "train.log").read_text()  # (torchrun prints one of its own)
-
-    def close(self) -> None:
-        for pid in self.pids():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        kill_group(self.process)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +102,7 @@ def launch(place: Path, tmp_path: Path) -> Iterator[Launcher]:
 
     yield begin
     for each in started:
-        each.close()
+        each.process.kill_all()
 
 
 # Property 6
@@ -158,7 +131,7 @@ def test_a_limit_that_is_over_before_the_first_step_still_saves(launch: Launcher
     assert (status["state"], status["reason"]) == ("stopped", "time_limit")
     assert status["step"] <= 3
     Checkpoint(run.directory / "checkpoints" / "checkpoint_time_limit").verify()
-    assert not run.pids()
+    assert run.process.orphans(5) == []
 
 
 # Signals
@@ -207,7 +180,7 @@ def test_sigkill_to_the_ddp_launcher_leaves_no_orphans(launch: Launcher) -> None
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(launch: Launcher) -> None:
     run = launch("ddp")
     run.wait_for_training()
-    os.kill(run.rank(1), signal.SIGUSR1)
+    os.kill(run.process.rank(1), signal.SIGUSR1)
     assert run.exit_code() == 0, run.text[-3000:]
     run.check_stopped("SIGUSR1")
 
@@ -226,7 +199,7 @@ def test_a_second_interrupt_leaves_at_once(launch: Launcher) -> None:
     assert time.monotonic() - again < 2
     assert "second interrupt: leaving at once" in run.text
     assert not list((run.directory / "checkpoints").glob("*step_*"))
-    run.wait_until(lambda: not run.pids(), 5, "orphans left")
+    assert run.process.orphans(5) == []
 
 
 # Words and files

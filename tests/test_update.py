@@ -12,7 +12,7 @@ from trainer import optimizer
 from trainer.config import Optimisation
 from trainer.errors import Refusal
 from trainer.launch import fill_deepspeed_config
-from trainer.update import BadSteps, DeepSpeedUpdate, LossScale, PlainUpdate
+from trainer.update import BadSteps, DeepSpeedUpdate, LossScale, PlainUpdate, layers
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
 CPU = torch.device("cpu")
@@ -370,3 +370,32 @@ def test_what_cannot_be_had_is_refused(config: dict[str, Any], settings: Optimis
         fill(config, settings=settings)
     for word in words:
         assert word in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------ norms by layer
+
+
+def test_layers_are_blocks_or_the_modules_outside_them() -> None:
+    net = nn.Module()
+    net.token, net.embed, net.blocks = nn.Parameter(torch.zeros(1)), nn.Linear(2, 2), nn.ModuleList([network(), network()])
+    net.frozen = nn.Linear(2, 2).requires_grad_(False)
+    found = layers(net)
+    assert list(found) == ["token", "embed", "blocks.0", "blocks.1"]
+    assert [len(own) for own in found.values()] == [1, 2, 6, 6]
+
+
+@pytest.mark.parametrize("scale", [None, LossScale(CPU, 8.0)])
+def test_norms_by_layer_are_those_before_clipping_and_make_up_the_whole(scale: LossScale | None) -> None:
+    net, update = made("sgd", 1e-4, scale)
+    right, _ = made("sgd", 0.0)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    right(x).square().mean().backward()
+    update.backward(net(x).square().mean())
+    step = update.step(0.01, layers(net))
+    assert list(step.by_layer) == ["0", "2", "3"]
+    for name, norm in step.by_layer.items():
+        own = [p.grad for p in right.get_submodule(name).parameters()]
+        assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in own]).norm()), rel=1e-6)
+    whole = sum(float(norm) ** 2 for norm in step.by_layer.values()) ** 0.5
+    assert whole == pytest.approx(float(step.grad_norm), rel=1e-6)
+    assert take(net, update).by_layer == {}

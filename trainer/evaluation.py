@@ -80,8 +80,8 @@ def evaluate(
 
 def summarise(recipe: Recipe, means: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
     """`loss` (the weighted objective), each term where there are several, other measures, and what derives from them."""
-    terms = [name for name in means if name in weights]
-    result = {name: value for name, value in means.items() if name not in weights}
+    terms = [name for name in means if name in weights and name not in recipe.monitored]
+    result = {name: value for name, value in means.items() if name not in terms}
     if terms:
         result = {"loss": sum(weights[t] * means[t] for t in terms), **result}
     if len(terms) > 1:

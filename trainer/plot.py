@@ -55,7 +55,7 @@ def plot_loss(
     lower.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.grid(alpha=0.3)
-    save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
@@ -77,7 +77,7 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
         _draw(axis, points, f"{label} (final {_final(points)})", colour)
     _finish_axis(axis, metric)
     axis.set_xlabel("optimizer step")
-    save(figure, out)
+    save_figure(figure, out)
 
 
 def curve(rows: list[dict[str, float | None]], metric: str) -> Curve:
@@ -110,7 +110,7 @@ def _final(points: Curve) -> str:
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
-    """An empty figure of that size."""
+    """An empty figure that is only ever saved."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -142,8 +142,8 @@ def log_scale(axis: Axes, span: float) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def save(figure: Figure, out: Path) -> None:
-    """Write a picture, complete or not at all. Raises OSError, and ValueError for an ending that matplotlib does not know."""
+def save_figure(figure: Figure, out: Path) -> None:
+    """Writes the picture, complete or not at all, in the format of `out`'s ending; makes its folder. OSError, ValueError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

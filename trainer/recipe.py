@@ -64,6 +64,8 @@ class Recipe:
     best_is: Literal["lower", "higher"] = "lower"
     patience_metric: tuple[str, Literal["lower", "higher"]] | None = None
     """(metric, which way is better) that `--patience` waits for; None: the best metric"""
+    monitored: tuple[str, ...] = ()
+    """terms of `loss` that are no losses (an accuracy): logged under their own names. Give them the weight 0"""
     speed: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
     loss_unit: str = "nats"
@@ -149,6 +151,10 @@ class Recipe:
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
+
+    def noticed(self) -> list[str]:
+        """What this process has seen in the last evaluation that somebody should hear of, a line each; emptied by the call."""
+        return []
 
     def baseline(self, config: Any, data: Data) -> tuple[str, float] | None:
         """(name, loss) of a trivial model on the first evaluation set, for the loss plot."""

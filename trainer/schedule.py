@@ -14,7 +14,7 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, f
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def ramp_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float, start_factor: float) -> float:
+def ramp_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, floor: float, start_factor: float) -> float:
     """A ramp from `start_factor` x peak to the peak, then half a cosine to the floor, by the work done *before* the step.
 
     With n steps an epoch, 10 n of warm-up and 100 n in all, the first step of each epoch has the rate of torch's

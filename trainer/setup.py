@@ -149,6 +149,8 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     config, found = plan.config, plan.checkpoint
     optimisation, run = config.optimisation, config.run
     batches.share(optimisation.batch_size, launch.processes)
+    if run.log_grad_norms and launch.deepspeed:
+        raise Refusal("--log_grad_norms reads whole gradients, which ZeRO does not keep; leave it out, or use DDP")
     mixed_precision = precision(run.mixed_precision, launch)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,19 @@ class Step(NamedTuple):
     """global gradient norm before clipping"""
     bad: Tensor
     """1.0 if the norm was not finite, so no weight was changed, and a loss scale on its way down does not explain it"""
+    by_layer: dict[str, Tensor] = {}
+    """gradient norm, before clipping, of the layers that were asked for"""
+
+
+def layers(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """{layer: its trained parameters}. A name is cut after its first number (`blocks.0`), else before its last part."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        parts = name.split(".")
+        end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), max(1, len(parts) - 1))
+        if parameter.requires_grad:
+            found.setdefault(".".join(parts[:end]), []).append(parameter)
+    return found
 
 
 class LossScale:
@@ -67,13 +81,14 @@ class PlainUpdate:
         loss = loss * self.processes
         (loss if self.scale is None else loss * self.scale.scale).backward()
 
-    def step(self, learning_rate: float) -> Step:
-        """Clip, update, clear. A step with a non-finite gradient norm changes nothing."""
+    def step(self, learning_rate: float, measured: Mapping[str, Sequence[nn.Parameter]] = {}) -> Step:
+        """Clip, update, clear. A step with a non-finite gradient norm changes nothing. `measured`: layers to give norms of."""
         _set_learning_rate(self.optimizer, learning_rate)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scale is not None:
             torch._foreach_mul_(gradients, 1.0 / self.scale.scale)
         norm = get_total_norm(gradients)
+        by_layer = {name: get_total_norm([p.grad for p in own if p.grad is not None]) for name, own in measured.items()}
         not_finite = (~torch.isfinite(norm)).float()
         if self.grad_clip:
             clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
@@ -84,10 +99,10 @@ class PlainUpdate:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scale is None:
-            return Step(norm, not_finite)
+            return Step(norm, not_finite, by_layer)
         bad = not_finite * (self.scale.scale <= 1.0)
         self.scale.update(not_finite)
-        return Step(norm, bad)
+        return Step(norm, bad, by_layer)
 
     def loss_scale_state(self) -> dict[str, Any]:
         """Scale and growth count of fp16; empty otherwise."""
@@ -120,8 +135,8 @@ class DeepSpeedUpdate:
         """Accumulate, and on the last micro-batch reduce, the gradient of this process's part of the objective."""
         self.engine.backward(loss * self.factor)
 
-    def step(self, learning_rate: float) -> Step:
-        """The engine clips, updates and clears; it skips a step that is not finite (its own host reads)."""
+    def step(self, learning_rate: float, measured: Mapping[str, Sequence[nn.Parameter]] = {}) -> Step:
+        """The engine clips, updates and clears; it skips a step that is not finite (its own host reads). It has no whole gradients: `measured` is empty."""
         _set_learning_rate(self.engine.optimizer, learning_rate)
         scaler = self._dynamic_scaler()
         scale_before = scaler.cur_scale if scaler else 0.0

@@ -23,7 +23,7 @@ def plot_experiment(rows: Sequence[Results], out: Path) -> dict[int, float | Non
 
     Returns {task size: threshold}. Raises OSError, and ValueError for an ending that matplotlib does not know.
     """
-    from trainer.plot import new_figure, save
+    from trainer.plot import new_figure, save_figure
 
     sizes = sorted({row["task_size"] for row in rows})
     by_size = {size: sorted((r for r in rows if r["task_size"] == size), key=_order) for size in sizes}
@@ -60,7 +60,7 @@ def plot_experiment(rows: Sequence[Results], out: Path) -> dict[int, float | Non
         "standard error",
         fontsize=11,
     )
-    save(figure, out)
+    save_figure(figure, out)
     return thresholds
 
 
