@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, environment, kill_group, start
+from launching import ROOT, Started, environment
 from safetensors.torch import load_file
 
 from recipes.data.regression import task_pool
@@ -173,7 +173,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     outputs, codes = [], []
     for interrupt in (True, False):
         log = folder / f"{interrupt}.log"
-        process = start([sys.executable, str(RECIPE), *argv], log, env)
+        process = Started([sys.executable, str(RECIPE), *argv], log, env)
         try:
             if interrupt:
                 _wait_for(folder / "runs" / "tasks0-size3" / "checkpoints", process)
@@ -181,7 +181,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
                 os.kill(process.pid, signal.SIGINT)
             codes.append(process.wait(timeout=100))
         finally:
-            kill_group(process)
+            process.kill_all()
         outputs.append(log.read_text())
     return SimpleNamespace(folder=folder, runs=folder / "runs", argv=argv, outputs=outputs, codes=codes)
 
@@ -347,7 +347,7 @@ def test_the_threshold_is_where_the_model_is_as_far_from_both() -> None:
 
 def test_the_picture_has_six_panels_with_labels_and_marks_only_what_was_estimated(monkeypatch: Any, tmp_path: Path) -> None:
     figures = []
-    monkeypatch.setattr("trainer.plot.save", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr("trainer.plot.save_figure", lambda figure, out: figures.append(figure))
     crossing = [row(4, 0.8, 0.1), row(16, 0.4, 0.1), row(256, 0.1, 0.4), row(0, 0.05, 0.0)]
     assert plot_experiment(crossing, tmp_path / "a.png") == {8: pytest.approx(64)}
     assert plot_experiment([*crossing, row(4, 0.8, 0.1, size=16)], tmp_path / "b.png")[16] is None
