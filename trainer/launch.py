@@ -71,6 +71,20 @@ class Control:
         dist.broadcast(buffer, source, group=self._group)
         return json.loads(bytes(buffer.tolist()))
 
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every process, by rank, on rank 0; an empty list elsewhere."""
+        if self._group is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.sum([len(data) * (rank == self.rank) for rank in range(self.processes)]).wait()
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        dist.gather(padded, parts, dst=0, group=self._group)
+        if parts is None:
+            return []
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
     def agree(self, error: Refusal | None) -> None:
         """Raise, on every process, the refusal of the lowest process that has one."""
         failed = self.sum([float(error is not None and r == self.rank) for r in range(self.processes)]).wait()
