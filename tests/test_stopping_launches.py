@@ -190,6 +190,19 @@ def test_signals_to_the_launcher_of_two(launch: Launcher, kind: str, number: sig
     run.check_stopped(number.name)
 
 
+def test_sigterm_while_the_first_step_is_compiled(launch: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers run meanwhile, in processes of their own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing compiled yet"))
+    run = launch("one", "--compile", "--log_every", "1", toy=True)
+    run.wait_until(lambda: "Optimizer: " in run.text, START_SECONDS, "no start")
+    time.sleep(1.0)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert "Step " not in run.text
+    assert run.exit_code(120) == 0, run.text[-3000:]
+    run.check_stopped("SIGTERM")
+    assert json.loads((run.directory / "status.json").read_text())["step"] == 1
+
+
 def test_sigterm_inside_an_evaluation_ends_it_there(launch: Launcher) -> None:
     run = launch("one", "--eval_every", "20", "--batch_size", "1", "--evaluation_seconds", "1", toy=True)
     run.wait_until(lambda: "Step     20" in run.text, START_SECONDS, "no step was logged")
