@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,20 +18,21 @@ from trainer.config import Parsed
 from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
 from trainer.recipe import Recipe
+from trainer.redaction import redact, redact_text, without_urls
 
 if TYPE_CHECKING:
+    from trainer.alerts import Alerts
     from trainer.launch import Launch
     from trainer.resume import Plan
     from trainer.setup import Session
     from trainer.stopping import StopRequests
 
 
-REPORT_SECONDS = 60.0  # a finished run with less than this to its time limit leaves without plot and report
-
-
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
+    argv = list(argv)
     # Every process reads the command line; only the first of a launch speaks.
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)
     launch: Launch | None = None
@@ -62,7 +64,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
         code = 1
         console.log_traceback(error)
-        traceback.print_exc()
+        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
     finally:
         console.close()
     if launch is None:
@@ -81,8 +83,9 @@ def _command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
         return command, configuration.parse(recipe.Config, recipe.presets, rest, recipe.name, description=others)
     if command not in recipe.commands:
         known = ", ".join(["train", *recipe.commands])
-        raise Refusal(f"unknown sub-command {command!r}; {recipe.name} has: {known}")
-    return command, configuration.parse_flat(recipe.commands[command].flags, rest, f"{recipe.name} {command}")
+        raise Refusal(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
+    chosen = recipe.commands[command]
+    return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> str:
@@ -90,16 +93,17 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
 
     The lock of the run directory is held, and its status.json kept, by rank 0.
     """
-    from trainer.resume import Plan, make_plan
+    from trainer.alerts import open_alerts
+    from trainer.resume import Plan, default_directory, make_plan
 
+    title = f"{recipe.name}/{default_directory(recipe, parsed).name}"
+    alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.say)
     arguments = [word for i, word in enumerate(argv) if (i, word) != (0, "train")]
-    locks: list[Any] = []
     directory = None
 
     def decide() -> dict[str, Any]:
         nonlocal directory
-        plan, held = make_plan(recipe, parsed, arguments, console.say)
-        locks.extend(held)
+        plan = make_plan(recipe, parsed, arguments, console.say)
         directory = plan.directory
         return plan.to_json()
 
@@ -114,23 +118,30 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
                 error = refusal
             launch.control.agree(error)
             assert plan is not None
-            training = _Launch(recipe, plan, argv, launch, console)
+            training = _Launch(recipe, plan, argv, launch, console, alerts)
             return training.run()
     except BaseException as error:
+        reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         if directory is not None and training is not None and training.started:
-            reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
             directory.write_status("failed", reason, training.step)
+            alerts.send("failed", f"Failed at step {training.step}: {reason}", step=training.step)
+        else:
+            alerts.send("failed", f"Did not start: {reason}")
         raise
     finally:
-        for lock in locks:
-            lock.release()
+        if directory is not None:
+            directory.release(used=training is not None and training.started)
+        alerts.close()
 
 
 class _Launch:
     """What surrounds the loop: the checks before it, the files of the run directory, the words after it."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console, alerts: Alerts
+    ) -> None:
         self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
+        self.alerts = alerts
         self.started, self.loop = False, None
 
     @property
@@ -152,12 +163,13 @@ class _Launch:
             lambda: self.loop.logbook.status() if self.loop else "starting",
             self.console.say,
             None if left is None else time.monotonic() + left,
-            EXIT_SECONDS + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
+            EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
         ) as stops:
             return self._train(stops)
 
     def _train(self, stops: StopRequests) -> str:
         from trainer.loop import Training
+        from trainer.report import report
         from trainer.setup import assemble, describe
 
         plan, launch, say = self.plan, self.launch, self.console.say
@@ -177,13 +189,17 @@ class _Launch:
                 error = Refusal(f"{plan.directory.path}: {reason}; choose another --output_dir", CHECKPOINT)
         launch.control.agree(error)
         self.started = True
-        for line in [f"Run directory: {plan.directory.path}", *describe(session)]:
+        description = describe(session)
+        for line in [f"Run directory: {plan.directory.path}", *description]:
             say(line)
         code = 1
         try:
-            self.loop = Training(session, plan, stops, metrics, self.console)
+            self.loop = Training(session, plan, stops, metrics, self.console, self.alerts)
+            at = f"at step {self.step:,} of {session.total_steps:,} on {socket.gethostname()}"
+            self.alerts.send("started", f"Started {at}. {description[0]}", step=self.step)
             reason = self.loop.run()
-            self._report(session, reason, metrics, stops.seconds_left())
+            if metrics is not None:
+                report(self.loop, plan.directory, reason, metrics, stops.seconds_left())
             code = FINISHED
         finally:
             if metrics is not None:
@@ -254,44 +270,6 @@ class _Launch:
             resumed_step=resumed,
             say=self.console.say,
         )
-
-    def _report(self, session: Session, reason: str, metrics: Any, seconds_left: float) -> None:
-        """After the loop: final metrics, the plot, what the recipe has to show, status.json."""
-        from trainer.stopping import REASONS
-
-        loop, directory, say = self.loop, self.plan.directory, self.console.say
-        assert loop is not None
-        if not self.launch.is_main:
-            return
-        stopped = reason in REASONS or reason == "stop_at_step"
-        last = directory.checkpoints / f"{self.recipe.checkpoint_prefix}{loop.progress.step}"
-        directory.write_status("stopped" if stopped else "finished", reason, loop.progress.step, last)
-        say(f"{'Stopped' if stopped else 'Finished'} at step {loop.progress.step:,}: {reason}. Checkpoint: {last}")
-        if stopped:
-            say("The same command continues this run.")
-            return
-        final = {key.replace("eval/", "final/"): value for key, value in loop.last_evaluation.items()}
-        if loop.progress.train_loss is not None:
-            final.setdefault("final/train_loss", loop.progress.train_loss)
-        metrics.log(loop.progress.step, final)
-        if seconds_left < REPORT_SECONDS:
-            say("No time left for the plot and the report; tools/plot_run.py and `evaluate` make them")
-            return
-        try:
-            from trainer.plot import plot_loss
-
-            directory.plots.mkdir(exist_ok=True)
-            picture, title = directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}"
-            baseline = self.recipe.baseline(session.config, session.data)
-            plot_loss(directory.metrics, picture, title, baseline, unit=self.recipe.loss_unit)
-            say(f"Plot: {picture}")
-        except (OSError, Refusal) as error:
-            say(f"WARNING: no plot: {error}")
-        try:
-            self.recipe.after_training(session.config, session.data, directory, last, say)
-        except Exception as error:
-            self.console.log_traceback(error)
-            say(f"WARNING: the report after training failed: {type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
