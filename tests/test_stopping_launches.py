@@ -192,7 +192,7 @@ def test_signals_to_the_launcher_of_two(launch: Launcher, kind: str, number: sig
 
 def test_sigterm_while_the_first_step_is_compiled(launch: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compilers run meanwhile, in processes of their own."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing compiled yet"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     run = launch("one", "--compile", "--log_every", "1", toy=True)
     run.wait_until(lambda: "Optimizer: " in run.text, START_SECONDS, "no start")
     time.sleep(1.0)
