@@ -206,6 +206,8 @@ def parse(
     preset, config_file = peek(argv, "preset"), peek(argv, "config")
     if preset is not None and preset not in presets:
         raise Refusal(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
+    if config_file == "":
+        raise Refusal("--config is empty; give a YAML file, or leave it out")
     leading = arguments(read_yaml(presets[preset], config_class)) if preset else []
     from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
