@@ -18,6 +18,7 @@ from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
 from trainer.recipe import Recipe
 from trainer.redaction import redact, redact_text, without_urls
+from trainer.stopping import leaving_at_signals
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from trainer.stopping import StopRequests
 
 
+@leaving_at_signals()
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
     if argv is None:
