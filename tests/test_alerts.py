@@ -501,8 +501,8 @@ def test_a_complaint_about_the_command_line_does_not_repeat_it(
 ) -> None:
     url = f"https://chat.example.org/hooks/{SECRET}?wait=true&{SECRET}={SECRET}"
     (tmp_path / "wrong.yaml").write_text(f"alert_webhook: {url}\nd_model: wide\n")
-    (tmp_path / "list.yaml").write_text(f"alert_webhook: [{url}]\n")
-    (tmp_path / "key.yaml").write_text(f"{{alert_webhook:{url}}}\n")
+    (tmp_path / "list.yaml").write_text(f"alert_webhook:\n  - {url}\n")
+    (tmp_path / "key.yaml").write_text(f"alert_webhook:{url}:\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         main(Noticing(), [word.format(url=url) for word in argv])
