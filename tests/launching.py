@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # pytest knows it already; scenarios.py is also a script
@@ -15,7 +16,7 @@ RECIPE = ROOT / "recipes" / "gpt2_wikitext.py"
 TOY = ROOT / "tests" / "toy_recipe.py"
 TIMEOUT_SECONDS = 240.0
 
-__all__ = ["RECIPE", "ROOT", "TOY", "Started", "command", "environment", "free_port", "run"]
+__all__ = ["RECIPE", "ROOT", "TOY", "Started", "command", "environment", "free_port", "run", "run_in_turn"]
 
 
 def run(
@@ -38,3 +39,43 @@ def run(
     text = log.read_text(errors="replace")
     assert expect is None or code == expect, f"exit code {code} instead of {expect}:\n{text[-3000:]}"
     return text
+
+
+# Each command as the recipe's file does it.
+DRIVER = """
+import json, os, runpy, sys
+recipe, folder = sys.argv[1:3]
+codes = []
+for number, argv in enumerate(json.loads(sys.argv[3])):
+    out = os.open(os.path.join(folder, f"{number}.log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.close(out)
+    sys.argv = [recipe, *argv]
+    code = 0
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    sys.stdout.flush(), sys.stderr.flush()
+    codes.append(code)
+with open(os.path.join(folder, "codes.json"), "w") as file:
+    json.dump(codes, file)
+"""
+
+
+def run_in_turn(
+    script: Path, lines: Mapping[str, Sequence[str]], folder: Path, env: Mapping[str, str]
+) -> dict[str, tuple[int, str]]:
+    """{name: (exit status, output)} of command lines of a recipe, one after another, in `folder`.
+
+    In one process, so that the imports are paid once.
+    """
+    logs = folder / "logs"
+    logs.mkdir()
+    words = [sys.executable, "-c", DRIVER, str(script), str(logs), json.dumps([list(words) for words in lines.values()])]
+    done = subprocess.run(words, cwd=folder, env=dict(env), capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
+    outputs = [path.read_text() for path in sorted(logs.glob("*.log"), key=lambda path: int(path.stem))]
+    last = outputs[-1][-3000:] if outputs else done.stderr.decode()[-3000:]
+    assert (logs / "codes.json").exists(), f"ended in {list(lines)[len(outputs) - 1]}: {last}"
+    codes = json.loads((logs / "codes.json").read_text())
+    return dict(zip(lines, zip(codes, outputs, strict=True), strict=True))

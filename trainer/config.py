@@ -202,13 +202,10 @@ def parse(
     Raises Refusal (one or two lines) for anything a user can mend; exits 0 after `--help`.
     """
     default = config_class() if default is None else default
-    names = flag_names(config_class)
-    preset, config_file = peek(argv, "preset"), peek(argv, "config")
-    if preset is not None and preset not in presets:
-        raise Refusal(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
+    names, config_file = flag_names(config_class), peek(argv, "config")
     if config_file == "":
         raise Refusal("--config is empty; give a YAML file, or leave it out")
-    leading = arguments(read_yaml(presets[preset], config_class)) if preset else []
+    leading = _preset(config_class, presets, argv)
     from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
     base = cli(config_class, [*leading, *from_file], prog, default, description)
@@ -227,24 +224,32 @@ def parse(
     return Parsed(config, asked, base, given, webhook)
 
 
-def parse_flat(config_class: type, argv: Sequence[str], prog: str) -> Any:
+def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
     """Read the command line of a sub-command: one flat dataclass."""
-    return cli(config_class, argv, prog, None, (config_class.__doc__ or "").strip())
+    leading = _preset(config_class, presets, argv) if presets else []
+    return cli(config_class, [*leading, *argv], prog, None, (config_class.__doc__ or "").strip())
+
+
+def _preset(config_class: type, presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
+    """The values of the preset that a command line names, as its leading words."""
+    preset = peek(argv, "preset")
+    if preset is not None and preset not in presets:
+        raise Refusal(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
+    return arguments(read_yaml(presets[preset], config_class)) if preset else []
 
 
 def check(config: Any) -> None:
     """Refuse numbers no run can mean, naming the flag and the value, and URLs that hold a secret, without it."""
     for name, value in values(config).items():
-        if any(
-            isinstance(word, str) and redact_text(word) != word for word in (value if isinstance(value, tuple) else [value])
-        ):
+        words = [word for word in (value if isinstance(value, tuple) else (value,)) if isinstance(word, str)]
+        if any(redact_text(word) != word for word in words):
             raise Refusal(
                 f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
                 "in ~/.netrc or the environment"
             )
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # an integer may be too long for a float
             raise Refusal(f"{name} {value} is not a finite number; give a finite one")
         if name in _POSITIVE + _MORE_POSITIVE and value <= 0:
             raise Refusal(f"{name} {value} must be above 0")

@@ -47,12 +47,15 @@ class Console:
             self._print(text)
             self._log(text + "\n")
 
-    def complain(self, text: str, everywhere: bool = False) -> None:
-        """Prints `text` on stderr, and appends it to train.log; `everywhere`: on any rank, for what befell only one."""
+    def complain(self, text: str, everywhere: bool = False, aloud: bool = True) -> None:
+        """Prints `text` on stderr, and appends it to train.log; `everywhere`: on any rank, for what befell only one.
+
+        Not `aloud`: to train.log only.
+        """
         text = redact_text(text)
         if self._is_main:
             self._log(f"error: {text}\n")
-        if self._is_main or everywhere:
+        if aloud and (self._is_main or everywhere):
             with suppress(OSError, ValueError):
                 print(f"error: {text}", file=sys.stderr, flush=True)
 

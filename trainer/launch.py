@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainer.config import Optimisation
 from trainer.errors import FINISHED, Refusal
+from trainer.hosts import choose_interface
 from trainer.stopping import launched
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def connect(device: str, timeout_minutes: float) -> Launch:
         # ACCELERATE_USE_CPU would silently switch DeepSpeed off: PartialState(cpu=True) is what selects gloo.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         _do_without_shared_memory_op()
+    choose_interface(os.environ)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
     if on_cpu:

@@ -94,6 +94,7 @@ class Logbook:
             "train/learning_rate": learning_rate,
             "train/grad_norm": float(grad_norm),
             "train/iter_time_ms": 1000 * self.seconds_per_step,
+            "train/interval_seconds": elapsed,
             f"train/{self.unit}_per_sec": self.per_second,
             "train/data_wait_fraction": min(1.0, self.waited / elapsed),
             "train/bad_steps": float(bad_steps),

@@ -130,6 +130,8 @@ class Training:
                 micro_batches.append(next(self.reader))
                 items = self.recipe.items(micro_batches[-1])
                 counts = [n + items[term] for n, term in zip(counts, self.terms, strict=True)]
+        except torch.OutOfMemoryError:  # of a set that is generated on the device
+            raise
         except Exception as reason:  # told to every rank, so that none waits for a batch that never comes
             error = reason
         self.logbook.waited += time.monotonic() - began

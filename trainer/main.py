@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer import config as configuration
@@ -50,23 +51,22 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
         else:
-            recipe.commands[command].run(recipe, flags, launch, console.say)
+            with _explained(launch):
+                recipe.commands[command].run(recipe, flags, launch, console.say)
     except Refusal as refusal:
         code = refusal.exit_code
-        console.complain(str(refusal), everywhere=launch is not None and not refusal.known_to_all)
+        alone = launch is not None and not refusal.known_to_all
+        console.complain(str(refusal), everywhere=alone, aloud=not refusal.said_elsewhere)
         console.log_traceback(refusal)
     except KeyboardInterrupt:
         code = INTERRUPTED
         console.complain("interrupted before anything was changed")
     except Exception as error:
-        code = _code_of(error)
-        console.log_traceback(error)
-        if code == OUT_OF_MEMORY:
-            console.complain(_out_of_memory(error, flags), everywhere=True)
-        else:
-            import traceback
+        import traceback
 
-            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
+        code = 1
+        console.log_traceback(error)
+        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
     finally:
         console.close()
     if launch is None:
@@ -86,7 +86,8 @@ def _command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
     if command not in recipe.commands:
         known = ", ".join(["train", *recipe.commands])
         raise Refusal(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
-    return command, configuration.parse_flat(recipe.commands[command].flags, rest, f"{recipe.name} {command}")
+    chosen = recipe.commands[command]
+    return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> str:
@@ -110,16 +111,17 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
 
     training = None
     try:
-        told = launch.control.on_main(decide)
-        plan, error = None, None
-        try:
-            plan = Plan.from_json(recipe, told, launch.rank)
-        except Refusal as refusal:
-            error = refusal
-        launch.control.agree(error)
-        assert plan is not None
-        training = _Launch(recipe, plan, argv, launch, console, alerts)
-        return training.run()
+        with _explained(launch, parsed.config.optimisation):
+            told = launch.control.on_main(decide)
+            plan, error = None, None
+            try:
+                plan = Plan.from_json(recipe, told, launch.rank)
+            except Refusal as refusal:
+                error = refusal
+            launch.control.agree(error)
+            assert plan is not None
+            training = _Launch(recipe, plan, argv, launch, console, alerts)
+            return training.run()
     except BaseException as error:
         reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         if directory is not None and training is not None and training.started:
@@ -272,25 +274,36 @@ class _Launch:
         )
 
 
-def _code_of(error: Exception) -> int:
+@contextlib.contextmanager
+def _explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
+    """Turns an error into what a person can do about it, and one that came from another process into that process's."""
+    from trainer import peers
+
+    try:
+        yield
+    except Exception as error:
+        cause = peers.settle(_out_of_memory(error, optimisation) or error, launch.rank, launch.processes)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _out_of_memory(error: Exception, optimisation: Any) -> Refusal | None:
+    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
     import torch
 
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error).lower() for sign in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
-    )
-    return OUT_OF_MEMORY if memory else 1
-
-
-def _out_of_memory(error: Exception, flags: Any) -> str:
-    """One message with the resolved batch arithmetic and the remedies in order."""
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    told = not isinstance(error, Refusal) and any(sign in str(error).lower() for sign in signs)
+    if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
     batch = ""
-    if isinstance(flags, Parsed):
-        o = flags.config.optimisation
-        arithmetic = f"{o.batch_size} x {o.gradient_accumulation_steps} accumulation = {o.effective_batch_size}"
+    if optimisation is not None:
+        size, accumulation = optimisation.batch_size, optimisation.gradient_accumulation_steps
+        arithmetic = f"{size} x {accumulation} accumulation = {optimisation.effective_batch_size}"
         batch = f" with batch_size {arithmetic} samples a step"
-    return (
+    return Refusal(
         f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
         "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
-        "Checkpoints are kept. "
-        f"({' '.join(str(error).split())[:200]})"
+        f"Checkpoints are kept. ({' '.join(str(error).split())[:200]})",
+        OUT_OF_MEMORY,
     )

@@ -6,7 +6,7 @@ whole second copy never exists. `entries` and `restore_optimizer` are collective
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,11 @@ class PlainState:
 
 def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
     return Entry(name, tuple(tensor.shape), dtype, lambda: tensor)
+
+
+def plain_entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Tensors that are whole on this process, by name, as they are."""
+    return [_entry(name, tensor, tensor.dtype) for name, tensor in tensors.items()]
 
 
 def _saved_dtype(buffer: Tensor) -> torch.dtype:

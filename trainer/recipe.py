@@ -48,6 +48,8 @@ class Command:
 
     flags: type
     run: Callable[..., None]
+    presets: Mapping[str, Path] = field(default_factory=dict)
+    """YAML files by short name; the flags need a field `preset`"""
 
 
 class Recipe:
@@ -127,6 +129,10 @@ class Recipe:
 
     def documents(self, config: Any, network: nn.Module, data: Data) -> dict[str, str]:
         """{file name: text} to be kept in every checkpoint (config.json, tokenizer.json)."""
+        return {}
+
+    def tensors(self, config: Any, data: Data) -> dict[str, dict[str, Tensor]]:
+        """{stem: {name: tensor}} to be kept in every checkpoint as `stem.safetensors`, beside `model` and `optimizer`."""
         return {}
 
     def flops_per_item(self, config: Any, network: nn.Module) -> float | None:

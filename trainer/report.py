@@ -19,6 +19,8 @@ def report(loop: Training, directory: RunDirectory, reason: str, metrics: Metric
     last = directory.checkpoints / f"{recipe.checkpoint_prefix}{step}"
     directory.write_status(state, reason, step, last)
     ending = f"{state.capitalize()} at step {step:,}: {reason}. Checkpoint: {last}"
+    if reason == "target loss":
+        say("Target loss reached!")
     say(ending)
     loop.logbook.alerts.send(state, ending, step=step, reason=reason, loss=loop.progress.train_loss)
     if stopped:

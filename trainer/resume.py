@@ -154,8 +154,10 @@ def _merge(
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 
     way_out = "train it under another --run_name, or take the weights only: --init_from"
-    for name, (old, new) in configuration.changed(config, saved, ("model", "data")).items():
-        raise Refusal(f"{name}: {found.path} has {old}, asked for {new}; {way_out} {found.path}")
+    others = configuration.changed(config, saved, ("model", "data"))
+    if others:
+        each = "; ".join(f"{name}: {found.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
+        raise Refusal(f"{each}; {way_out} {found.path}")
     old, new = saved.optimisation, config.optimisation
     if old.seed != new.seed or old.init_from != new.init_from:
         name = "seed" if old.seed != new.seed else "init_from"
