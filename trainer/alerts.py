@@ -144,7 +144,7 @@ class WebhookAlerts(Alerts):
     def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._say(f"WARNING: alerts: {text}; training goes on")
+            self._say(f"WARNING: alerts: {text}; the run goes on")
 
     def _work(self) -> None:
         opener = urllib.request.build_opener(_NoRedirect)  # the proxies of the environment are obeyed
