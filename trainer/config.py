@@ -130,7 +130,7 @@ class Run:
     wandb_run_name: str | None = None
     alert_webhook: str | None = None
     """Discord, Slack or any URL that takes JSON, told of start, progress, trouble and stop; kept nowhere. Better given as
-    TRAINER_ALERT_WEBHOOK in the environment: other users of a machine see its command lines"""
+    TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""
     alert_every: int = 500
     """optimizer steps between alerts of progress (0: off)"""
 
