@@ -138,6 +138,9 @@ def test_booleans_none_and_the_last_of_two() -> None:
         (["--preset", "quik"], ["quik", "quick"]),
         (["--preset"], ["--preset"]),
         (["--config"], ["--config"]),
+        (["--config="], ["--config is empty"]),
+        (["--config", ""], ["--config is empty"]),
+        (["--preset="], ["unknown preset ''"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     ],
 )
@@ -215,6 +218,16 @@ def test_contradictions_are_refused() -> None:
     assert "max_steps and max_epochs" in refusal("--max_steps", "0", "--max_epochs", "0")
     assert "min_lr 1 " in refusal("--min_lr", "1")
     assert parse("--max_epochs", "3", "--max_steps", "0").config.optimisation.max_epochs == 3
+
+
+@pytest.mark.parametrize("flag", ["--data_dir", "--run_name", "--init_from", "--wandb_project"])
+def test_a_value_that_holds_a_secret_is_refused_without_it(flag: str, write: object) -> None:
+    """It would be in config.yaml, in every checkpoint, in the trackers, and perhaps in the run's name."""
+    for url in ("https://me:hunter2@host/data", "s3://hunter2@bucket/x", "https://discord.com/api/webhooks/1/hunter2"):
+        for message in (refusal(flag, url), refusal("--config", write(f"{flag.removeprefix('--')}: {url}\n"))):
+            assert message.startswith(f"{flag.removeprefix('--')} is a URL with a secret")
+            assert "hunter2" not in message
+    assert values(flag, "https://host/data@v2") != {}
 
 
 # --------------------------------------------------------------------------------------------------------------- YAML

@@ -8,11 +8,14 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import trainer.console
 from trainer.console import Console, format_duration
 
 TWO_LINES_AND_A_BAR = """
@@ -143,3 +146,34 @@ def test_a_character_the_terminal_lacks_is_replaced(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_secrets_in_urls_are_neither_shown_nor_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console, url = Console(tmp_path / "train.log", is_main=True), "http://me:hunter2@proxy:3128"
+    console.say(f"trying {url}")
+    console.complain(f"no answer from {url}")
+    try:
+        raise OSError(f"{url} failed")
+    except OSError as error:
+        console.log_traceback(error)
+    shown = capsys.readouterr()
+    assert "hunter2" not in shown.out + shown.err + (tmp_path / "train.log").read_text()
+    assert "trying ***" in shown.out
+    assert "OSError: *** failed" in (tmp_path / "train.log").read_text()
+
+
+def test_lines_of_several_threads_are_all_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_disk(*arguments: object, **options: object) -> object:
+        file = open(*arguments, **options)  # type: ignore[call-overload]  # noqa: SIM115 - closed by whoever opened it
+        write = file.write
+        file.write = lambda text: (write(text), time.sleep(0.001))
+        return file
+
+    monkeypatch.setattr(trainer.console, "open", slow_disk, raising=False)
+    console = Console(tmp_path / "train.log", is_main=True)
+    threads = [threading.Thread(target=lambda: [console.say("x") for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "train.log").read_text() == "x\n" * 80

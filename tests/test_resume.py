@@ -235,6 +235,17 @@ def test_resume_never_refuses_a_directory_that_holds_a_run(data: Path, halfway: 
     assert "Finished at step 4" in launch(*flags(data, tmp_path / "new", "--resume", "never", "--max_steps", "4"))
 
 
+@pytest.mark.parametrize(
+    "words", [["--resume_from", "nowhere"], ["--data_dir", "nowhere"], ["--batch_size", "7", "--num_heads", "3"]]
+)
+def test_a_refused_start_leaves_no_directory_behind(data: Path, tmp_path: Path, words: list[str]) -> None:
+    refused(*flags(data, tmp_path / "runs" / "gpt2" / "run", *words))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    refused(*flags(data, tmp_path / "mine", *words))
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_resume_never_and_resume_from_contradict(data: Path, halfway: Path) -> None:
     source = str(halfway / "checkpoints" / "checkpoint_step_4")
     assert "contradict" in str(refused(*flags(data, halfway, "--resume", "never", "--resume_from", source)))

@@ -139,7 +139,7 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
             for term, total in recipe.loss(network, batch).items():
                 loss = loss + weights.get(term, 1.0) * total / max(counts[term], 1) / parts
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step, o.max_steps, settings)
         optimizer.step()

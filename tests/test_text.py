@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.data import embedded, text
+from recipes.data import embedded, text, tokenizer
+from recipes.data.hub import hub_answers
 from recipes.data.text import TokenSplit
 from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
 
@@ -96,17 +97,18 @@ def test_unknown_dataset() -> None:
 def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
-    monkeypatch.setattr(text, "_hub_answers", lambda: False)
+    for module in (text, tokenizer):
+        monkeypatch.setattr(module, "hub_answers", lambda: False)
     # Names that no machine has in its cache.
     monkeypatch.setattr(text, "HUB_WIKITEXT", "samecurve/nowhere")
-    monkeypatch.setattr(text, "HUB_GPT2", ("samecurve/nowhere",))
+    monkeypatch.setattr(tokenizer, "HUB_GPT2", ("samecurve/nowhere",))
     offline = datasets.config.HF_HUB_OFFLINE
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"wikitext2.*--data_dir.*--dataset embedded") as error:
         text.load_rows("wikitext2", None)
     one_line(error)
     with pytest.raises(ValueError, match=r"--tokenizer PATH.*--tokenizer train") as error:
-        text.load_tokenizer("gpt2", [], 0, tmp_path)
+        tokenizer.load_tokenizer("gpt2", [], 0, tmp_path)
     one_line(error)
     assert time.monotonic() - started < 10
     assert offline == datasets.config.HF_HUB_OFFLINE
@@ -117,7 +119,7 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
-    assert not text._hub_answers()
+    assert not hub_answers()
 
 
 # ------------------------------------------------------------------------------------------------------------ embedded
@@ -155,75 +157,6 @@ def test_embedded_paragraphs_are_prose_lines(tmp_path: Path) -> None:
     assert found == ["A heading", "Two lines.", "Inner."]
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def test_trained_tokenizer_round_trips_any_text_and_is_deterministic(tmp_path: Path) -> None:
-    first = text.load_tokenizer("train", ROWS["train"], 300, tmp_path / "a")
-    second = text.load_tokenizer("train", ROWS["train"], 300, tmp_path / "b")
-    assert first.to_str() == second.to_str()
-    assert first.get_vocab_size() == 300
-    assert first.token_to_id(text.END_OF_TEXT) == 0
-    for row in [*ROWS["train"], "\tnever seen: ßøλ\x00 \u2028 𐍈  "]:
-        assert first.decode(first.encode(row).ids) == row
-
-
-def test_vocab_and_merges_with_and_without_version_line(tmp_path: Path) -> None:
-    trained = text.load_tokenizer("train", ROWS["train"], 300, tmp_path)
-    folder = tmp_path / "bpe"
-    folder.mkdir()
-    trained.model.save(str(folder))
-    merges = folder / "merges.txt"
-    assert merges.read_text().startswith("#version")
-    expected = trained.encode(ROWS["train"][1] + text.END_OF_TEXT).ids
-    assert expected[-1] == 0
-    for content in (merges.read_text(), merges.read_text().split("\n", 1)[1]):
-        merges.write_text(content)
-        loaded = text.load_tokenizer(str(folder), [], 0, tmp_path)
-        assert loaded.encode(ROWS["train"][1] + text.END_OF_TEXT).ids == expected
-
-    folder.rename(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match=r"300 entries.*50257") as error:
-        text.load_tokenizer(str(tmp_path / "gpt2"), [], 0, tmp_path)
-    one_line(error)
-
-
-def test_tokenizer_json_neither_pads_nor_truncates(tmp_path: Path) -> None:
-    trained = text.load_tokenizer("train", ROWS["train"], 300, tmp_path)
-    trained.enable_padding(length=64)
-    trained.enable_truncation(2)
-    trained.save(str(tmp_path / "tokenizer.json"))
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        loaded = text.load_tokenizer(str(path), [], 0, tmp_path)
-        assert loaded.decode(loaded.encode("The cat sat").ids) == "The cat sat"
-        assert 2 < len(loaded.encode("The cat sat").ids) < 64
-
-
-def test_errors_of_tokenizers(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.BPE()).save(str(tmp_path / "no_end.json"))
-    (tmp_path / "broken.json").write_text("{\n")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "vocab.json").write_text('{"a": 0}')
-    (tmp_path / "small" / "merges.txt").write_text("")
-    for name, kind, problem in (
-        ("no_end.json", ValueError, "no token <|endoftext|>"),
-        ("broken.json", ValueError, "not a tokenizer.json"),
-        ("empty", FileNotFoundError, "has no vocab.json"),
-        ("small", ValueError, "lacks 255 of the 256 bytes"),
-        ("nowhere", FileNotFoundError, "does not exist"),
-    ):
-        with pytest.raises(kind) as error:
-            text.load_tokenizer(str(tmp_path / name), [], 0, tmp_path)
-        assert problem in one_line(error)
-        assert name in one_line(error)
-    with pytest.raises(ValueError, match=r"vocab_size 256 .* at least 257") as error:
-        text.load_tokenizer("train", ROWS["train"], 256, tmp_path)
-    one_line(error)
-
-
 # --------------------------------------------------------------------------------------------------------- ids, cache
 
 
@@ -231,24 +164,24 @@ def test_prepared_ids_decode_to_the_rows_and_words_count_line_ends(data_dir: Pat
     from tokenizers import Tokenizer
 
     prepared = text.prepare_text("wikitext2", str(data_dir), "train", 300, tmp_path)
-    tokenizer = Tokenizer.from_str(prepared.tokenizer_json)
+    encoder = Tokenizer.from_str(prepared.tokenizer_json)
     assert (prepared.vocab_size, prepared.end_of_text) == (300, 0)
     for name, split in prepared.splits.items():
         assert split.ids.dtype == np.uint16
         assert split.row_ends.dtype == np.int64
         starts = [0, *split.row_ends[:-1]]
         pieces = [split.ids[a:b] for a, b in zip(starts, split.row_ends, strict=True)]
-        assert [tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == ROWS[name]
+        assert [encoder.decode(piece[:-1].tolist()) for piece in pieces] == ROWS[name]
         assert all(piece[-1] == 0 for piece in pieces)
         assert len(split.ids) == split.row_ends[-1]
     assert prepared.splits["test"].words == (6 + 1) + (3 + 1)
 
 
 def test_rows_are_encoded_alike_in_any_number_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = text.load_tokenizer("train", ROWS["train"], 300, tmp_path)
-    ids, row_ends = text.encode_rows(tokenizer, ROWS["train"])
+    encoder = tokenizer.load_tokenizer("train", ROWS["train"], 300, tmp_path)
+    ids, row_ends = text.encode_rows(encoder, ROWS["train"])
     monkeypatch.setattr(text, "ENCODE_ROWS", 3)
-    again = text.encode_rows(tokenizer, ROWS["train"])
+    again = text.encode_rows(encoder, ROWS["train"])
     assert np.array_equal(ids, again[0])
     assert np.array_equal(row_ends, again[1])
 

@@ -6,6 +6,7 @@ A tiny run takes milliseconds a step: dropout off, no trackers, no data workers,
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,35 @@ def gpt2(folder: Path) -> Argv:
     return [*argv, *QUIET, "--max_training_hours", "1"]
 
 
+def tinystories(folder: Path) -> Argv:
+    """Windows at random starts of 2,000 ids in a file."""
+    dice, folder = random.Random(1), folder / "ids"
+    folder.mkdir(exist_ok=True)
+    for name, count in (("train", 2000), ("valid", 150)):
+        ids = array("H", (min(dice.randrange(60), dice.randrange(60)) for _ in range(count)))
+        (folder / f"{name}.ids").write_bytes(ids.tobytes())
+    argv = ["--train_data_path", str(folder / "train.ids"), "--val_data_path", str(folder / "valid.ids"), "--vocab_size", "60"]
+    argv += ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_ff", "24", "--context_length", "12", "--qk_norm"]
+    return [*argv, *QUIET]
+
+
+def collatz(folder: Path) -> Argv:
+    """Short vectors, some of which end within the prefix: the two losses have different counts."""
+    argv = ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_ff", "24", "--dropout", "0"]
+    return [*argv, *QUIET, "--max_len", "40", "--prefix_len", "12", "--val_numbers", "9", "--hard_fraction", "0.4"]
+
+
+def pfn(folder: Path) -> Argv:
+    """One model on a pool of tasks; unlike Adam's other parameters here it keeps torch's beta2."""
+    argv = ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_vocab", "16", "--examples", "12"]
+    return [*argv, "--task_size", "3", "--num_tasks", "5", "--eval_sequences", "0", *QUIET]
+
+
+def pfn_stack(folder: Path) -> Argv:
+    """Three models in one network: a loss term each."""
+    return [*pfn(folder), "--stack", "1", "7", "0"]
+
+
 def vit(folder: Path) -> Argv:
     """Images cropped, mirrored and mixed at random: all of it must follow from the number of a sample."""
     argv = ["--num_samples", "60", "--val_samples", "9", "--num_classes", "6", "--in_channels", "1", "--patch_size", "2"]
@@ -39,7 +69,11 @@ def vit(folder: Path) -> Argv:
 
 
 TINY: dict[str, tuple[str, Callable[[Path], Argv]]] = {
+    "tinystories": ("recipes.tinystories_lm:TinyStoriesLM", tinystories),
     "gpt2": ("recipes.gpt2_wikitext:Gpt2Wikitext", gpt2),
+    "collatz": ("recipes.collatz:Collatz", collatz),
+    "pfn": ("recipes.pfn_raventos:PFNRaventos", pfn),
+    "pfn_stack": ("recipes.pfn_raventos:PFNRaventos", pfn_stack),
     "vit": ("recipes.vit_relpos:VitRelpos", vit),
 }
 """{name: (module:class of the recipe, its command line for a folder it may write data to)}; steps, batch and rates are added"""

@@ -14,17 +14,20 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.errors import CHECKPOINT, Refusal
 from trainer.launch import Control
 from trainer.portable_state import Entry
 from trainer.run_directory import fsync_directory
+from trainer.tensor_file import TensorFile, in_file_order
+
+T = TypeVar("T")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,47 +48,50 @@ def write(
 ) -> Path:
     """Write checkpoint `folder/name`. Collective: every process calls it, and all return or all raise Refusal (exit 5).
 
-    `tensors` maps a stem (`model`, `optimizer`) to its entries; `documents` a file name to its text. Rank 0 writes. Where
-    that fails the others go on gathering to the end, so that nobody hangs, and the temporary folder is removed.
+    `tensors` maps a stem (`model`, `optimizer`) to its entries; `documents` a file name to its text. Rank 0 writes, one
+    tensor in memory at a time. Where that fails the others go on gathering to the end, so that nobody hangs, and the
+    temporary folder is removed.
     """
     temporary = folder / f"{TEMPORARY}{name}"
     failure: Refusal | None = None
 
-    def attempt(action: Callable[[], Any]) -> None:
+    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
         nonlocal failure
         if control.rank == 0 and failure is None:
             try:
-                action()
-            except (OSError, SafetensorError) as error:
+                return action(*arguments)
+            except OSError as error:
                 failure = Refusal(
                     f"checkpoint {folder / name} could not be written: {error}; is there space, and the right to write?",
                     CHECKPOINT,
                 )
+        return None
 
-    def start() -> None:
-        remove(temporary)
-        temporary.mkdir(parents=True)
-
-    attempt(start)
+    attempt(remove, temporary)
+    attempt(partial(temporary.mkdir, parents=True))
+    files: dict[str, Any] = {}
     for stem, entries in tensors.items():
         shards = _shards(entries, shard_bytes)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            held: dict[str, Tensor] = {}
+            made = attempt(TensorFile, temporary / file, shard)
             for entry in shard:
-                if entry.collective or (control.rank == 0 and failure is None):
+                if entry.collective or (made is not None and failure is None):
                     tensor = entry.read()
-                    if control.rank == 0 and failure is None:
-                        held[entry.name] = tensor
-            attempt(lambda held=held, file=file: save_file(held, temporary / file, metadata={"format": "pt"}))
+                    if made is not None:
+                        attempt(made.add, entry, tensor)
+            if made is not None:
+                files[file] = attempt(made.finish)
+                made.close()
             weight_map |= {entry.name: file for entry in shard}
         if len(shards) > 1:
             total = sum(entry.size_bytes for entry in entries)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            attempt(lambda stem=stem, index=index: _write_json(temporary / f"{stem}.safetensors.index.json", index))
-    attempt(lambda: [(temporary / file).write_text(text, encoding="utf-8") for file, text in documents.items()])
-    attempt(lambda: _commit(temporary, folder / name))
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+            documents = {**documents, f"{stem}.safetensors.index.json": index}
+    for file, text in documents.items():
+        files[file] = attempt(_write_text, temporary / file, text)
+    attempt(_commit, temporary, folder / name, files)
     if failure is not None:
         remove(temporary)
     control.agree(failure)
@@ -94,9 +100,10 @@ def write(
 
 
 def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """The entries of each file, in its order."""
     shards: list[list[Entry]] = [[]]
     size = 0
-    for entry in entries:
+    for entry in in_file_order(entries):
         if shards[-1] and size + entry.size_bytes > limit:
             shards.append([])
             size = 0
@@ -105,33 +112,21 @@ def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _commit(temporary: Path, final: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
-        files[path.name] = _describe(path)
-        _fsync(path)
-    _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
-    _fsync(temporary / MANIFEST)
+def _commit(temporary: Path, final: Path, files: Mapping[str, Any]) -> None:
+    _write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1))
     fsync_directory(temporary)
     os.rename(temporary, final)
     fsync_directory(final.parent)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
+def _write_text(path: Path, text: str) -> dict[str, Any]:
+    """Bring a file to the disk; its size and hash, as a manifest has them."""
+    content = text.encode()
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def remove(path: Path) -> None:
@@ -187,7 +182,8 @@ class Checkpoint:
             if path.stat().st_size != told["size"]:
                 raise self._broken(name, f"has {path.stat().st_size} bytes instead of {told['size']}")
             try:
-                actual = _describe(path)["sha256"]
+                with path.open("rb") as file:
+                    actual = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise self._broken(name, f"cannot be read ({error})") from None
             if actual != told["sha256"]:

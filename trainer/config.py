@@ -10,6 +10,7 @@ Nothing here imports torch: `--help` has to answer at once.
 import dataclasses
 import hashlib
 import math
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from tyro.conf import arg
 
+from trainer.alerts import Webhook, find_webhook
 from trainer.errors import Refusal
 from trainer.flags import arguments, cli, flag_names, nearest, peek, read_yaml, typed
+from trainer.redaction import redact_text
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,11 @@ class Run:
     use_wandb: bool = False
     wandb_project: str = "samecurve"
     wandb_run_name: str | None = None
+    alert_webhook: str | None = None
+    """Discord, Slack or any URL that takes JSON, told of start, progress, trouble and stop; kept nowhere. Better given as
+    TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""
+    alert_every: int = 500
+    """optimizer steps between alerts of progress (0: off)"""
 
 
 # What describes this launch alone, and is therefore never taken over from a checkpoint.
@@ -145,6 +153,7 @@ _NOT_NEGATIVE += (
     "stop_at_step",
     "patience",
     "seed",
+    "alert_every",
 )
 _FRACTION = ("beta1", "beta2", "dropout")
 _MORE_POSITIVE = ("max_bad_steps", "timeout_minutes", "max_training_hours")
@@ -160,6 +169,8 @@ class Parsed:
     base: Any
     typed: frozenset[str]
     """names of the fields that were given: by a flag, in the YAML file or in the preset"""
+    webhook: Webhook | None = None
+    """where alerts go. Its URL is a secret: it is here alone, and in none of the configs, which are written to files"""
 
 
 def values(config: Any) -> dict[str, Any]:
@@ -194,11 +205,10 @@ def parse(
     Raises Refusal (one or two lines) for anything a user can mend; exits 0 after `--help`.
     """
     default = config_class() if default is None else default
-    names = flag_names(config_class)
-    preset, config_file = peek(argv, "preset"), peek(argv, "config")
-    if preset is not None and preset not in presets:
-        raise Refusal(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
-    leading = arguments(read_yaml(presets[preset], config_class)) if preset else []
+    names, config_file = flag_names(config_class), peek(argv, "config")
+    if config_file == "":
+        raise Refusal("--config is empty; give a YAML file, or leave it out")
+    leading = _preset(config_class, presets, argv)
     from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
     base = cli(config_class, [*leading, *from_file], prog, default, description)
@@ -207,25 +217,42 @@ def parse(
     if "max_epochs" in given and config.optimisation.max_epochs and config.optimisation.max_steps:
         steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
         raise Refusal(f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs")
+    webhook = find_webhook(config.run.alert_webhook, {} if "alert_webhook" in given else os.environ)
+    base, config = (dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None)) for c in (base, config))
     check(config)
     asked = config
     if hasattr(config, "resolved"):
         config = config.resolved()
         check(config)
-    return Parsed(config, asked, base, given)
+    return Parsed(config, asked, base, given, webhook)
 
 
-def parse_flat(config_class: type, argv: Sequence[str], prog: str) -> Any:
+def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
     """Read the command line of a sub-command: one flat dataclass."""
-    return cli(config_class, argv, prog, None, (config_class.__doc__ or "").strip())
+    leading = _preset(config_class, presets, argv) if presets else []
+    return cli(config_class, [*leading, *argv], prog, None, (config_class.__doc__ or "").strip())
+
+
+def _preset(config_class: type, presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
+    """The values of the preset that a command line names, as its leading words."""
+    preset = peek(argv, "preset")
+    if preset is not None and preset not in presets:
+        raise Refusal(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
+    return arguments(read_yaml(presets[preset], config_class)) if preset else []
 
 
 def check(config: Any) -> None:
-    """Refuse numbers no run can mean, naming the flag and the value."""
+    """Refuse numbers no run can mean, naming the flag and the value, and URLs that hold a secret, without it."""
     for name, value in values(config).items():
+        words = [word for word in (value if isinstance(value, tuple) else (value,)) if isinstance(word, str)]
+        if any(redact_text(word) != word for word in words):
+            raise Refusal(
+                f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
+                "in ~/.netrc or the environment"
+            )
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # an integer may be too long for a float
             raise Refusal(f"{name} {value} is not a finite number; give a finite one")
         if name in _POSITIVE + _MORE_POSITIVE and value <= 0:
             raise Refusal(f"{name} {value} must be above 0")

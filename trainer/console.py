@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.redaction import redact_text
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
 class Console:
-    """Speaks on rank 0 (`is_main`) and is silent on the others.
+    """Speaks on rank 0 (`is_main`) and is silent on the others. Never repeats a URL that holds a secret.
 
     `log_path` may be unknown at first: what is said until `open_log` is kept and written then.
     """
@@ -31,6 +33,7 @@ class Console:
         self._unwritten = ""
         self._log_failed = False
         self._bar: tqdm | None = None
+        self._logging = threading.Lock()  # threads of the trackers and of alerts have their say too
 
     def open_log(self, path: Path) -> None:
         """Appends to `path` from now on, beginning with what has been said so far."""
@@ -40,21 +43,26 @@ class Console:
     def say(self, text: str) -> None:
         """Prints `text` on stdout, above the progress bar, and appends it to train.log."""
         if self._is_main:
+            text = redact_text(text)
             self._print(text)
             self._log(text + "\n")
 
-    def complain(self, text: str, everywhere: bool = False) -> None:
-        """Prints `text` on stderr, and appends it to train.log; `everywhere`: on any rank, for what befell only one."""
+    def complain(self, text: str, everywhere: bool = False, aloud: bool = True) -> None:
+        """Prints `text` on stderr, and appends it to train.log; `everywhere`: on any rank, for what befell only one.
+
+        Not `aloud`: to train.log only.
+        """
+        text = redact_text(text)
         if self._is_main:
             self._log(f"error: {text}\n")
-        if self._is_main or everywhere:
+        if aloud and (self._is_main or everywhere):
             with suppress(OSError, ValueError):
                 print(f"error: {text}", file=sys.stderr, flush=True)
 
     def log_traceback(self, exc: BaseException) -> None:
         """Writes the traceback of `exc` to train.log only; the person gets one line, from whoever caught it."""
         if self._is_main:
-            self._log("".join(traceback.format_exception(exc)))
+            self._log(redact_text("".join(traceback.format_exception(exc))))
 
     def progress(self, step: int, total_steps: int, loss: float, units_per_sec: float, unit: str, eta_seconds: float) -> None:
         """Shows the bar at `step` of `total_steps`, with rate (`unit` is what is counted: "tokens") and remaining time.
@@ -117,18 +125,19 @@ class Console:
             self._bar = None
 
     def _log(self, text: str) -> None:
-        self._unwritten += text
-        if self._log_path is None or not self._unwritten:
-            return
-        try:
-            # Opened for each line: nothing is buffered when the process is killed, and a full disk may get space again.
-            with open(self._log_path, "a", encoding="utf-8", errors="replace") as file:
-                file.write(self._unwritten)
-        except OSError as error:
-            if not self._log_failed:
-                self._print(f"{self._log_path} cannot be written ({error.strerror}); training goes on")
-            self._log_failed = True
-        self._unwritten = ""
+        with self._logging:
+            self._unwritten += text
+            if self._log_path is None or not self._unwritten:
+                return
+            try:
+                # Opened for each line: nothing is buffered when the process is killed, and a full disk may get space again.
+                with open(self._log_path, "a", encoding="utf-8", errors="replace") as file:
+                    file.write(self._unwritten)
+            except OSError as error:
+                if not self._log_failed:
+                    self._print(f"{self._log_path} cannot be written ({error.strerror}); training goes on")
+                self._log_failed = True
+            self._unwritten = ""
 
 
 def format_duration(seconds: float) -> str:

@@ -14,7 +14,10 @@ class Refusal(Exception):  # noqa: N818 - not an error of the program
     `exit_code` is the status of the process, one of the constants above.
     """
 
-    def __init__(self, message: str, exit_code: int = BAD_INPUT, known_to_all: bool = False) -> None:
+    def __init__(
+        self, message: str, exit_code: int = BAD_INPUT, known_to_all: bool = False, said_elsewhere: bool = False
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.known_to_all = known_to_all  # every process of the launch raises it: rank 0 speaks for all
+        self.said_elsewhere = said_elsewhere  # the process whose failure it is speaks itself

@@ -14,6 +14,7 @@ import tyro
 import yaml
 
 from trainer.errors import Refusal
+from trainer.redaction import without_urls
 
 SECTIONS = ("model", "data", "optimisation", "run")
 
@@ -122,7 +123,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
             canonical = known.get(str(name).replace("-", "_"))
             if canonical is None:
                 near = nearest(str(name), [*known, *(() if section else sections)])
-                raise Refusal(f"--config {path}: unknown key {str(name)!r}{where}{near}")
+                raise Refusal(f"--config {path}: unknown key {without_urls(str(name))!r}{where}{near}")
             if canonical in flat:
                 raise Refusal(f"--config {path}: {canonical} is given twice; keep one")
             if isinstance(leaf, dict):
@@ -131,7 +132,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
                 raise Refusal(f"--config {path}: {canonical} cannot be given in a file; type --{canonical} {leaf}")
             found = "true or false" if isinstance(leaf, bool) else "a list" if isinstance(leaf, list) else "one value"
             if leaf is not None and found != kinds[canonical]:
-                raise Refusal(f"--config {path}: {name} takes {kinds[canonical]}, found {leaf!r}")
+                raise Refusal(f"--config {path}: {name} takes {kinds[canonical]}, found {without_urls(repr(leaf))}")
             flat[canonical] = leaf
     return flat
 
@@ -147,7 +148,11 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, descri
     except SystemExit as end:
         if not end.code:
             raise
-        raise Refusal(_one_line(complaint.getvalue(), config_class)) from None
+    safe = [without_urls(word) for word in argv]
+    if safe != list(argv):  # tyro breaks words over lines: it complains again, of words that may be shown
+        cli(config_class, safe, prog, default, description)
+        raise Refusal("the command line cannot be read; --help lists all flags")
+    raise Refusal(_one_line(complaint.getvalue(), config_class))
 
 
 def _one_line(box: str, config_class: type) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainer.config import Optimisation
 from trainer.errors import FINISHED, Refusal
+from trainer.hosts import choose_interface
 from trainer.stopping import launched
 
 if TYPE_CHECKING:
@@ -69,6 +70,20 @@ class Control:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         dist.broadcast(buffer, source, group=self._group)
         return json.loads(bytes(buffer.tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every process, by rank, on rank 0; an empty list elsewhere."""
+        if self._group is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.sum([len(data) * (rank == self.rank) for rank in range(self.processes)]).wait()
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        dist.gather(padded, parts, dst=0, group=self._group)
+        if parts is None:
+            return []
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def agree(self, error: Refusal | None) -> None:
         """Raise, on every process, the refusal of the lowest process that has one."""
@@ -129,6 +144,7 @@ def connect(device: str, timeout_minutes: float) -> Launch:
         # ACCELERATE_USE_CPU would silently switch DeepSpeed off: PartialState(cpu=True) is what selects gloo.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         _do_without_shared_memory_op()
+    choose_interface(os.environ)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
     if on_cpu:

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trainer.alerts import Alerts
 from trainer.batches import length_of
 from trainer.console import Console, format_duration
 from trainer.evaluation import summarise
 from trainer.hardware import memory_text, peak_flops
 from trainer.metrics import Metrics
 from trainer.setup import Session
+
+NOTICED_LINES, NOTICED_CHARACTERS = 10, 300  # of each process: an evaluation may find fault with every sample
 
 
 @dataclass
@@ -41,8 +44,8 @@ class Progress:
 class Logbook:
     """The log interval: sums on the device, counts on the host, times; and the lines that come of them."""
 
-    def __init__(self, session: Session, progress: Progress, metrics: Metrics | None, console: Console) -> None:
-        self.session, self.progress, self.metrics, self.console = session, progress, metrics, console
+    def __init__(self, session: Session, progress: Progress, metrics: Metrics | None, console: Console, alerts: Alerts) -> None:
+        self.session, self.progress, self.metrics, self.console, self.alerts = session, progress, metrics, console, alerts
         self.launch, self.recipe = session.launch, session.recipe
         self.terms = list(session.weights)
         self.batch_size = session.config.optimisation.effective_batch_size
@@ -91,6 +94,7 @@ class Logbook:
             "train/learning_rate": learning_rate,
             "train/grad_norm": float(grad_norm),
             "train/iter_time_ms": 1000 * self.seconds_per_step,
+            "train/interval_seconds": elapsed,
             f"train/{self.unit}_per_sec": self.per_second,
             "train/data_wait_fraction": min(1.0, self.waited / elapsed),
             "train/bad_steps": float(bad_steps),
@@ -134,10 +138,34 @@ class Logbook:
         return (self.session.total_steps - self.progress.step) * self.seconds_per_step
 
     def show_progress(self) -> None:
-        """The progress bar, on a terminal."""
-        p = self.progress
+        """The progress bar, on a terminal; every `alert_every` steps an alert. Both know what the last log line knew."""
+        p, every, total, eta = self.progress, self.session.config.run.alert_every, self.session.total_steps, self.eta_seconds()
         loss = math.nan if p.train_loss is None else p.train_loss
-        self.console.progress(p.step, self.session.total_steps, loss, self.per_second, self.unit, self.eta_seconds())
+        self.console.progress(p.step, total, loss, self.per_second, self.unit, eta)
+        if every and p.step % every == 0:
+            self.alerts.send(
+                "progress",
+                f"step {p.step:,} of {total:,}: loss {loss:.4f} in the log interval to step {self.interval_first:,}, "
+                f"{self.per_second:,.0f} {self.unit}/s, {format_duration(eta)} to go",
+                step=p.step, total_steps=total, loss=loss, loss_step=self.interval_first, eta_seconds=eta,
+                **{f"{self.unit}_per_sec": self.per_second},
+            )  # fmt: skip
+
+    def tell(self, event: str, text: str) -> None:
+        """Something out of the ordinary: to the console and, as an alert, to whoever is far away."""
+        self.console.say(text)
+        self.alerts.send(event, text, step=self.progress.step)
+
+    def tell_noticed(self) -> None:
+        """What the recipe noticed in an evaluation, on any process. Collective; bounded, whatever it noticed."""
+        mine = [line[:NOTICED_CHARACTERS] for line in self.recipe.noticed()]
+        gathered = self.launch.control.gather([len(mine), mine[:NOTICED_LINES]])
+        # A sample that fills up the last batch of a process is a sample of another one too.
+        lines = list(dict.fromkeys(line for _, lines in gathered for line in lines))
+        more = sum(number for number, _ in gathered) - sum(len(lines) for _, lines in gathered)
+        if lines:
+            rest = [f"... and {more} more"] if more else []
+            self.tell("noticed", "\n".join([f"Noticed at step {self.progress.step:,}:", *lines, *rest]))
 
     def status(self) -> str:
         """The answer to `status`."""

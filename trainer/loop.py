@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer import batches
+from trainer.alerts import Alerts
 from trainer.console import Console
 from trainer.errors import NOT_FINITE, Refusal
 from trainer.evaluation import evaluate
@@ -39,15 +40,23 @@ class Upcoming:
 class Training:
     """One launch of one run, from the first step of this launch to its last."""
 
-    def __init__(self, session: Session, plan: Plan, stops: StopRequests, metrics: Metrics | None, console: Console) -> None:
+    def __init__(
+        self,
+        session: Session,
+        plan: Plan,
+        stops: StopRequests,
+        metrics: Metrics | None,
+        console: Console,
+        alerts: Alerts,
+    ) -> None:
         self.session, self.stops, self.metrics, self.console = session, stops, metrics, console
         self.recipe, self.config, self.launch = session.recipe, session.config, session.launch
         self.run_config, self.optimisation = self.config.run, self.config.optimisation
         self.terms = list(session.weights)
         self.layers = layers(session.network) if self.run_config.log_grad_norms else {}
         self.progress = Progress(**plan.checkpoint.state["progress"]) if plan.checkpoint else Progress()
-        self.bad_steps = BadSteps(self.progress.bad_in_a_row, self.progress.bad_steps)
-        self.logbook = Logbook(session, self.progress, metrics, console)
+        self.bad_steps, self.warned = BadSteps(self.progress.bad_in_a_row, self.progress.bad_steps), False
+        self.logbook = Logbook(session, self.progress, metrics, console, alerts)
         self.saver = Saver(session, plan, self.logbook, stops, console)
         self.samples = batches.length_of(session.data.train)
         self.last_evaluation: dict[str, float] = {}
@@ -121,6 +130,8 @@ class Training:
                 micro_batches.append(next(self.reader))
                 items = self.recipe.items(micro_batches[-1])
                 counts = [n + items[term] for n, term in zip(counts, self.terms, strict=True)]
+        except torch.OutOfMemoryError:  # of a set that is generated on the device
+            raise
         except Exception as reason:  # told to every rank, so that none waits for a batch that never comes
             error = reason
         self.logbook.waited += time.monotonic() - began
@@ -198,6 +209,7 @@ class Training:
         p.evaluations_without_better = 0 if progressed else p.evaluations_without_better + 1
         self.logbook.write(found)
         self.console.say(self.recipe.evaluation_line(p.step, found))
+        self.logbook.tell_noticed()
         self.logbook.aside += time.monotonic() - began
         return better, None
 
@@ -211,7 +223,11 @@ class Training:
             p.best, p.best_step = self.previous_best  # the weights of the new best are lost
 
     def check_bad_steps(self) -> None:
-        """End the run after too many non-finite steps in a row. The weights are as they were before them."""
+        """Tell of this launch's first non-finite step; end the run after too many in a row. Neither changes the weights."""
+        if self.bad_steps.in_a_row and not self.warned:
+            self.warned = True
+            before = self.progress.step - 1  # verdicts are read a step late
+            self.logbook.tell("bad step", f"WARNING: the gradient of step {before:,} was not finite; it changed no weight")
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
             raise Refusal(
                 f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step {self.progress.step}; "

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer import config as configuration
@@ -16,20 +18,23 @@ from trainer.config import Parsed
 from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
 from trainer.recipe import Recipe
+from trainer.redaction import redact, redact_text, without_urls
+from trainer.stopping import leaving_at_signals
 
 if TYPE_CHECKING:
+    from trainer.alerts import Alerts
     from trainer.launch import Launch
     from trainer.resume import Plan
     from trainer.setup import Session
     from trainer.stopping import StopRequests
 
 
-REPORT_SECONDS = 60.0  # a finished run with less than this to its time limit leaves without plot and report
-
-
+@leaving_at_signals()
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
+    argv = list(argv)
     # Every process reads the command line; only the first of a launch speaks.
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)
     launch: Launch | None = None
@@ -46,23 +51,22 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
         else:
-            recipe.commands[command].run(recipe, flags, launch, console.say)
+            with _explained(launch):
+                recipe.commands[command].run(recipe, flags, launch, console.say)
     except Refusal as refusal:
         code = refusal.exit_code
-        console.complain(str(refusal), everywhere=launch is not None and not refusal.known_to_all)
+        alone = launch is not None and not refusal.known_to_all
+        console.complain(str(refusal), everywhere=alone, aloud=not refusal.said_elsewhere)
         console.log_traceback(refusal)
     except KeyboardInterrupt:
         code = INTERRUPTED
         console.complain("interrupted before anything was changed")
     except Exception as error:
-        code = _code_of(error)
-        console.log_traceback(error)
-        if code == OUT_OF_MEMORY:
-            console.complain(_out_of_memory(error, flags), everywhere=True)
-        else:
-            import traceback
+        import traceback
 
-            traceback.print_exc()
+        code = 1
+        console.log_traceback(error)
+        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
     finally:
         console.close()
     if launch is None:
@@ -81,8 +85,9 @@ def _command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
         return command, configuration.parse(recipe.Config, recipe.presets, rest, recipe.name, description=others)
     if command not in recipe.commands:
         known = ", ".join(["train", *recipe.commands])
-        raise Refusal(f"unknown sub-command {command!r}; {recipe.name} has: {known}")
-    return command, configuration.parse_flat(recipe.commands[command].flags, rest, f"{recipe.name} {command}")
+        raise Refusal(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
+    chosen = recipe.commands[command]
+    return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> str:
@@ -90,46 +95,51 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
 
     The lock of the run directory is held, and its status.json kept, by rank 0.
     """
-    from trainer.resume import Plan, make_plan
+    from trainer.alerts import open_alerts
+    from trainer.resume import Plan, default_directory, make_plan
 
+    title = f"{recipe.name}/{default_directory(recipe, parsed).name}"
+    alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.say)
     arguments = [word for i, word in enumerate(argv) if (i, word) != (0, "train")]
-    locks: list[Any] = []
     directory = None
 
     def decide() -> dict[str, Any]:
         nonlocal directory
-        plan, held = make_plan(recipe, parsed, arguments, console.say)
-        locks.extend(held)
+        plan = make_plan(recipe, parsed, arguments, console.say)
         directory = plan.directory
         return plan.to_json()
 
     training = None
     try:
-        told = launch.control.on_main(decide)
-        plan, error = None, None
-        try:
-            plan = Plan.from_json(recipe, told, launch.rank)
-        except Refusal as refusal:
-            error = refusal
-        launch.control.agree(error)
-        assert plan is not None
-        training = _Launch(recipe, plan, argv, launch, console)
+        with _explained(launch, parsed.config.optimisation):
+            told = launch.control.on_main(decide)
+            plan, error = None, None
+            try:
+                plan = Plan.from_json(recipe, told, launch.rank)
+            except Refusal as refusal:
+                error = refusal
+            launch.control.agree(error)
+            assert plan is not None
+        training = _Launch(recipe, plan, argv, launch, console, alerts)
         return training.run()
     except BaseException as error:
-        if directory is not None and training is not None and training.started:
-            reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-            directory.write_status("failed", reason, training.step)
+        if training is None:
+            alerts.send("failed", f"Did not start: {_in_words(error)}")
         raise
     finally:
-        for lock in locks:
-            lock.release()
+        if directory is not None:
+            directory.release(used=training is not None and training.started)
+        alerts.close()
 
 
 class _Launch:
     """What surrounds the loop: the checks before it, the files of the run directory, the words after it."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console, alerts: Alerts
+    ) -> None:
         self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
+        self.alerts = alerts
         self.started, self.loop = False, None
 
     @property
@@ -151,12 +161,28 @@ class _Launch:
             lambda: self.loop.logbook.status() if self.loop else "starting",
             self.console.say,
             None if left is None else time.monotonic() + left,
-            EXIT_SECONDS + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
+            EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
         ) as stops:
-            return self._train(stops)
+            # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
+            try:
+                with _explained(self.launch, self.plan.config.optimisation):
+                    return self._train(stops)
+            except BaseException as error:
+                self._fail(_in_words(error))
+                raise
+            finally:
+                self.alerts.close()
+
+    def _fail(self, reason: str) -> None:
+        """Leave word of a failure: in status.json, if there is one, and to the webhook."""
+        if self.started and self.launch.is_main:
+            self.plan.directory.write_status("failed", reason, self.step)
+        beginning = f"Failed at step {self.step}" if self.started else "Did not start"
+        self.alerts.send("failed", f"{beginning}: {reason}", step=self.step)
 
     def _train(self, stops: StopRequests) -> str:
         from trainer.loop import Training
+        from trainer.report import report
         from trainer.setup import assemble, describe
 
         plan, launch, say = self.plan, self.launch, self.console.say
@@ -176,13 +202,17 @@ class _Launch:
                 error = Refusal(f"{plan.directory.path}: {reason}; choose another --output_dir", CHECKPOINT)
         launch.control.agree(error)
         self.started = True
-        for line in [f"Run directory: {plan.directory.path}", *describe(session)]:
+        description = describe(session)
+        for line in [f"Run directory: {plan.directory.path}", *description]:
             say(line)
         code = 1
         try:
-            self.loop = Training(session, plan, stops, metrics, self.console)
+            self.loop = Training(session, plan, stops, metrics, self.console, self.alerts)
+            at = f"at step {self.step:,} of {session.total_steps:,} on {socket.gethostname()}"
+            self.alerts.send("started", f"Started {at}. {description[0]}", step=self.step)
             reason = self.loop.run()
-            self._report(session, reason, metrics, stops.seconds_left())
+            if metrics is not None:
+                report(self.loop, plan.directory, reason, metrics, stops.seconds_left())
             code = FINISHED
         finally:
             if metrics is not None:
@@ -254,64 +284,41 @@ class _Launch:
             say=self.console.say,
         )
 
-    def _report(self, session: Session, reason: str, metrics: Any, seconds_left: float) -> None:
-        """After the loop: final metrics, the plot, what the recipe has to show, status.json."""
-        from trainer.stopping import REASONS
 
-        loop, directory, say = self.loop, self.plan.directory, self.console.say
-        assert loop is not None
-        if not self.launch.is_main:
-            return
-        stopped = reason in REASONS or reason == "stop_at_step"
-        last = directory.checkpoints / f"{self.recipe.checkpoint_prefix}{loop.progress.step}"
-        directory.write_status("stopped" if stopped else "finished", reason, loop.progress.step, last)
-        say(f"{'Stopped' if stopped else 'Finished'} at step {loop.progress.step:,}: {reason}. Checkpoint: {last}")
-        if stopped:
-            say("The same command continues this run.")
-            return
-        final = {key.replace("eval/", "final/"): value for key, value in loop.last_evaluation.items()}
-        if loop.progress.train_loss is not None:
-            final.setdefault("final/train_loss", loop.progress.train_loss)
-        metrics.log(loop.progress.step, final)
-        if seconds_left < REPORT_SECONDS:
-            say("No time left for the plot and the report; tools/plot_run.py and `evaluate` make them")
-            return
-        try:
-            from trainer.plot import plot_loss
-
-            directory.plots.mkdir(exist_ok=True)
-            picture, title = directory.plots / "loss.png", f"{self.recipe.name}: {directory.path.name}"
-            baseline = self.recipe.baseline(session.config, session.data)
-            plot_loss(directory.metrics, picture, title, baseline, unit=self.recipe.loss_unit)
-            say(f"Plot: {picture}")
-        except (OSError, Refusal) as error:
-            say(f"WARNING: no plot: {error}")
-        try:
-            self.recipe.after_training(session.config, session.data, directory, last, say)
-        except Exception as error:
-            self.console.log_traceback(error)
-            say(f"WARNING: the report after training failed: {type(error).__name__}: {error}")
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
 
 
-def _code_of(error: Exception) -> int:
+@contextlib.contextmanager
+def _explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
+    """Turns an error into what a person can do about it, and one that came from another process into that process's."""
+    from trainer import peers
+
+    try:
+        yield
+    except Exception as error:
+        cause = peers.settle(_out_of_memory(error, optimisation) or error, launch.rank, launch.processes)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _out_of_memory(error: Exception, optimisation: Any) -> Refusal | None:
+    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
     import torch
 
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error).lower() for sign in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
-    )
-    return OUT_OF_MEMORY if memory else 1
-
-
-def _out_of_memory(error: Exception, flags: Any) -> str:
-    """One message with the resolved batch arithmetic and the remedies in order."""
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    told = not isinstance(error, Refusal) and any(sign in str(error).lower() for sign in signs)
+    if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
     batch = ""
-    if isinstance(flags, Parsed):
-        o = flags.config.optimisation
-        arithmetic = f"{o.batch_size} x {o.gradient_accumulation_steps} accumulation = {o.effective_batch_size}"
+    if optimisation is not None:
+        size, accumulation = optimisation.batch_size, optimisation.gradient_accumulation_steps
+        arithmetic = f"{size} x {accumulation} accumulation = {optimisation.effective_batch_size}"
         batch = f" with batch_size {arithmetic} samples a step"
-    return (
+    return Refusal(
         f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
         "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
-        "Checkpoints are kept. "
-        f"({' '.join(str(error).split())[:200]})"
+        f"Checkpoints are kept. ({' '.join(str(error).split())[:200]})",
+        OUT_OF_MEMORY,
     )

@@ -123,18 +123,23 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 def _finish_axis(axis: Axes, label: str) -> None:
     """Names and grids a panel. Its scale is logarithmic if the values span more than a factor of 3: on a linear one the
     first steps of a run take all the height and what matters afterwards is a flat line."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     values = [v for line in axis.get_lines() for v in line.get_ydata() if math.isfinite(v)]
     span = max(values) / min(values) if values and min(values) > 0 else 1
     if span > 3:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if span < 30 else (1, 3)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        log_scale(axis, span)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
+
+
+def log_scale(axis: Axes, span: float) -> None:
+    """A logarithmic y axis with ticks that read as numbers; `span` is the ratio of its largest and smallest values."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if span < 30 else (1, 3)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def save_figure(figure: Figure, out: Path) -> None:

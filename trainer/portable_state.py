@@ -6,7 +6,7 @@ whole second copy never exists. `entries` and `restore_optimizer` are collective
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,12 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint; `read` brings it to the host in full."""
+    """One tensor of a checkpoint; `read` gives it in full, on any device: the live one where it is whole anyway."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """of the file, which `read` may differ from"""
     read: Callable[[], Tensor]
     collective: bool = False
     """whether every process has to call `read`"""
@@ -33,11 +34,6 @@ class Entry:
     def size_bytes(self) -> int:
         """Bytes it takes in a file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def host_copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy in host memory that shares nothing with the model."""
-    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
 
 
 def saved_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -80,7 +76,12 @@ class PlainState:
 
 
 def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
-    return Entry(name, tuple(tensor.shape), dtype, lambda: host_copy(tensor, dtype))
+    return Entry(name, tuple(tensor.shape), dtype, lambda: tensor)
+
+
+def plain_entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Tensors that are whole on this process, by name, as they are."""
+    return [_entry(name, tensor, tensor.dtype) for name, tensor in tensors.items()]
 
 
 def _saved_dtype(buffer: Tensor) -> torch.dtype:
@@ -121,16 +122,16 @@ class ZeroState:
         from deepspeed.utils import safe_get_full_fp32_param
 
         if p.requires_grad:
-            return host_copy(safe_get_full_fp32_param(p).view(_shape(p)))
+            return safe_get_full_fp32_param(p).view(_shape(p))
         with zero.GatheredParameters([p], enabled=self.stage3):  # frozen: no master copy
-            return host_copy(p, torch.float32)
+            return p.detach().clone() if self.stage3 else p
 
     def optimizer_entries(self) -> list[Entry]:
         """Every moment by parameter, and the step count."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         def read(p: Tensor, moment: str) -> Tensor:
-            return host_copy(safe_get_full_optimizer_state(p, moment).view(_shape(p)), torch.float32)
+            return safe_get_full_optimizer_state(p, moment).view(_shape(p))
 
         entries = [
             Entry(f"{m}.{name}", _shape(p), torch.float32, lambda p=p, m=m: read(p, m), True)

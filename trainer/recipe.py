@@ -48,6 +48,8 @@ class Command:
 
     flags: type
     run: Callable[..., None]
+    presets: Mapping[str, Path] = field(default_factory=dict)
+    """YAML files by short name; the flags need a field `preset`"""
 
 
 class Recipe:
@@ -129,6 +131,10 @@ class Recipe:
         """{file name: text} to be kept in every checkpoint (config.json, tokenizer.json)."""
         return {}
 
+    def tensors(self, config: Any, data: Data) -> dict[str, dict[str, Tensor]]:
+        """{stem: {name: tensor}} to be kept in every checkpoint as `stem.safetensors`, beside `model` and `optimizer`."""
+        return {}
+
     def flops_per_item(self, config: Any, network: nn.Module) -> float | None:
         """Training FLOPs (forward and backward) for each item of `speed`, for MFU; None: not known."""
         return None
@@ -145,6 +151,10 @@ class Recipe:
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
+
+    def noticed(self) -> list[str]:
+        """What this process has seen in the last evaluation that somebody should hear of, a line each; emptied by the call."""
+        return []
 
     def baseline(self, config: Any, data: Data) -> tuple[str, float] | None:
         """(name, loss) of a trivial model on the first evaluation set, for the loss plot."""

@@ -22,7 +22,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Parsed
 from trainer.errors import Refusal
 from trainer.recipe import Recipe
-from trainer.run_directory import Lock, RunDirectory
+from trainer.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def default_directory(recipe: Recipe, parsed: Parsed) -> Path:
     return Path(run.output_dir) if run.output_dir else Path("runs", recipe.name, run.run_name or configuration.run_name(parsed))
 
 
-def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable[[str], None]) -> tuple[Plan, list[Lock]]:
-    """Lock the run directory and decide what to do there. Called on rank 0 only; the locks are held to the end."""
+def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable[[str], None]) -> Plan:
+    """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
     run = parsed.config.run
     path = default_directory(recipe, parsed)
     before = _previous(path, "checkpoint_dir")
@@ -83,21 +83,17 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], say: Callable
             f"{path} holds a run whose checkpoints are in {old}; --checkpoint_dir {checkpoint_dir} has none of them: "
             "move them there, leave the flag out, or choose another --run_name"
         )
-    directory.prepare()
-    # Another run's --checkpoint_dir may point into this one: its folder has a lock of its own.
-    locks = [Lock(path, say), Lock(directory.checkpoints, say)]
     try:
-        for lock in locks:
-            lock.acquire()
+        directory.prepare()
+        directory.lock(say)
         retention.clear_unfinished(directory.checkpoints)
         found, same_run = _choose(recipe, run, directory, say)
         config = parsed.config if found is None else _merge(recipe, parsed, argv, found, same_run, say)
     except BaseException:
-        for lock in locks:
-            lock.release()
+        directory.release(used=False)
         raise
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_dir=checkpoint_dir))
-    return Plan(config, directory, found, same_run, parsed.typed), locks
+    return Plan(config, directory, found, same_run, parsed.typed)
 
 
 def _previous(path: Path, flag: str) -> str | None:
@@ -158,8 +154,10 @@ def _merge(
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 
     way_out = "train it under another --run_name, or take the weights only: --init_from"
-    for name, (old, new) in configuration.changed(config, saved, ("model", "data")).items():
-        raise Refusal(f"{name}: {found.path} has {old}, asked for {new}; {way_out} {found.path}")
+    others = configuration.changed(config, saved, ("model", "data"))
+    if others:
+        each = "; ".join(f"{name}: {found.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
+        raise Refusal(f"{each}; {way_out} {found.path}")
     old, new = saved.optimisation, config.optimisation
     if old.seed != new.seed or old.init_from != new.init_from:
         name = "seed" if old.seed != new.seed else "init_from"

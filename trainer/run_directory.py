@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import socket
 import stat
@@ -20,38 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from trainer.errors import CHECKPOINT, Refusal
+from trainer.redaction import redact, redact_text
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 120.0  # a holder on another machine is dead after this long without a heartbeat
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "safetensors")
-
-# `max_tokens` and `tokenizer` hold no secret, `hf_token` and `api_key` do; a name too many costs only readability.
-_SECRET_NAME = re.compile(r"-*[\w.-]*(token(?!s|i[sz])|key|secret|passw|webhook|credential)[\w.-]*", re.IGNORECASE)
-_WEBHOOKS = (  # where the path is the secret
-    r"discord(app)?\.com/api/(v\d+/)?webhooks/|hooks\.(slack|zapier)\.com/|webhook\.office\.com/"
-    r"|outlook\.office\.com/webhook|chat\.googleapis\.com/|api\.telegram\.org/bot|maker\.ifttt\.com/"
-)
-_HOST = r"[^\s/\"'@]"
-_SECRET_URL = re.compile(rf"[a-z][a-z0-9+.-]*://({_HOST}+@|({_HOST}*\.)?({_WEBHOOKS}))[^\s\"'\\]*", re.IGNORECASE)
-
-
-def redact_text(text: str) -> str:
-    """`text` with every URL that carries a secret (credentials, or a webhook's path) replaced by `***`."""
-    return _SECRET_URL.sub("***", text)
-
-
-def redact(argv: Iterable[str]) -> list[str]:
-    """A command line without its secrets: `--x=y` and `--x y` where x is named like one, and URLs that carry one."""
-    shown, value_is_secret = [], False
-    for argument in argv:
-        if value_is_secret and not argument.startswith("--"):
-            shown.append("***")
-            continue
-        name, equals, _ = argument.partition("=")
-        named = _SECRET_NAME.fullmatch(name) is not None
-        value_is_secret = named and not equals and argument.startswith("--")
-        shown.append(f"{name}=***" if named and equals else redact_text(argument))
-    return shown
 
 
 def now_iso() -> str:
@@ -106,12 +78,16 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.stop_file = path / "stop"  # made by the user: `touch stop`
         self.status_file = path / "status"
+        self._made: list[Path] = []
+        self._locks: list[Lock] = []
 
     def prepare(self) -> None:
         """Make the folders and write into them: a full or read-only disk shows now. Raises Refusal (exit 5)."""
         for folder in (self.path, self.checkpoints):
             try:
+                missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
+                self._made += missing
                 probe = folder / f".writable.{os.getpid()}"
                 write_text_atomic(probe, "x")
                 probe.unlink()
@@ -119,6 +95,24 @@ class RunDirectory:
                 flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
                 message = f"cannot write to {folder}: {error.strerror}; mend that, or choose another with {flag}"
                 raise Refusal(message, CHECKPOINT) from None
+
+    def lock(self, say: Callable[[str], None]) -> None:
+        """Keep other runs out of both folders: another run's `--checkpoint_dir` may point into this one. Raises Refusal."""
+        self._locks = [Lock(self.path, say), Lock(self.checkpoints, say)]
+        for lock in self._locks:
+            lock.acquire()
+
+    def release(self, used: bool = True) -> None:
+        """Let others in. If nothing was written (not `used`), remove the folders that `prepare` made: a typing error
+        must not leave a run behind."""
+        locks = {lock.path for lock in self._locks if lock.held}
+        for folder in sorted(self._made if not used else (), key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty, so somebody's
+                if locks.issuperset(folder.iterdir()):
+                    (folder / Lock.NAME).unlink(missing_ok=True)
+                folder.rmdir()
+        for lock in self._locks:
+            lock.release()
 
     def write_status(
         self,
@@ -178,10 +172,11 @@ class Lock:
     decides. A POSIX lock is dropped when its process closes *any* descriptor of the file: it is opened once.
     """
 
+    NAME: ClassVar[str] = ".lock"
     _held: ClassVar[set[str]] = set()  # the kernel does not keep a process out of its own lock
 
     def __init__(self, directory: Path, say: Callable[[str], None] = print) -> None:
-        self.path = directory / ".lock"
+        self.path = directory / self.NAME
         self._say = say
         self._descriptor = -1
         self._writing = threading.Lock()
@@ -198,6 +193,8 @@ class Lock:
             kernel, holder = _record_lock(descriptor), _read_holder(descriptor)
             if kernel == "held" or _may_live(holder, kernel):
                 raise self._in_use(holder)
+            if os.fstat(descriptor).st_nlink == 0:  # a refused start has removed it
+                raise self._unusable("removed in this moment; try again")
             if holder:
                 self._say(f"taking over {self.path.parent} from {_name(holder)}, which ended without releasing it")
             self._content = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
@@ -211,6 +208,11 @@ class Lock:
         Lock._held.add(os.path.realpath(self.path))
         self._released.clear()
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
+
+    @property
+    def held(self) -> bool:
+        """Whether we have it."""
+        return self._descriptor >= 0
 
     def release(self) -> None:
         """Empty the file and give the lock up, if held. The file stays: to remove it could let two runs in."""

@@ -12,6 +12,7 @@ from trainer.config import to_yaml
 from trainer.console import Console
 from trainer.errors import Refusal
 from trainer.logbook import Logbook
+from trainer.portable_state import plain_entries
 from trainer.resume import Plan
 from trainer.setup import Session
 from trainer.stopping import StopRequests
@@ -28,6 +29,7 @@ class Saver:
     def __init__(self, session: Session, plan: Plan, logbook: Logbook, stops: StopRequests, console: Console) -> None:
         self.session, self.logbook, self.stops, self.console = session, logbook, stops, console
         self.recipe, self.config, self.launch = session.recipe, session.config, session.launch
+        self.kept = self.recipe.tensors(self.config, session.data)
         self.folder, self.progress = plan.directory.checkpoints, logbook.progress
         self.saved_step = self.progress.step if plan.checkpoint and plan.same_run else None
         self.saved_at = time.monotonic()
@@ -74,6 +76,7 @@ class Saver:
                 tensors = {
                     "model": self.session.state.model_entries(),
                     "optimizer": self.session.state.optimizer_entries(),
+                    **{stem: plain_entries(held) for stem, held in self.kept.items()},
                 }
                 checkpoint.write(self.folder, name, tensors, self.documents(), self.launch.control)
                 self.saved_step = p.step

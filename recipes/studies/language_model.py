@@ -18,6 +18,8 @@ from trainer.errors import Refusal
 from trainer.recipe import Data, Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.launch import Launch
     from trainer.run_directory import RunDirectory
 
@@ -43,7 +45,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Sampling:
     """Continue a prompt with a trained model."""
 
     model_path: str
@@ -52,13 +54,19 @@ class Generate:
     max_new_tokens: int = 100
     temperature: float = 0.8
     """0: the likeliest token each time"""
-    top_k: int = 50
-    """sample from so many tokens (0: all)"""
     top_p: float = 0.95
     """sample from the smallest set of tokens with this mass"""
-    repetition_penalty: float = 1.2
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Generate(Sampling):
+    """Continue a prompt with a trained model."""
+
+    top_k: int = 50
+    """sample from so many tokens (0: all)"""
+    repetition_penalty: float = 1.2
 
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
@@ -97,6 +105,10 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, say: Say) -> None:
     """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
     from trainer.inference import find, load, on_main
 
+    try:
+        flags.prompt.encode()
+    except UnicodeEncodeError as reason:  # bytes of another encoding, as Python hands them on
+        raise Refusal(f"the prompt is not UTF-8 from character {reason.start + 1} on; give it in UTF-8") from None
     found, config = find(recipe, flags.model_path, launch)
     text = Text.without_data(found.text("tokenizer.json"))
     network = load(recipe, found, config, Data(None, {}, extra={"text": text}), launch)
@@ -159,31 +171,43 @@ def report(text: Text, split: str, packing: str, max_length: int, loss: float, s
         say(f"  for scale, {name} perplexity on the same tokens: {perplexity(nats):.2f} per token ({side})")
 
 
-def sample(network: Any, text: Text, flags: Generate) -> str:
-    """Continue a prompt with `transformers`' generate. Refusal where the settings cannot work."""
+def continue_text(network: Any, text: Text, flags: Sampling, produce: Callable[[Tensor], Tensor]) -> str:
+    """The prompt and what `produce` (ids [time] -> longer ids) makes of it. Refusal where the settings cannot work."""
     import torch
 
     if not (flags.temperature >= 0 and math.isfinite(flags.temperature)):
         raise Refusal(f"temperature {flags.temperature} must be 0 (the likeliest token) or above")
-    if not 0 < flags.top_p <= 1 or flags.top_k < 0 or flags.max_new_tokens < 1 or not 0 < flags.repetition_penalty < math.inf:
-        raise Refusal("generation needs 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1 and repetition_penalty > 0")
+    if not 0 < flags.top_p <= 1 or flags.max_new_tokens < 1:
+        raise Refusal(
+            f"generation needs 0 < top_p <= 1 and max_new_tokens >= 1, not {flags.top_p:g} and {flags.max_new_tokens}"
+        )
     tokenizer = text.tokenizer()
     ids = tokenizer.encode(flags.prompt, add_special_tokens=False).ids or [text.end_of_text]
-    room = network.config.n_positions - len(ids)
-    if room < 1:
-        raise Refusal(f"the prompt has {len(ids)} tokens and the model reads {network.config.n_positions}; shorten it")
     torch.manual_seed(flags.seed)
-    inputs = torch.tensor([ids], device=next(network.parameters()).device)
-    random = {"do_sample": True, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
-    output = network.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=min(flags.max_new_tokens, room),
-        repetition_penalty=flags.repetition_penalty,
-        pad_token_id=text.end_of_text,
-        eos_token_id=text.end_of_text,
-        use_cache=True,
-        synced_gpus=False,  # this is a plain network on one process, even where ZeRO-3 trains in the same one
-        **(random if flags.temperature else {"do_sample": False}),
-    )
-    return tokenizer.decode(output[0].tolist(), skip_special_tokens=True)
+    output = produce(torch.tensor(ids, device=next(network.parameters()).device))
+    return tokenizer.decode(output.tolist(), skip_special_tokens=True)
+
+
+def sample(network: Any, text: Text, flags: Generate) -> str:
+    """Continue a prompt with `transformers`' generate. Refusal where the settings cannot work."""
+    if flags.top_k < 0 or not 0 < flags.repetition_penalty < math.inf:
+        raise Refusal("generation needs top_k >= 0 and repetition_penalty > 0")
+
+    def produce(ids: Tensor) -> Tensor:
+        room = network.config.n_positions - len(ids)
+        if room < 1:
+            raise Refusal(f"the prompt has {len(ids)} tokens and the model reads {network.config.n_positions}; shorten it")
+        random = {"do_sample": True, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+        return network.generate(
+            ids[None],
+            attention_mask=ids[None].new_ones(1, len(ids)),
+            max_new_tokens=min(flags.max_new_tokens, room),
+            repetition_penalty=flags.repetition_penalty,
+            pad_token_id=text.end_of_text,
+            eos_token_id=text.end_of_text,
+            use_cache=True,
+            synced_gpus=False,  # this is a plain network on one process, even where ZeRO-3 trains in the same one
+            **(random if flags.temperature else {"do_sample": False}),
+        )[0]
+
+    return continue_text(network, text, flags, produce)

@@ -1,0 +1,123 @@
+"""Linear regression sequences, generated on the device: tasks w, inputs x ~ N(0, I), y = w.x + N(0, noise variance).
+
+Every number is a pure function of (seed, sample number, column), by hashing a counter (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"): a whole batch takes some thirty operations, and any number of processes makes the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea & Flood 2014): the increment, and the two multipliers of its finaliser.
+INCREMENT, MULTIPLIERS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+SHIFTS = (30, 27, 31)
+
+
+def sample_keys(stream: str, seed: int, numbers: Sequence[int]) -> np.ndarray:
+    """64 random bits for each sample number of a named stream: uint64 [batch]."""
+    root = np.frombuffer(hashlib.blake2b(f"{stream},{seed}".encode(), digest_size=8).digest(), dtype="<u8")
+    with np.errstate(over="ignore"):
+        return _mixed(root + np.asarray(numbers, dtype=np.uint64) * np.uint64(INCREMENT))
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64."""
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
+    return z
+
+
+def normals(keys: Tensor, columns: Tensor) -> Tensor:
+    """Standard normals: keys int64 [batch], columns of `normal_columns(n)` -> float32 [batch, n] (n rounded up to even).
+
+    Two from each 64-bit hash of (key, column), by Box and Muller (1958); the tail reaches to 6.6 standard deviations.
+    """
+    z = keys[:, None] + columns
+    for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
+        z ^= (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # torch shifts signed integers arithmetically
+        z *= _signed(multiplier)
+    z ^= (z >> SHIFTS[2]).bitwise_and_((1 << (64 - SHIFTS[2])) - 1)
+    angle = (z >> 32).float().mul_(math.pi / 2**31)
+    above_zero = z.bitwise_and_(0xFFFFFFFF).add_(1).float().mul_(2.0**-32)  # in (0, 1]: its logarithm is finite
+    radius = above_zero.log_().mul_(-2.0).sqrt_()
+    return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
+
+
+def normal_columns(count: int) -> Tensor:
+    """The counters of `normals` for at least `count` numbers a sample: int64 [ceil(count / 2)]."""
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, -(-count // 2) + 1, dtype=np.uint64) * np.uint64(INCREMENT)
+    return torch.from_numpy(steps.view(np.int64))
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >= 1 << 63 else bits
+
+
+def task_pool(num_tasks: int, task_size: int, seed: int) -> Tensor:
+    """`num_tasks` vectors w ~ N(0, I): float32 [num_tasks, task_size]. Pools of one seed and size begin with the same tasks."""
+    keys = torch.from_numpy(sample_keys("tasks", seed, range(num_tasks)).view(np.int64))
+    return normals(keys, normal_columns(task_size))[:, :task_size].contiguous()
+
+
+class RegressionStream:
+    """Endless sequences of `examples` pairs, from pools of tasks; an empty pool stands for infinitely many, a new one each.
+
+    With several pools a sample has one y by pool, all with the same x, the same noise and the same uniform that chooses the
+    task, so each is what a stream of that pool alone would give.
+    """
+
+    on_device = True
+    VERSION = "regression 1"
+    """changes whenever the same seed gives other samples"""
+
+    def __init__(self, stream: str, seed: int, pools: Sequence[Tensor], task_size: int, examples: int, noise: float) -> None:
+        """`noise` is the variance of y around w.x; `stream` a name: streams of other names or seeds are independent."""
+        self.stream, self.seed, self.task_size, self.examples = stream, seed, task_size, examples
+        self.noise_std = math.sqrt(noise)
+        self.sizes = np.array([[len(pool)] for pool in pools])
+        self.starts = np.cumsum(self.sizes, axis=0) - self.sizes
+        self.infinite = [i for i, pool in enumerate(pools) if not len(pool)]
+        self.tasks = torch.cat(list(pools))
+        self.columns = normal_columns(examples * (task_size + 1) + task_size)
+
+    def to(self, device: torch.device) -> None:
+        """Generate there from now on."""
+        self.tasks, self.columns = self.tasks.to(device), self.columns.to(device)
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """x [batch, examples, task_size], y [batch, pools, examples] and its mean w.x [batch, pools, examples]."""
+        keys = sample_keys(self.stream, self.seed, numbers)
+        with np.errstate(over="ignore"):
+            uniform = (_mixed(keys - np.uint64(INCREMENT)) >> np.uint64(11)) * 2.0**-53
+        chosen = self.starts + (uniform * self.sizes).astype(np.int64)  # [pools, batch]
+        sent = torch.from_numpy(np.concatenate([keys.view(np.int64)[None], chosen])).to(self.columns.device)
+        z, size, pairs = normals(sent[0], self.columns), self.task_size, self.examples * self.task_size
+        x = z[:, :pairs].view(len(keys), self.examples, size)
+        noise = z[:, pairs : pairs + self.examples]
+        fresh = z[:, pairs + self.examples : pairs + self.examples + size]
+        if len(self.infinite) == len(self.sizes):
+            w = fresh.unsqueeze(1).expand(-1, len(self.sizes), -1)
+        else:
+            w = self.tasks[sent[1:].clamp_(max=len(self.tasks) - 1).T]  # [batch, pools, task_size]
+            if self.infinite:
+                w[:, self.infinite] = fresh.unsqueeze(1)
+        mean = w @ x.mT
+        return {"x": x, "y": torch.add(mean, noise.unsqueeze(1), alpha=self.noise_std), "mean": mean}
+
+
+class RegressionSample(RegressionStream):
+    """The first `count` sequences of a stream: a set to evaluate on."""
+
+    def __init__(self, count: int, *stream: object) -> None:
+        super().__init__(*stream)  # type: ignore[arg-type]
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count

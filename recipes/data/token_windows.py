@@ -1,0 +1,275 @@
+"""Token ids in a file, read where they lie, and the windows of them that a language model is trained and measured on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recipes.data.text import prepare_text
+from recipes.data.tokenizer import existing_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # a label that is not trained on: the default ignore_index of torch's cross entropy
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Ids in a file: uint16 without a header (`.ids`, nanoGPT's `.bin`; uint32 above 65,536 entries) or a 1-D `.npy`.
+
+    Beside a headerless file there may be NAME.json with its `dtype` and `count`. Pickled by path: workers open it anew.
+    """
+
+    path: Path
+    dtype: str
+    offset: int
+    """bytes before the first id"""
+    count: int
+
+    @classmethod
+    def open(cls, path: Path, vocab_size: int) -> TokenFile:
+        """Find out how the ids of `path` are stored. ValueError or FileNotFoundError, in one line, if they cannot be."""
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path} {what}; give a .ids, .bin or .npy file of token ids, or `embedded`")
+        size = path.stat().st_size
+        if not size:
+            raise ValueError(f"{path} is empty; make it again with tools/prepare_text.py")
+        if path.suffix == ".npy":
+            return cls._open_npy(path)
+        default = "uint16" if vocab_size <= 2**16 else "uint32"
+        with path.open("rb") as file:
+            head = file.read(256)
+        if re.fullmatch(rb"[\s\[]*\d+[\s,\d.eE+\]]*", head):
+            read = "np.fromfile(f, sep=' ')"
+            if re.search(rb"[\[,]", head):
+                read = "np.fromstring(open(f).read().translate(str.maketrans('[],', '   ')), sep=' ')"
+            code = f"import numpy as np; f = '{path}'; {read}.astype('{default}').tofile('{path.with_suffix('.bin')}')"
+            raise ValueError(f'{path} holds numbers written as text; convert it: python -c "{code}"')
+        told = _sidecar(path)
+        dtype = str(told.get("dtype", default))
+        if dtype not in ("uint16", "uint32"):
+            raise ValueError(f"{path}.json: dtype {dtype!r} is unknown; it is uint16 or uint32")
+        width = np.dtype(dtype).itemsize
+        if size % width:
+            raise ValueError(f"{path} has {size} bytes, no whole number of {dtype} ids; it is cut off or of another kind")
+        if told.get("count", size // width) != size // width:
+            raise ValueError(f"{path} holds {size // width} ids, its .json says {told['count']}; make it again")
+        head = np.fromfile(path, dtype, count=4096)
+        if len(head) >= 64 and dtype == "uint16" and head[::2].any() and not head[1::2].any():
+            raise ValueError(
+                f"{path}: every second id is 0, so it holds 32- or 64-bit ids, not uint16; convert it: "
+                f"np.fromfile('{path}', 'uint32').astype('uint16').tofile('NEW.ids')"
+            )
+        return cls(path, dtype, 0, size // width)
+
+    @classmethod
+    def _open_npy(cls, path: Path) -> TokenFile:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is not a .npy array ({' '.join(str(error).split())}); save it with np.save") from None
+        if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
+            raise ValueError(f"{path} is {array.dtype} {list(array.shape)}; it must be one row of integers")
+        return cls(path, array.dtype.name, array.offset, len(array))
+
+    def windows(self, length: int, starts: np.ndarray) -> np.ndarray:
+        """ids[start : start + length] for each start: int32 [len(starts), length].
+
+        Read by position, not through a memory map: a map keeps all it has shown in this process, until it holds the file,
+        and giving pages back costs a page fault a window, several times what reading one takes.
+        """
+        width, handle = np.dtype(self.dtype).itemsize, self._file.fileno()
+        places = (self.offset + starts * width).tolist()
+        found = b"".join(map(os.pread, repeat(handle), repeat(length * width), places))
+        if len(found) != len(starts) * length * width:
+            raise ValueError(f"{self.path} has become shorter than its {self.count} ids; restore it")
+        return np.frombuffer(found, self.dtype).reshape(len(starts), length).astype(np.int32)
+
+    @functools.cached_property
+    def _file(self) -> io.FileIO:
+        return io.FileIO(self.path)
+
+    def ids(self) -> np.ndarray:
+        """All ids [count], read-only; mapped, not read."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_file"}
+
+    def check(self, vocab_size: int, longer_than: int) -> str:
+        """Look at every id once, a piece at a time; the SHA-256 of the ids.
+
+        ValueError naming the first id that is not below `vocab_size`, or if there are not more than `longer_than` ids.
+        """
+        if self.count <= longer_than:
+            raise ValueError(
+                f"{self.path} holds {self.count} ids, too few for windows of {longer_than - 1} inputs: it takes more than "
+                f"{longer_than}; give more text or a smaller --context_length"
+            )
+        digest = hashlib.sha256()
+        step = CHUNK_BYTES // np.dtype(self.dtype).itemsize
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            for start in range(0, self.count, step):
+                ids = np.fromfile(file, self.dtype, min(step, self.count - start))
+                if ids.max() >= vocab_size or ids.min() < 0:
+                    place = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+                    raise ValueError(
+                        f"{self.path}: token id {ids[place]} at position {start + place} is not below vocab_size {vocab_size}; "
+                        "give the --vocab_size of the tokenizer that made it"
+                    )
+                digest.update(ids.astype(np.uint32))
+        return digest.hexdigest()
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """NAME.json beside a file of ids; empty if there is none."""
+    try:
+        told = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}.json cannot be read ({error}); make it again, or remove it") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}.json holds no JSON object; make it again, or remove it")
+    return told
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a language model is trained and measured on."""
+
+    train: TokenFile
+    validation: TokenFile
+    tokenizer_json: str | None
+    fingerprint: str
+    """hex; of the ids, however they are stored"""
+
+
+def open_streams(train: str | None, validation: str | None, tokenizer: str | None, vocab_size: int, length: int) -> Streams:
+    """Open and check both files of ids, for windows of `length` inputs. `embedded` prepares the text that Python brings along.
+
+    `tokenizer`: a folder or tokenizer.json; None: the one beside `train`, if there is one. ValueError or OSError, in one line.
+    """
+    if not train or (not validation and train != "embedded"):
+        name = "val_data_path" if train else "train_data_path"
+        raise ValueError(
+            f"{name} is missing: give --{name} FILE.ids (tools/prepare_text.py makes one), or --train_data_path embedded"
+        )
+    if (train == "embedded") != ((validation or train) == "embedded"):
+        raise ValueError(
+            f"train_data_path {train} and val_data_path {validation}: `embedded` has its own tokens; use it for both"
+        )
+    if train == "embedded":
+        text = prepare_text("embedded", None, tokenizer or "train", vocab_size)
+        # Memory-mapped files of the cache, all of them.
+        train, validation = (str(text.splits[split].ids.filename) for split in ("train", "validation"))
+        tokenizer_json: str | None = text.tokenizer_json
+    else:
+        beside = Path(train).with_name("tokenizer.json")
+        tokenizer = tokenizer or (str(beside) if beside.is_file() else None)
+        tokenizer_json = existing_tokenizer(tokenizer).to_str() if tokenizer else None
+        for path in (train, validation):
+            _check_tokenizer(Path(path), tokenizer_json, tokenizer)
+    files, digests = [], []
+    for path in (train, validation):
+        files.append(TokenFile.open(Path(path), vocab_size))
+        digests.append(files[-1].check(vocab_size, length + 1))
+    return Streams(files[0], files[1], tokenizer_json, hashlib.sha256("".join(digests).encode()).hexdigest())
+
+
+def _check_tokenizer(path: Path, tokenizer_json: str | None, name: str | None) -> None:
+    """ValueError if the .json beside a file of ids tells of another tokenizer than this one."""
+    told = _sidecar(path).get("tokenizer_sha256")
+    if told and tokenizer_json and told != hashlib.sha256(tokenizer_json.encode()).hexdigest():
+        raise ValueError(
+            f"tokenizer {name} is not the one that made {path}; give that one with --tokenizer, or make the ids again"
+        )
+
+
+class TokenWindows:
+    """Windows of `length` inputs and the id after each, one behind the other: every id but the first is predicted once.
+
+    The last one may be short. Windows are numbered so that the first n of them, for any n, lie evenly spread over the
+    file: an evaluation of part of them sees all of it. `limit` keeps only so many.
+    """
+
+    def __init__(self, file: TokenFile, length: int, limit: int | None = None) -> None:
+        self.file, self.length = file, length
+        self.windows = -(-(file.count - 1) // length)
+        self.limit = min(limit or self.windows, self.windows)
+        self.stride = _spreading_stride(self.windows)
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Samples -> {"tokens": int32 [batch, length + 1]}, IGNORED where the file has ended."""
+        starts = np.asarray(numbers, dtype=np.int64) % self.limit * self.stride % self.windows * self.length
+        last = self.file.count - self.length - 1
+        tokens = self.file.windows(self.length + 1, np.minimum(starts, last))
+        for row in np.flatnonzero(starts > last):
+            real = self.file.count - int(starts[row])
+            tokens[row, :real] = tokens[row, -real:].copy()
+            tokens[row, real:] = IGNORED
+        return _batch(tokens)
+
+
+class RandomWindows:
+    """An endless stream of windows: sample s starts where a hash of (seed, s) says, every start being equally likely.
+
+    The hash is output s of SplitMix64 (Steele, Lea & Flood 2014, figure 17) started from the mixed seed.
+    """
+
+    def __init__(self, file: TokenFile, length: int, seed: int) -> None:
+        self.file, self.length = file, length
+        self.state = _mix(np.array([seed], dtype=np.uint64) * GOLDEN + GOLDEN)
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Samples -> {"tokens": int32 [batch, length + 1]}: `length` inputs and the id after each."""
+        return _batch(self.file.windows(self.length + 1, self.starts(numbers)))
+
+    def starts(self, numbers: Sequence[int]) -> np.ndarray:
+        """Position of the first id of each sample, int64 [batch], from 0 to count - length - 1."""
+        hashes = _mix(self.state + np.asarray(numbers, dtype=np.uint64) * GOLDEN)
+        # 64 random bits modulo at most 2^40 starts: no start is likelier than another by more than one in 2^24.
+        return (hashes % np.uint64(self.file.count - self.length)).astype(np.int64)
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, on uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _batch(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {"tokens": torch.from_numpy(tokens)}
+
+
+def _spreading_stride(count: int) -> int:
+    """A step near count / golden ratio that shares no factor with `count`: its multiples visit all, evenly at any time."""
+    stride = max(1, round(count * 0.6180339887498949))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride

@@ -1,0 +1,247 @@
+"""A decoder-only Transformer: RMSNorm, rotary positions on interleaved pairs, SwiGLU, no biases; ablations by argument.
+
+Weight names are those of Stanford's CS336 course. Each part is a plain function of tensors first, and a module around it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+EPS = 1e-5  # of every norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, in the type of `x`.
+
+    Zhang & Sennrich 2019, eq. 4.
+    """
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rope_angles(positions: Tensor, d_head: int, theta: float) -> Tensor:
+    """Angles of rotary embedding, fp32 [*positions, d_head / 2]: position x theta^(-2i / d_head) for pair i.
+
+    Su et al. 2021, section 3.2.2.
+    """
+    exponents = torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32) / d_head
+    return positions[..., None].float() * theta**-exponents
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (x[2i], x[2i+1]) of x [..., time, d_head] by its angle [..., time, d_head / 2].
+
+    Su et al. 2021, eq. 34: interleaved pairs, as the paper has them (Llama's checkpoints at the hub pair i with i + d/2).
+    """
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d_head)) v, each position looking at itself and before. All [..., time, d_head]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Linear(nn.Linear):
+    """Without bias; weights from N(0, 2 / (d_in + d_out)), cut at three standard deviations (Glorot & Bengio 2010)."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights."""
+        std = math.sqrt(2 / (self.in_features + self.out_features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+
+class Embedding(nn.Embedding):
+    """Weights from N(0, 1), cut at 3."""
+
+    def reset_parameters(self) -> None:
+        """Fresh weights."""
+        nn.init.trunc_normal_(self.weight, a=-3, b=3)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight that starts at 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width]."""
+        return rms_norm(x, self.weight)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention. With `qk_norm`, queries and keys are normalised per head (Henry et al. 2020)."""
+
+    def __init__(self, d_model: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.output_proj = (Linear(d_model, d_model) for _ in range(4))
+        d_head = d_model // num_heads
+        self.q_norm, self.k_norm = (RMSNorm(d_head) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        """x [batch, time, d_model] -> the same; `angles` [time, d_head / 2], None: no positions."""
+        q, k, v = (w(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for w in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return self.output_proj(causal_attention(q, k, v).transpose(-3, -2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, w2(silu(w1 x) * w3 x) (Shazeer 2020, eq. 6); without its gate, w2(silu(w1 x))."""
+
+    def __init__(self, d_model: int, d_ff: int, gated: bool) -> None:
+        super().__init__()
+        self.w1, self.w2 = Linear(d_model, d_ff), Linear(d_ff, d_model)
+        self.w3 = Linear(d_model, d_ff) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> the same."""
+        hidden = F.silu(self.w1(x))
+        return self.w2(hidden if self.w3 is None else hidden * self.w3(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each around a residual; norms before them, or after the sum (Xiong et al. 2020, fig. 1)."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, pre_norm: bool, gated: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.attn = Attention(d_model, num_heads, qk_norm)
+        self.ffn = FeedForward(d_model, d_ff, gated)
+        self.ln1, self.ln2 = RMSNorm(d_model), RMSNorm(d_model)
+
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        """x [batch, time, d_model] -> the same."""
+        if self.pre_norm:
+            x = x + self.attn(self.ln1(x), angles)
+            return x + self.ffn(self.ln2(x))
+        x = self.ln1(x + self.attn(x, angles))
+        return self.ln2(x + self.ffn(x))
+
+
+class TransformerLM(nn.Module):
+    """Token ids [batch, time] -> logits [batch, time, vocab_size].
+
+    `norm_position` "post" has no final norm (the last block ends in one); `rope` False leaves positions out; with
+    `tie_embeddings` the output layer is the embedding, started as an output layer is. ValueError where sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_layers: int,
+        rope_theta: float = 10_000.0,
+        norm_position: Literal["pre", "post"] = "pre",
+        rope: bool = True,
+        ffn: Literal["swiglu", "silu"] = "swiglu",
+        tie_embeddings: bool = False,
+        qk_norm: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model} does not divide into {num_heads} heads; give a --num_heads that divides it")
+        self.d_head = d_model // num_heads
+        if rope and self.d_head % 2:
+            raise ValueError(
+                f"heads of {self.d_head} cannot be rotated in pairs; give an even d_model / num_heads, or --no_rope"
+            )
+        self.context_length, self.rope_theta, self.rope = context_length, rope_theta, rope
+        self.gradient_checkpointing = gradient_checkpointing
+        pre_norm = norm_position == "pre"
+        self.token_embeddings = Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(
+            Block(d_model, num_heads, d_ff, pre_norm, ffn == "swiglu", qk_norm) for _ in range(num_layers)
+        )
+        self.ln_final = RMSNorm(d_model) if pre_norm else nn.Identity()
+        self.lm_head = Linear(d_model, vocab_size)
+        if tie_embeddings:
+            self.token_embeddings.weight = self.lm_head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: integers [batch, time], time at most `context_length`."""
+        x = self.token_embeddings(tokens)
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        # Anew in each forward: no buffer that a backend could round to bf16, and a fraction of a layer's time.
+        angles = rope_angles(positions, self.d_head, self.rope_theta) if self.rope else None
+        for layer in self.layers:
+            recompute = self.gradient_checkpointing and self.training
+            x = checkpoint(layer, x, angles, use_reentrant=False) if recompute else layer(x, angles)
+        return self.lm_head(self.ln_final(x))
+
+
+def decay_groups(network: TransformerLM, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+    """Optimizer groups: no decay on norms and embeddings (nor on an output layer tied to them), unless `decay_all`."""
+    embedding = network.token_embeddings.weight
+    spared = [] if decay_all else [p for p in network.parameters() if p.ndim < 2 or p is embedding]
+    decayed = [p for p in network.parameters() if all(p is not other for other in spared)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def training_flops_per_token(network: TransformerLM) -> float:
+    """Forward and backward FLOPs for one token: 6 per weight in a matrix product, 12 x layers x width x length for attention.
+
+    Kaplan et al. 2020, section 2.1; PaLM (2022), appendix B.
+    """
+    matrices = (module for module in network.modules() if isinstance(module, nn.Linear))
+    weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
+    width = network.lm_head.in_features
+    return 6.0 * weights + 12.0 * len(network.layers) * width * network.context_length
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Probabilities [..., vocab] cut to the smallest set of tokens with a mass of at least `top_p`, and scaled to sum to 1.
+
+    Of equally likely tokens at the border those with the lowest ids stay. Holtzman et al. 2020, section 3.1.
+    """
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = F.pad(ordered.cumsum(-1)[..., :-1], (1, 0))  # mass of the likelier tokens: below top_p this one is needed too
+    kept = torch.zeros_like(probabilities).scatter(-1, tokens, ordered * (before < top_p))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def generate(
+    network: TransformerLM,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    end_of_text: int | None = None,
+) -> Tensor:
+    """Continue `tokens` [time], at least one, up to and without `end_of_text`: [time + up to max_new_tokens].
+
+    `temperature` 0 takes the likeliest token, any other draws from the `nucleus` with torch's generator. The network sees the
+    last `context_length` tokens.
+    """
+    for _ in range(max_new_tokens):
+        logits = network(tokens[None, -network.context_length :])[0, -1].double()
+        if temperature:
+            probabilities = nucleus(torch.softmax(logits / temperature, dim=-1), top_p)
+            token = torch.multinomial(probabilities, 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        if end_of_text is not None and int(token) == end_of_text:
+            break
+        tokens = torch.cat([tokens, token.to(tokens.dtype)])
+    return tokens

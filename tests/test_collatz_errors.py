@@ -1,0 +1,277 @@
+"""Baselines and metrics of the Collatz recipe, counted by hand; and that the honest task cannot be cheated in practice."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recipes.collatz import Collatz, Config
+from recipes.data.collatz import KINDS, CollatzStream, HeldOutNumbers, Layout
+from recipes.data.trajectories import from_words
+from recipes.models.collatz import CollatzTransformer, next_token_loss, read, stopping_loss
+from recipes.studies.collatz_errors import MOST_ANOMALIES, held_out, report
+from trainer import config
+from trainer.errors import Refusal
+from trainer.evaluation import summarise
+from trainer.recipe import Data
+
+SHOWN = Layout(max_len=80, prefix_len=20)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> HeldOutNumbers:
+    return held_out("val", 200, 10, 2**29, SHOWN)
+
+
+def settings(*argv: str) -> Config:
+    return config.parse(Config, {}, argv, "collatz").config
+
+
+class Fixed(torch.nn.Module):
+    """Says what it is told to say."""
+
+    def __init__(self, stopping: Tensor, logits: Tensor) -> None:
+        super().__init__()
+        self.answers = stopping, logits
+
+    def forward(self, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.answers
+
+
+def means(recipe: Collatz, network: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    """As evaluation divides."""
+    found = recipe.measure(network, batch)
+    return {name: float(total) / max(float(count), 1) for name, (total, count) in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_the_first_order_rule_is_counted_per_kind_on_the_same_numbers(dataset: HeldOutNumbers) -> None:
+    batch = dataset.everything()
+    for kind in range(len(KINDS)):
+        pairs: Counter[tuple[int, int]] = Counter()
+        for row in batch["tokens"][batch["kind"] == kind].tolist():
+            real = row[: row.index(2)] if 2 in row else row
+            pairs.update(pairwise(real))
+        ends = {before: sum(n for pair, n in pairs.items() if pair[0] == before) for before in (0, 1)}
+        nats = -sum(n * math.log(n / ends[before]) for (before, _), n in pairs.items())
+        right = sum(max(pairs[before, 0], pairs[before, 1]) for before in (0, 1))
+        rows = batch["kind"] == kind
+        assert batch["rule_nats"][rows].sum().item() == pytest.approx(nats, rel=1e-12)
+        assert batch["rule_right"][rows].sum().item() == right
+
+
+def test_on_hard_numbers_the_rule_has_the_known_values() -> None:
+    batch = held_out("val", 3000, 10, 2**29, Layout(400, 64)).everything()
+    hard = (batch["kind"] == 1) | (batch["kind"] == 2)
+    predicted = (batch["steps"].clamp(max=400) - 1)[hard].sum()
+    assert (batch["rule_nats"][hard].sum() / predicted).item() == pytest.approx(2 / 3 * math.log(2), abs=0.005)
+    assert (batch["rule_right"][hard].sum() / predicted).item() == pytest.approx(0.669, abs=0.01)
+
+
+def test_the_mean_of_the_magnitude_is_that_of_scored_numbers_with_as_many_digits(dataset: HeldOutNumbers) -> None:
+    batch = dataset.everything()
+    digits = np.array([n.bit_length() for n in from_words(dataset.words)])
+    for count in (20, 28, 69):
+        rows = torch.from_numpy(digits == count)
+        assert rows.sum() > 3
+        mean = batch["steps"][rows & batch["scored"]].double().log1p().mean().item()
+        assert batch["magnitude"][rows].tolist() == pytest.approx([mean] * int(rows.sum()))
+    formula = [math.log1p(10.43 * math.log(n)) for n in from_words(dataset.words)]
+    assert batch["formula"].tolist() == pytest.approx(formula)
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_the_means_they_name(dataset: HeldOutNumbers) -> None:
+    recipe, batch = Collatz(), dataset.everything()
+    torch.manual_seed(0)
+    stopping, logits = 4 + torch.rand(200), torch.randn(200, 79, 3)
+    found = means(recipe, Fixed(stopping, logits), batch)
+    steps, scored = batch["steps"].tolist(), batch["scored"].tolist()
+    off = [abs(math.expm1(guess) - n) for guess, n in zip(stopping.tolist(), steps, strict=True)]
+    whole = [e for e, n, used in zip(off, steps, scored, strict=True) if used and n <= 80]
+    cut = [e for e, n, used in zip(off, steps, scored, strict=True) if used and n > 80]
+    assert len(whole) > 10
+    assert len(cut) > 10
+    assert found["mae"] == pytest.approx(sum(whole) / len(whole), rel=1e-5)
+    assert found["mae_cut"] == pytest.approx(sum(cut) / len(cut), rel=1e-5)
+    assert found["unscored"] == pytest.approx(1 - sum(scored) / 200)
+    assert found["unscored"] > 0
+    log_probabilities = logits.log_softmax(-1)
+    nats: dict[int, list[float]] = {kind: [] for kind in range(4)}
+    right = []
+    for row, kind, answer in zip(batch["tokens"].tolist(), batch["kind"].tolist(), log_probabilities, strict=True):
+        for place, token in enumerate(row[1:]):
+            if token != 2:
+                nats[kind].append(-answer[place, token].item())
+                right.append(answer[place].argmax().item() == token)
+    for number, kind in enumerate(KINDS):
+        assert found[f"seq_{kind}"] == pytest.approx(np.mean(nats[number]), rel=1e-5)
+    assert found["seq"] == pytest.approx(np.mean([n for part in nats.values() for n in part]), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    counts = recipe.items(batch)
+    assert counts == {"stop": sum(scored), "seq": len(right)}
+    losses = recipe.loss(Fixed(stopping, logits), batch)
+    for term, count in counts.items():
+        assert float(losses[term]) / count == pytest.approx(found[term], rel=1e-5)
+    huber = [min(abs(d), 1) * (abs(d) - min(abs(d), 1) / 2) for d in (stopping - batch["steps"].log1p()).tolist()]
+    assert found["stop"] == pytest.approx(np.mean([h for h, used in zip(huber, scored, strict=True) if used]), rel=1e-5)
+
+
+def test_a_baseline_measured_as_a_model_gives_the_baselines_figures(dataset: HeldOutNumbers) -> None:
+    recipe, batch = Collatz(), dataset.everything()
+    for name in ("magnitude", "formula"):
+        found = means(recipe, Fixed(batch[name].float(), torch.zeros(200, 79, 3)), batch)
+        for key in ("stop", "mae", "mae_cut"):
+            assert found[key] == pytest.approx(found[f"{key}_{name}"])
+            assert found[key] > 0
+    weights = recipe.loss_weights(settings("--stopping_weight", "2", "--sequence_weight", "0.5"))
+    data = Data(None, {"val": dataset})
+    _, loss = recipe.baseline(settings("--stopping_weight", "2", "--sequence_weight", "0.5"), data)
+    assert weights == {"stop": 2.0, "seq": 0.5}
+    assert loss == pytest.approx(2 * found["stop_magnitude"] + 0.5 * found["rule"], rel=1e-5)
+
+
+def test_the_report_shows_each_figure_beside_its_baselines(dataset: HeldOutNumbers) -> None:
+    recipe, batch = Collatz(), dataset.everything()
+    found = means(recipe, Fixed(batch["formula"].float(), torch.zeros(200, 79, 3)), batch)
+    text = report(summarise(recipe, found, {"stop": 1.0, "seq": 1.0}))
+    for name in ("stop_magnitude", "stop_formula", "rule", *(f"rule_{kind}" for kind in KINDS)):
+        assert f"{found[name]:.4f}" in text
+    for name in ("mae", "mae_magnitude", "mae_cut", "mae_cut_formula"):
+        assert f"{found[name]:.1f}" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- anomalies
+
+
+def test_far_off_numbers_are_noticed_once_and_no_more_than_a_few(dataset: HeldOutNumbers) -> None:
+    recipe, batch = Collatz(), dataset.everything()
+    truth, logits = batch["steps"].float().log1p(), torch.zeros(200, 79, 3)
+    recipe.measure(Fixed(truth + 2.9, logits), batch)
+    assert recipe.noticed() == []
+    off = truth.clone()
+    row, ended = int(batch["scored"].nonzero()[3]), int((~batch["scored"]).nonzero()[0])
+    off[[row, ended]] += torch.tensor([3.1, 9.0])
+    for _ in range(2):  # a process that has run out of samples reads the first again
+        recipe.measure(Fixed(off, logits), batch)
+    n, steps = from_words(dataset.words)[row], batch["steps"][row].item()
+    (text,) = recipe.noticed()
+    assert f"n = {n}: {steps} steps, predicted {math.expm1(off[row].item()):.0f} " in text
+    assert recipe.noticed() == []
+    recipe.measure(Fixed(torch.full((200,), math.nan), logits), batch)
+    texts = recipe.noticed()
+    assert len(texts) == MOST_ANOMALIES + 1
+    assert texts[-1] == f"and {int(batch['scored'].sum()) - MOST_ANOMALIES} more numbers"
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole task
+
+
+def brief(mode: str) -> float:
+    """Train a small network on hard numbers for a moment; its cross entropy minus the rule's, on held-out hard numbers."""
+    torch.manual_seed(0)
+    shown = Layout(64, 20, whole=mode == "guide")
+    stream = CollatzStream(3, 10, 1.0, 0, shown)
+    network = CollatzTransformer(32, 1, 2, 64, 0.0, 64, mode=mode, prefix_len=20)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    for step in range(STEPS):
+        batch = stream.__getitems__(range(64 * step, 64 * step + 64))
+        stopping, logits = read(network, batch)
+        (stopping_loss(stopping, batch).mean() + next_token_loss(logits, batch).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    test = held_out("brief", 800, 10, 2**29, shown).everything()
+    hard = test["kind"] > 0
+    with torch.no_grad():
+        nats = next_token_loss(read(network, test)[1], test).sum(1)[hard].sum()
+    assert hard.sum() == 400
+    return float(nats - test["rule_nats"][hard].sum()) / (400 * 63)
+
+
+STEPS = 400
+
+
+def test_trained_briefly_the_honest_model_knows_the_rule_and_no_more() -> None:
+    assert abs(brief("honest")) < 0.02
+
+
+def test_trained_briefly_in_guide_mode_it_reads_the_answer() -> None:
+    assert brief("guide") < -0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipe
+
+
+def test_the_learning_rate_is_torchs_cosine_annealing() -> None:
+    o = settings("--steps", "50")
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=1e-6)
+    for step in range(1, 52):
+        assert Collatz().learning_rate(step, 50, o) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step <= 50:
+            theirs.step()
+    # The guide's sample line, at step 100,000 of its million.
+    assert f"{Collatz().learning_rate(100_001, 1_000_000, o):.2e}" == "9.76e-05"
+    warm = settings("--steps", "50", "--warmup_steps", "4")
+    rates = [Collatz().learning_rate(step, 50, warm) for step in range(1, 51)]
+    assert rates[:5] == pytest.approx([2.5e-5, 4.375e-5, 6.25e-5, 8.125e-5, 1e-4])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_the_console_line_is_the_guides() -> None:
+    metrics = {"train/loss": 0.36984, "train/loss_stop": 0.0003, "train/loss_seq": 0.3695}
+    metrics |= {"train/learning_rate": 9.757e-5, "train/interval_seconds": 26.829}
+    line = "Step 100000 | Loss: 0.3698 (Stop: 0.0003, Seq: 0.3695) | LR: 9.76e-05 | Time: 26.83s"
+    assert Collatz().log_line(100_000, metrics) == line
+
+
+def test_defaults_are_the_guides() -> None:
+    c = settings()
+    m, o = c.model, c.optimisation
+    assert (m.d_model, m.num_layers, m.num_heads, m.dropout, m.max_len, m.prefix_len) == (128, 4, 4, 0.1, 500, 64)
+    assert (o.batch_size, o.max_steps, o.learning_rate, o.min_lr, o.grad_clip, o.optimizer) == (
+        512,
+        1_000_000,
+        1e-4,
+        1e-6,
+        1.0,
+        "adamw",
+    )
+    assert (c.run.save_every, c.run.prefetch_factor, c.data.start, c.data.hard_fraction) == (1000, 4, 10, 0.5)
+    assert 0 <= c.run.num_workers <= 20
+    assert settings("--nhead", "8", "--batch", "256", "--steps", "9").model.num_heads == 8
+    assert Collatz().build_model(c, None).layers[0].linear1.out_features == 512
+
+
+def test_weights_that_mean_nothing_are_refused() -> None:
+    for flags in (("--stopping_weight", "-1"), ("--stopping_weight", "0", "--sequence_weight", "0")):
+        with pytest.raises(Refusal, match="stopping_weight"):
+            Collatz().loss_weights(settings(*flags))
+
+
+def test_the_data_follow_the_flags() -> None:
+    recipe = Collatz()
+    honest = recipe.build_data(settings("--max_len", "40", "--prefix_len", "12", "--val_numbers", "20"))
+    assert honest.train.__getitems__([0])["tokens"].shape == (1, 40)
+    assert honest.notes == []
+    guide = recipe.build_data(settings("--mode", "guide", "--val_numbers", "20"))
+    assert len(guide.notes) == 1
+    assert "leaks" in guide.notes[0]
+    assert guide.evaluation["val"].everything()["scored"].all()
+    seeds = [recipe.build_data(settings("--seed", seed, "--val_numbers", "20")) for seed in ("1", "2", "1")]
+    assert seeds[0].fingerprint == seeds[2].fingerprint != seeds[1].fingerprint
+    ramp = recipe.build_data(settings("--curriculum", "--steps", "100", "--batch", "8", "--val_numbers", "20")).train
+    assert ramp.curriculum_samples == 800

@@ -1,0 +1,95 @@
+"""Files written tensor by tensor are those that the safetensors library reads, and take no memory beside the tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from trainer import checkpoint
+from trainer.launch import Control
+from trainer.portable_state import Entry
+from trainer.tensor_file import TYPES, TensorFile, in_file_order
+
+
+def entries(tensors: dict[str, torch.Tensor]) -> list[Entry]:
+    return [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
+    file = TensorFile(path, in_file_order(entries(tensors)))
+    for entry in in_file_order(entries(tensors)):
+        file.add(entry, entry.read())
+    told = file.finish()
+    file.close()
+    return told
+
+
+def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
+    """Odd numbers of narrow elements come first here: written in this order they would leave the wide ones unaligned."""
+    tensors = {str(kind): (torch.rand(3) * 100).to(kind) for kind in reversed(TYPES)}
+    tensors |= {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.rand(3, 5).t(),
+        "ünïcode": torch.ones(1),
+    }
+    told = write(tmp_path / "file", tensors)
+    content = (tmp_path / "file").read_bytes()
+    assert told == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].equal(tensor), name
+
+
+def test_it_is_the_librarys_own_file(tmp_path: Path) -> None:
+    """Byte for byte, where the library keeps our order."""
+    tensors = {name: torch.rand(size) for name, size in (("a", 3), ("b", 1), ("c", 70_000))}
+    write(tmp_path / "file", tensors)
+    assert (tmp_path / "file").read_bytes() == save(tensors, metadata={"format": "pt"})
+
+
+def test_a_tensor_becomes_what_was_announced(tmp_path: Path) -> None:
+    """bf16 weights stand in a checkpoint as fp32; another shape would shift all that follows."""
+    announced = Entry("w", (4,), torch.float32, lambda: torch.arange(4).bfloat16())
+    file = TensorFile(tmp_path / "file", [announced])
+    with pytest.raises(AssertionError, match="w: "):
+        file.add(announced, torch.zeros(5))
+    file.add(announced, announced.read())
+    file.finish()
+    file.close()
+    assert load_file(tmp_path / "file")["w"].equal(torch.arange(4.0))
+
+
+def test_an_unfinished_file_is_no_safetensors_file(tmp_path: Path) -> None:
+    both = entries({"a": torch.ones(3), "b": torch.ones(3)})
+    file = TensorFile(tmp_path / "file", both)
+    file.add(both[0], both[0].read())
+    file.close()
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "file")
+
+
+def test_a_save_takes_one_tensor_of_memory_not_a_second_model(tmp_path: Path) -> None:
+    """64 MB of live bf16 weights, each 1 MB: as fp32 a copy of all would be 128 MB."""
+    weights = {f"layer{i}": torch.zeros(500_000, dtype=torch.bfloat16) + i for i in range(64)}
+    made = [Entry(name, (500_000,), torch.float32, lambda t=t: t) for name, t in weights.items()]
+
+    def peak_megabytes() -> float:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) / 1000
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = peak_megabytes()
+    path = checkpoint.write(tmp_path, "step_1", {"model": made}, {}, Control(0, 1, timedelta(minutes=1)))
+    assert peak_megabytes() - before < 16
+    assert (path / "model.safetensors").stat().st_size > 128e6

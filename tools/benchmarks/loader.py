@@ -1,0 +1,78 @@
+"""Tokens per second of the language model's loader on one core, beside batches drawn slice by slice; one interleaved run.
+
+The comparison is what many small training scripts do: map the file anew for each batch (else its pages pile up in the
+process), draw starts with torch, and stack inputs and labels from a slice each, widened to int64. Its memory grows with what
+it has shown if the map is kept; that is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recipes.data.token_windows import RandomWindows, TokenFile
+from trainer import batches
+from trainer.config import Run
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a line per way of drawing batches: the median of the rounds, and the fastest and slowest."""
+    parser = argparse.ArgumentParser(prog="benchmark.py loader", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=200_000_000, help="ids in the file (uint16, random)")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--context_length", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=400, help="batches a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "random.ids")
+        random = np.random.default_rng(0)
+        with path.open("wb") as file:
+            for start in range(0, options.tokens, 10_000_000):
+                random.integers(0, 10_000, min(10_000_000, options.tokens - start), dtype=np.uint16).tofile(file)
+        measure(path, options)
+
+
+def measure(path: Path, options: argparse.Namespace) -> None:
+    """Each way in turn, round after round, so that a slow minute of the machine meets them all."""
+    size, length = options.batch_size, options.context_length
+    windows = RandomWindows(TokenFile.open(path, 10_000), length, seed=0)
+    kept = np.memmap(path, np.uint16, "r")
+    numbers = (list(range(start, start + size)) for start in itertools.count(step=size))
+    order = batches.TrainingOrder(size, 0, 1, 0, None, 0)
+    reader = batches.read(windows, order, Run(num_workers=0), torch.device("cpu"))
+    ways: dict[str, Callable[[], object]] = {
+        "sliced and stacked, map made anew": lambda: sliced_and_stacked(np.memmap(path, np.uint16, "r"), size, length),
+        "sliced and stacked, map kept": lambda: sliced_and_stacked(kept, size, length),
+        "RandomWindows": lambda: windows.__getitems__(next(numbers)),
+        "RandomWindows in the trainer's loader": lambda: next(reader),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, draw in ways.items():
+            began = time.perf_counter()
+            for _ in range(options.batches):
+                draw()
+            speeds[name].append(options.batches * size * length / (time.perf_counter() - began) / 1e6)
+    base = statistics.median(next(iter(speeds.values())))
+    print(f"{options.tokens:,} ids; batches of {size} x {length}; {options.rounds} rounds of {options.batches}; one thread")
+    for name, found in speeds.items():
+        middle = statistics.median(found)
+        print(f"{name:40s} {middle:7.1f} M tokens/s (from {min(found):.1f} to {max(found):.1f}), {middle / base:5.1f} x")
+
+
+def sliced_and_stacked(ids: np.ndarray, batch_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs, labels), int64 [batch, length] each."""
+    starts = torch.randint(len(ids) - length, (batch_size,)).tolist()
+    inputs = torch.stack([torch.from_numpy(ids[s : s + length].astype(np.int64)) for s in starts])
+    labels = torch.stack([torch.from_numpy(ids[s + 1 : s + 1 + length].astype(np.int64)) for s in starts])
+    return inputs, labels

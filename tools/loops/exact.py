@@ -1,0 +1,93 @@
+"""The map and its cycles in Python's integers: for numbers of any size, and what the compiled loops are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["cycle", "fell", "too many steps", "too many bits"]
+
+
+@dataclass(frozen=True)
+class Map:
+    """n -> n/2 if n is even, multiplier x n + addend if it is odd. The two sum to an even number: no odd number stays odd."""
+
+    multiplier: int
+    addend: int
+
+    def __str__(self) -> str:
+        return f"{self.multiplier}n{self.addend:+d}"
+
+    def __call__(self, n: int) -> int:
+        """The number after `n`."""
+        return self.multiplier * n + self.addend if n % 2 else n // 2
+
+    @property
+    def is_collatz(self) -> bool:
+        """Whether this is 3n+1, of which more is known."""
+        return (self.multiplier, self.addend) == (3, 1)
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A cycle by its number closest to 0, the positive one of two."""
+
+    smallest: int
+    length: int  # all steps of the map
+    odd_steps: int  # those that start from an odd number
+    trivial: bool  # 0 alone, or the cycle of 1 in 3n+1, in 7n+1, and, times the addend, in 3n+5: known without a search
+
+
+def cycle_numbers(rule: Map, member: int) -> Iterator[int]:
+    """The numbers of the cycle that `member` is on, from it on. Endless if it is on none."""
+    yield member
+    n = rule(member)
+    while n != member:
+        yield n
+        n = rule(n)
+
+
+def cycle_through(rule: Map, member: int) -> Cycle:
+    """The cycle that `member` is on."""
+    numbers = list(cycle_numbers(rule, member))
+    # With q + 1 a power of 2, the odd number d goes to (q + 1) d and halves back to d.
+    known = rule.multiplier > 0 and (rule.multiplier + 1).bit_count() == 1 and rule.addend in numbers
+    smallest = min(numbers, key=lambda n: (abs(n), -n))
+    return Cycle(smallest, len(numbers), sum(n % 2 for n in numbers), known or smallest == 0)
+
+
+def follow(rule: Map, n: int, max_steps: int, max_bits: int, below: int = 0) -> tuple[Outcome, int]:
+    """Follow `n` to a cycle, by Brent's algorithm over the odd numbers it meets; the outcome, and the last of these.
+
+    After "cycle" that is a number on the cycle (or 0). "fell": its absolute value is below `below`. "too many steps": of
+    the plain map, more than `max_steps`. "too many bits": a number had more than `max_bits`.
+    """
+    if n == 0:
+        return "cycle", 0
+    x, steps = _make_odd(n)
+    marked, power, since_marked = x, 1, 0
+    while abs(x) >= below:
+        x = rule.multiplier * x + rule.addend
+        if x == 0:
+            return "cycle", 0
+        if x.bit_length() > max_bits:
+            return "too many bits", x
+        x, halvings = _make_odd(x)
+        steps += 1 + halvings
+        if abs(x) < below:
+            break
+        if steps > max_steps:
+            return "too many steps", x
+        if x == marked:
+            return "cycle", x
+        since_marked += 1
+        if since_marked == power:
+            marked, power, since_marked = x, 2 * power, 0
+    return "fell", x
+
+
+def _make_odd(n: int) -> tuple[int, int]:
+    """`n`, not 0, halved until it is odd; how often."""
+    halvings = (n & -n).bit_length() - 1
+    return n >> halvings, halvings

@@ -1,0 +1,267 @@
+"""Kills a run again and again at random moments, starts it by the same command, and looks whether anything was lost.
+
+    python tools/torture.py gpt2_wikitext --kills 100 --launch cpu
+    python tools/torture.py recipes/my_recipe.py --kills 20 --launch zero3 -- --d_model 32 --max_steps 50
+
+Each run goes on until it finishes between two kills, and must then hold the same bits as one that was never interrupted.
+Exits with 1 if a checkpoint was lost, a bit differs, a process hung or was left behind, or nothing was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fault_injector import (
+    ROOT,
+    Moment,
+    Started,
+    after,
+    both,
+    command,
+    curve,
+    different_tensors,
+    environment,
+    inside_a_save,
+    inside_an_evaluation,
+    rows,
+    strike,
+)
+
+from trainer.checkpoint import Checkpoint
+from trainer.errors import Refusal
+from trainer.retention import ABANDONED
+
+LAUNCHES = {"cpu": "one", "ddp2": "ddp", "zero3": "zero3"}
+EVAL_EVERY, KEEP_LAST = 6, 2
+EVERY_RUN = f"--log_every 1 --save_every 4 --eval_every {EVAL_EVERY} --keep_last {KEEP_LAST} --device cpu --no_use_tensorboard"
+TINY = {
+    "gpt2_wikitext": "--dataset embedded --tokenizer train --vocab_size 512 --d_model 96 --num_layers 3 --num_heads 2 "
+    "--max_length 32 --dropout 0.1 --batch_size 4 --max_steps 100 --warmup_steps 10 --eval_iters 30"
+}
+PHASES = ("start-up", "step", "inside a save", "inside an evaluation", "after the last step")
+ORPHAN_SECONDS, HANG_SECONDS = 15.0, 90.0
+
+
+@dataclass
+class Tally:
+    """What was injected, and what went wrong."""
+
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(phase, who): how many"""
+    launches: int = 0
+    runs: int = 0
+    resumed: list[int] = field(default_factory=list)
+    """steps that launches went on from"""
+    lost: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Kills injected."""
+        return sum(self.kills.values())
+
+    def bad(self) -> bool:
+        """Whether the campaign has found something, or has tried nothing."""
+        return bool(self.lost or self.different or self.hung or self.failed or self.orphans) or not self.total
+
+    def table(self) -> str:
+        """All of it, for a person."""
+        who = sorted({who for _, who in self.kills}) or ["everyone"]
+        lines = [f"{'killed':24}" + "".join(f"{name:>12}" for name in who)]
+        for phase in PHASES:
+            lines.append(f"  {phase:22}" + "".join(f"{self.kills[phase, name]:12}" for name in who))
+        steps = f", from steps {min(self.resumed)} to {max(self.resumed)}" if self.resumed else ""
+        lines.append(f"{self.total} kills, {self.launches} launches, {len(self.resumed)} of them resumed{steps}")
+        for name in ("lost", "different", "hung", "failed", "orphans"):
+            found = getattr(self, name)
+            lines += [f"  {name:22}{len(found):12}", *(f"    {each}" for each in found)]
+        lines.append(f"{self.runs} runs came to their end and were compared with the uninterrupted one, bit for bit")
+        return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a campaign; the exit status."""
+    mine, recipe_flags = (list(argv), []) if "--" not in argv else (argv[: argv.index("--")], argv[argv.index("--") + 1 :])
+    parser = argparse.ArgumentParser(prog="torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a name of recipes/, or a path")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--launch", choices=LAUNCHES, default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="where the runs go (default: a temporary folder, removed if all is well)")
+    flags = parser.parse_args(mine)
+    script = Path(flags.recipe) if flags.recipe.endswith(".py") else ROOT / "recipes" / f"{flags.recipe}.py"
+    if not script.is_file() or flags.kills < 1:
+        print(f"torture: {script if flags.kills > 0 else '--kills ' + str(flags.kills)}: give a recipe and kills above 0")
+        return 2
+    if not recipe_flags and script.stem not in TINY:
+        print(f"torture: {script.stem} has no tiny run here; give flags for one after `--`")
+        return 2
+    folder = flags.folder or Path(tempfile.mkdtemp(prefix="torture-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    campaign = Campaign(script, LAUNCHES[flags.launch], recipe_flags or TINY[script.stem].split(), folder, flags.seed)
+    began = time.monotonic()
+    campaign.run(flags.kills)
+    print(f"torture {script.stem}, {flags.launch}, seed {flags.seed}: {time.monotonic() - began:.0f} s")
+    print(campaign.tally.table())
+    if campaign.tally.bad():
+        print(f"the runs are in {folder}")
+        return 1
+    if not flags.folder:
+        shutil.rmtree(folder)
+    return 0
+
+
+class Campaign:
+    """Runs of one recipe under one launch, and what became of them."""
+
+    def __init__(self, script: Path, kind: str, flags: Sequence[str], folder: Path, seed: int) -> None:
+        self.script, self.kind, self.flags, self.folder = script, kind, flags, folder
+        self.dice, self.tally = random.Random(seed), Tally()
+        self.reference, self.seconds = folder / "uninterrupted", 0.0
+
+    def start(self, directory: Path) -> Started:
+        """The command, as a user types it, again and again the same."""
+        words = [*self.flags, *EVERY_RUN.split(), "--output_dir", str(directory)]
+        env = environment(SAMECURVE_CACHE=str(self.folder / "cache"), PYTHONPATH=str(ROOT))
+        self.tally.launches += 1
+        return Started(command(self.kind, self.script, *words), directory.with_suffix(".log"), env)
+
+    def run(self, kills: int) -> None:
+        """The uninterrupted run, twice (the first one fills the caches; the second tells the time), then the campaign."""
+        for _ in range(2):
+            shutil.rmtree(self.reference, ignore_errors=True)
+            began = time.monotonic()
+            if self.start(self.reference).wait() != 0:
+                self.tally.failed.append(f"the uninterrupted run: {_tail(self.reference)}")
+                return
+            self.seconds = time.monotonic() - began
+        while self.tally.total < kills and not self.tally.hung:
+            self.torment(self.folder / f"run_{self.tally.runs + 1}", kills)
+            self.tally.runs += 1
+
+    def torment(self, directory: Path, kills: int) -> None:
+        """One run, killed until it gets to its end."""
+        committed: dict[int, str] = {}
+        ever = 0
+        while True:
+            already = len(_resumed(directory))
+            process = self.start(directory)
+            moment, rank = self.choose() if self.tally.total < kills else (after(float("inf")), None)
+            phases: list[str] = []
+
+            def look(place: Path, since: float, moment: Moment = moment, phases: list[str] = phases) -> bool:
+                reached = moment(place, since)
+                if reached:
+                    phases.append(phase(place, since))  # the last look finds everybody stopped
+                return reached
+
+            try:
+                struck = strike(process, directory, look, self.seconds + HANG_SECONDS, rank)
+                code = process.wait(timeout=HANG_SECONDS)
+            except Exception as error:
+                process.kill_all()
+                self.tally.hung.append(f"{directory.name}: {type(error).__name__}: {_tail(directory)}")
+                return
+            left = process.orphans(ORPHAN_SECONDS)
+            self.tally.orphans += [f"{directory.name}: process {pid}" for pid in left]
+            process.kill_all()
+            if struck:
+                self.tally.kills[phases[-1], "everyone" if rank is None else "one rank"] += 1
+            resumed = _resumed(directory)[already:]
+            self.tally.resumed += resumed
+            if resumed and committed and resumed[0] != max(committed):
+                self.tally.lost.append(f"{directory.name}: resumed from {resumed[0]}, not from {max(committed)}")
+            now, damage = look_at(directory)
+            self.tally.lost += [f"{directory.name}: {each}" for each in damage]
+            ever += len(now.keys() - committed.keys())
+            if committed and max(now, default=0) < max(committed):
+                self.tally.lost.append(f"{directory.name}: checkpoint {max(committed)} is gone")
+            if len(now) < min(ever, KEEP_LAST):
+                self.tally.lost.append(f"{directory.name}: {len(now)} checkpoints left of {ever}")
+            committed = now
+            if not struck:
+                self.compare(directory, code)
+                return
+
+    def choose(self) -> tuple[Moment, int | None]:
+        """A moment, uniform over the time of a run; every third time the next save after it, at times the next evaluation.
+        And who: with two processes, every third time one rank alone."""
+        moment = after(self.dice.uniform(0, self.seconds))
+        inside = self.dice.choices([None, inside_a_save, inside_an_evaluation(EVAL_EVERY)], [50, 35, 15])[0]
+        alone = self.kind != "one" and self.dice.random() < 1 / 3
+        return (both(moment, inside) if inside else moment), (self.dice.randrange(2) if alone else None)
+
+    def compare(self, directory: Path, code: int) -> None:
+        """A run that has ended by itself with the uninterrupted one."""
+        final = Path("checkpoints", "checkpoint_final")
+        if code != 0 or not (directory / final).is_dir():
+            self.tally.failed.append(f"{directory.name}: exit {code}: {_tail(directory)}")
+            return
+        names = different_tensors(directory / final, self.reference / final)
+        try:
+            names += [key for key, values in curve(self.reference).items() if curve(directory).get(key) != values]
+        except ValueError as error:
+            names.append(str(error))
+        self.tally.different += [f"{directory.name}: {', '.join(names)}"] * bool(names)
+        if not names and not self.tally.bad():
+            shutil.rmtree(directory)
+
+
+def phase(directory: Path, since: float) -> str:
+    """Where a launch is, from what it has written."""
+    if inside_a_save(directory, since):
+        return "inside a save"
+    status = directory / "status.json"
+    if status.is_file() and status.stat().st_mtime >= since and json.loads(status.read_text())["state"] == "finished":
+        return "after the last step"
+    if not rows(directory, since):
+        return "start-up"
+    return "inside an evaluation" if inside_an_evaluation(EVAL_EVERY)(directory, since) else "step"
+
+
+def look_at(directory: Path) -> tuple[dict[int, str], list[str]]:
+    """({step: digest of its manifest} of the committed checkpoints, what is wrong with any or with a link)."""
+    folder = directory / "checkpoints"
+    good: dict[int, str] = {}
+    wrong: list[str] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        step = re.fullmatch(r"\w+_(\d+)", path.name)
+        if path.name.startswith(ABANDONED):
+            wrong.append(f"{path.name}: checkpoints were set aside")
+        elif path.is_symlink() or step:
+            try:
+                found = Checkpoint(path)
+                found.verify()
+                if not path.is_symlink() and step:
+                    good[int(step[1])] = found.digest
+            except Refusal as reason:
+                wrong.append(str(reason))
+    return good, wrong
+
+
+def _resumed(directory: Path) -> list[int]:
+    log = directory.with_suffix(".log")
+    found = re.findall(r"^Resumed from step (\d+)$", log.read_text(errors="replace") if log.exists() else "", re.MULTILINE)
+    return [int(step) for step in found]
+
+
+def _tail(directory: Path) -> str:
+    return directory.with_suffix(".log").read_text(errors="replace")[-2000:]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""Messages to a person far away, by webhook: start, stop, progress, what went wrong.
+
+They leave from a thread of their own: a webhook that is slow, dead or full of errors costs the sender microseconds, and
+nothing else. Its URL is a secret, and in no text that leaves this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from trainer.errors import Refusal
+from trainer.redaction import redact_text
+
+VARIABLE = "TRAINER_ALERT_WEBHOOK"
+REQUEST_SECONDS = 5.0  # how long the server may be silent
+CLOSE_SECONDS = 5.0  # how long the end of a launch waits for what is still to be sent; part of --max_training_hours
+ATTEMPTS, FIRST_PAUSE_SECONDS = 4, 1.0  # the pause doubles, unless the server asks for another
+RETRY_AFTER_MAX_SECONDS = 600.0
+WAITING_ALERTS = 50
+TEXT_CHARACTERS = 1800  # Discord takes 2,000
+
+Fact = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where alerts go, and in whose words. Whoever knows the URL may write there: it is in no repr."""
+
+    url: str = field(repr=False)
+
+    @property
+    def kind(self) -> Literal["discord", "slack", "json"]:
+        """Whose format the host takes; `json` for one that is not known."""
+        parts = urlsplit(self.url)
+        host = parts.hostname or ""
+        if host in ("hooks.slack.com", "hooks.slack-gov.com") or (_is_discord(host) and parts.path.endswith("/slack")):
+            return "slack"
+        return "discord" if _is_discord(host) else "json"
+
+    def body(self, text: str, facts: Mapping[str, Fact]) -> bytes:
+        """The request's JSON. Nothing in it can notify a whole channel."""
+        if self.kind == "discord":
+            content: dict[str, Any] = {"content": text, "allowed_mentions": {"parse": []}}
+        elif self.kind == "slack":  # <!channel> is a mention there, and these three signs are all that Slack escapes
+            content = {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
+        else:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+            content = {"text": text, **finite}
+        return json.dumps(content).encode()
+
+
+def _is_discord(host: str) -> bool:
+    return any(host == name or host.endswith(f".{name}") for name in ("discord.com", "discordapp.com"))
+
+
+def find_webhook(flag: str | None, environ: Mapping[str, str]) -> Webhook | None:
+    """The webhook of `--alert_webhook`, else of the environment. Refusal, which does not repeat it, if it is no URL."""
+    source, given = ("--alert_webhook", flag) if flag is not None else (VARIABLE, environ.get(VARIABLE) or None)
+    if given is None:
+        return None
+    url = given.strip()  # a secret read from a file ends in a newline
+    why = _why_not(url)
+    if why:
+        raise Refusal(f"{source} {why}; copy the webhook's whole https:// address (it is a secret, so not repeated here)")
+    return Webhook(url)
+
+
+def _why_not(url: str) -> str | None:
+    if not url:
+        return "is empty"
+    if not url.isascii() or any(c.isspace() or not c.isprintable() for c in url):
+        return "holds characters that no URL may have"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError for one that is no number; its text repeats the URL
+    except ValueError:
+        return "is not a URL"
+    if parts.scheme not in ("http", "https"):
+        return "does not begin with https:// or http://"
+    if not parts.hostname:
+        return "names no host"
+    return "holds a user name or password, which is not supported" if "@" in parts.netloc else None
+
+
+class Alerts:
+    """Alerts that go nowhere: no webhook was given, or this is not rank 0."""
+
+    exit_seconds = 0.0
+    """how long `close` may take"""
+
+    def send(self, event: str, text: str, **facts: Fact) -> None:
+        """Have `text` sent, at once and without waiting. `event` and `facts` go where the webhook takes any JSON."""
+
+    def close(self) -> None:
+        """Give what waits a last chance, for at most `exit_seconds`; once."""
+
+
+class WebhookAlerts(Alerts):
+    """Alerts to one webhook. `title` opens each, so that many runs may share a channel; `say` hears of trouble, once."""
+
+    exit_seconds = CLOSE_SECONDS
+
+    def __init__(self, webhook: Webhook, title: str, say: Callable[[str], None]) -> None:
+        self._webhook, self._title, self._say = webhook, title, say
+        self._said: set[str] = set()
+        self._closed = False
+        self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING_ALERTS)
+        self._thread = threading.Thread(target=self._work, name="alerts", daemon=True)
+        self._thread.start()
+
+    def send(self, event: str, text: str, **facts: Fact) -> None:
+        """Put an alert into the queue; from a full one the oldest is dropped, for what happened last matters most."""
+        text = redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()  # no half characters of odd paths
+        text = text if len(text) <= TEXT_CHARACTERS else text[: TEXT_CHARACTERS - 4] + " ..."
+        self._put(self._webhook.body(text, {"event": event, "run": self._title, **facts}))
+
+    def close(self) -> None:
+        """Wait until all is sent, for at most `exit_seconds`; once. The thread is a daemon: it ends with the process."""
+        if self._closed:
+            return
+        self._closed = True
+        self._put(None)
+        self._thread.join(self.exit_seconds)
+        if self._thread.is_alive():
+            self._warn(f"the webhook took longer than {self.exit_seconds:g} s; the last alerts may not have been sent")
+        self._say = lambda _: None  # a thread that prints while the interpreter ends can abort it
+
+    def _put(self, body: bytes | None) -> None:
+        try:
+            self._waiting.put_nowait(body)
+        except queue.Full:
+            self._warn(f"{WAITING_ALERTS} alerts wait for the webhook: the oldest are dropped")
+            with suppress(queue.Empty):
+                self._waiting.get_nowait()
+            self._waiting.put_nowait(body)  # nobody else puts anything in
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(f"WARNING: alerts: {text}; the run goes on")
+
+    def _work(self) -> None:
+        opener = urllib.request.build_opener(_NoRedirect)  # the proxies of the environment are obeyed
+        while (body := self._waiting.get()) is not None:
+            for attempt in range(ATTEMPTS):
+                problem, wait_seconds = _post(opener, self._webhook.url, body)
+                if wait_seconds is None:
+                    break
+                if attempt + 1 < ATTEMPTS:
+                    time.sleep(wait_seconds or FIRST_PAUSE_SECONDS * 2**attempt)
+            if problem:
+                self._warn(f"{problem}: an alert was not sent")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the secret, and what is said, to another place."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _post(opener: urllib.request.OpenerDirector, url: str, body: bytes) -> tuple[str | None, float | None]:
+    """(None, None) once it is sent; otherwise (what went wrong, seconds to wait before the next try: 0 our own, None never).
+
+    The texts of urllib's errors repeat the URL: only their numbers and names are told.
+    """
+    try:
+        # Discord turns urllib's own name away.
+        headers = {"Content-Type": "application/json", "User-Agent": "samecurve"}
+        request = urllib.request.Request(url, body, headers, method="POST")
+        opener.open(request, timeout=REQUEST_SECONDS).close()
+        return None, None
+    except urllib.error.HTTPError as error:
+        error.close()
+        again = error.code in (408, 429) or error.code >= 500
+        redirect = ", a redirect, which is not followed" if 300 <= error.code < 400 else ""
+        return f"the webhook answers HTTP {error.code}{redirect}", _retry_after(error.headers) if again else None
+    except Exception as error:  # whatever it is: no alert may end the thread
+        reason = getattr(error, "reason", error)
+        why = reason.strerror if isinstance(reason, OSError) and reason.strerror else type(reason).__name__
+        return f"the webhook cannot be reached ({why})", 0.0
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds the server asks us to wait, at most RETRY_AFTER_MAX_SECONDS; 0 if it does not say."""
+    with suppress(KeyError, TypeError, ValueError):
+        seconds = float(headers["Retry-After"])  # Discord gives fractions
+        return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else 0.0  # NaN is not above 0
+    return 0.0
+
+
+def open_alerts(webhook: Webhook | None, title: str, say: Callable[[str], None]) -> Alerts:
+    """Alerts to this webhook, if there is one. Close them."""
+    return Alerts() if webhook is None else WebhookAlerts(webhook, title, say)

@@ -1,0 +1,80 @@
+"""When one process of a launch fails or falls silent, all end with the same message and status, and the guilty one is named.
+
+The first process to fail leaves a note in the launch's key-value store (torchrun's own, which outlives any rank). The others
+meet a broken or timed-out collective, and find the note. Where there is none, whoever does not answer has died or hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from trainer.errors import Refusal
+
+ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
+FAILURE, WAITING = "samecurve/failure", "samecurve/waiting/{}"
+# What gloo, NCCL and torch's store say where the other end is gone.
+_BROKEN = re.compile(
+    r"gloo|nccl|monitored ?barrier|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE
+)
+
+
+def settle(error: Exception, rank: int, processes: int) -> Exception:
+    """What this process should report: `error`; or, if that is only what another one's failure looks like from here, that.
+
+    Of all processes one speaks: the others get a Refusal with `said_elsewhere`.
+    """
+    if processes == 1 or (isinstance(error, Refusal) and error.known_to_all):
+        return error
+    # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
+    settled: list[Exception] = []
+    asking = threading.Thread(target=lambda: settled.append(_ask(error, rank, processes)), daemon=True)
+    asking.start()
+    asking.join(1.5 * ANSWER_SECONDS)
+    if settled:
+        return settled[0]
+    return _lost("the first host gives no answer", error) if _is_broken(error) else error
+
+
+def _ask(error: Exception, rank: int, processes: int) -> Exception:
+    """`settle`, by the store."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if _is_broken(error):
+            error = _look_around(error, store, rank, processes)
+        text = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+        note = json.dumps([rank, text, error.exit_code if isinstance(error, Refusal) else 1])
+        failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
+    except (RuntimeError, ValueError, AttributeError):  # the store went down with its host; AttributeError: it is private
+        return error
+    if failed == rank:
+        return error
+    return Refusal(f"rank {failed}: {text}", code, said_elsewhere=True)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether this is how a collective ends that another process has left."""
+    return not isinstance(error, Refusal) and isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+
+
+def _lost(what: str, error: Exception) -> Refusal:
+    told = " ".join(str(error).split())[:300]
+    return Refusal(f"{what}; the same command goes on from the newest checkpoint ({told})", 1)
+
+
+def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Exception:
+    """Wait for the note of the process that failed; else a Refusal with the ranks that do not answer."""
+    store.set(WAITING.format(rank), "1")
+    silent = [other for other in range(processes) if other != rank]
+    end = time.monotonic() + ANSWER_SECONDS
+    while silent and time.monotonic() < end and not store.check([FAILURE]):
+        time.sleep(0.1)
+        silent = [other for other in silent if not store.check([WAITING.format(other)])]
+    names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+    what = f"{names} of {processes} gave no answer: killed, or hung" if silent else "the processes lost each other"
+    return _lost(what, error)
