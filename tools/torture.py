@@ -152,6 +152,7 @@ class Campaign:
         while self.tally.total < kills and not self.tally.hung:
             self.torment(self.folder / f"run_{self.tally.runs + 1}", kills)
             self.tally.runs += 1
+            print(f"run {self.tally.runs}: {self.tally.total} of {kills} kills so far", file=sys.stderr)
 
     def torment(self, directory: Path, kills: int) -> None:
         """One run, killed until it gets to its end."""
