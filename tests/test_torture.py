@@ -85,7 +85,7 @@ def test_one_bit_in_the_end_and_a_step_logged_twice_are_noticed(tmp_path: Path) 
     for number in (1, 2, 3, 4):
         campaign.compare(tmp_path / f"run_{number}", 0)
     assert [text.partition(":")[0] for text in campaign.tally.different] == ["run_2", "run_3", "run_4"]
-    assert campaign.tally.bad()
+    assert campaign.tally.wrong()
     campaign.compare(tmp_path / "run_2", 1)
     assert len(campaign.tally.failed) == 1
 

@@ -74,9 +74,9 @@ class Tally:
         """Kills injected."""
         return sum(self.kills.values())
 
-    def bad(self) -> bool:
-        """Whether the campaign has found something, or has tried nothing."""
-        return bool(self.lost or self.different or self.hung or self.failed or self.orphans) or not self.total
+    def wrong(self) -> bool:
+        """Whether the campaign has found something."""
+        return bool(self.lost or self.different or self.hung or self.failed or self.orphans)
 
     def table(self) -> str:
         """All of it, for a person."""
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     campaign.run(flags.kills)
     print(f"torture {script.stem}, {flags.launch}, seed {flags.seed}: {time.monotonic() - began:.0f} s")
     print(campaign.tally.table())
-    if campaign.tally.bad():
+    if campaign.tally.wrong() or not campaign.tally.total:
         print(f"the runs are in {folder}")
         return 1
     if not flags.folder:
@@ -218,7 +218,7 @@ class Campaign:
         except ValueError as error:
             names.append(str(error))
         self.tally.different += [f"{directory.name}: {', '.join(names)}"] * bool(names)
-        if not names and not self.tally.bad():
+        if not names and not self.tally.wrong():
             shutil.rmtree(directory)
 
 
