@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(tmp_path: Path) -> None:
         process.kill_all()
     status = json.loads((directory / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "lost rank 1 of 2: killed, hung, or cut off" in status["reason"]
+    assert "rank 1 of 2 gave no answer: killed, or hung" in status["reason"]
     assert f"error: {status['reason']}" in said
     assert "same command" in said
 
@@ -189,7 +189,7 @@ def test_a_store_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPa
     found = peers.settle(broken, 0, 2)
     assert time.monotonic() - began < 2
     assert isinstance(found, Refusal)
-    assert "lost the other processes" in str(found)
+    assert "the first host gives no answer" in str(found)
     assert not found.said_elsewhere
     assert peers.settle(broken, 0, 1) is broken
     refusal = Refusal("all know", known_to_all=True)

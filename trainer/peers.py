@@ -31,47 +31,50 @@ def settle(error: Exception, rank: int, processes: int) -> Exception:
     """
     if processes == 1 or (isinstance(error, Refusal) and error.known_to_all):
         return error
-    answers: list[Exception] = []
-    # In a thread: behind a cut cable the store neither answers nor fails.
-    asking = threading.Thread(target=lambda: answers.append(_ask(error, rank, processes)), daemon=True)
+    # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
+    settled: list[Exception] = []
+    asking = threading.Thread(target=lambda: settled.append(_ask(error, rank, processes)), daemon=True)
     asking.start()
     asking.join(1.5 * ANSWER_SECONDS)
-    return answers[0] if answers else _lost("the other processes", error) if _broken(error) else error
+    if settled:
+        return settled[0]
+    return _lost("the first host gives no answer", error) if _is_broken(error) else error
 
 
 def _ask(error: Exception, rank: int, processes: int) -> Exception:
+    """`settle`, by the store."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        if _broken(error):
+        if _is_broken(error):
             error = _look_around(error, store, rank, processes)
         text = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         note = json.dumps([rank, text, error.exit_code if isinstance(error, Refusal) else 1])
         failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
     except (RuntimeError, ValueError, AttributeError):  # the store went down with its host; AttributeError: it is private
-        return _lost("the other processes", error) if _broken(error) else error
+        return _lost("the first host is gone", error) if _is_broken(error) else error
     if failed == rank:
         return error
     return Refusal(f"rank {failed}: {text}", code, said_elsewhere=True)
 
 
-def _broken(error: Exception) -> bool:
-    """Whether it is what the failure of another process looks like."""
-    return isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
+def _is_broken(error: Exception) -> bool:
+    """Whether this is how a collective ends that another process has left."""
+    return not isinstance(error, Refusal) and isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
 
 
-def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Refusal:
-    """Wait for the note of the process that failed; else for the answers of all, and name those that give none."""
+def _lost(what: str, error: Exception) -> Refusal:
+    told = " ".join(str(error).split())[:300]
+    return Refusal(f"{what}; the same command goes on from the newest checkpoint ({told})", 1)
+
+
+def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Exception:
+    """Wait for the note of the process that failed; else a Refusal with the ranks that do not answer."""
     store.set(WAITING.format(rank), "1")
     silent = [other for other in range(processes) if other != rank]
     end = time.monotonic() + ANSWER_SECONDS
     while silent and time.monotonic() < end and not store.check([FAILURE]):
         time.sleep(0.1)
         silent = [other for other in silent if not store.check([WAITING.format(other)])]
-    return _lost(
-        f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {processes}" if silent else "one another", error
-    )
-
-
-def _lost(whom: str, error: Exception) -> Refusal:
-    told = " ".join(str(error).split())[:300]
-    return Refusal(f"lost {whom}: killed, hung, or cut off; the same command goes on from the newest checkpoint ({told})", 1)
+    names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+    what = f"{names} of {processes} gave no answer: killed, or hung" if silent else "the processes lost each other"
+    return _lost(what, error)
