@@ -14,6 +14,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -173,7 +174,7 @@ class Campaign:
             try:
                 struck = strike(process, directory, look, self.seconds + HANG_SECONDS, rank)
                 code = process.wait(timeout=HANG_SECONDS)
-            except Exception as error:
+            except (TimeoutError, subprocess.TimeoutExpired) as error:
                 process.kill_all()
                 self.tally.hung.append(f"{directory.name}: {type(error).__name__}: {_tail(directory)}")
                 return
@@ -182,6 +183,7 @@ class Campaign:
             process.kill_all()
             if struck:
                 self.tally.kills[phases[-1], "everyone" if rank is None else "one rank"] += 1
+                self.tally.failed += [f"{directory.name}: killed, and yet it ended with 0"] * (code == 0)
             resumed = _resumed(directory)[already:]
             self.tally.resumed += resumed
             if resumed and committed and resumed[0] != max(committed):
