@@ -55,7 +55,7 @@ def _ask(error: Exception, rank: int, processes: int) -> Exception:
         note = json.dumps([rank, text, error.exit_code if isinstance(error, Refusal) else 1])
         failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
     except (RuntimeError, ValueError, AttributeError):  # the store went down with its host; AttributeError: it is private
-        return error
+        return _lost("the first host is gone", error) if _is_broken(error) else error
     if failed == rank:
         return error
     return Refusal(f"rank {failed}: {text}", code, said_elsewhere=True)
