@@ -27,7 +27,7 @@ SHOWN = Layout(max_len=80, prefix_len=20)
 
 @pytest.fixture(scope="module")
 def dataset() -> HeldOutNumbers:
-    return held_out("val", 200, 10, SHOWN)
+    return held_out("val", 200, 10, 2**29, SHOWN)
 
 
 def settings(*argv: str) -> Config:
@@ -70,7 +70,7 @@ def test_the_first_order_rule_is_counted_per_kind_on_the_same_numbers(dataset: H
 
 
 def test_on_hard_numbers_the_rule_has_the_known_values() -> None:
-    batch = held_out("val", 3000, 10, Layout(400, 64)).everything()
+    batch = held_out("val", 3000, 10, 2**29, Layout(400, 64)).everything()
     hard = (batch["kind"] == 1) | (batch["kind"] == 2)
     predicted = (batch["steps"].clamp(max=400) - 1)[hard].sum()
     assert (batch["rule_nats"][hard].sum() / predicted).item() == pytest.approx(2 / 3 * math.log(2), abs=0.005)
@@ -191,7 +191,7 @@ def brief(mode: str) -> float:
         (stopping_loss(stopping, batch).mean() + next_token_loss(logits, batch).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    test = held_out("brief", 800, 10, shown).everything()
+    test = held_out("brief", 800, 10, 2**29, shown).everything()
     hard = test["kind"] > 0
     with torch.no_grad():
         nats = next_token_loss(read(network, test)[1], test).sum(1)[hard].sum()

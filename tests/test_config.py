@@ -138,6 +138,9 @@ def test_booleans_none_and_the_last_of_two() -> None:
         (["--preset", "quik"], ["quik", "quick"]),
         (["--preset"], ["--preset"]),
         (["--config"], ["--config"]),
+        (["--config="], ["--config is empty"]),
+        (["--config", ""], ["--config is empty"]),
+        (["--preset="], ["unknown preset ''"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     ],
 )

@@ -19,6 +19,7 @@ from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
 from trainer.recipe import Recipe
 from trainer.redaction import redact, redact_text, without_urls
+from trainer.stopping import leaving_at_signals
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trainer.stopping import StopRequests
 
 
+@leaving_at_signals()
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
     if argv is None:
@@ -118,15 +120,11 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
                 error = refusal
             launch.control.agree(error)
             assert plan is not None
-            training = _Launch(recipe, plan, argv, launch, console, alerts)
-            return training.run()
+        training = _Launch(recipe, plan, argv, launch, console, alerts)
+        return training.run()
     except BaseException as error:
-        reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-        if directory is not None and training is not None and training.started:
-            directory.write_status("failed", reason, training.step)
-            alerts.send("failed", f"Failed at step {training.step}: {reason}", step=training.step)
-        else:
-            alerts.send("failed", f"Did not start: {reason}")
+        if training is None:
+            alerts.send("failed", f"Did not start: {_in_words(error)}")
         raise
     finally:
         if directory is not None:
@@ -165,7 +163,22 @@ class _Launch:
             None if left is None else time.monotonic() + left,
             EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
         ) as stops:
-            return self._train(stops)
+            # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
+            try:
+                with _explained(self.launch, self.plan.config.optimisation):
+                    return self._train(stops)
+            except BaseException as error:
+                self._fail(_in_words(error))
+                raise
+            finally:
+                self.alerts.close()
+
+    def _fail(self, reason: str) -> None:
+        """Leave word of a failure: in status.json, if there is one, and to the webhook."""
+        if self.started and self.launch.is_main:
+            self.plan.directory.write_status("failed", reason, self.step)
+        beginning = f"Failed at step {self.step}" if self.started else "Did not start"
+        self.alerts.send("failed", f"{beginning}: {reason}", step=self.step)
 
     def _train(self, stops: StopRequests) -> str:
         from trainer.loop import Training
@@ -270,6 +283,10 @@ class _Launch:
             resumed_step=resumed,
             say=self.console.say,
         )
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from typing import Any
 
@@ -30,9 +31,21 @@ def settle(error: Exception, rank: int, processes: int) -> Exception:
     """
     if processes == 1 or (isinstance(error, Refusal) and error.known_to_all):
         return error
+    # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
+    settled: list[Exception] = []
+    asking = threading.Thread(target=lambda: settled.append(_ask(error, rank, processes)), daemon=True)
+    asking.start()
+    asking.join(1.5 * ANSWER_SECONDS)
+    if settled:
+        return settled[0]
+    return _lost("the first host gives no answer", error) if _is_broken(error) else error
+
+
+def _ask(error: Exception, rank: int, processes: int) -> Exception:
+    """`settle`, by the store."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        if not isinstance(error, Refusal) and isinstance(error, RuntimeError) and _BROKEN.search(str(error)):
+        if _is_broken(error):
             error = _look_around(error, store, rank, processes)
         text = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         note = json.dumps([rank, text, error.exit_code if isinstance(error, Refusal) else 1])
@@ -42,6 +55,16 @@ def settle(error: Exception, rank: int, processes: int) -> Exception:
     if failed == rank:
         return error
     return Refusal(f"rank {failed}: {text}", code, said_elsewhere=True)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether this is how a collective ends that another process has left."""
+    return not isinstance(error, Refusal) and isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+
+
+def _lost(what: str, error: Exception) -> Refusal:
+    told = " ".join(str(error).split())[:300]
+    return Refusal(f"{what}; the same command goes on from the newest checkpoint ({told})", 1)
 
 
 def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Exception:
@@ -54,5 +77,4 @@ def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Exc
         silent = [other for other in silent if not store.check([WAITING.format(other)])]
     names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
     what = f"{names} of {processes} gave no answer: killed, or hung" if silent else "the processes lost each other"
-    told = " ".join(str(error).split())[:300]
-    return Refusal(f"{what}; the same command goes on from the newest checkpoint ({told})", 1)
+    return _lost(what, error)

@@ -155,7 +155,7 @@ def analyse(recipe: Recipe, flags: Analyse, launch: Launch, say: Say) -> None:
         raise Refusal(f"batch_size {flags.batch_size} must be above 0")
     found, config = find(recipe, flags.model_path, launch)
     try:
-        dataset = held_out("analysis", flags.numbers, config.data.start, layout(config.model))
+        dataset = held_out("analysis", flags.numbers, config.data.start, config.data.val_span, layout(config.model))
     except ValueError as reason:
         raise Refusal(f"--numbers: {reason}") from None
     network = load(recipe, found, config, Data(None, {}), launch)

@@ -38,11 +38,11 @@ def layout(model: Any) -> Layout:
     return Layout(model.max_len, model.prefix_len, model.input == "digits", model.mode == "guide")
 
 
-def held_out(name: str, length: int, start: int, shown: Layout) -> HeldOutNumbers:
+def held_out(name: str, length: int, start: int, span: int, shown: Layout) -> HeldOutNumbers:
     """A held-out set whose batches also tell what the baselines say of each number."""
     from recipes.data.collatz import HeldOutNumbers
 
-    dataset = HeldOutNumbers(name, length, start, shown)
+    dataset = HeldOutNumbers(name, length, start, span, shown)
     dataset.columns = baseline_columns(dataset.everything())
     return dataset
 
@@ -224,15 +224,15 @@ class Reports(Recipe):
         return "mean of the magnitude + first-order rule", weights["stop"] * stop + weights["seq"] * rule
 
     def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
-        """The last evaluation beside the baselines, and whether the loss fell."""
+        """Whether the loss fell, and how far: beside the baselines of both terms."""
         from trainer.metrics import read_metrics
 
         rows = read_metrics(run.metrics)
-        final = _bare(next(row for row in reversed(rows) if "final/val_loss" in row), "final/val_")
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
-        name, loss = self.baseline(config, data)
+        final = next(row for row in reversed(rows) if "final/val_loss" in row)
+        name, baseline = self.baseline(config, data)
         say(f"Training loss: {losses[0]:.4f} in the first log interval, {losses[-1]:.4f} in the last")
-        say(f"Held-out numbers at the end (baseline {loss:.4f}: {name}): {report(final)}")
+        say(f"Held-out numbers: {final['final/val_loss']:.4f}; for scale, {name}: {baseline:.4f}")
 
 
 def _bare(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -70,7 +70,7 @@ class Images:
     crop_padding: int = 0
     """pixels of grey around a training image before it is cut back at a random place"""
     flip: bool = False
-    """mirror half of the training images"""
+    """mirror half of the training images (not where left and right matter: digits, synthetic)"""
     mixup: float = 0.0
     """alpha of mixup (0: off)"""
     label_smoothing: float = 0.0
