@@ -140,7 +140,7 @@ def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callab
                 yield part.text
 
     trained = train_tokenizer(sample(), options.vocab_size)
-    which = "the first documents" if size is None else f"every {every}th document" if every > 1 else "all documents"
+    which = "the first documents" if size is None else f"one document in {every}" if every > 1 else "all documents"
     print(f"Tokenizer: {trained.get_vocab_size():,} entries, trained on {which}, {used / 1e6:,.1f} M characters")
     return trained.to_str()
 

@@ -18,6 +18,7 @@ PIECE = 16_384  # characters: what a longer document is cut into, so that no doc
 READ_BYTES = 1 << 20
 Read = Callable[[int], object]
 """is told of every so many bytes that have been read"""
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -188,6 +189,8 @@ def _json_rows(path: Path, column: str, read: Read) -> Iterator[str]:
                 raise ValueError(
                     f"{path}, line {number} has no text in {column!r} (it has {keys}); give its name with --column"
                 )
+            if HALF_PAIR.search(text):
+                raise ValueError(f"{path}, line {number} holds half a surrogate pair, which is no character; mend the file")
             yield text
 
 
