@@ -211,17 +211,14 @@ class Reports(Recipe):
         return f"Evaluating at step {step}... " + report(_bare(metrics, "eval/val_"))
 
     def baseline(self, config: Any, data: Data) -> tuple[str, float]:
-        """The loss of the first-order rule and the mean steps of each magnitude together."""
-        import torch
-
-        batch = data.evaluation["val"].everything()
+        """The objective of the mean steps of each magnitude and the first-order rule together."""
         from recipes.models.collatz import stopping_loss
 
-        guess, weights = batch["magnitude"].float(), self.loss_weights(config)
-        counts = self.items(batch)
-        stop = float(stopping_loss(guess, batch).sum()) / max(1, counts["stop"])
-        rule = float(torch.sum(batch["rule_nats"])) / max(1, counts["seq"])
-        return "mean of the magnitude + first-order rule", weights["stop"] * stop + weights["seq"] * rule
+        batch = data.evaluation["val"].everything()
+        sums = {"stop": stopping_loss(batch["magnitude"].float(), batch).sum(), "seq": batch["rule_nats"].sum()}
+        counts, weights = self.items(batch), self.loss_weights(config)
+        loss = sum(weights[term] * float(sums[term]) / max(1, counts[term]) for term in sums)
+        return "mean of the magnitude + first-order rule", loss
 
     def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
         """Whether the loss fell, and how far: beside the baselines of both terms."""
