@@ -2,7 +2,8 @@
 
 The comparison is what many small training scripts do: map the file anew for each batch (else its pages pile up in the
 process), draw starts with torch, and stack inputs and labels from a slice each, widened to int64. Its memory grows with what
-it has shown if the map is kept; that is measured too.
+it has shown if the map is kept; that is measured too. Seconds are those of the processor, so that other work on the machine
+counts less.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ def measure(path: Path, options: argparse.Namespace) -> None:
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, draw in ways.items():
-            began = time.perf_counter()
+            began = time.process_time()
             for _ in range(options.batches):
                 draw()
-            speeds[name].append(options.batches * size * length / (time.perf_counter() - began) / 1e6)
+            speeds[name].append(options.batches * size * length / (time.process_time() - began) / 1e6)
     base = statistics.median(next(iter(speeds.values())))
     print(f"{options.tokens:,} ids; batches of {size} x {length}; {options.rounds} rounds of {options.batches}; one thread")
     for name, found in speeds.items():
