@@ -20,7 +20,16 @@ from trainer.checkpoint import Checkpoint
 STEPS, CUT_AT = 60, 20
 TIMEOUT_MINUTES = 0.1
 RUN = ["--device", "cpu", "--max_steps", str(STEPS), "--learning_rate", "1e-2", "--warmup_steps", "4"]
-RUN += ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--save_every", "7", "--timeout_minutes", str(TIMEOUT_MINUTES)]
+RUN += [
+    "--batch_size",
+    "4",
+    "--gradient_accumulation_steps",
+    "2",
+    "--save_every",
+    "7",
+    "--timeout_minutes",
+    str(TIMEOUT_MINUTES),
+]
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 
 
