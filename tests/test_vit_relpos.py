@@ -52,7 +52,19 @@ SCRIPT = {
     "other classes": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--data_dir", "letters"],
     "training set": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--split", "train"],
     "visualise": ["visualise", "--model_path", "checkpoints/best_model", "--images", "2"],
-    "patience": ["--run_name", "patient", *DIGITS, "--max_epochs", "50", "--lr", "0.3", "--patience", "2", "--save_epochs", "2"],
+    "patience": [
+        "--run_name",
+        "patient",
+        *DIGITS,
+        "--max_epochs",
+        "50",
+        "--lr",
+        "0.3",
+        "--patience",
+        "2",
+        "--save_epochs",
+        "2",
+    ],
     "compare": ["compare", "--config", "compared.yaml", "--seeds", "2", "--device", "cpu"],
     "compare again": ["compare", "--config", "compared.yaml", "--seeds", "2", "--device", "cpu"],
     "no seeds": ["compare", "--seeds", "0"],
@@ -67,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     (folder / "compared.yaml").write_text(COMPARED)
     for name in "abcdefghij":
         (folder / "letters" / name).mkdir(parents=True)
-        for number in range(2):
+        for number in range(11):  # 100 of them are held out, as in training
             Image.new("L", (8, 8)).save(folder / "letters" / name / f"{number}.png")
     words = [sys.executable, "-c", DRIVER, str(ROOT / "recipes" / "vit_relpos.py"), str(folder / "logs")]
     words.append(json.dumps(list(SCRIPT.values())))
