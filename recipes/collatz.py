@@ -1,6 +1,6 @@
 """Collatz trajectories: `accelerate launch recipes/collatz.py [train|predict|analyse] ...`
 
-A sample is the parity vector of a number. One head predicts the next parity, the other how many steps lead to 1 in all.
+A sample is the parity vector of a number. One head predicts the next parity, the other how many steps lead to 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class Model:
     """The network, and what it may see."""
 
     d_model: int = 128
-    """width"""
     num_layers: Annotated[int, arg(aliases=("--n_layers",))] = 4
     num_heads: Annotated[int, arg(aliases=("--nhead",))] = 4
     d_ff: int | None = None
@@ -52,6 +51,8 @@ class Numbers:
     """raise that share from 0 over the run"""
     val_numbers: int = 2048
     """held-out numbers that evaluation measures"""
+    val_span: int = 2**29
+    """how far above start the ordinary ones among them lie at most (a million steps of 512)"""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class Collatz(Reports):
         from recipes.data.collatz import CollatzStream
 
         d, o, shown = config.data, config.optimisation, layout(config.model)
-        ramp = o.max_steps * o.effective_batch_size if d.curriculum else 0
+        ramp = o.max_steps * o.effective_batch_size * d.curriculum
         train = CollatzStream(o.seed, d.start, d.hard_fraction, ramp, shown)
-        val = held_out("val", d.val_numbers, d.start, shown)
+        val = held_out("val", d.val_numbers, d.start, d.val_span, shown)
         leak = "--mode guide leaks: every position sees the next parity, and all of them together the number of steps"
         return Data(train, {"val": val}, None, train.fingerprint() + val.fingerprint(), [leak] if shown.whole else [])
 
@@ -115,8 +116,7 @@ class Collatz(Reports):
         """The transformer."""
         from recipes.models.collatz import CollatzTransformer
 
-        sizes = {**vars(config.model), "d_ff": config.model.d_ff or 4 * config.model.d_model}
-        return CollatzTransformer(**sizes, recompute=config.run.gradient_checkpointing)
+        return CollatzTransformer(**vars(config.model), recompute=config.run.gradient_checkpointing)
 
     def items(self, batch: Batch) -> dict[str, int]:
         """Numbers whose stopping time is scored, and predicted parities."""
@@ -132,10 +132,10 @@ class Collatz(Reports):
 
     def loss_weights(self, config: Config) -> dict[str, float]:
         """As the flags say."""
-        weights = {"stop": config.optimisation.stopping_weight, "seq": config.optimisation.sequence_weight}
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise Refusal(f"stopping_weight and sequence_weight {weights} must not be negative, nor both 0")
-        return weights
+        stop, seq = config.optimisation.stopping_weight, config.optimisation.sequence_weight
+        if min(stop, seq) < 0 or stop == seq == 0:
+            raise Refusal(f"stopping_weight {stop:g} and sequence_weight {seq:g} must not be negative, nor both 0")
+        return {"stop": stop, "seq": seq}
 
     def learning_rate(self, step: int, total_steps: int, config: Config) -> float:
         """Cosine annealing, behind a linear warm-up if one is asked for."""

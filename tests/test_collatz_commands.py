@@ -19,7 +19,7 @@ RECIPE = ROOT / "recipes" / "collatz.py"
 SMALL = ["--d_model", "16", "--num_layers", "1", "--nhead", "2", "--d_ff", "16", "--max_len", "90", "--prefix_len", "30"]
 SMALL += ["--val_numbers", "200", "--batch", "4", "--num_workers", "0", "--log_every", "10", "--device", "cpu", "--lr", "1e-3"]
 TRAIN = ["train", *SMALL, "--run_name", "guide"]
-GUIDE = "runs/collatz/guide/checkpoints/best_model"
+OF_TARGET = ["--model_path", "runs/collatz/target/checkpoints/best_model"]
 HUGE = str(3**7000)
 # Several commands in one process, as the recipe's file runs them, so that the imports are paid once.
 DRIVER = """
@@ -46,7 +46,17 @@ SCRIPT = {
     "target": ["train", *SMALL, "--run_name", "target", "--target_loss", "100", "--log_every", "3", "--curriculum"],
     "digits": ["train", *SMALL, "--input", "digits", "--steps", "30", "--run_name", "digits", "--mixed_precision", "bf16"],
     "guide mode": ["train", *SMALL, "--mode", "guide", "--steps", "2", "--gradient_checkpointing"],
-    "predict": ["predict", "27", "837799", "1", "16", str(2**100 - 1), HUGE, "--model_path", GUIDE],
+    "predict": [
+        "predict",
+        "27",
+        "837799",
+        "1",
+        "16",
+        str(2**100 - 1),
+        HUGE,
+        "--model_path",
+        "runs/collatz/target/checkpoints/best_model",
+    ],
     "predict by digits": ["predict", "16", "27", HUGE, "--model_path", "runs/collatz/digits/checkpoints/checkpoint_final"],
     **{f"predict {word}": ["predict", "27", word] for word in ("0", "-5", "abc", "1.5", "9" * 20_000, "")},
     "predict nothing": ["predict"],

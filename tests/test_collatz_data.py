@@ -107,7 +107,7 @@ def test_training_never_meets_a_held_out_number_and_evaluation_only_those() -> N
     assert not any(is_held_out(n) for n in numbers_of(words))
     ordinary = np.array([is_held_out(n) for n in range(2, 100_000)])
     assert ordinary.mean() * HELD_OUT_ONE_IN == pytest.approx(1, abs=0.3)
-    held_out = HeldOutNumbers("val", 1001, 10, Layout())
+    held_out = HeldOutNumbers("val", 1001, 10, 2**29, Layout())
     found = numbers_of(held_out.words)
     assert all(is_held_out(n) for n in found)
     assert len(held_out) == len(set(found)) == 1001
@@ -119,16 +119,16 @@ def test_training_never_meets_a_held_out_number_and_evaluation_only_those() -> N
 
 
 def test_a_held_out_set_is_the_same_for_every_seed_and_other_for_another_name() -> None:
-    one, two = (HeldOutNumbers(name, 64, 10, Layout()) for name in ("val", "val"))
+    one, two = (HeldOutNumbers(name, 64, 10, 2**29, Layout()) for name in ("val", "val"))
     assert np.array_equal(one.words, two.words)
     assert one.fingerprint() == two.fingerprint()
-    other = HeldOutNumbers("analysis", 64, 10, Layout())
+    other = HeldOutNumbers("analysis", 64, 10, 2**29, Layout())
     hard = one.kinds != NORMAL
     assert not set(numbers_of(one.words[hard])) & set(numbers_of(other.words))
 
 
 def test_columns_follow_their_numbers() -> None:
-    held_out = HeldOutNumbers("val", 20, 10, Layout())
+    held_out = HeldOutNumbers("val", 20, 10, 2**29, Layout())
     held_out.columns = {"place": np.arange(20.0)}
     assert held_out.__getitems__([3, 0, 23])["place"].tolist() == [3.0, 0.0, 3.0]
 
@@ -159,4 +159,4 @@ def test_ordinary_numbers_may_start_anywhere() -> None:
             stream(hard_fraction=share)
     for length in (0, 1, 10**6):
         with pytest.raises(ValueError, match=f"{length} held-out"):
-            HeldOutNumbers("val", length, 10, Layout())
+            HeldOutNumbers("val", length, 10, 2**29, Layout())

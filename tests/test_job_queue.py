@@ -14,7 +14,7 @@ import pytest
 from launching import ROOT, environment
 
 from trainer import job_queue
-from trainer.errors import Refusal
+from trainer.errors import INTERRUPTED, Refusal
 from trainer.job_queue import Job
 
 SHELL = "/bin/sh"
@@ -117,8 +117,9 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=send)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Refusal, match="interrupted twice") as refusal:
         run([job("deaf", tmp_path, deaf)])
+    assert refusal.value.exit_code == INTERRUPTED
     thread.join()
     assert not Path("/proc", (tmp_path / "deaf" / "pid").read_text().strip()).exists()
 
@@ -157,6 +158,9 @@ def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.Monk
     assert environments(False, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, 3, 0, {}) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments(True, 3, 0, {"OMP_NUM_THREADS": "1"}) == [{"OMP_NUM_THREADS": "1"}] * 3
+    by_launcher = {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_MODE": "default"}
+    assert environments(True, 3, 0, by_launcher) == [{"OMP_NUM_THREADS": "2"}] * 3
     for parallel, count, gpus, message in (
         (False, 2, 3, "needs --parallel"),
         (True, 4, 3, "gpus 4: there is 3 GPUs"),

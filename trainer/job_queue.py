@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from trainer.console import format_duration
 from trainer.errors import INTERRUPTED, Refusal
-from trainer.stopping import SIGNALS, die_with_parent
+from trainer.stopping import SIGNALS, die_with_parent, launched
 
 POLL_SECONDS = 0.1
 LOG = "job.log"
@@ -53,7 +53,8 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
         named = environ.get("CUDA_VISIBLE_DEVICES")
         visible = named.split(",") if named else [str(index) for index in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": visible[queue].strip()} for queue in range(queues)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores // queues))} for _ in range(queues)]
+    chosen = environ.get("OMP_NUM_THREADS") if not launched(environ) else None  # a launcher's choice is for its own processes
+    return [{"OMP_NUM_THREADS": chosen or str(max(1, cores // queues))} for _ in range(queues)]
 
 
 class _Running(NamedTuple):
@@ -71,7 +72,7 @@ def run(
     """Run `jobs` on `queues` (the environment of each); what became of them, by name. Use it in the main thread.
 
     `ended` is called for every job that is done, at once if it was done before. A signal is passed on to the running jobs as
-    SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises KeyboardInterrupt.
+    SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises Refusal (exit 130).
     """
     states: dict[str, State] = {job.name: "not started" for job in jobs}
     waiting = [[job for i, job in enumerate(jobs) if i % len(queues) == queue] for queue in range(len(queues))]
@@ -93,7 +94,7 @@ def run(
                     for _, process, _ in running.values():
                         process.terminate()
                 if asked.count(signal.SIGINT) > 1:
-                    raise KeyboardInterrupt
+                    raise Refusal("interrupted twice: the running jobs are killed; what they have saved is kept", INTERRUPTED)
                 for queue, (job, process, began) in list(running.items()):
                     if process.poll() is not None:
                         del running[queue]

@@ -121,14 +121,13 @@ class Logbook:
         if self.metrics is not None:
             self.metrics.log(self.progress.step, found)
 
-    def epoch(self) -> int:
-        """Whole epochs behind this step; 0 for an endless stream."""
-        return self.progress.step * self.batch_size // self.samples if self.samples else 0
+    def epoch(self, steps_ago: int = 0) -> int:
+        """Whole epochs behind this step, or one before it; 0 for an endless stream."""
+        return max(0, self.progress.step - steps_ago) * self.batch_size // self.samples if self.samples else 0
 
     def epoch_ended(self) -> bool:
         """Whether the last step finished an epoch."""
-        before = (self.progress.step - 1) * self.batch_size
-        return bool(self.samples) and self.progress.step > 0 and before // self.samples < self.epoch()
+        return self.epoch(steps_ago=1) < self.epoch()
 
     def hours(self) -> float:
         """Hours trained, over all launches."""

@@ -86,7 +86,7 @@ class Training:
         s, p = self.session, self.progress
         accumulation = self.optimisation.gradient_accumulation_steps
         upcoming = self.read_ahead()
-        if self.saver.saved_step == p.step and self.logbook.epoch_ended():
+        if self.saver.saved_step == p.step and self.saver.epoch_due():
             self.save(False, None)  # only its link: a kill may have come between the save and that
         while True:
             totals, asked, save_asked = self.agreed(upcoming)

@@ -136,7 +136,10 @@ class DeepSpeedUpdate:
         self.engine.backward(loss * self.factor)
 
     def step(self, learning_rate: float, measured: Mapping[str, Sequence[nn.Parameter]] = {}) -> Step:
-        """The engine clips, updates and clears; it skips a step that is not finite (its own host reads). It has no whole gradients: `measured` is empty."""
+        """The engine clips, updates and clears; it skips a step that is not finite (its own host reads).
+
+        It keeps no whole gradients to give norms of: `measured` is empty.
+        """
         _set_learning_rate(self.engine.optimizer, learning_rate)
         scaler = self._dynamic_scaler()
         scale_before = scaler.cur_scale if scaler else 0.0

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 KINDS = ("normal", "large", "mod4", "dense")
 NORMAL, LARGE, MOD4, DENSE = range(4)
 HELD_OUT_ONE_IN = 1024
-HELD_OUT_SPAN = 2**29  # held-out ordinary numbers lie so far from `start` at most: a million steps of 512, as in the guide
 DIGITS = 128  # binary digits that `--input digits` reads
 
 _0, _1, _3, _15, _27, _30, _31 = (np.uint64(n) for n in (0, 1, 3, 15, 27, 30, 31))
@@ -209,17 +208,22 @@ class HeldOutNumbers:
     `columns` are more values by number, put into each batch (what a baseline says of it).
     """
 
-    def __init__(self, name: str, length: int, start: int, layout: Layout) -> None:
-        """`name` tells sets apart. Raises ValueError for an empty set."""
+    def __init__(self, name: str, length: int, start: int, span: int, layout: Layout) -> None:
+        """`name` tells sets apart; ordinary numbers lie at most about `span` above `start`, evenly by the logarithm of that
+        distance. ValueError for a length or a span that cannot be meant."""
         if length < 2:
             raise ValueError(f"{length} held-out numbers are too few; take at least 2")
+        if not 0 < span < 1 << 60:
+            raise ValueError(f"val_span {span} must be above 0 and below 2^60")
+        if length > max(2, span // HELD_OUT_ONE_IN):
+            raise ValueError(f"{length} held-out numbers are too many for a span of {span}: 1 in {HELD_OUT_ONE_IN} is held out")
         words, kinds = np.empty((4 * length, WORDS), np.uint64), np.empty(4 * length, np.uint8)
-        _draw_held_out(_key(name, 0), to_words([start])[0], float(HELD_OUT_SPAN), words, kinds)
+        _draw_held_out(_key(name, 0), to_words([start])[0], float(span), words, kinds)
         distinct = np.sort(np.unique(words, axis=0, return_index=True)[1])  # near `start` they meet
         normal, hard = (distinct[(kinds[distinct] == NORMAL) == ordinary] for ordinary in (True, False))
         rows = np.sort(np.concatenate([normal[: length - length // 2], hard[: length // 2]]))
         if len(rows) < length:
-            raise ValueError(f"{length} held-out numbers are too many; take at most {len(rows)}")
+            raise ValueError(f"{length} held-out numbers are too many for a span of {span}; take at most {len(rows)}")
         self.words, self.kinds, self.layout = words[rows], kinds[rows], layout
         self.columns: dict[str, np.ndarray] = {}
 

@@ -22,7 +22,7 @@ Item = tuple["torch.Tensor", int]
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10"}
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-NOISE, BACKGROUND = 0.15, 0.5  # of the synthetic images
+NOISE = 0.1  # standard deviation of the noise on the synthetic images
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ def random_of(*parts: object) -> np.random.RandomState:
 
 
 class SyntheticImageDataset:
-    """Two marked patches, A and B, somewhere on a grid of noise; the label is which of `num_classes` offsets B has from A.
+    """Two patches with marks A and B somewhere on a grid of like patches; the label is which of `num_classes` offsets B has
+    from A. Over all lies noise.
 
     Item i is a pure function of (seed, i). Each label is as likely, and A lies anywhere that leaves B on the grid. Every image
-    holds one A, one B and noise, so without positions the patches say nothing about the label: a model that does not know
-    where its patches are cannot do better than 1 / num_classes. The offsets are the shortest ones, of length 1, sqrt(2), 2 ...
+    holds one A and one B, so without positions the patches say nothing about the label: a model that does not know where its
+    patches are cannot do better than 1 / num_classes. The offsets are the shortest ones, of length 1, sqrt(2), 2 ...
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class SyntheticImageDataset:
                 f"num_classes {num_classes} must be from 2 to {len(self.offsets)}, the offsets between two of the "
                 f"{self.grid[0]} x {self.grid[1]} patches"
             )
-        patterns = random_of("patterns", patch_size, in_channels).randint(0, 2, (2, in_channels, patch_size, patch_size))
+        # Of every patch, of A, of B. Not noise alone for the others: a norm layer would blow it up to the size of the marks.
+        patterns = random_of("patterns", patch_size, in_channels).randint(0, 2, (3, in_channels, patch_size, patch_size))
         self.patterns = patterns.astype(np.float32)
 
     def __len__(self) -> int:
@@ -91,12 +93,11 @@ class SyntheticImageDataset:
         down, across = self.offsets[label]
         top = random.randint(max(0, -down), min(rows, rows - down))
         left = random.randint(max(0, -across), min(columns, columns - across))
-        image = random.standard_normal((self.in_channels, rows * side, columns * side)).astype(np.float32)
-        image = BACKGROUND + NOISE * image
-        for pattern, (row, column) in zip(self.patterns, ((top, left), (top + down, left + across)), strict=True):
-            place = np.s_[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
-            image[place] += pattern - BACKGROUND
-        return torch.from_numpy(image), int(label)
+        image = np.tile(self.patterns[0], (1, rows, columns))
+        for pattern, (row, column) in zip(self.patterns[1:], ((top, left), (top + down, left + across)), strict=True):
+            image[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = pattern
+        noise = random.standard_normal(image.shape).astype(np.float32)
+        return torch.from_numpy(image + np.float32(NOISE) * noise), int(label)
 
 
 class Digits:

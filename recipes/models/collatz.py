@@ -33,7 +33,7 @@ class CollatzTransformer(nn.Module):
         d_model: int,
         num_layers: int,
         num_heads: int,
-        d_ff: int,
+        d_ff: int | None,
         dropout: float,
         max_len: int,
         mode: Literal["honest", "guide"] = "honest",
@@ -57,7 +57,8 @@ class CollatzTransformer(nn.Module):
         self.embed = nn.Embedding(TOKENS, d_model)
         self.embed_digits = nn.Embedding(TOKENS, d_model) if input == "digits" else None
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(d_model, num_heads, d_ff, dropout, batch_first=True) for _ in range(num_layers)
+            nn.TransformerEncoderLayer(d_model, num_heads, d_ff or 4 * d_model, dropout, batch_first=True)
+            for _ in range(num_layers)
         )
         self.dropout = nn.Dropout(dropout)
         self.stopping = nn.Sequential(nn.Linear(d_model, 64), nn.ReLU(), nn.Linear(64, 1))

@@ -155,7 +155,7 @@ def analyse(recipe: Recipe, flags: Analyse, launch: Launch, say: Say) -> None:
         raise Refusal(f"batch_size {flags.batch_size} must be above 0")
     found, config = find(recipe, flags.model_path, launch)
     try:
-        dataset = held_out("analysis", flags.numbers, config.data.start, layout(config.model))
+        dataset = held_out("analysis", flags.numbers, config.data.start, config.data.val_span, layout(config.model))
     except ValueError as reason:
         raise Refusal(f"--numbers: {reason}") from None
     network = load(recipe, found, config, Data(None, {}), launch)
@@ -226,13 +226,13 @@ def table(seen: Seen) -> Iterator[str]:
 
 def draw_errors(seen: Seen) -> Figure:
     """Errors in steps by magnitude beside the baselines; predicted against true steps."""
-    figure, (left, right) = _figure(12, 5, 2)
+    figure, (left, right) = _figure(14, 5, 2)
     groups = magnitudes(seen)
     places = np.arange(len(groups))
     found = [errors(seen, rows) for _, rows in groups]
     for shift, name in enumerate(("model", "mean of the magnitude", "10.43 ln n")):
         left.bar(places + 0.27 * (shift - 1), [row[name] for row in found], 0.27, label=name)
-    left.set_xticks(places, [f"{label}\n({rows.sum()})" for label, rows in groups], fontsize=8)
+    left.set_xticks(places, [f"{label}\n({rows.sum()})" for label, rows in groups], fontsize=7)
     left.set(xlabel="binary digits of n (numbers)", ylabel="mean absolute error (steps)", title="Errors by magnitude")
     left.legend()
     _by_kind(right, seen.steps[seen.scored], seen.predicted[seen.scored], seen.kind[seen.scored])
@@ -245,6 +245,7 @@ def draw_errors(seen: Seen) -> Figure:
 def draw_confusion(seen: Seen) -> Figure:
     """The next-parity head, by the parity before: counts and shares of each row."""
     figure, axes = _figure(8, 4, 2)
+    figure.suptitle("Next parity of held-out numbers")
     for before, axis in enumerate(axes):
         counts = seen.confusion[before]
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

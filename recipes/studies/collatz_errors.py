@@ -38,11 +38,11 @@ def layout(model: Any) -> Layout:
     return Layout(model.max_len, model.prefix_len, model.input == "digits", model.mode == "guide")
 
 
-def held_out(name: str, length: int, start: int, shown: Layout) -> HeldOutNumbers:
+def held_out(name: str, length: int, start: int, span: int, shown: Layout) -> HeldOutNumbers:
     """A held-out set whose batches also tell what the baselines say of each number."""
     from recipes.data.collatz import HeldOutNumbers
 
-    dataset = HeldOutNumbers(name, length, start, shown)
+    dataset = HeldOutNumbers(name, length, start, span, shown)
     dataset.columns = baseline_columns(dataset.everything())
     return dataset
 
@@ -211,28 +211,25 @@ class Reports(Recipe):
         return f"Evaluating at step {step}... " + report(_bare(metrics, "eval/val_"))
 
     def baseline(self, config: Any, data: Data) -> tuple[str, float]:
-        """The loss of the first-order rule and the mean steps of each magnitude together."""
-        import torch
-
-        batch = data.evaluation["val"].everything()
+        """The objective of the mean steps of each magnitude and the first-order rule together."""
         from recipes.models.collatz import stopping_loss
 
-        guess, weights = batch["magnitude"].float(), self.loss_weights(config)
-        counts = self.items(batch)
-        stop = float(stopping_loss(guess, batch).sum()) / max(1, counts["stop"])
-        rule = float(torch.sum(batch["rule_nats"])) / max(1, counts["seq"])
-        return "mean of the magnitude + first-order rule", weights["stop"] * stop + weights["seq"] * rule
+        batch = data.evaluation["val"].everything()
+        sums = {"stop": stopping_loss(batch["magnitude"].float(), batch).sum(), "seq": batch["rule_nats"].sum()}
+        counts, weights = self.items(batch), self.loss_weights(config)
+        loss = sum(weights[term] * float(sums[term]) / max(1, counts[term]) for term in sums)
+        return "mean of the magnitude + first-order rule", loss
 
     def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
-        """The last evaluation beside the baselines, and whether the loss fell."""
+        """Whether the loss fell, and how far: beside the baselines of both terms."""
         from trainer.metrics import read_metrics
 
         rows = read_metrics(run.metrics)
-        final = _bare(next(row for row in reversed(rows) if "final/val_loss" in row), "final/val_")
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
-        name, loss = self.baseline(config, data)
+        final = next(row for row in reversed(rows) if "final/val_loss" in row)
+        name, baseline = self.baseline(config, data)
         say(f"Training loss: {losses[0]:.4f} in the first log interval, {losses[-1]:.4f} in the last")
-        say(f"Held-out numbers at the end (baseline {loss:.4f}: {name}): {report(final)}")
+        say(f"Held-out numbers: {final['final/val_loss']:.4f}; for scale, {name}: {baseline:.4f}")
 
 
 def _bare(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
