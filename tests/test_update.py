@@ -142,10 +142,10 @@ def test_one_bad_element_is_enough() -> None:
 def test_bad_steps_are_counted_one_step_late() -> None:
     count = BadSteps()
     seen = []
-    for verdict in (1.0, 1.0, 0.0, 1.0, 0.0):
-        count.note(torch.tensor(verdict))
-        seen.append((count.in_a_row, count.total))
-    assert seen == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
+    for step, verdict in enumerate((1.0, 1.0, 0.0, 1.0, 0.0), start=1):
+        count.note(torch.tensor(verdict), step)
+        seen.append((count.in_a_row, count.total, count.last_step))
+    assert seen == [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 2, 2), (1, 3, 4)]
     count.settle()
     assert (count.in_a_row, count.total) == (0, 3)
     count.settle()
@@ -154,7 +154,7 @@ def test_bad_steps_are_counted_one_step_late() -> None:
 
 def test_bad_steps_go_on_from_a_checkpoint() -> None:
     count = BadSteps(in_a_row=2, total=5)
-    count.note(torch.tensor(1.0))
+    count.note(torch.tensor(1.0), 1)
     count.settle()
     assert (count.in_a_row, count.total) == (3, 6)
 
