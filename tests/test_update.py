@@ -1,17 +1,20 @@
 """One optimizer step: clipping, steps that are not finite, the fp16 loss scale, and what a DeepSpeed file is filled with."""
 
 import json
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from launching import ROOT
 from torch import Tensor, nn
+from toy_recipe import ToyRecipe
 
-from trainer import optimizer
+from trainer import config, optimizer
 from trainer.config import Optimisation
 from trainer.errors import Refusal
 from trainer.launch import fill_deepspeed_config
+from trainer.setup import assemble
 from trainer.update import BadSteps, DeepSpeedUpdate, LossScale, PlainUpdate, layers
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
@@ -399,3 +402,10 @@ def test_norms_by_layer_are_those_before_clipping_and_make_up_the_whole(scale: L
     whole = sum(float(norm) ** 2 for norm in step.by_layer.values()) ** 0.5
     assert whole == pytest.approx(float(step.grad_norm), rel=1e-6)
     assert take(net, update).by_layer == {}
+
+
+def test_norms_by_layer_are_refused_under_zero() -> None:
+    settings = config.parse(ToyRecipe.Config, {}, ["--log_grad_norms"], "toy").config
+    plan = SimpleNamespace(config=settings, checkpoint=None)
+    with pytest.raises(Refusal, match=r"--log_grad_norms.*ZeRO"):
+        assemble(ToyRecipe(), plan, SimpleNamespace(deepspeed=True, processes=2), print)
