@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from fault_injector import curve, reached
-from launching import TOY, Started, environment, run
+from launching import ROOT, Started, environment, run
 
 from trainer.checkpoint import Checkpoint
 
+TOY = ROOT / "tests" / "toy_recipe.py"
 KINDS = ("multi_node_ddp", "multi_node_zero3")
 STEPS, CUT_AT = 60, 20
 TIMEOUT_MINUTES = 0.1
