@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import yaml
 from fault_injector import curve, environment, free_port, reached, send
-from launching import ROOT, TOY, run
+from launching import ROOT, run
 
 from trainer.checkpoint import Checkpoint
 
+TOY = ROOT / "tests" / "toy_recipe.py"
 SCRIPTS = ROOT / "tools" / "slurm"
 NODES = ("127.0.0.1", "127.0.0.2")  # their names are what they are reached by
 STEPS, PACE = 60, 1.0  # seconds a step at first: Slurm, which looks every 30 s, is to meet the run in the middle
