@@ -232,7 +232,8 @@ class Training:
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
             raise Refusal(
                 f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step "
-                f"{self.bad_steps.last_step}; lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",
+                f"{self.bad_steps.last_step}; lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints "
+                "are kept)",
                 NOT_FINITE,
                 known_to_all=True,
             )
