@@ -143,10 +143,13 @@ class Logbook:
         loss = math.nan if p.train_loss is None else p.train_loss
         self.console.progress(p.step, total, loss, self.per_second, self.unit, eta)
         if every and p.step % every == 0:
+            logged = (
+                f"loss {loss:.4f} in the log interval to step {self.interval_first:,}, "
+                f"{self.per_second:,.0f} {self.unit}/s, {format_duration(eta)} to go"
+            )
             self.alerts.send(
                 "progress",
-                f"step {p.step:,} of {total:,}: loss {loss:.4f} in the log interval to step {self.interval_first:,}, "
-                f"{self.per_second:,.0f} {self.unit}/s, {format_duration(eta)} to go",
+                f"step {p.step:,} of {total:,}: {logged if math.isfinite(eta) else 'nothing logged yet in this launch'}",
                 step=p.step, total_steps=total, loss=loss, loss_step=self.interval_first, eta_seconds=eta,
                 **{f"{self.unit}_per_sec": self.per_second},
             )  # fmt: skip

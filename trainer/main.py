@@ -180,7 +180,7 @@ class _Launch:
         """Leave word of a failure: in status.json, if there is one, and to the webhook."""
         if self.started and self.launch.is_main:
             self.plan.directory.write_status("failed", reason, self.step)
-        beginning = f"Failed at step {self.step}" if self.started else "Did not start"
+        beginning = f"Failed at step {self.step}" if self.loop is not None else "Did not start"
         self.alerts.send("failed", f"{beginning}: {reason}", step=self.step)
 
     def _train(self, stops: StopRequests) -> str:

@@ -68,7 +68,7 @@ class Saver:
                     retention.link(self.folder, link, name)
                 retention.prune(self.folder, self.recipe.checkpoint_prefix, self.config.run.keep_last)
             except OSError as error:
-                self.console.say(f"WARNING: {error}: a link was not set or an old checkpoint not removed")
+                self.logbook.tell("save", f"WARNING: {error}: a link was not set or an old checkpoint not removed")
 
         written = self.saved_step != p.step
         try:
@@ -84,13 +84,13 @@ class Saver:
         except Refusal as failure:
             if reason:
                 raise
-            self.console.say(f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
+            self.logbook.tell("save failed", f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
             return False
         finally:
             self.saved_at = time.monotonic()
             self.logbook.aside += self.saved_at - began
+        if written:  # a link alone says nothing of what a save takes
             self.stops.note_save(self.saved_at - began)
-        if written:
             self.logbook.write({"checkpoint/seconds": time.monotonic() - began})
         what = "Saved checkpoint to" if written else "Linked checkpoint"
         self.console.say(f"{what} {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))

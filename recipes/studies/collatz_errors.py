@@ -105,6 +105,7 @@ def measured(network: torch.nn.Module, batch: Batch, anomalies: Anomalies) -> di
         "accuracy": (right.sum(), count.sum()),
         "rule_accuracy": (batch["rule_right"].sum(), count.sum()),
         "unscored": ((~scored).sum(), len(steps)),
+        "cut": ((scored & cut).sum(), scored.sum()),
     }
     for suffix, guess in (("", predicted), *((f"_{name}", batch[name].float()) for name in BASELINES)):
         if suffix:
@@ -124,16 +125,19 @@ def report(means: Mapping[str, float]) -> str:
     """What `measured` comes to, the baselines in brackets. Lines."""
     from recipes.data.collatz import KINDS
 
+    def error(name: str) -> str:
+        return f"{m[name]:.1f} steps ({m[f'{name}_magnitude']:.1f}, {m[f'{name}_formula']:.1f})"
+
     m = means
+    errors = [f"off by {error('mae')}"] if m["cut"] < 1 else []
+    errors += [f"where the vector is cut ({100 * m['cut']:.0f} %) by {error('mae_cut')}"] if m["cut"] else []
     kinds = ", ".join(f"{kind} {m[f'seq_{kind}']:.4f} ({m[f'rule_{kind}']:.4f})" for kind in KINDS)
     return "\n".join(
         [
             f"loss: {m['loss']:.4f}",
-            f"  steps: Huber {m['loss_stop']:.4f} (mean of the magnitude {m['stop_magnitude']:.4f}, "
-            f"10.43 ln n {m['stop_formula']:.4f}); "
-            f"error {m['mae']:.1f} steps ({m['mae_magnitude']:.1f}, {m['mae_formula']:.1f}), "
-            f"of vectors that are cut {m['mae_cut']:.1f} ({m['mae_cut_magnitude']:.1f}, {m['mae_cut_formula']:.1f}); "
-            f"{100 * m['unscored']:.1f} % end within the prefix and are left out",
+            f"  stopping time: Huber {m['loss_stop']:.4f} (mean of the magnitude {m['stop_magnitude']:.4f}, "
+            f"10.43 ln n {m['stop_formula']:.4f}); {', '.join(errors)}; "
+            f"{100 * m['unscored']:.1f} % left out, as they end within the prefix",
             f"  next parity: {m['loss_seq']:.4f} nats (first-order rule {m['rule']:.4f}), "
             f"{100 * m['accuracy']:.1f} % right ({100 * m['rule_accuracy']:.1f} %); {kinds}",
         ]
