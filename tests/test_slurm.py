@@ -24,6 +24,7 @@ from fault_injector import curve, environment, free_port, reached, send
 from launching import ROOT, run
 
 from trainer.checkpoint import Checkpoint
+from trainer.run_directory import write_text_atomic
 
 TOY = ROOT / "tests" / "toy_recipe.py"
 SCRIPTS = ROOT / "tools" / "slurm"
@@ -136,7 +137,7 @@ class Cluster:
         return self.ask(*words).strip()
 
     def pace(self, name: str, seconds: float) -> None:
-        (self.folder / f"{name}.pace").write_text(str(seconds))
+        write_text_atomic(self.folder / f"{name}.pace", str(seconds))
 
     def log(self, name: str) -> str:
         return (self.jobs / f"{name}.out").read_text(errors="replace")

@@ -18,22 +18,15 @@ from fault_injector import curve, reached
 from launching import ROOT, Started, environment, run
 
 from trainer.checkpoint import Checkpoint
+from trainer.run_directory import write_text_atomic
 
 TOY = ROOT / "tests" / "toy_recipe.py"
 KINDS = ("multi_node_ddp", "multi_node_zero3")
-STEPS, CUT_AT = 60, 20
+STEPS, CUT_AT = 30, 10
 TIMEOUT_MINUTES = 0.1
 RUN = ["--device", "cpu", "--max_steps", str(STEPS), "--learning_rate", "1e-2", "--warmup_steps", "4"]
-RUN += [
-    "--batch_size",
-    "4",
-    "--gradient_accumulation_steps",
-    "2",
-    "--save_every",
-    "7",
-    "--timeout_minutes",
-    str(TIMEOUT_MINUTES),
-]
+RUN += ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--save_every", "4"]
+RUN += ["--timeout_minutes", str(TIMEOUT_MINUTES)]
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 
 
@@ -67,13 +60,17 @@ class Hosts:
             with contextlib.suppress(subprocess.SubprocessError, FileNotFoundError):
                 ip("netns", "delete", name)
 
-    def launch(self, kind: str, directory: Path, **variables: str) -> list[Started]:
+    def launch(self, kind: str, directory: Path) -> list[Started]:
         """The same command on each, but for --machine_rank."""
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{kind}.yaml"]
         launcher += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", ADDRESSES[0]]
         launcher += ["--main_process_port", str(29500 + KINDS.index(kind))]
         words = [str(TOY), *RUN, "--output_dir", str(directory)]
-        env = {k: v for k, v in environment(**variables).items() if k not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        env = {
+            k: v
+            for k, v in environment(TOY_PACE=str(directory.with_suffix(".pace"))).items()
+            if k not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        }
         return [
             Started(
                 ["ip", "netns", "exec", name, *launcher, "--machine_rank", str(rank), *words],
@@ -102,6 +99,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[float, flo
     folder = tmp_path_factory.mktemp("alone")
     run("one", TOY, *RUN, "--output_dir", str(folder / "run"), log=folder / "log")
     return curve(folder / "run")
+
+
+def set_pace(directory: Path, seconds: float) -> None:
+    """How long reading a micro-batch takes in this run, from now on."""
+    write_text_atomic(directory.with_suffix(".pace"), str(seconds))
 
 
 def wait(launches: list[Started], seconds: float) -> list[int]:
@@ -135,14 +137,17 @@ class Cut:
 def cut(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut]:
     """Both kinds of launch side by side on the two hosts, cut off once, in mid-training."""
     folder = tmp_path_factory.mktemp("cut")
-    (folder / "pace").write_text("0.15")
     launches: dict[str, list[Started]] = {}
     try:
         for kind in reversed(KINDS):  # DeepSpeed takes longer to start
-            launches[kind] = hosts.launch(kind, folder / kind, TOY_PACE=str(folder / "pace"))
+            set_pace(folder / kind, 0.1)
+            launches[kind] = hosts.launch(kind, folder / kind)
         everybody = [each for pair in launches.values() for each in pair]
-        end, met = time.monotonic() + 150, reached(CUT_AT)
-        while not all(met(folder / kind, 0.0) for kind in KINDS):
+        end, waiting = time.monotonic() + 150, set(KINDS)
+        while waiting:
+            for kind in [kind for kind in waiting if reached(CUT_AT)(folder / kind, 0.0)]:
+                set_pace(folder / kind, 2.0)  # it waits for the other, and for its fate
+                waiting.remove(kind)
             for each in everybody:
                 assert each.poll() is None, each.log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < end, "no training"
@@ -173,8 +178,10 @@ def cut(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut
 @pytest.fixture(scope="module")
 def resumed(hosts: Hosts, cut: dict[str, Cut]) -> dict[str, list[int]]:
     """The same commands again, with the cable whole: their exit statuses."""
+    for kind in KINDS:
+        set_pace(cut[kind].directory, 0.0)
     launches = {kind: hosts.launch(kind, cut[kind].directory) for kind in KINDS}
-    wait([each for pair in launches.values() for each in pair], 150)
+    wait([each for pair in launches.values() for each in pair], 240)
     return {kind: [each.returncode for each in pair] for kind, pair in launches.items()}
 
 
