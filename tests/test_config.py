@@ -175,6 +175,7 @@ def test_a_wrong_flag_is_refused_by_name(argv: list[str], words: list[str]) -> N
         ("eval_every", "-1"),
         ("eval_iters", "-1"),
         ("save_every", "-1"),
+        ("save_epochs", "-1"),
         ("save_minutes", "-1"),
         ("keep_last", "-1"),
         ("stop_at_step", "-1"),

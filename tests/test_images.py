@@ -52,38 +52,34 @@ def test_the_guides_loader_reads_it_in_any_number_of_workers() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-def places(dataset: SyntheticImageDataset, image: torch.Tensor) -> list[tuple[int, int]]:
-    """Where the two marked patches are, by looking for their patterns."""
+def kinds(dataset: SyntheticImageDataset, image: torch.Tensor) -> np.ndarray:
+    """Which pattern each patch has, by looking for the nearest: [rows, columns] of 0 (none), 1 (A), 2 (B)."""
     side, (rows, columns) = dataset.patch_size, dataset.grid
-    at = [(row, column) for row in range(rows) for column in range(columns)]
-    cut = np.stack([image[:, r * side : (r + 1) * side, c * side : (c + 1) * side].numpy() for r, c in at])
-    return [at[int(np.abs(cut - pattern).sum((1, 2, 3)).argmin())] for pattern in dataset.patterns[1:]]
+    cut = image.numpy().reshape(-1, rows, side, columns, side).transpose(1, 3, 0, 2, 4)[:, :, None]
+    return np.abs(cut - dataset.patterns).sum((3, 4, 5)).argmin(2)
 
 
-def test_the_label_is_the_offset_of_the_marks_and_every_place_occurs() -> None:
-    dataset = SyntheticImageDataset(600, **SIZES)
-    assert dataset.offsets[:8].tolist() == [[-1, 0], [0, -1], [0, 1], [1, 0], [-1, -1], [-1, 1], [1, -1], [1, 1]]
-    labels, firsts = Counter(), Counter()
-    for i in range(600):
+@pytest.mark.parametrize(("size", "classes", "pairs"), [(20, 8, 6), (12, 6, 2), (28, 10, 12), (8, 4, 1), ((4, 12), 2, 1)])
+def test_every_a_has_a_b_at_the_offset_of_the_label_and_the_bag_is_always_the_same(
+    size: int | tuple[int, int], classes: int, pairs: int
+) -> None:
+    dataset = SyntheticImageDataset(300, **{**SIZES, "img_size": size, "num_classes": classes})
+    labels, everywhere = Counter(), np.zeros(dataset.grid)
+    for i in range(300):
         image, label = dataset[i]
-        (top, left), (down, across) = places(dataset, image)
-        assert [down - top, across - left] == dataset.offsets[label].tolist()
+        found = kinds(dataset, image)
+        a, b = np.argwhere(found == 1), {tuple(place) for place in np.argwhere(found == 2)}
+        assert (len(a), len(b)) == (pairs, pairs)
+        assert {tuple(place + dataset.offsets[label]) for place in a} == b
         labels[label] += 1
-        firsts[top, left] += 1
-    assert len(firsts) == 25
-    assert min(labels.values()) > 600 / 8 * 0.7
+        everywhere += found > 0
+    assert everywhere.min() > 0
+    assert min(labels[k] for k in range(classes)) > 300 / classes * 0.5
 
 
-def test_the_bag_of_patches_does_not_tell_the_label() -> None:
-    """Beside the two marks all patches are alike: mean and spread of an image are the same for every label."""
-    dataset = SyntheticImageDataset(400, **SIZES)
-    by_label: dict[int, list[torch.Tensor]] = {}
-    for i in range(400):
-        image, label = dataset[i]
-        by_label.setdefault(label, []).append(image)
-    assert len(by_label) == 8
-    moments = torch.tensor([[torch.stack(made).mean(), torch.stack(made).std()] for made in by_label.values()])
-    assert (moments - moments.mean(0)).abs().max().item() < 0.01
+def test_the_offsets_are_the_shortest() -> None:
+    dataset = SyntheticImageDataset(1, **SIZES)
+    assert dataset.offsets[:8].tolist() == [[-1, 0], [0, -1], [0, 1], [1, 0], [-1, -1], [-1, 1], [1, -1], [1, 1]]
 
 
 @pytest.mark.parametrize(

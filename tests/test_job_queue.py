@@ -175,3 +175,31 @@ def test_a_job_is_a_launch_of_its_own(tmp_path: Path) -> None:
     launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_DYNAMO_MODE": "no"}
     kept = {"PATH": "/bin", "ACCELERATE_MIXED_PRECISION": "bf16", "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "3"}
     assert job_queue.without_launcher(launched | kept) == kept
+
+
+def test_only_this_starts_own_error_is_told(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "job.log").write_text("error: the disk was full then\n")
+    _, said = run([job("bad", tmp_path, "echo 'a new bug'; exit 1")])
+    assert any("exit code 1: a new bug" in line for line in said)
+    assert not any("disk" in line for line in said)
+
+
+def test_a_job_that_cannot_save_when_told_to_stop_has_failed(tmp_path: Path) -> None:
+    script = "trap 'echo \"error: no space left\"; exit 5' TERM; touch HERE/begun; while true; do sleep 0.05; done"
+
+    def send() -> None:
+        _wait_for(tmp_path / "full" / "begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    states, said = run([job("full", tmp_path, script)])
+    thread.join()
+    assert states == {"full": "failed"}
+    assert any("exit code 5: error: no space left" in line for line in said)
+
+
+def test_a_job_keeps_the_users_variables_and_loses_the_launchers() -> None:
+    given = {"LOCAL_SCRATCH": "/nvme", "MASTER_KEY": "x", "LOCAL_RANK": "1", "PET_RDZV": "y", "ACCELERATE_USE_CPU": "true"}
+    assert job_queue.without_launcher(given).keys() == {"LOCAL_SCRATCH", "MASTER_KEY", "ACCELERATE_USE_CPU"}

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import FAULTY, Started, command
 from scenarios import Finished, launch
 
+from trainer import peers
 from trainer.batches import sample_numbers
-from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY
+from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, Refusal
 
 RECIPE = "faulty_recipe:FaultyRecipe"
 STEPS = 6
@@ -170,3 +172,25 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(tmp_path: Path) -> None:
     assert "rank 1 of 2 gave no answer: killed, or hung" in status["reason"]
     assert f"error: {status['reason']}" in said
     assert "same command" in said
+
+
+class Cut:
+    """A store behind a cut cable."""
+
+    def set(self, *_: object) -> None:
+        time.sleep(60)
+
+
+def test_a_store_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Cut)
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234")
+    began = time.monotonic()
+    found = peers.settle(broken, 0, 2)
+    assert time.monotonic() - began < 2
+    assert isinstance(found, Refusal)
+    assert "the first host gives no answer" in str(found)
+    assert not found.said_elsewhere
+    assert peers.settle(broken, 0, 1) is broken
+    refusal = Refusal("all know", known_to_all=True)
+    assert peers.settle(refusal, 0, 2) is refusal

@@ -9,14 +9,18 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_injector import curve, reached
-from launching import TOY, Started, environment, run
+from launching import ROOT, Started, environment, run
 
 from trainer.checkpoint import Checkpoint
 
+TOY = ROOT / "tests" / "toy_recipe.py"
+KINDS = ("multi_node_ddp", "multi_node_zero3")
 STEPS, CUT_AT = 60, 20
 TIMEOUT_MINUTES = 0.1
 RUN = ["--device", "cpu", "--max_steps", str(STEPS), "--learning_rate", "1e-2", "--warmup_steps", "4"]
@@ -63,12 +67,13 @@ class Hosts:
             with contextlib.suppress(subprocess.SubprocessError, FileNotFoundError):
                 ip("netns", "delete", name)
 
-    def launch(self, kind: str, directory: Path, *more: str) -> list[Started]:
+    def launch(self, kind: str, directory: Path, **variables: str) -> list[Started]:
         """The same command on each, but for --machine_rank."""
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{kind}.yaml"]
         launcher += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", ADDRESSES[0]]
-        words = [str(TOY), *RUN, "--output_dir", str(directory), *more]
-        env = {k: v for k, v in environment().items() if k not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        launcher += ["--main_process_port", str(29500 + KINDS.index(kind))]
+        words = [str(TOY), *RUN, "--output_dir", str(directory)]
+        env = {k: v for k, v in environment(**variables).items() if k not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         return [
             Started(
                 ["ip", "netns", "exec", name, *launcher, "--machine_rank", str(rank), *words],
@@ -99,8 +104,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[float, flo
     return curve(folder / "run")
 
 
-def ended(launches: list[Started], seconds: float) -> list[int]:
-    """The exit statuses; nothing of them is left."""
+def wait(launches: list[Started], seconds: float) -> list[int]:
+    """The exit statuses; nothing of the launches is left."""
     end = time.monotonic() + seconds
     try:
         codes = [each.wait(timeout=max(0.1, end - time.monotonic())) for each in launches]
@@ -114,45 +119,92 @@ def ended(launches: list[Started], seconds: float) -> list[int]:
             each.kill_all()
 
 
-@pytest.mark.parametrize("kind", ["multi_node_ddp", "multi_node_zero3"])
-def test_a_cut_cable_ends_both_hosts_and_the_same_commands_follow_the_same_curve(
-    kind: str, hosts: Hosts, alone: dict[str, dict[float, float]], tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
-    launches = hosts.launch(kind, directory, "--read_seconds", "0.05")
+@dataclass
+class Cut:
+    """A run whose hosts lost each other: what its launchers gave, its status, and the checkpoints it left."""
+
+    directory: Path
+    codes: list[int]
+    logs: list[str]
+    status: dict[str, Any]
+    saved: list[Path]
+    unfinished: list[Path]
+
+
+@pytest.fixture(scope="module")
+def cut(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut]:
+    """Both kinds of launch side by side on the two hosts, cut off once, in mid-training."""
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "pace").write_text("0.15")
+    launches: dict[str, list[Started]] = {}
     try:
-        end, met = time.monotonic() + 120, reached(CUT_AT)
-        while not met(directory, 0.0):
-            assert all(each.poll() is None for each in launches), launches[0].log.read_text()[-3000:]
-            assert time.monotonic() < end, "no training within two minutes"
+        for kind in reversed(KINDS):  # DeepSpeed takes longer to start
+            launches[kind] = hosts.launch(kind, folder / kind, TOY_PACE=str(folder / "pace"))
+        everybody = [each for pair in launches.values() for each in pair]
+        end, met = time.monotonic() + 150, reached(CUT_AT)
+        while not all(met(folder / kind, 0.0) for kind in KINDS):
+            for each in everybody:
+                assert each.poll() is None, each.log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < end, "no training"
             time.sleep(0.02)
         hosts.cable("down")
-        cut = time.monotonic()
+        since = time.monotonic()
         # The time-out, the look around for who is gone, and the launchers' own leaving.
-        codes = ended(launches, 60 * TIMEOUT_MINUTES + 40)
-        took = time.monotonic() - cut
+        wait(everybody, 60 * TIMEOUT_MINUTES + 40)
+        assert time.monotonic() - since >= 60 * TIMEOUT_MINUTES, "something else than the cut cable ended them"
     finally:
-        for each in launches:
+        for each in (each for pair in launches.values() for each in pair):
             each.kill_all()
         hosts.cable("up")
-    assert all(codes), codes
-    assert took >= 60 * TIMEOUT_MINUTES  # it was the cut cable that ended them
-    status = json.loads((directory / "status.json").read_text())
-    assert status["state"] == "failed"
-    assert "gave no answer" in status["reason"]
-    for each in launches:
-        assert "the same command goes on from the newest checkpoint" in each.log.read_text()
-    checkpoints = directory / "checkpoints"
-    assert not list(checkpoints.glob(".unfinished-*"))
-    saved = [path for path in checkpoints.glob("checkpoint_step_*") if not path.is_symlink()]
-    assert saved
-    for path in saved:
+    found = {}
+    for kind, pair in launches.items():
+        checkpoints = folder / kind / "checkpoints"
+        found[kind] = Cut(
+            folder / kind,
+            [each.returncode for each in pair],
+            [each.log.read_text() for each in pair],
+            json.loads((folder / kind / "status.json").read_text()),
+            [path for path in checkpoints.glob("checkpoint_step_*") if not path.is_symlink()],
+            list(checkpoints.glob(".unfinished-*")),
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(hosts: Hosts, cut: dict[str, Cut]) -> dict[str, list[int]]:
+    """The same commands again, with the cable whole: their exit statuses."""
+    launches = {kind: hosts.launch(kind, cut[kind].directory) for kind in KINDS}
+    wait([each for pair in launches.values() for each in pair], 150)
+    return {kind: [each.returncode for each in pair] for kind, pair in launches.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_cable_ends_both_hosts_and_they_say_why(kind: str, cut: dict[str, Cut]) -> None:
+    run = cut[kind]
+    assert all(run.codes), run.codes
+    assert run.status["state"] == "failed"
+    assert "rank 1 of 2 gave no answer" in run.status["reason"]
+    assert "error: rank 1 of 2 gave no answer" in run.logs[0]
+    assert "error: the first host " in run.logs[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_cable_leaves_nothing_half_written(kind: str, cut: dict[str, Cut]) -> None:
+    assert not cut[kind].unfinished
+    assert len(cut[kind].saved) >= 2
+    for path in cut[kind].saved:
         Checkpoint(path).verify()
 
-    assert ended(hosts.launch(kind, directory, "--read_seconds", "0.05"), 120) == [0, 0]
-    assert "Resumed from step " in launches[0].log.read_text()
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_commands_then_follow_the_curve_of_one_process(
+    kind: str, cut: dict[str, Cut], resumed: dict[str, list[int]], alone: dict[str, dict[float, float]]
+) -> None:
+    directory = cut[kind].directory
+    assert resumed[kind] == [0, 0]
+    assert "Resumed from step " in directory.with_suffix(".0.log").read_text()
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"
     found = curve(directory)
+    assert list(found["train/loss"]) == list(range(1, STEPS + 1))
     for name in ("train/loss", "train/grad_norm", "eval/val_loss"):
         assert found[name] == {step: pytest.approx(value, rel=1e-5) for step, value in alone[name].items()}, name
-    assert list(found["train/loss"]) == list(range(1, STEPS + 1))

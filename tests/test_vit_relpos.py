@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launching import ROOT, environment
+from launching import DRIVER, ROOT, environment
 from PIL import Image
 
 from recipes.models.vit import VisionTransformer
@@ -19,26 +19,6 @@ from recipes.studies.position_study import Curve, table
 from recipes.studies.relative_bias import bias_statistics, visualize_relative_position_bias
 from trainer.checkpoint import Checkpoint
 
-# Runs commands one after another in one process, each as the recipe's file does it, so that the imports are paid once.
-DRIVER = """
-import json, os, runpy, sys
-recipe, folder = sys.argv[1:3]
-codes = []
-for number, argv in enumerate(json.loads(sys.argv[3])):
-    out = os.open(os.path.join(folder, f"{number}.log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1), os.dup2(out, 2)
-    os.close(out)
-    sys.argv = [recipe, *argv]
-    code = 0
-    try:
-        runpy.run_path(recipe, run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    sys.stdout.flush(), sys.stderr.flush()
-    codes.append(code)
-with open(os.path.join(folder, "codes.json"), "w") as file:
-    json.dump(codes, file)
-"""
 SMALL = ["--patch_size", "2", "--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--num_workers", "0"]
 DIGITS = ["--dataset", "digits", "--val_samples", "100", "--batch_size", "100", "--max_epochs", "3", "--lr", "4e-3", *SMALL]
 COMPARED = "model: {d_model: 16, num_layers: 1, num_heads: 2, patch_size: 2, window_size: [3, 3]}\n"
@@ -52,7 +32,19 @@ SCRIPT = {
     "other classes": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--data_dir", "letters"],
     "training set": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--split", "train"],
     "visualise": ["visualise", "--model_path", "checkpoints/best_model", "--images", "2"],
-    "patience": ["--run_name", "patient", *DIGITS, "--max_epochs", "50", "--lr", "0.3", "--patience", "2"],
+    "patience": [
+        "--run_name",
+        "patient",
+        *DIGITS,
+        "--max_epochs",
+        "50",
+        "--lr",
+        "0.3",
+        "--patience",
+        "2",
+        "--save_epochs",
+        "2",
+    ],
     "compare": ["compare", "--config", "compared.yaml", "--seeds", "2", "--device", "cpu"],
     "compare again": ["compare", "--config", "compared.yaml", "--seeds", "2", "--device", "cpu"],
     "no seeds": ["compare", "--seeds", "0"],
@@ -67,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     (folder / "compared.yaml").write_text(COMPARED)
     for name in "abcdefghij":
         (folder / "letters" / name).mkdir(parents=True)
-        for number in range(2):
+        for number in range(11):  # 100 of them are held out, as in training
             Image.new("L", (8, 8)).save(folder / "letters" / name / f"{number}.png")
     words = [sys.executable, "-c", DRIVER, str(ROOT / "recipes" / "vit_relpos.py"), str(folder / "logs")]
     words.append(json.dumps(list(SCRIPT.values())))
@@ -156,6 +148,9 @@ def test_early_stopping_waits_for_a_lower_validation_loss(place: SimpleNamespace
     assert ": patience." in output(place, "patience")
     losses = [row["eval/val_loss"] for row in rows(place, "patient") if "eval/val_loss" in row]
     assert losses.index(min(losses)) == len(losses) - 3
+    folder = place.folder / "runs" / "vit_relpos" / "patient" / "checkpoints"
+    kept = {path.name for path in folder.glob("checkpoint_epoch_*")}
+    assert kept == {f"checkpoint_epoch_{epoch}" for epoch in range(2, len(losses) + 1, 2)}
 
 
 def test_pictures_and_statistics(place: SimpleNamespace) -> None:

@@ -6,9 +6,11 @@ no number of processes divides, a parameter of one element, and samples whose lo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,6 @@ class Rows:
     train_rows: int = 64
     nan_samples: tuple[int, ...] = ()
     """numbers in the endless stream: each is met once, in one step, by one process"""
-    read_seconds: float = 0.0
-    """what reading a micro-batch takes, for a run that is to be met in the middle"""
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,23 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
+def pace() -> float:
+    """Seconds that reading a micro-batch takes, from the file that TOY_PACE names: slow, a run can be met in the middle."""
+    file = os.environ.get("TOY_PACE")
+    return float(Path(file).read_text()) if file else 0.0
+
+
 class ToyRows:
     """Row i: random tokens, 3 to 14 of them, and for two rows of three a number to predict; all from (salt, i)."""
 
-    def __init__(self, rows: int, salt: int, nan_samples: Sequence[int] = (), read_seconds: float = 0.0) -> None:
-        self.rows, self.salt, self.nan_samples, self.read_seconds = rows, salt, frozenset(nan_samples), read_seconds
+    def __init__(self, rows: int, salt: int, nan_samples: Sequence[int] = ()) -> None:
+        self.rows, self.salt, self.nan_samples = rows, salt, frozenset(nan_samples)
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        time.sleep(self.read_seconds)
+        time.sleep(pace())
         made = [np.random.RandomState(self.salt + number % self.rows) for number in numbers]
         rows = [torch.from_numpy(random.randint(0, VOCABULARY, random.randint(4, 16))) for random in made]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
@@ -111,7 +117,7 @@ class ToyRecipe(Recipe):
     best_metric = "val_loss"
 
     def build_data(self, config: Config) -> Data:
-        train = ToyRows(config.data.train_rows, 0, config.data.nan_samples, config.data.read_seconds)
+        train = ToyRows(config.data.train_rows, 0, config.data.nan_samples)
         return Data(train, {"val": ToyRows(9, 10_000)}, fingerprint="toy")
 
     def build_model(self, config: Config, data: Data) -> nn.Module:

@@ -102,6 +102,8 @@ class Run:
     """batches per evaluation (0: the whole set)"""
     save_every: Annotated[int, arg(aliases=("--checkpoint_interval",))] = 1000
     """optimizer steps between checkpoints (0: off)"""
+    save_epochs: int = 1
+    """epochs between checkpoints that are kept, as checkpoint_epoch_E (0: off)"""
     save_minutes: float = 0.0
     """minutes between checkpoints (0: off)"""
     keep_last: int = 3
@@ -145,6 +147,7 @@ _NOT_NEGATIVE += (
     "eval_every",
     "eval_iters",
     "save_every",
+    "save_epochs",
     "save_minutes",
     "keep_last",
     "stop_at_step",

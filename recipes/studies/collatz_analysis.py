@@ -226,13 +226,13 @@ def table(seen: Seen) -> Iterator[str]:
 
 def draw_errors(seen: Seen) -> Figure:
     """Errors in steps by magnitude beside the baselines; predicted against true steps."""
-    figure, (left, right) = _figure(12, 5, 2)
+    figure, (left, right) = _figure(14, 5, 2)
     groups = magnitudes(seen)
     places = np.arange(len(groups))
     found = [errors(seen, rows) for _, rows in groups]
     for shift, name in enumerate(("model", "mean of the magnitude", "10.43 ln n")):
         left.bar(places + 0.27 * (shift - 1), [row[name] for row in found], 0.27, label=name)
-    left.set_xticks(places, [f"{label}\n({rows.sum()})" for label, rows in groups], fontsize=8)
+    left.set_xticks(places, [f"{label}\n({rows.sum()})" for label, rows in groups], fontsize=7)
     left.set(xlabel="binary digits of n (numbers)", ylabel="mean absolute error (steps)", title="Errors by magnitude")
     left.legend()
     _by_kind(right, seen.steps[seen.scored], seen.predicted[seen.scored], seen.kind[seen.scored])
@@ -245,6 +245,7 @@ def draw_errors(seen: Seen) -> Figure:
 def draw_confusion(seen: Seen) -> Figure:
     """The next-parity head, by the parity before: counts and shares of each row."""
     figure, axes = _figure(8, 4, 2)
+    figure.suptitle("Next parity of held-out numbers")
     for before, axis in enumerate(axes):
         counts = seen.confusion[before]
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -105,6 +105,7 @@ def measured(network: torch.nn.Module, batch: Batch, anomalies: Anomalies) -> di
         "accuracy": (right.sum(), count.sum()),
         "rule_accuracy": (batch["rule_right"].sum(), count.sum()),
         "unscored": ((~scored).sum(), len(steps)),
+        "cut": ((scored & cut).sum(), scored.sum()),
     }
     for suffix, guess in (("", predicted), *((f"_{name}", batch[name].float()) for name in BASELINES)):
         if suffix:
@@ -124,16 +125,19 @@ def report(means: Mapping[str, float]) -> str:
     """What `measured` comes to, the baselines in brackets. Lines."""
     from recipes.data.collatz import KINDS
 
+    def error(name: str) -> str:
+        return f"{m[name]:.1f} steps ({m[f'{name}_magnitude']:.1f}, {m[f'{name}_formula']:.1f})"
+
     m = means
+    errors = [f"off by {error('mae')}"] if m["cut"] < 1 else []
+    errors += [f"where the vector is cut ({100 * m['cut']:.0f} %) by {error('mae_cut')}"] if m["cut"] else []
     kinds = ", ".join(f"{kind} {m[f'seq_{kind}']:.4f} ({m[f'rule_{kind}']:.4f})" for kind in KINDS)
     return "\n".join(
         [
             f"loss: {m['loss']:.4f}",
-            f"  steps: Huber {m['loss_stop']:.4f} (mean of the magnitude {m['stop_magnitude']:.4f}, "
-            f"10.43 ln n {m['stop_formula']:.4f}); "
-            f"error {m['mae']:.1f} steps ({m['mae_magnitude']:.1f}, {m['mae_formula']:.1f}), "
-            f"of vectors that are cut {m['mae_cut']:.1f} ({m['mae_cut_magnitude']:.1f}, {m['mae_cut_formula']:.1f}); "
-            f"{100 * m['unscored']:.1f} % end within the prefix and are left out",
+            f"  stopping time: Huber {m['loss_stop']:.4f} (mean of the magnitude {m['stop_magnitude']:.4f}, "
+            f"10.43 ln n {m['stop_formula']:.4f}); {', '.join(errors)}; "
+            f"{100 * m['unscored']:.1f} % left out, as they end within the prefix",
             f"  next parity: {m['loss_seq']:.4f} nats (first-order rule {m['rule']:.4f}), "
             f"{100 * m['accuracy']:.1f} % right ({100 * m['rule_accuracy']:.1f} %); {kinds}",
         ]
@@ -211,17 +215,14 @@ class Reports(Recipe):
         return f"Evaluating at step {step}... " + report(_bare(metrics, "eval/val_"))
 
     def baseline(self, config: Any, data: Data) -> tuple[str, float]:
-        """The loss of the first-order rule and the mean steps of each magnitude together."""
-        import torch
-
-        batch = data.evaluation["val"].everything()
+        """The objective of the mean steps of each magnitude and the first-order rule together."""
         from recipes.models.collatz import stopping_loss
 
-        guess, weights = batch["magnitude"].float(), self.loss_weights(config)
-        counts = self.items(batch)
-        stop = float(stopping_loss(guess, batch).sum()) / max(1, counts["stop"])
-        rule = float(torch.sum(batch["rule_nats"])) / max(1, counts["seq"])
-        return "mean of the magnitude + first-order rule", weights["stop"] * stop + weights["seq"] * rule
+        batch = data.evaluation["val"].everything()
+        sums = {"stop": stopping_loss(batch["magnitude"].float(), batch).sum(), "seq": batch["rule_nats"].sum()}
+        counts, weights = self.items(batch), self.loss_weights(config)
+        loss = sum(weights[term] * float(sums[term]) / max(1, counts[term]) for term in sums)
+        return "mean of the magnitude + first-order rule", loss
 
     def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
         """Whether the loss fell, and how far: beside the baselines of both terms."""

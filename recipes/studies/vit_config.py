@@ -108,6 +108,8 @@ class Run(trainer_config.Run):
     """optimizer steps between log lines"""
     eval_every: Annotated[int, arg(aliases=("--eval_interval",))] = 0
     """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
+    save_epochs: int = 10
+    """epochs between checkpoints that are kept, as checkpoint_epoch_E (0: off)"""
     use_tensorboard: bool = True
     wandb_project: str = "vit-relpos"
 

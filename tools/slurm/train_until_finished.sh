@@ -16,7 +16,8 @@ status() {
 # train_until_finished DIRECTORY COMMAND...
 # Runs a command that trains in this run directory, and ends the job as that ends:
 #   the run is finished, or a person stopped it    exit 0
-#   it stopped because the time is nearly up       the job is requeued, and then the same command continues the run
+#   it stopped because its time was up (the job's,
+#     or --max_training_hours, which counts anew)   the job is requeued, and then the same command continues the run
 #   it failed                                      with its exit status; a job that fails is not requeued
 # When Slurm signals that the end is near, the run is told by its stop file. A signal would reach launchers, trackers and
 # compilers too, and each launcher that dies of one takes its node's processes along.
