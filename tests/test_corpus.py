@@ -7,6 +7,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,24 @@ def test_rows_of_jsonl_and_parquet_are_documents(tmp_path: Path) -> None:
     told: list[int] = []
     assert documents(list(units([Source(str(tmp_path / "a.parquet"))], "story", told.append))) == kept
     assert sum(told) == (tmp_path / "a.parquet").stat().st_size
+
+
+def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **options: Any) -> list[dict[str, str]]:
+        asked.append((names, options))
+        return [{"text": "One."}, {"text": "Two."}]
+
+    monkeypatch.setattr(corpus, "hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert documents(list(units([Source("owner/stories:small", "validation")]))) == ["One.", "Two."]
+    assert asked == [(("owner/stories", "small"), {"split": "validation", "streaming": True})]
+    with pytest.raises(ValueError, match="no text in 'story', but text; give its name with --column") as error:
+        list(units([Source("owner/stories", "train")], "story"))
+    one_line(error)
 
 
 def test_patterns_and_names(tmp_path: Path) -> None:

@@ -267,18 +267,18 @@ before = resident()
 file.check(10_000, 257)
 windows = RandomWindows(file, 256, 0)
 most = 0
-for start in range(0, 20_000, 64):
+for start in range(0, 16_000, 64):
     windows.__getitems__(list(range(start, start + 64)))
     most = max(most, resident())
 print((most - before) // 2**20)
 """
 
 
-def test_a_file_of_a_billion_ids_takes_little_memory(tmp_path: Path) -> None:
-    """Two gigabytes, most of them holes that take no disk. A memory map would come to hold all that it has shown."""
+def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
+    """400 MB, most of them a hole that takes no disk. A memory map would come to hold all that it has shown."""
     with (tmp_path / "a.ids").open("wb") as file:
         np.arange(1, 5000, dtype=np.uint16).tofile(file)
-        file.truncate(2 * 10**9)
+        file.truncate(4 * 10**8)
     words = [sys.executable, "-c", MEMORY, str(tmp_path / "a.ids")]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100

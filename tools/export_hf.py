@@ -202,7 +202,7 @@ def _card(found: Checkpoint, recipe: str, config: dict[str, Any]) -> str:
         "",
     ]
     if config["run"]["eval_iters"]:
-        lines += [f"Measured on the first {config['run']['eval_iters']} batches of each set.", ""]
+        lines += [f"Measured on {config['run']['eval_iters']} batches of each set.", ""]
     return "\n".join(lines)
 
 

@@ -133,7 +133,7 @@ class TokenFile:
                         f"{self.path}: token id {ids[place]} at position {start + place} is not below vocab_size {vocab_size}; "
                         "give the --vocab_size of the tokenizer that made it"
                     )
-                digest.update(ids.astype(np.uint32))
+                digest.update(ids.astype("uint16" if vocab_size <= 2**16 else "uint32", copy=False))
         return digest.hexdigest()
 
 
