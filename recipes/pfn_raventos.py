@@ -6,7 +6,7 @@ of one linear task; the model predicts each y from the pairs before it and its o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class PFNRaventos(Recipe):
         for (term, n), nats, error in zip(counts.items(), network.cross_entropy(logits, y), errors, strict=True):
             found |= {term: (nats, n), f"mse_{term}" if len(counts) > 1 else "mse": (error, n)}
         return found
+
+    def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Without the numbers of each model of a stack, which are in metrics.jsonl."""
+        return super().evaluation_line(step, {name: value for name, value in metrics.items() if "_model_" not in name})
 
     def learning_rate(self, step: int, total_steps: int, config: Config) -> float:
         """One cycle: a triangle with its peak at half."""

@@ -1,4 +1,4 @@
-"""A Transformer on memory-mapped token ids: `accelerate launch recipes/tinystories_lm.py [train|evaluate|generate] ...`
+"""A Transformer on files of token ids: `accelerate launch recipes/tinystories_lm.py [train|evaluate|generate] ...`
 
 A sample is a window of `context_length` inputs and the id after each. tools/prepare_text.py makes the files.
 """

@@ -1,4 +1,6 @@
-"""A Vision Transformer with relative position bias: `accelerate launch recipes/vit_relpos.py [train|evaluate|visualise|compare]`
+"""A Vision Transformer with relative position bias:
+
+    accelerate launch recipes/vit_relpos.py [train|evaluate|visualise|compare] ...
 
 Where the guide's functions went: `train_epoch` is `trainer.loop`, `evaluate` is `trainer.evaluation`, `save_checkpoint` is
 `trainer.saving`; `SyntheticImageDataset` is in `recipes.data.images`, `VisionTransformer` in `recipes.models.vit`, and

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # pytest knows it 
 from fault_injector import ROOT, Started, command, environment, free_port
 
 RECIPE = ROOT / "recipes" / "gpt2_wikitext.py"
-TOY = ROOT / "tests" / "toy_recipe.py"
+FAULTY = ROOT / "tests" / "faulty_recipe.py"
 TIMEOUT_SECONDS = 240.0
 
-__all__ = ["RECIPE", "ROOT", "TOY", "Started", "command", "environment", "free_port", "run", "run_in_turn"]
+__all__ = ["FAULTY", "RECIPE", "ROOT", "Started", "command", "environment", "free_port", "run", "run_in_turn"]
 
 
 def run(

@@ -188,8 +188,10 @@ def test_the_loader_reads_evaluation_to_its_end() -> None:
 
 def test_a_set_on_the_device_is_called_here_with_the_same_numbers() -> None:
     dataset = Squares()
-    dataset.on_device = True  # type: ignore[attr-defined]
+    moved: list[torch.device] = []
+    dataset.on_device, dataset.to = True, moved.append  # type: ignore[attr-defined]
     reader = batches.read(dataset, order(5, 23), Run(num_workers=2), CPU)
+    assert moved == [CPU]
     assert [next(reader)["number"].tolist() for _ in range(6)] == read(order(5, 23), 6)
     batches.close(reader)
 

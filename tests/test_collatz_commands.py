@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launching import ROOT, environment
+from launching import DRIVER, ROOT, environment
 from PIL import Image
 
 from trainer.errors import BAD_INPUT
@@ -21,26 +21,6 @@ SMALL += ["--val_numbers", "200", "--batch", "4", "--num_workers", "0", "--log_e
 TRAIN = ["train", *SMALL, "--run_name", "guide"]
 OF_TARGET = ["--model_path", "runs/collatz/target/checkpoints/best_model"]
 HUGE = str(3**7000)
-# Several commands in one process, as the recipe's file runs them, so that the imports are paid once.
-DRIVER = """
-import json, os, runpy, sys
-recipe, folder = sys.argv[1:3]
-codes = []
-for number, argv in enumerate(json.loads(sys.argv[3])):
-    out = os.open(os.path.join(folder, f"{number}.log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1), os.dup2(out, 2)
-    os.close(out)
-    sys.argv = [recipe, *argv]
-    code = 0
-    try:
-        runpy.run_path(recipe, run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    sys.stdout.flush(), sys.stderr.flush()
-    codes.append(code)
-with open(os.path.join(folder, "codes.json"), "w") as file:
-    json.dump(codes, file)
-"""
 SCRIPT = {
     "nothing trained": ["predict", "27"],
     "target": ["train", *SMALL, "--run_name", "target", "--target_loss", "100", "--log_every", "3", "--curriculum"],

@@ -138,6 +138,9 @@ def test_booleans_none_and_the_last_of_two() -> None:
         (["--preset", "quik"], ["quik", "quick"]),
         (["--preset"], ["--preset"]),
         (["--config"], ["--config"]),
+        (["--config="], ["--config is empty"]),
+        (["--config", ""], ["--config is empty"]),
+        (["--preset="], ["unknown preset ''"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     ],
 )
@@ -172,6 +175,7 @@ def test_a_wrong_flag_is_refused_by_name(argv: list[str], words: list[str]) -> N
         ("eval_every", "-1"),
         ("eval_iters", "-1"),
         ("save_every", "-1"),
+        ("save_epochs", "-1"),
         ("save_minutes", "-1"),
         ("keep_last", "-1"),
         ("stop_at_step", "-1"),

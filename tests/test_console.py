@@ -9,11 +9,13 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import trainer.console
 from trainer.console import Console, format_duration
 
 TWO_LINES_AND_A_BAR = """
@@ -160,11 +162,18 @@ def test_secrets_in_urls_are_neither_shown_nor_logged(tmp_path: Path, capsys: py
     assert "OSError: *** failed" in (tmp_path / "train.log").read_text()
 
 
-def test_lines_of_several_threads_are_all_logged(tmp_path: Path) -> None:
+def test_lines_of_several_threads_are_all_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_disk(*arguments: object, **options: object) -> object:
+        file = open(*arguments, **options)  # type: ignore[call-overload]  # noqa: SIM115 - closed by whoever opened it
+        write = file.write
+        file.write = lambda text: (write(text), time.sleep(0.001))
+        return file
+
+    monkeypatch.setattr(trainer.console, "open", slow_disk, raising=False)
     console = Console(tmp_path / "train.log", is_main=True)
-    threads = [threading.Thread(target=lambda: [console.say("x") for _ in range(200)]) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [console.say("x") for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (tmp_path / "train.log").read_text() == "x\n" * 800
+    assert (tmp_path / "train.log").read_text() == "x\n" * 80

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -23,11 +24,11 @@ from recipes.data.text import Text, TokenSplit
 from recipes.data.token_samples import TokenBlocks
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
-from recipes.studies.language_model import Evaluate
+from recipes.studies.language_model import Evaluate, Generate, generate
 from trainer import config as configuration
 from trainer.checkpoint import Checkpoint
 from trainer.config import Parsed
-from trainer.errors import BAD_INPUT
+from trainer.errors import BAD_INPUT, Refusal
 from trainer.inference import evaluate_trained
 from trainer.launch import Control, Launch
 from trainer.main import _command_line
@@ -337,6 +338,12 @@ def test_the_guides_training_commands_start(place: SimpleNamespace, name: str) -
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_read() -> None:
+    prompt = os.fsdecode(b"na\xefve")  # Latin-1, as it comes from the command line
+    with pytest.raises(Refusal, match="the prompt is not UTF-8 from character 3 on"):
+        generate(Gpt2Wikitext(), Generate("nowhere", prompt=prompt), Launch(0, 1, 0, torch.device("cpu"), False, None), print)
 
 
 def test_transformers_opens_a_checkpoint_and_gives_the_same_logits(place: SimpleNamespace) -> None:

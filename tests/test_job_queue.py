@@ -14,7 +14,7 @@ import pytest
 from launching import ROOT, environment
 
 from trainer import job_queue
-from trainer.errors import Refusal
+from trainer.errors import INTERRUPTED, Refusal
 from trainer.job_queue import Job
 
 SHELL = "/bin/sh"
@@ -117,8 +117,9 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=send)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Refusal, match="interrupted twice") as refusal:
         run([job("deaf", tmp_path, deaf)])
+    assert refusal.value.exit_code == INTERRUPTED
     thread.join()
     assert not Path("/proc", (tmp_path / "deaf" / "pid").read_text().strip()).exists()
 
@@ -157,6 +158,9 @@ def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.Monk
     assert environments(False, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, 3, 0, {}) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments(True, 3, 0, {"OMP_NUM_THREADS": "1"}) == [{"OMP_NUM_THREADS": "1"}] * 3
+    by_launcher = {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_MODE": "default"}
+    assert environments(True, 3, 0, by_launcher) == [{"OMP_NUM_THREADS": "2"}] * 3
     for parallel, count, gpus, message in (
         (False, 2, 3, "needs --parallel"),
         (True, 4, 3, "gpus 4: there is 3 GPUs"),
@@ -171,3 +175,31 @@ def test_a_job_is_a_launch_of_its_own(tmp_path: Path) -> None:
     launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_DYNAMO_MODE": "no"}
     kept = {"PATH": "/bin", "ACCELERATE_MIXED_PRECISION": "bf16", "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "3"}
     assert job_queue.without_launcher(launched | kept) == kept
+
+
+def test_only_this_starts_own_error_is_told(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "job.log").write_text("error: the disk was full then\n")
+    _, said = run([job("bad", tmp_path, "echo 'a new bug'; exit 1")])
+    assert any("exit code 1: a new bug" in line for line in said)
+    assert not any("disk" in line for line in said)
+
+
+def test_a_job_that_cannot_save_when_told_to_stop_has_failed(tmp_path: Path) -> None:
+    script = "trap 'echo \"error: no space left\"; exit 5' TERM; touch HERE/begun; while true; do sleep 0.05; done"
+
+    def send() -> None:
+        _wait_for(tmp_path / "full" / "begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    states, said = run([job("full", tmp_path, script)])
+    thread.join()
+    assert states == {"full": "failed"}
+    assert any("exit code 5: error: no space left" in line for line in said)
+
+
+def test_a_job_keeps_the_users_variables_and_loses_the_launchers() -> None:
+    given = {"LOCAL_SCRATCH": "/nvme", "MASTER_KEY": "x", "LOCAL_RANK": "1", "PET_RDZV": "y", "ACCELERATE_USE_CPU": "true"}
+    assert job_queue.without_launcher(given).keys() == {"LOCAL_SCRATCH", "MASTER_KEY", "ACCELERATE_USE_CPU"}

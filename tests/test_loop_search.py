@@ -187,8 +187,19 @@ def start_tool(*words: str, **streams: object) -> subprocess.Popen[bytes]:
 
 def test_interrupted_and_killed_it_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
     state, report = tmp_path / "state.json", tmp_path / "report.json"
-    bits, blocks = 16, 1 << 17
-    words = ["--count", str(blocks << bits), "--sieve_bits", str(bits), "--state", str(state), "--report", str(report)]
+    bits, blocks = 16, 1 << 18  # seconds of work
+    words = [
+        "--workers",
+        "2",
+        "--count",
+        str(blocks << bits),
+        "--sieve_bits",
+        str(bits),
+        "--state",
+        str(state),
+        "--report",
+        str(report),
+    ]
 
     terminal, inside = pty.openpty()  # the bar, where stderr is a terminal
     termios.tcsetwinsize(inside, (24, 100))

@@ -33,6 +33,28 @@ def values() -> Tensor:
     return draw(2048, 1024).double()
 
 
+def splitmix64(state: int) -> int:
+    """The generator's next output in Python's whole numbers, from its authors' C."""
+    z = (state + 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z ^ (z >> 31)
+
+
+def test_the_hash_is_splitmix64_and_the_normals_are_box_and_mullers() -> None:
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # its published first output
+    keys = sample_keys("train", 0, range(4))
+    found = normals(torch.from_numpy(keys.view("int64")), normal_columns(6))
+    for row, key in zip(found, keys.tolist(), strict=True):
+        for column in range(3):
+            z = splitmix64(key + column * 0x9E3779B97F4A7C15)
+            signed, low = z >> 32, z & 0xFFFFFFFF
+            angle = (signed - (1 << 32) if signed >= 1 << 31 else signed) * math.pi / 2**31
+            radius = math.sqrt(-2 * math.log((low + 1) / 2**32))
+            expected = [radius * math.cos(angle), radius * math.sin(angle)]
+            assert row[[column, 3 + column]].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_moments_are_those_of_a_standard_normal(values: Tensor) -> None:
     n = values.numel()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
@@ -96,6 +118,16 @@ def test_a_sequence_is_linear_in_one_task_of_the_pool() -> None:
     noise = (batch["y"] - batch["mean"]).double()
     assert float(noise.var()) == pytest.approx(0.25, abs=4 * 0.25 * math.sqrt(2 / noise.numel()))
     assert abs(float(noise.mean())) < 4 * 0.5 / math.sqrt(noise.numel())
+
+
+def test_the_choice_of_a_task_knows_nothing_of_the_inputs() -> None:
+    pool = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
+    batch = stream([pool]).__getitems__(range(20_000))
+    first = batch["mean"][:, 0, 0] * batch["x"][:, 0, 0] > 0
+    assert abs(int(first.sum()) - 10_000) < 4.5 * math.sqrt(5000)
+    for numbers in (batch["x"].flatten(1), batch["y"][:, 0] - batch["mean"][:, 0]):
+        scale = numbers.std() / math.sqrt(int(first.sum()))
+        assert float((numbers[first].mean(0) / scale).abs().max()) < 4.5
 
 
 def test_an_empty_pool_gives_every_sequence_a_task_of_its_own() -> None:

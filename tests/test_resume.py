@@ -199,6 +199,16 @@ def test_patience_may_wait_for_another_metric_than_the_best(data: Path, tmp_path
     assert "Already finished (patience) at step 3" in launch(*words, recipe=Waiting())
 
 
+def test_a_finished_run_is_finished_whatever_becomes_of_its_picture(data: Path, tmp_path: Path) -> None:
+    class Unlucky(Quiet):
+        def baseline(self, *_: object) -> tuple[str, float]:
+            raise ValueError("no baseline today")
+
+    said = launch(*flags(data, tmp_path), recipe=Unlucky())
+    assert "WARNING: no plot: no baseline today" in said
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
 def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:
     words = flags(data, tmp_path, "--target_loss", "100", "--eval_every", "0")
     said = launch(*words, recipe=Gpt2Wikitext())

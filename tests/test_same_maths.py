@@ -89,6 +89,12 @@ def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
     made["nan adamw"] = (TOY, [*COMMON, *NAN_FLAGS])
     made["nan sgd"] = (TOY, [*COMMON, *NAN_FLAGS, "--optimizer", "sgd", "--grad_clip", "0.1"])
     bad = [sample(step, 3) for step in (2, *range(5, 13))]  # a single one first, which must not count
+    # As many bad steps as are allowed, the last of them where the run would save and finish.
+    last = [sample(step, 3) for step in (10, 11, 12)]
+    made["gives up at the end"] = (
+        TOY,
+        [*COMMON, *CUTS["4x2"], "--max_steps", "12", "--save_every", "4", "--max_bad_steps", "3", "--nan_samples", *last],
+    )
     made["gives up"] = (TOY, [*COMMON, *CUTS["4x2"], "--save_every", "2", "--max_bad_steps", "3", "--nan_samples", *bad])
     return made
 
@@ -253,6 +259,16 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_its_checkpoints(
     outcomes = finished[kind]["gives up"].outcomes
     assert {outcome["exit_code"] for outcome in outcomes} == {4}
     assert len({outcome["message"] for outcome in outcomes}) == 1
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_run_whose_last_steps_are_bad_neither_finishes_nor_saves_what_no_run_could_go_on_from(
+    kind: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    run = finished[kind]["gives up at the end"]
+    assert {outcome["exit_code"] for outcome in run.outcomes} == {4}
+    assert "up to step 12" in run.outcomes[0]["message"]
+    assert run.steps() == [4, 8]
 
 
 def test_the_exit_code_of_a_run_that_gave_up(tmp_path: Path) -> None:

@@ -201,6 +201,32 @@ def test_signal_is_a_vote_and_the_old_handler_returns(name: str) -> None:
     assert "interrupts" not in [thread.name for thread in threading.enumerate()]
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_outside_training_ends_main_with_a_word(name: str) -> None:
+    """In the imports, say, or in a C call that waits for a process that never comes."""
+    script = (
+        "import ctypes, os, signal, time\n"
+        "from trainer import main\n"
+        "from trainer.stopping import StopRequests\n"
+        "def command_line(*_):\n"
+        "    with StopRequests(None, time.monotonic(), None, str, print) as stop:\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        print(stop.decide(stop.votes()), flush=True)\n"
+        "    libc, mutex = ctypes.CDLL(None), bytes(64)\n"
+        "    libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)\n"
+        "main._command_line = command_line\n"
+        "main.main(None, [])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN, text=True
+    )
+    assert process.stdout.readline() == f"{name}\n"
+    time.sleep(0.2)  # past the end of the StopRequests
+    process.send_signal(signal.Signals[name])
+    assert process.wait(timeout=5) == 130
+    assert process.stderr.read() == f"{name}: leaving at once; nothing is lost\n"
+
+
 def test_second_interrupt_leaves_at_once_but_sigterm_does_not(tmp_path: Path) -> None:
     process = start(tmp_path, "--slow-save")
     process.send_signal(signal.SIGINT)

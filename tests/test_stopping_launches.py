@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launching import RECIPE, Started, command, environment
+from fault_injector import inside_a_save
+from launching import FAULTY, RECIPE, Started, command, environment
 
 from trainer.checkpoint import Checkpoint
 
 TINY = "--tokenizer train --vocab_size 300 --d_model 32 --num_layers 2 --num_heads 2 --max_length 32 --batch_size 4"
 TINY += " --max_steps 1000000 --save_every 0 --eval_every 0 --log_every 20 --no_use_tensorboard --device cpu"
+# It has no text to prepare and no transformers to import: half the time of a launch.
+TOY = "--max_steps 1000000 --train_rows 1000000 --save_every 0 --log_every 20 --device cpu"
 START_SECONDS = 90.0
 SAVE_SECONDS = 30.0
 
@@ -26,10 +29,11 @@ SAVE_SECONDS = 30.0
 class Launched:
     """A training run under some launcher, in a process group of its own."""
 
-    def __init__(self, place: Path, words: list[str], directory: Path, **options: object) -> None:
+    def __init__(self, place: Path, words: list[str], directory: Path, signals: str = "", **options: object) -> None:
         self.directory, self.log = directory, directory.with_suffix(".log")
         self.began = time.monotonic()
-        env = environment(SAMECURVE_CACHE=str(place / "cache"), OMP_NUM_THREADS="1")
+        env = environment(SAMECURVE_CACHE=str(place / "cache"))
+        env |= {"PET_SIGNALS_TO_HANDLE": signals} if signals else {}
         self.process = Started(words, self.log, env, **options)
 
     @property
@@ -89,9 +93,13 @@ def launch(place: Path, tmp_path: Path) -> Iterator[Launcher]:
     """Starts a run; whatever still runs at the end of the test is killed."""
     started: list[Launched] = []
 
-    def begin(kind: str, *more: str, name: str = "run", **options: object) -> Launched:
+    def begin(kind: str, *more: str, name: str = "run", toy: bool = False, **options: object) -> Launched:
         directory = tmp_path / name
         words = [*TINY.split(), "--data_dir", str(place / "text"), "--output_dir", str(directory), "--num_workers", "1", *more]
+        if toy:
+            words = [*TOY.split(), "--output_dir", str(directory), *more]
+            started.append(Launched(place, command(kind, FAULTY, *words), directory, **options))
+            return started[-1]
         if kind == "accelerate":  # the launcher with one process
             launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
             line = [*launcher, str(RECIPE), *words]
@@ -161,12 +169,74 @@ def test_sigterm_to_accelerate_launch_with_one_process(launch: Launcher) -> None
     run.check_stopped("SIGTERM")
 
 
-def test_sigterm_to_the_ddp_launcher(launch: Launcher) -> None:
-    run = launch("ddp")
+@pytest.mark.parametrize(
+    ("kind", "number", "times"),
+    [
+        ("ddp", signal.SIGTERM, 2),
+        ("ddp", signal.SIGINT, 1),
+        ("zero2", signal.SIGUSR1, 1),
+        ("ddp", signal.SIGHUP, 1),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_signals_to_the_launcher_of_two(launch: Launcher, kind: str, number: signal.Signals, times: int) -> None:
+    """torchrun passes on what `PET_SIGNALS_TO_HANDLE` names; its own exit status tells nothing, status.json does."""
+    run = launch(kind, toy=True, signals="SIGTERM,SIGINT,SIGUSR1,SIGHUP")
     run.wait_for_training()
+    for _ in range(times):
+        os.kill(run.process.pid, number)
+        time.sleep(0.05)
+    run.exit_code()
+    run.check_stopped(number.name)
+
+
+def test_sigterm_while_the_first_step_is_compiled(launch: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers run meanwhile, in processes of their own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    run = launch("one", "--compile", "--log_every", "1", toy=True)
+    run.wait_until(lambda: "Optimizer: " in run.text, START_SECONDS, "no start")
+    time.sleep(1.0)
     os.kill(run.process.pid, signal.SIGTERM)
-    run.exit_code()  # torchrun gives 1 whatever its children gave: status.json tells
+    assert "Step " not in run.text
+    assert run.exit_code(120) == 0, run.text[-3000:]
     run.check_stopped("SIGTERM")
+    assert json.loads((run.directory / "status.json").read_text())["step"] == 1
+
+
+def test_sigterm_inside_an_evaluation_ends_it_there(launch: Launcher) -> None:
+    run = launch("one", "--eval_every", "20", "--batch_size", "1", "--evaluation_seconds", "1", toy=True)
+    run.wait_until(lambda: "Step     20" in run.text, START_SECONDS, "no step was logged")
+    time.sleep(0.5)
+    os.kill(run.process.pid, signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.exit_code() == 0, run.text[-3000:]
+    assert time.monotonic() - sent < 6  # nine batches of a second each
+    run.check_stopped("SIGTERM")
+    assert json.loads((run.directory / "status.json").read_text())["step"] == 20
+    assert "eval/" not in (run.directory / "metrics.jsonl").read_text()
+
+
+def test_sigterm_inside_a_save_and_again_lets_it_be_whole(launch: Launcher) -> None:
+    run = launch("one", "--save_every", "50", "--width", "1500", "--keep_last", "0", toy=True)
+    inside = False
+    while not inside and run.process.poll() is None:
+        if inside_a_save(run.directory, run.process.since):
+            os.kill(run.process.pid, signal.SIGSTOP)
+            inside = inside_a_save(run.directory, run.process.since)
+            if inside:
+                os.kill(run.process.pid, signal.SIGTERM)
+            os.kill(run.process.pid, signal.SIGCONT)
+    assert inside, run.text[-3000:]
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.exit_code() == 0, run.text[-3000:]
+    run.check_stopped("SIGTERM")
+    folder = run.directory / "checkpoints"
+    assert not list(folder.glob(".unfinished-*"))
+    steps = sorted(int(path.name.rpartition("_")[2]) for path in folder.glob("checkpoint_step_*"))
+    assert steps[0] % 50 == 0  # the save that was met, and the one that the signal asked for
+    assert 2 <= len(steps) <= steps[-1] // 50 + 1
+    for step in steps:
+        Checkpoint(folder / f"checkpoint_step_{step}").verify()
 
 
 def test_sigkill_to_the_ddp_launcher_leaves_no_orphans(launch: Launcher) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +33,10 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
 
 
 def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
-    """Odd numbers of narrow elements come first here: written in this order they would leave the wide ones unaligned."""
+    """Odd numbers of narrow elements come first here: written in this order they would leave the wide ones unaligned,
+
+    which a reader that maps the file into memory has to copy, or refuses.
+    """
     tensors = {str(kind): (torch.rand(3) * 100).to(kind) for kind in reversed(TYPES)}
     tensors |= {
         "scalar": torch.tensor(2.5),
@@ -48,6 +52,10 @@ def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert found[name].equal(tensor), name
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0 for name, tensor in tensors.items())
 
 
 def test_it_is_the_librarys_own_file(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """One optimizer step: clipping, steps that are not finite, the fp16 loss scale, and what a DeepSpeed file is filled with."""
 
 import json
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from launching import ROOT
 from torch import Tensor, nn
+from toy_recipe import ToyRecipe
 
-from trainer import optimizer
+from trainer import config, optimizer
 from trainer.config import Optimisation
 from trainer.errors import Refusal
 from trainer.launch import fill_deepspeed_config
+from trainer.setup import assemble
 from trainer.update import BadSteps, DeepSpeedUpdate, LossScale, PlainUpdate, layers
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
@@ -142,10 +145,10 @@ def test_one_bad_element_is_enough() -> None:
 def test_bad_steps_are_counted_one_step_late() -> None:
     count = BadSteps()
     seen = []
-    for verdict in (1.0, 1.0, 0.0, 1.0, 0.0):
-        count.note(torch.tensor(verdict))
-        seen.append((count.in_a_row, count.total))
-    assert seen == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
+    for step, verdict in enumerate((1.0, 1.0, 0.0, 1.0, 0.0), start=1):
+        count.note(torch.tensor(verdict), step)
+        seen.append((count.in_a_row, count.total, count.last_step))
+    assert seen == [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 2, 2), (1, 3, 4)]
     count.settle()
     assert (count.in_a_row, count.total) == (0, 3)
     count.settle()
@@ -154,7 +157,7 @@ def test_bad_steps_are_counted_one_step_late() -> None:
 
 def test_bad_steps_go_on_from_a_checkpoint() -> None:
     count = BadSteps(in_a_row=2, total=5)
-    count.note(torch.tensor(1.0))
+    count.note(torch.tensor(1.0), 1)
     count.settle()
     assert (count.in_a_row, count.total) == (3, 6)
 
@@ -399,3 +402,10 @@ def test_norms_by_layer_are_those_before_clipping_and_make_up_the_whole(scale: L
     whole = sum(float(norm) ** 2 for norm in step.by_layer.values()) ** 0.5
     assert whole == pytest.approx(float(step.grad_norm), rel=1e-6)
     assert take(net, update).by_layer == {}
+
+
+def test_norms_by_layer_are_refused_under_zero() -> None:
+    settings = config.parse(ToyRecipe.Config, {}, ["--log_grad_norms"], "toy").config
+    plan = SimpleNamespace(config=settings, checkpoint=None)
+    with pytest.raises(Refusal, match=r"--log_grad_norms.*ZeRO"):
+        assemble(ToyRecipe(), plan, SimpleNamespace(deepspeed=True, processes=2), print)

@@ -6,8 +6,11 @@ no number of processes divides, a parameter of one element, and samples whose lo
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,12 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
+def pace() -> float:
+    """Seconds that reading a micro-batch takes, from the file that TOY_PACE names: slow, a run can be met in the middle."""
+    file = os.environ.get("TOY_PACE")
+    return float(Path(file).read_text()) if file else 0.0
+
+
 class ToyRows:
     """Row i: random tokens, 3 to 14 of them, and for two rows of three a number to predict; all from (salt, i)."""
 
@@ -65,6 +74,7 @@ class ToyRows:
         return self.rows
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        time.sleep(pace())
         made = [np.random.RandomState(self.salt + number % self.rows) for number in numbers]
         rows = [torch.from_numpy(random.randint(0, VOCABULARY, random.randint(4, 16))) for random in made]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)

@@ -71,10 +71,10 @@ class Started(subprocess.Popen[bytes]):
         """Living processes: launcher, ranks, data workers, and whatever else was started."""
         return [pid for pid, values in _environments() if f"{MARK}={self.mark}".encode() in values]
 
-    def rank(self, number: int) -> int:
-        """The process of a rank: the oldest with that number in its environment (its data workers are younger)."""
-        family = set(self.family())
-        return min(pid for pid, values in _environments() if pid in family and f"RANK={number}".encode() in values)
+    def rank(self, number: int) -> int | None:
+        """The process of a rank, once it is there: the oldest with that number (its data workers inherit the number)."""
+        marks = {f"{MARK}={self.mark}".encode(), f"RANK={number}".encode()}
+        return min((pid for pid, values in _environments() if marks <= set(values)), key=_start_ticks, default=None)
 
     def kill_all(self) -> None:
         """SIGKILL to the whole family."""
@@ -96,6 +96,13 @@ def _environments() -> list[tuple[int, list[bytes]]]:
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's; a zombie has none
                 found.append((int(entry), Path("/proc", entry, "environ").read_bytes().split(b"\0")))
     return found
+
+
+def _start_ticks(pid: int) -> float:
+    """When a process started. Not told by its number: numbers are used again."""
+    with contextlib.suppress(OSError):
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return float("inf")  # gone meanwhile
 
 
 def send(pids: Sequence[int], number: signal.Signals) -> None:
@@ -175,13 +182,13 @@ def strike(process: Started, directory: Path, moment: Moment, seconds: float, ra
         if moment(directory, process.since):
             family = process.family()
             send(family, signal.SIGSTOP)
-            if moment(directory, process.since):
-                send([*family, *process.family()] if rank is None else [process.rank(rank)], signal.SIGKILL)
-                send(family, signal.SIGCONT)
-                if rank is None:
-                    process.wait(timeout=30)
-                return True
+            one = None if rank is None else process.rank(rank)
+            victims = [*family, *process.family()] if rank is None else [one] if one is not None else []
+            strikes = bool(victims) and moment(directory, process.since)
+            send(victims if strikes else [], signal.SIGKILL)
             send(family, signal.SIGCONT)
+            if strikes:
+                return True
         time.sleep(LOOK_SECONDS)
     return False
 

@@ -14,6 +14,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,9 +75,9 @@ class Tally:
         """Kills injected."""
         return sum(self.kills.values())
 
-    def bad(self) -> bool:
-        """Whether the campaign has found something, or has tried nothing."""
-        return bool(self.lost or self.different or self.hung or self.failed or self.orphans) or not self.total
+    def wrong(self) -> bool:
+        """Whether the campaign has found something."""
+        return bool(self.lost or self.different or self.hung or self.failed or self.orphans)
 
     def table(self) -> str:
         """All of it, for a person."""
@@ -117,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
     campaign.run(flags.kills)
     print(f"torture {script.stem}, {flags.launch}, seed {flags.seed}: {time.monotonic() - began:.0f} s")
     print(campaign.tally.table())
-    if campaign.tally.bad():
+    if campaign.tally.wrong() or not campaign.tally.total:
         print(f"the runs are in {folder}")
         return 1
     if not flags.folder:
@@ -141,17 +142,16 @@ class Campaign:
         return Started(command(self.kind, self.script, *words), directory.with_suffix(".log"), env)
 
     def run(self, kills: int) -> None:
-        """The uninterrupted run, twice (the first one fills the caches; the second tells the time), then the campaign."""
-        for _ in range(2):
-            shutil.rmtree(self.reference, ignore_errors=True)
-            began = time.monotonic()
-            if self.start(self.reference).wait() != 0:
-                self.tally.failed.append(f"the uninterrupted run: {_tail(self.reference)}")
-                return
-            self.seconds = time.monotonic() - began
+        """The uninterrupted run, which also tells how long one takes, and then the campaign."""
+        began = time.monotonic()
+        if self.start(self.reference).wait() != 0:
+            self.tally.failed.append(f"the uninterrupted run: {_tail(self.reference)}")
+            return
+        self.seconds = time.monotonic() - began
         while self.tally.total < kills and not self.tally.hung:
             self.torment(self.folder / f"run_{self.tally.runs + 1}", kills)
             self.tally.runs += 1
+            print(f"run {self.tally.runs}: {self.tally.total} of {kills} kills so far", file=sys.stderr)
 
     def torment(self, directory: Path, kills: int) -> None:
         """One run, killed until it gets to its end."""
@@ -172,7 +172,7 @@ class Campaign:
             try:
                 struck = strike(process, directory, look, self.seconds + HANG_SECONDS, rank)
                 code = process.wait(timeout=HANG_SECONDS)
-            except Exception as error:
+            except (TimeoutError, subprocess.TimeoutExpired) as error:
                 process.kill_all()
                 self.tally.hung.append(f"{directory.name}: {type(error).__name__}: {_tail(directory)}")
                 return
@@ -181,6 +181,7 @@ class Campaign:
             process.kill_all()
             if struck:
                 self.tally.kills[phases[-1], "everyone" if rank is None else "one rank"] += 1
+                self.tally.failed += [f"{directory.name}: killed, and yet it ended with 0"] * (code == 0)
             resumed = _resumed(directory)[already:]
             self.tally.resumed += resumed
             if resumed and committed and resumed[0] != max(committed):
@@ -217,7 +218,7 @@ class Campaign:
         except ValueError as error:
             names.append(str(error))
         self.tally.different += [f"{directory.name}: {', '.join(names)}"] * bool(names)
-        if not names and not self.tally.bad():
+        if not names and not self.tally.wrong():
             shutil.rmtree(directory)
 
 

@@ -103,7 +103,7 @@ class Alerts:
         """Have `text` sent, at once and without waiting. `event` and `facts` go where the webhook takes any JSON."""
 
     def close(self) -> None:
-        """Give what waits a last chance, for at most `exit_seconds`."""
+        """Give what waits a last chance, for at most `exit_seconds`; once."""
 
 
 class WebhookAlerts(Alerts):
@@ -114,6 +114,7 @@ class WebhookAlerts(Alerts):
     def __init__(self, webhook: Webhook, title: str, say: Callable[[str], None]) -> None:
         self._webhook, self._title, self._say = webhook, title, say
         self._said: set[str] = set()
+        self._closed = False
         self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING_ALERTS)
         self._thread = threading.Thread(target=self._work, name="alerts", daemon=True)
         self._thread.start()
@@ -125,7 +126,10 @@ class WebhookAlerts(Alerts):
         self._put(self._webhook.body(text, {"event": event, "run": self._title, **facts}))
 
     def close(self) -> None:
-        """Wait until all is sent, for at most `exit_seconds`. The thread is a daemon: it ends with the process."""
+        """Wait until all is sent, for at most `exit_seconds`; once. The thread is a daemon: it ends with the process."""
+        if self._closed:
+            return
+        self._closed = True
         self._put(None)
         self._thread.join(self.exit_seconds)
         if self._thread.is_alive():
@@ -144,7 +148,7 @@ class WebhookAlerts(Alerts):
     def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._say(f"WARNING: alerts: {text}; training goes on")
+            self._say(f"WARNING: alerts: {text}; the run goes on")
 
     def _work(self) -> None:
         opener = urllib.request.build_opener(_NoRedirect)  # the proxies of the environment are obeyed

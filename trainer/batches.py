@@ -95,9 +95,14 @@ def identity(batch: Batch) -> Batch:
 
 
 def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[Batch]:
-    """Batches of `dataset` in `order`, through a DataLoader; from the data set itself if it generates on the device."""
-    if getattr(dataset, "on_device", False):
+    """Batches of `dataset` in `order`, through a DataLoader; from the data set itself if that has nothing to do.
+
+    It has where there are worker processes, or page-locked memory to copy to.
+    """
+    pinned, on_device = run.pin_memory and device.type == "cuda", getattr(dataset, "on_device", False)
+    if on_device:
         dataset.to(device)
+    if on_device or not (run.num_workers or pinned):
         return (dataset.__getitems__(numbers) for numbers in order)
     loader = DataLoader(
         dataset,
@@ -105,7 +110,7 @@ def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[B
         collate_fn=identity,
         num_workers=run.num_workers,
         prefetch_factor=run.prefetch_factor if run.num_workers else None,
-        pin_memory=run.pin_memory and device.type == "cuda",
+        pin_memory=pinned,
         multiprocessing_context=_worker_context() if run.num_workers else None,
         worker_init_fn=reset_in_worker,
         # An iterator draws a seed when it is made; from a generator of its own, so that it does not shift dropout.

@@ -102,6 +102,8 @@ class Run:
     """batches per evaluation (0: the whole set)"""
     save_every: Annotated[int, arg(aliases=("--checkpoint_interval",))] = 1000
     """optimizer steps between checkpoints (0: off)"""
+    save_epochs: int = 1
+    """epochs between checkpoints that are kept, as checkpoint_epoch_E (0: off)"""
     save_minutes: float = 0.0
     """minutes between checkpoints (0: off)"""
     keep_last: int = 3
@@ -130,7 +132,7 @@ class Run:
     wandb_run_name: str | None = None
     alert_webhook: str | None = None
     """Discord, Slack or any URL that takes JSON, told of start, progress, trouble and stop; kept nowhere. Better given as
-    TRAINER_ALERT_WEBHOOK in the environment: other users of a machine see its command lines"""
+    TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""
     alert_every: int = 500
     """optimizer steps between alerts of progress (0: off)"""
 
@@ -145,6 +147,7 @@ _NOT_NEGATIVE += (
     "eval_every",
     "eval_iters",
     "save_every",
+    "save_epochs",
     "save_minutes",
     "keep_last",
     "stop_at_step",
@@ -203,6 +206,8 @@ def parse(
     """
     default = config_class() if default is None else default
     names, config_file = flag_names(config_class), peek(argv, "config")
+    if config_file == "":
+        raise Refusal("--config is empty; give a YAML file, or leave it out")
     leading = _preset(config_class, presets, argv)
     from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
@@ -239,9 +244,8 @@ def _preset(config_class: type, presets: Mapping[str, Path], argv: Sequence[str]
 def check(config: Any) -> None:
     """Refuse numbers no run can mean, naming the flag and the value, and URLs that hold a secret, without it."""
     for name, value in values(config).items():
-        if any(
-            isinstance(word, str) and redact_text(word) != word for word in (value if isinstance(value, tuple) else [value])
-        ):
+        words = [word for word in (value if isinstance(value, tuple) else (value,)) if isinstance(word, str)]
+        if any(redact_text(word) != word for word in words):
             raise Refusal(
                 f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
                 "in ~/.netrc or the environment"

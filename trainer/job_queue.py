@@ -17,11 +17,16 @@ from typing import Literal, NamedTuple
 
 from trainer.console import format_duration
 from trainer.errors import INTERRUPTED, Refusal
-from trainer.stopping import SIGNALS, die_with_parent
+from trainer.stopping import SIGNALS, die_with_parent, launched
 
 POLL_SECONDS = 0.1
 LOG = "job.log"
-_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "PET_")
+# What launchers set; anything else that begins so (LOCAL_SCRATCH) is the user's.
+_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
+_RANKS = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"}
+_RANKS |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"}
+# How a job leaves that was told to: in peace, by the signal, or (under a shell) by its number; or before it listened.
+_TOLD = {0, -signal.SIGTERM, 128 + signal.SIGTERM, INTERRUPTED}
 State = Literal["done", "stopped", "failed", "not started"]
 
 
@@ -53,13 +58,16 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
         named = environ.get("CUDA_VISIBLE_DEVICES")
         visible = named.split(",") if named else [str(index) for index in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": visible[queue].strip()} for queue in range(queues)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores // queues))} for _ in range(queues)]
+    chosen = environ.get("OMP_NUM_THREADS") if not launched(environ) else None  # a launcher's choice is for its own processes
+    return [{"OMP_NUM_THREADS": chosen or str(max(1, cores // queues))} for _ in range(queues)]
 
 
 class _Running(NamedTuple):
     job: Job
     process: subprocess.Popen[bytes]
     began: float
+    log_start: int
+    """where the output of this start begins in the job's log"""
 
 
 def run(
@@ -71,7 +79,7 @@ def run(
     """Run `jobs` on `queues` (the environment of each); what became of them, by name. Use it in the main thread.
 
     `ended` is called for every job that is done, at once if it was done before. A signal is passed on to the running jobs as
-    SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises KeyboardInterrupt.
+    SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises Refusal (exit 130).
     """
     states: dict[str, State] = {job.name: "not started" for job in jobs}
     waiting = [[job for i, job in enumerate(jobs) if i % len(queues) == queue] for queue in range(len(queues))]
@@ -90,14 +98,14 @@ def run(
                 if asked and not told:
                     told = True
                     say(f"{signal.Signals(asked[0]).name}: asking {len(running)} running jobs to save and leave")
-                    for _, process, _ in running.values():
-                        process.terminate()
+                    for at_work in running.values():
+                        at_work.process.terminate()
                 if asked.count(signal.SIGINT) > 1:
-                    raise KeyboardInterrupt
-                for queue, (job, process, began) in list(running.items()):
-                    if process.poll() is not None:
+                    raise Refusal("interrupted twice: the running jobs are killed; what they have saved is kept", INTERRUPTED)
+                for queue, at_work in list(running.items()):
+                    if at_work.process.poll() is not None:
                         del running[queue]
-                        settle(job, *_outcome(job, process.returncode, told, time.monotonic() - began))
+                        settle(at_work.job, *_outcome(at_work, told))
                 for queue, environment in enumerate(queues):
                     while queue not in running and waiting[queue] and not asked:
                         job = waiting[queue].pop(0)
@@ -105,16 +113,16 @@ def run(
                             settle(job, "done", "done before")
                             continue
                         try:
-                            running[queue] = _Running(job, _start(job, environment), time.monotonic())
+                            running[queue] = _start(job, environment)
                             say(f"{job.name}: started ({', '.join(f'{k}={v}' for k, v in environment.items())})")
                         except OSError as error:
                             settle(job, "failed", f"FAILED to start: {error}")
                 time.sleep(POLL_SECONDS if running else 0)
         finally:
-            for _, process, _ in running.values():
+            for at_work in running.values():
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its data workers too
-                process.wait()
+                    os.killpg(at_work.process.pid, signal.SIGKILL)  # its data workers too
+                at_work.process.wait()
     return states
 
 
@@ -133,7 +141,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(job: Job, environment: Mapping[str, str]) -> _Running:
     job.directory.mkdir(parents=True, exist_ok=True)
     driver = os.getpid()
 
@@ -143,8 +151,9 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
             os._exit(INTERRUPTED)
 
     with (job.directory / LOG).open("ab") as log:
+        log_start = log.tell()
         # A session of its own: the terminal's Ctrl-C reaches the driver alone, which passes on one signal, not two.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             list(job.command),
             env={**without_launcher(os.environ), **environment},
             stdin=subprocess.DEVNULL,
@@ -153,17 +162,21 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
             start_new_session=True,
             preexec_fn=in_child,
         )
+        return _Running(job, process, time.monotonic(), log_start)
 
 
-def _outcome(job: Job, code: int, told: bool, seconds: float) -> tuple[State, str]:
-    """What became of a job that has ended, and in words."""
-    after = f"after {format_duration(seconds)}"
-    if code == 0 and job.done():
+def _outcome(ended: _Running, told: bool) -> tuple[State, str]:
+    """What became of a job that has ended, and in words; `told`: it had been asked to stop."""
+    code, after = ended.process.returncode, f"after {format_duration(time.monotonic() - ended.began)}"
+    if code == 0 and ended.job.done():
         return "done", f"done {after}"
-    if code == 0 or told:
+    if code == 0 or (told and code in _TOLD):
         return "stopped", f"stopped {after}"
-    log = job.directory / LOG
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    log = ended.job.directory / LOG
+    with log.open("rb") as file:
+        file.seek(ended.log_start)
+        output = file.read().decode(errors="replace")
+    lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
     why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
     return "failed", f"FAILED {after} with exit code {code}: {why} (all of its output: {log})"
 
@@ -171,7 +184,8 @@ def _outcome(job: Job, code: int, told: bool, seconds: float) -> tuple[State, st
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment without what torchrun or `accelerate launch` has put into it: a job is a launch of its own."""
     kept = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU")
-    return {name: value for name, value in environ.items() if name in kept or not name.startswith(_LAUNCHERS)}
+    dropped = {name for name in environ if name in _RANKS or name.startswith(_LAUNCHERS)} - set(kept)
+    return {name: value for name, value in environ.items() if name not in dropped}
 
 
 def summary(states: Mapping[str, State]) -> str | None:

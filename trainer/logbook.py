@@ -121,14 +121,13 @@ class Logbook:
         if self.metrics is not None:
             self.metrics.log(self.progress.step, found)
 
-    def epoch(self) -> int:
-        """Whole epochs behind this step; 0 for an endless stream."""
-        return self.progress.step * self.batch_size // self.samples if self.samples else 0
+    def epoch(self, steps_ago: int = 0) -> int:
+        """Whole epochs behind this step, or one before it; 0 for an endless stream."""
+        return max(0, self.progress.step - steps_ago) * self.batch_size // self.samples if self.samples else 0
 
     def epoch_ended(self) -> bool:
         """Whether the last step finished an epoch."""
-        before = (self.progress.step - 1) * self.batch_size
-        return bool(self.samples) and self.progress.step > 0 and before // self.samples < self.epoch()
+        return self.epoch(steps_ago=1) < self.epoch()
 
     def hours(self) -> float:
         """Hours trained, over all launches."""
@@ -144,10 +143,13 @@ class Logbook:
         loss = math.nan if p.train_loss is None else p.train_loss
         self.console.progress(p.step, total, loss, self.per_second, self.unit, eta)
         if every and p.step % every == 0:
+            logged = (
+                f"loss {loss:.4f} in the log interval to step {self.interval_first:,}, "
+                f"{self.per_second:,.0f} {self.unit}/s, {format_duration(eta)} to go"
+            )
             self.alerts.send(
                 "progress",
-                f"step {p.step:,} of {total:,}: loss {loss:.4f} in the log interval to step {self.interval_first:,}, "
-                f"{self.per_second:,.0f} {self.unit}/s, {format_duration(eta)} to go",
+                f"step {p.step:,} of {total:,}: {logged if math.isfinite(eta) else 'nothing logged yet in this launch'}",
                 step=p.step, total_steps=total, loss=loss, loss_step=self.interval_first, eta_seconds=eta,
                 **{f"{self.unit}_per_sec": self.per_second},
             )  # fmt: skip

@@ -86,7 +86,7 @@ class Training:
         s, p = self.session, self.progress
         accumulation = self.optimisation.gradient_accumulation_steps
         upcoming = self.read_ahead()
-        if self.saver.saved_step == p.step and self.logbook.epoch_ended():
+        if self.saver.saved_step == p.step and self.saver.epoch_due():
             self.save(False, None)  # only its link: a kill may have come between the save and that
         while True:
             totals, asked, save_asked = self.agreed(upcoming)
@@ -112,7 +112,7 @@ class Training:
             learning_rate = self.recipe.learning_rate(p.step, s.total_steps, self.config)
             logging = p.step % self.run_config.log_every == 0 or p.step == s.total_steps
             grad_norm, bad, norms = s.update.step(learning_rate, self.layers if logging else {})
-            self.bad_steps.note(bad)
+            self.bad_steps.note(bad, p.step)
             self.check_bad_steps()
             self.logbook.count(totals)
             upcoming = self.read_ahead()
@@ -216,6 +216,7 @@ class Training:
     def save(self, better: bool, reason: str | None) -> None:
         """Write a checkpoint of this step, if there is none, and point to it by the names it has earned."""
         self.bad_steps.settle()
+        self.check_bad_steps()  # a run that must end must not leave a checkpoint it cannot go on from
         p = self.progress
         p.bad_steps, p.bad_in_a_row = self.bad_steps.total, self.bad_steps.in_a_row
         finished = reason is not None and reason == self.finished() and reason != "stop_at_step"
@@ -226,13 +227,15 @@ class Training:
         """Tell of this launch's first non-finite step; end the run after too many in a row. Neither changes the weights."""
         if self.bad_steps.in_a_row and not self.warned:
             self.warned = True
-            before = self.progress.step - 1  # verdicts are read a step late
-            self.logbook.tell("bad step", f"WARNING: the gradient of step {before:,} was not finite; it changed no weight")
+            step = self.bad_steps.last_step
+            self.logbook.tell("bad step", f"WARNING: the gradient of step {step:,} was not finite; it changed no weight")
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
             raise Refusal(
-                f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step {self.progress.step}; "
-                "lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",
+                f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step "
+                f"{self.bad_steps.last_step}; lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints "
+                "are kept)",
                 NOT_FINITE,
+                known_to_all=True,
             )
 
 

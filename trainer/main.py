@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer import config as configuration
 from trainer.config import Parsed
 from trainer.console import Console
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, OUT_OF_MEMORY, Refusal
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, Refusal
 from trainer.recipe import Recipe
 from trainer.redaction import redact, redact_text, without_urls
+from trainer.stopping import leaving_at_signals
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trainer.stopping import StopRequests
 
 
+@leaving_at_signals()
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
     if argv is None:
@@ -49,7 +50,9 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
         else:
-            with _explained(launch):
+            from trainer.peers import explained
+
+            with explained(launch):
                 recipe.commands[command].run(recipe, flags, launch, console.say)
     except Refusal as refusal:
         code = refusal.exit_code
@@ -94,6 +97,7 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
     The lock of the run directory is held, and its status.json kept, by rank 0.
     """
     from trainer.alerts import open_alerts
+    from trainer.peers import explained
     from trainer.resume import Plan, default_directory, make_plan
 
     title = f"{recipe.name}/{default_directory(recipe, parsed).name}"
@@ -109,7 +113,7 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
 
     training = None
     try:
-        with _explained(launch, parsed.config.optimisation):
+        with explained(launch, parsed.config.optimisation):
             told = launch.control.on_main(decide)
             plan, error = None, None
             try:
@@ -118,15 +122,11 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
                 error = refusal
             launch.control.agree(error)
             assert plan is not None
-            training = _Launch(recipe, plan, argv, launch, console, alerts)
-            return training.run()
+        training = _Launch(recipe, plan, argv, launch, console, alerts)
+        return training.run()
     except BaseException as error:
-        reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-        if directory is not None and training is not None and training.started:
-            directory.write_status("failed", reason, training.step)
-            alerts.send("failed", f"Failed at step {training.step}: {reason}", step=training.step)
-        else:
-            alerts.send("failed", f"Did not start: {reason}")
+        if training is None:
+            alerts.send("failed", f"Did not start: {_in_words(error)}")
         raise
     finally:
         if directory is not None:
@@ -152,6 +152,7 @@ class _Launch:
     def run(self) -> str:
         """Assemble, train, report."""
         from trainer.metrics import WANDB_EXIT_SECONDS
+        from trainer.peers import explained
         from trainer.stopping import EXIT_SECONDS, StopRequests, process_start_monotonic, slurm_seconds_left
 
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
@@ -165,7 +166,22 @@ class _Launch:
             None if left is None else time.monotonic() + left,
             EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
         ) as stops:
-            return self._train(stops)
+            # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
+            try:
+                with explained(self.launch, self.plan.config.optimisation):
+                    return self._train(stops)
+            except BaseException as error:
+                self._fail(_in_words(error))
+                raise
+            finally:
+                self.alerts.close()
+
+    def _fail(self, reason: str) -> None:
+        """Leave word of a failure: in status.json, if there is one, and to the webhook."""
+        if self.started and self.launch.is_main:
+            self.plan.directory.write_status("failed", reason, self.step)
+        beginning = f"Failed at step {self.step}" if self.loop is not None else "Did not start"
+        self.alerts.send("failed", f"{beginning}: {reason}", step=self.step)
 
     def _train(self, stops: StopRequests) -> str:
         from trainer.loop import Training
@@ -272,36 +288,5 @@ class _Launch:
         )
 
 
-@contextlib.contextmanager
-def _explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
-    """Turns an error into what a person can do about it, and one that came from another process into that process's."""
-    from trainer import peers
-
-    try:
-        yield
-    except Exception as error:
-        cause = peers.settle(_out_of_memory(error, optimisation) or error, launch.rank, launch.processes)
-        if cause is error:
-            raise
-        raise cause from error
-
-
-def _out_of_memory(error: Exception, optimisation: Any) -> Refusal | None:
-    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
-    import torch
-
-    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
-    told = not isinstance(error, Refusal) and any(sign in str(error).lower() for sign in signs)
-    if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return None
-    batch = ""
-    if optimisation is not None:
-        size, accumulation = optimisation.batch_size, optimisation.gradient_accumulation_steps
-        arithmetic = f"{size} x {accumulation} accumulation = {optimisation.effective_batch_size}"
-        batch = f" with batch_size {arithmetic} samples a step"
-    return Refusal(
-        f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
-        "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
-        f"Checkpoints are kept. ({' '.join(str(error).split())[:200]})",
-        OUT_OF_MEMORY,
-    )
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"

@@ -6,14 +6,19 @@ meet a broken or timed-out collective, and find the note. Where there is none, w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from trainer.errors import Refusal
+from trainer.errors import OUT_OF_MEMORY, Refusal
+from trainer.launch import Launch
 
 ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
 FAILURE, WAITING = "samecurve/failure", "samecurve/waiting/{}"
@@ -30,18 +35,40 @@ def settle(error: Exception, rank: int, processes: int) -> Exception:
     """
     if processes == 1 or (isinstance(error, Refusal) and error.known_to_all):
         return error
+    # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
+    settled: list[Exception] = []
+    asking = threading.Thread(target=lambda: settled.append(_ask(error, rank, processes)), daemon=True)
+    asking.start()
+    asking.join(1.5 * ANSWER_SECONDS)
+    if settled:
+        return settled[0]
+    return _lost("the first host gives no answer", error) if _is_broken(error) else error
+
+
+def _ask(error: Exception, rank: int, processes: int) -> Exception:
+    """`settle`, by the store."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        if not isinstance(error, Refusal) and isinstance(error, RuntimeError) and _BROKEN.search(str(error)):
+        if _is_broken(error):
             error = _look_around(error, store, rank, processes)
         text = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         note = json.dumps([rank, text, error.exit_code if isinstance(error, Refusal) else 1])
         failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
     except (RuntimeError, ValueError, AttributeError):  # the store went down with its host; AttributeError: it is private
-        return error
+        return _lost("the first host is gone", error) if _is_broken(error) else error
     if failed == rank:
         return error
     return Refusal(f"rank {failed}: {text}", code, said_elsewhere=True)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether this is how a collective ends that another process has left."""
+    return not isinstance(error, Refusal) and isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+
+
+def _lost(what: str, error: Exception) -> Refusal:
+    told = " ".join(str(error).split())[:300]
+    return Refusal(f"{what}; the same command goes on from the newest checkpoint ({told})", 1)
 
 
 def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Exception:
@@ -54,5 +81,35 @@ def _look_around(error: Exception, store: Any, rank: int, processes: int) -> Exc
         silent = [other for other in silent if not store.check([WAITING.format(other)])]
     names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
     what = f"{names} of {processes} gave no answer: killed, or hung" if silent else "the processes lost each other"
-    told = " ".join(str(error).split())[:300]
-    return Refusal(f"{what}; the same command goes on from the newest checkpoint ({told})", 1)
+    return _lost(what, error)
+
+
+@contextlib.contextmanager
+def explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
+    """Turns an error into what a person can do about it, and one that came from another process into that process's."""
+    try:
+        yield
+    except Exception as error:
+        cause = settle(_out_of_memory(error, optimisation) or error, launch.rank, launch.processes)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _out_of_memory(error: Exception, optimisation: Any) -> Refusal | None:
+    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    told = not isinstance(error, Refusal) and any(sign in str(error).lower() for sign in signs)
+    if not told and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
+    batch = ""
+    if optimisation is not None:
+        size, accumulation = optimisation.batch_size, optimisation.gradient_accumulation_steps
+        arithmetic = f"{size} x {accumulation} accumulation = {optimisation.effective_batch_size}"
+        batch = f" with batch_size {arithmetic} samples a step"
+    return Refusal(
+        f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
+        "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
+        f"Checkpoints are kept. ({' '.join(str(error).split())[:200]})",
+        OUT_OF_MEMORY,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from trainer.errors import Refusal
 from trainer.loop import Training
 from trainer.metrics import Metrics
 from trainer.run_directory import RunDirectory
@@ -41,7 +40,8 @@ def report(loop: Training, directory: RunDirectory, reason: str, metrics: Metric
         baseline = recipe.baseline(session.config, session.data)
         plot_loss(directory.metrics, picture, title, baseline, unit=recipe.loss_unit)
         say(f"Plot: {picture}")
-    except (OSError, Refusal) as error:
+    except Exception as error:  # the run is finished, whatever becomes of its picture
+        loop.console.log_traceback(error)
         say(f"WARNING: no plot: {error}")
     try:
         recipe.after_training(session.config, session.data, directory, last, say)

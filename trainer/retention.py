@@ -69,14 +69,22 @@ def links(folder: Path) -> dict[str, str]:
 
 
 def prune(folder: Path, prefix: str, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` step checkpoints (0: delete none), never one that a link points to."""
-    kept = set(links(folder).values())
+    """Delete all but the newest `keep_last` step checkpoints (0: delete none), never one that a link points to.
+
+    Raises OSError for what could not be deleted, after the rest has been.
+    """
+    kept, failure = set(links(folder).values()), None
     for _, path in step_folders(folder, prefix)[keep_last:] if keep_last else ():
         if path.name not in kept:
             # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
             doomed = folder / f"{TEMPORARY}{path.name}"
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            try:
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 def roll_back(folder: Path, prefix: str, step: int) -> list[str]:

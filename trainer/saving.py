@@ -36,10 +36,15 @@ class Saver:
         stops.expect_save(SLOW_SAVE_SECONDS + 3 * sum(e.size_bytes for e in session.state.model_entries()) / SLOW_DISK)
 
     def due(self) -> bool:
-        """Every `save_every` steps and at the end of an epoch; not again where this run has just been resumed."""
+        """Every `save_every` steps and every `save_epochs` epochs; not again where this run has just been resumed."""
         step, every = self.progress.step, self.config.run.save_every
-        due = bool(every and step % every == 0) or self.logbook.epoch_ended()
+        due = bool(every and step % every == 0) or self.epoch_due()
         return due and step > 0 and self.saved_step != step
+
+    def epoch_due(self) -> bool:
+        """Whether the last step finished an epoch whose checkpoint is kept."""
+        every = self.config.run.save_epochs
+        return bool(every) and self.logbook.epoch() // every > self.logbook.epoch(steps_ago=1) // every
 
     def due_by_the_clock(self) -> bool:
         """Whether `save_minutes` have passed since the last save."""
@@ -53,7 +58,7 @@ class Saver:
         can go on; raises Refusal (exit 5) where it was the last one.
         """
         began, p, name = time.monotonic(), self.progress, f"{self.recipe.checkpoint_prefix}{self.progress.step}"
-        links = ["best_model"] * better + [f"checkpoint_epoch_{self.logbook.epoch()}"] * self.logbook.epoch_ended()
+        links = ["best_model"] * better + [f"checkpoint_epoch_{self.logbook.epoch()}"] * self.epoch_due()
         links += [STOP_LINKS[reason]] if reason in STOP_LINKS else []
         links += ["checkpoint_final"] * finished
 
@@ -63,7 +68,7 @@ class Saver:
                     retention.link(self.folder, link, name)
                 retention.prune(self.folder, self.recipe.checkpoint_prefix, self.config.run.keep_last)
             except OSError as error:
-                self.console.say(f"WARNING: {error}: a link was not set or an old checkpoint not removed")
+                self.logbook.tell("save", f"WARNING: {error}: a link was not set or an old checkpoint not removed")
 
         written = self.saved_step != p.step
         try:
@@ -79,13 +84,13 @@ class Saver:
         except Refusal as failure:
             if reason:
                 raise
-            self.console.say(f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
+            self.logbook.tell("save failed", f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
             return False
         finally:
             self.saved_at = time.monotonic()
             self.logbook.aside += self.saved_at - began
+        if written:  # a link alone says nothing of what a save takes
             self.stops.note_save(self.saved_at - began)
-        if written:
             self.logbook.write({"checkpoint/seconds": time.monotonic() - began})
         what = "Saved checkpoint to" if written else "Linked checkpoint"
         self.console.say(f"{what} {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))

@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.errors import Refusal
+from trainer.errors import INTERRUPTED, Refusal
 from trainer.run_directory import RunDirectory
 
 # In order of priority. SIGTERM is the last signal: a launcher that another signal killed shows up here as a SIGTERM.
@@ -90,6 +90,55 @@ def die_with_launcher() -> None:
         die_with_parent(signal.SIGTERM)
         if os.getppid() != parent:  # it died just before we asked
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _listen(heard: Callable[[int], None]) -> Callable[[], None]:
+    """Have a thread call `heard(number)` at once for each signal that has a Python handler. Gives the way back.
+
+    The handlers themselves wait for the current C call: a whole backward, or for ever in a hung collective.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    previous = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := ours.recv(1)[0]:
+            heard(number)
+
+    def stop() -> None:
+        signal.set_wakeup_fd(previous)
+        theirs.send(b"\0")
+        thread.join()
+        ours.close()
+        theirs.close()
+
+    thread = threading.Thread(target=listen, name="interrupts", daemon=True)
+    thread.start()
+    return stop
+
+
+@contextmanager
+def leaving_at_signals() -> Iterator[None]:
+    """Where no StopRequests holds, nothing is begun yet, or all is saved: a signal ends the process, with one line.
+
+    A SIGINT stays Python's KeyboardInterrupt.
+    """
+
+    def leave(number: int) -> None:
+        if number in deadly:
+            os.write(2, f"{signal.Signals(number).name}: leaving at once; nothing is lost\n".encode())
+            os._exit(INTERRUPTED)
+
+    deadly = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    stop = _listen(leave)
+    for number in deadly:
+        signal.signal(number, lambda *_: None)
+    try:
+        yield
+    finally:
+        stop()
+        for number in deadly:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def reset_in_worker(worker_id: int) -> None:
@@ -167,6 +216,7 @@ class StopRequests:
         self._next_poll = 0.0
         self._stdin, self._typed = _stdin_kind(), b""
         self._previous: dict[signal.Signals, Any] = {}
+        self._first_interrupt = 0.0
 
     def __enter__(self) -> Self:
         self.install()
@@ -177,29 +227,19 @@ class StopRequests:
 
     def install(self) -> None:
         """Catch the signals. A SIGHUP that is ignored already (nohup) stays ignored."""
-        # A Python handler waits for the current C call: a whole backward, or for ever in a hung collective. The wake-up
-        # socket is written at once, so a thread can end the process at the second Ctrl-C.
-        self._wake = socket.socketpair()
-        self._wake[1].setblocking(False)
-        self._previous_wakeup = signal.set_wakeup_fd(self._wake[1].fileno(), warn_on_full_buffer=False)
-        self._interrupts = threading.Thread(target=self._watch_interrupts, name="interrupts", daemon=True)
-        self._interrupts.start()
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 handler = signal.signal(number, lambda number, _: self._asked.add(signal.Signals(number).name))
                 self._previous[number] = signal.SIG_DFL if handler is None else handler
+        self._stop_listening = _listen(self._leave_at_second_interrupt)
 
     def close(self) -> None:
         """Restore the previous handlers; remove an obeyed `stop` file. (A run killed before that stops once more.)"""
         if self._previous:
+            self._stop_listening()
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             self._previous.clear()
-            signal.set_wakeup_fd(self._previous_wakeup)
-            self._wake[1].send(b"\0")
-            self._interrupts.join()
-            for end in self._wake:
-                end.close()
         if self._run is not None and "stop_file" in self._asked:
             with suppress(OSError):
                 self._run.stop_file.unlink()
@@ -238,16 +278,13 @@ class StopRequests:
         """Seconds until the time limit; infinite without one, negative after it."""
         return self._deadline - time.monotonic()
 
-    def _watch_interrupts(self) -> None:
-        echo_seconds = 1.0 if launched(os.environ) else 0.2  # a launcher may pass the terminal's Ctrl-C on: one, not two
-        first = 0.0
-        while True:
-            for number in self._wake[0].recv(64):
-                if number == 0:
-                    return
-                if number == signal.SIGINT and time.monotonic() - (first := first or time.monotonic()) > echo_seconds:
-                    os.write(2, b"\nsecond interrupt: leaving at once, without saving\n")
-                    os._exit(130)
+    def _leave_at_second_interrupt(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._first_interrupt = self._first_interrupt or time.monotonic()
+            echo_seconds = 1.0 if launched(os.environ) else 0.2  # a launcher may pass the terminal's Ctrl-C on: one, not two
+            if time.monotonic() - self._first_interrupt > echo_seconds:
+                os.write(2, b"\nsecond interrupt: leaving at once, without saving\n")
+                os._exit(INTERRUPTED)
 
     def _poll(self, run: RunDirectory) -> None:
         if os.path.lexists(run.stop_file):

@@ -136,7 +136,10 @@ class DeepSpeedUpdate:
         self.engine.backward(loss * self.factor)
 
     def step(self, learning_rate: float, measured: Mapping[str, Sequence[nn.Parameter]] = {}) -> Step:
-        """The engine clips, updates and clears; it skips a step that is not finite (its own host reads). It has no whole gradients: `measured` is empty."""
+        """The engine clips, updates and clears; it skips a step that is not finite (its own host reads).
+
+        It keeps no whole gradients to give norms of: `measured` is empty.
+        """
         _set_learning_rate(self.engine.optimizer, learning_rate)
         scaler = self._dynamic_scaler()
         scale_before = scaler.cur_scale if scaler else 0.0
@@ -176,28 +179,28 @@ class BadSteps:
     """Counts non-finite steps, reading each verdict one step late, when the device has long produced it."""
 
     def __init__(self, in_a_row: int = 0, total: int = 0) -> None:
-        self.in_a_row, self.total = in_a_row, total
-        self._pending: tuple[Tensor, Any] | None = None
+        self.in_a_row, self.total, self.last_step = in_a_row, total, 0
+        self._pending: tuple[Tensor, Any, int] | None = None
 
-    def note(self, bad: Tensor) -> None:
+    def note(self, bad: Tensor, step: int) -> None:
         """Take the verdict of this step, and read that of the one before."""
         self.settle()
         if bad.device.type == "cpu":
-            self._pending = (bad, None)
+            self._pending = (bad, None, step)
             return
         # `non_blocking` to the host goes through page-locked memory; the event says when it has arrived.
         copy, arrived = bad.to("cpu", non_blocking=True), torch.cuda.Event()
         arrived.record()
-        self._pending = (copy, arrived)
+        self._pending = (copy, arrived, step)
 
     def settle(self) -> None:
         """Read the verdict that is still pending, if any."""
         if self._pending is None:
             return
-        bad, arrived = self._pending
+        bad, arrived, step = self._pending
         if arrived is not None:
             arrived.synchronize()
         self._pending = None
         is_bad = bool(bad.item())
         self.total += is_bad
-        self.in_a_row = self.in_a_row + 1 if is_bad else 0
+        self.in_a_row, self.last_step = (self.in_a_row + 1, step) if is_bad else (0, self.last_step)

@@ -22,7 +22,7 @@ Item = tuple["torch.Tensor", int]
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10"}
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-NOISE, BACKGROUND = 0.15, 0.5  # of the synthetic images
+NOISE = 0.1  # standard deviation of the noise on the synthetic images
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ def random_of(*parts: object) -> np.random.RandomState:
 
 
 class SyntheticImageDataset:
-    """Two marked patches, A and B, somewhere on a grid of noise; the label is which of `num_classes` offsets B has from A.
+    """Pairs of patches with the marks A and B on a grid of like patches; in every pair of an image B has the same offset from
+    A, and the label is which of `num_classes` offsets. Over all lies noise.
 
-    Item i is a pure function of (seed, i). Each label is as likely, and A lies anywhere that leaves B on the grid. Every image
-    holds one A, one B and noise, so without positions the patches say nothing about the label: a model that does not know
-    where its patches are cannot do better than 1 / num_classes. The offsets are the shortest ones, of length 1, sqrt(2), 2 ...
+    Item i is a pure function of (seed, i). Each label is as likely, and every image holds equally many A and B, so without
+    positions the patches say nothing about the label: a model that does not know where its patches are cannot do better than
+    1 / num_classes. The offsets are the shortest ones, of length 1, sqrt(2), 2 ...
     """
 
     def __init__(
@@ -75,7 +76,11 @@ class SyntheticImageDataset:
                 f"num_classes {num_classes} must be from 2 to {len(self.offsets)}, the offsets between two of the "
                 f"{self.grid[0]} x {self.grid[1]} patches"
             )
-        patterns = random_of("patterns", patch_size, in_channels).randint(0, 2, (2, in_channels, patch_size, patch_size))
+        # However its pairs are drawn, one rules out at most two others of an offset, so that a third always has room.
+        starts = [(self.grid[0] - abs(down)) * (self.grid[1] - abs(across)) for down, across in self.offsets[:num_classes]]
+        self.pairs = max(1, min(-(-min(starts) // 3), self.grid[0] * self.grid[1] // 4))
+        # Of every patch, of A, of B. Not noise alone for the others: a norm layer would blow it up to the size of the marks.
+        patterns = random_of("patterns", patch_size, in_channels).randint(0, 2, (3, in_channels, patch_size, patch_size))
         self.patterns = patterns.astype(np.float32)
 
     def __len__(self) -> int:
@@ -88,15 +93,28 @@ class SyntheticImageDataset:
             raise IndexError(f"item {i} of {self.num_samples}")
         random, (rows, columns), side = random_of(self.seed, "synthetic image", i), self.grid, self.patch_size
         label = random.randint(self.num_classes)
+        image = np.tile(self.patterns[0], (1, rows, columns))
+        for kind, places in enumerate(self._places(label, random), start=1):
+            for row, column in places:
+                image[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = self.patterns[kind]
+        noise = random.standard_normal(image.shape).astype(np.float32)
+        return torch.from_numpy(image + np.float32(NOISE) * noise), int(label)
+
+    def _places(self, label: int, random: np.random.RandomState) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(row, column) of each A and of its B: pairs in a random order, each taken if its two places are free."""
+        rows, columns = self.grid
         down, across = self.offsets[label]
-        top = random.randint(max(0, -down), min(rows, rows - down))
-        left = random.randint(max(0, -across), min(columns, columns - across))
-        image = random.standard_normal((self.in_channels, rows * side, columns * side)).astype(np.float32)
-        image = BACKGROUND + NOISE * image
-        for pattern, (row, column) in zip(self.patterns, ((top, left), (top + down, left + across)), strict=True):
-            place = np.s_[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
-            image[place] += pattern - BACKGROUND
-        return torch.from_numpy(image), int(label)
+        first, second = [], []
+        taken = np.zeros(self.grid, dtype=bool)
+        for place in random.permutation(rows * columns):
+            a = divmod(int(place), columns)
+            b = (a[0] + int(down), a[1] + int(across))
+            on_grid = 0 <= b[0] < rows and 0 <= b[1] < columns
+            if on_grid and not taken[a] and not taken[b] and len(first) < self.pairs:
+                taken[a] = taken[b] = True
+                first.append(a)
+                second.append(b)
+        return first, second
 
 
 class Digits:

@@ -1,15 +1,17 @@
-"""Token ids in a file, mapped into memory, and the windows of them that a language model is trained and measured on."""
+"""Token ids in a file, read where they lie, and the windows of them that a language model is trained and measured on."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import math
-import mmap
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +25,13 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that is not trained on: the default ignore_index of torch's cross entropy
 CHUNK_BYTES = 1 << 24
-# Windows drawn before the pages they touched are given back. The kernel maps up to 64 KiB around each, so that a process
-# never holds more than 256 MiB of a file; the pages stay in the page cache.
-WINDOWS_HELD = 4096
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenFile:
     """Ids in a file: uint16 without a header (`.ids`, nanoGPT's `.bin`; uint32 above 65,536 entries) or a 1-D `.npy`.
 
-    Beside a headerless file there may be NAME.json with its `dtype` and `count`. Pickled by path: workers map it anew.
+    Beside a headerless file there may be NAME.json with its `dtype` and `count`. Pickled by path: workers open it anew.
     """
 
     path: Path
@@ -40,7 +39,6 @@ class TokenFile:
     offset: int
     """bytes before the first id"""
     count: int
-    _drawn: int = 0
 
     @classmethod
     def open(cls, path: Path, vocab_size: int) -> TokenFile:
@@ -90,26 +88,28 @@ class TokenFile:
         return cls(path, array.dtype.name, array.offset, len(array))
 
     def windows(self, length: int, starts: np.ndarray) -> np.ndarray:
-        """ids[start : start + length] for each start: int32 [len(starts), length]."""
-        self._drawn += len(starts)
-        if self._drawn > WINDOWS_HELD:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-            self._drawn = 0
-        width = np.dtype(self.dtype).itemsize
-        view = np.ndarray((self.count - length + 1, length), self.dtype, self._mapped, self.offset, (width, width))
-        return view[starts].astype(np.int32)
+        """ids[start : start + length] for each start: int32 [len(starts), length].
+
+        Read by position, not through a memory map: a map keeps all it has shown in this process, until it holds the file,
+        and giving pages back costs a page fault a window, several times what reading one takes.
+        """
+        width, handle = np.dtype(self.dtype).itemsize, self._file.fileno()
+        places = (self.offset + starts * width).tolist()
+        found = b"".join(map(os.pread, repeat(handle), repeat(length * width), places))
+        if len(found) != len(starts) * length * width:
+            raise ValueError(f"{self.path} has become shorter than its {self.count} ids; restore it")
+        return np.frombuffer(found, self.dtype).reshape(len(starts), length).astype(np.int32)
 
     @functools.cached_property
-    def _mapped(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _file(self) -> io.FileIO:
+        return io.FileIO(self.path)
 
     def ids(self) -> np.ndarray:
         """All ids [count], read-only; mapped, not read."""
-        return np.frombuffer(self._mapped, self.dtype, self.count, self.offset)
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_mapped"}
+        return {k: v for k, v in vars(self).items() if k != "_file"}
 
     def check(self, vocab_size: int, longer_than: int) -> str:
         """Look at every id once, a piece at a time; the SHA-256 of the ids.
@@ -125,7 +125,6 @@ class TokenFile:
         step = CHUNK_BYTES // np.dtype(self.dtype).itemsize
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            # Read, not mapped: a whole pass through a map would leave the file in this process's memory.
             for start in range(0, self.count, step):
                 ids = np.fromfile(file, self.dtype, min(step, self.count - start))
                 if ids.max() >= vocab_size or ids.min() < 0:
@@ -134,7 +133,7 @@ class TokenFile:
                         f"{self.path}: token id {ids[place]} at position {start + place} is not below vocab_size {vocab_size}; "
                         "give the --vocab_size of the tokenizer that made it"
                     )
-                digest.update(ids.astype(np.uint32))
+                digest.update(ids.astype("uint16" if vocab_size <= 2**16 else "uint32", copy=False))
         return digest.hexdigest()
 
 
@@ -185,11 +184,22 @@ def open_streams(train: str | None, validation: str | None, tokenizer: str | Non
         beside = Path(train).with_name("tokenizer.json")
         tokenizer = tokenizer or (str(beside) if beside.is_file() else None)
         tokenizer_json = existing_tokenizer(tokenizer).to_str() if tokenizer else None
+        for path in (train, validation):
+            _check_tokenizer(Path(path), tokenizer_json, tokenizer)
     files, digests = [], []
     for path in (train, validation):
         files.append(TokenFile.open(Path(path), vocab_size))
         digests.append(files[-1].check(vocab_size, length + 1))
     return Streams(files[0], files[1], tokenizer_json, hashlib.sha256("".join(digests).encode()).hexdigest())
+
+
+def _check_tokenizer(path: Path, tokenizer_json: str | None, name: str | None) -> None:
+    """ValueError if the .json beside a file of ids tells of another tokenizer than this one."""
+    told = _sidecar(path).get("tokenizer_sha256")
+    if told and tokenizer_json and told != hashlib.sha256(tokenizer_json.encode()).hexdigest():
+        raise ValueError(
+            f"tokenizer {name} is not the one that made {path}; give that one with --tokenizer, or make the ids again"
+        )
 
 
 class TokenWindows:

@@ -41,7 +41,7 @@ class StackedLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised together, scaled and shifted by model."""
         shape = (len(self.weight), *(1,) * (x.ndim - 2), x.shape[-1])
-        return torch.addcmul(self.bias.view(shape), F.layer_norm(x, x.shape[-1:]), self.weight.view(shape))
+        return F.layer_norm(x, x.shape[-1:]) * self.weight.view(shape) + self.bias.view(shape)
 
 
 class Block(nn.Module):
@@ -111,7 +111,7 @@ class AutoregressivePFN(nn.Module):
         self.tail_scale = self.width / HALF_NORMAL_MEDIAN
         beyond = self.tail_scale * math.sqrt(2 / math.pi)  # mean of a half-normal
         centres[0], centres[-1] = edges[1] - beyond, edges[-2] + beyond
-        self.register_buffer("edges", edges[1:-1].float(), persistent=False)
+        self.register_buffer("edges", edges[1:-1].float(), persistent=False)  # between the bins
         self.register_buffer("centres", centres.float(), persistent=False)
         self.register_buffer("mask", attention_mask(examples), persistent=False)
         if models is None:

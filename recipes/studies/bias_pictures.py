@@ -18,6 +18,8 @@ DIVERGING = "RdBu_r"  # white is no bias, red attracts, blue repels
 
 def draw_heat_maps(bias: torch.Tensor, out: Path, title: str) -> None:
     """The bias of one layer, [heads, N, N], one panel a head, all on one scale around 0."""
+    from matplotlib.ticker import MaxNLocator
+
     values = bias.detach().float().cpu().numpy()
     columns = math.ceil(math.sqrt(len(values)))
     rows = math.ceil(len(values) / columns)
@@ -32,6 +34,8 @@ def draw_heat_maps(bias: torch.Tensor, out: Path, title: str) -> None:
         axis.set_title(f"head {head}", fontsize=9)
         axis.set(xlabel="key position", ylabel="query position")
         axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.colorbar(shown, ax=axes.tolist(), label="bias added to the attention logit", shrink=0.8)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, out)
@@ -87,7 +91,8 @@ def draw_attention(images: Any, maps: Any, titles: Sequence[str], out: Path, tit
             )
             axis.set(xticks=[], yticks=[])
             axis.set_title((f"layer {layer}\n" if row == 0 else "") + f"highest {share.max():.0%}", fontsize=8)
-    figure.colorbar(shown, ax=axes.tolist(), ticks=[], label="share of attention: none to each panel's highest", shrink=0.6)
+    whole, label = axes.flatten().tolist(), "share of attention: none to each panel's highest"
+    figure.colorbar(shown, ax=whole, ticks=[], label=label, shrink=0.6)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, out)
 

@@ -105,6 +105,10 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, say: Say) -> None:
     """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
     from trainer.inference import find, load, on_main
 
+    try:
+        flags.prompt.encode()
+    except UnicodeEncodeError as reason:  # bytes of another encoding, as Python hands them on
+        raise Refusal(f"the prompt is not UTF-8 from character {reason.start + 1} on; give it in UTF-8") from None
     found, config = find(recipe, flags.model_path, launch)
     text = Text.without_data(found.text("tokenizer.json"))
     network = load(recipe, found, config, Data(None, {}, extra={"text": text}), launch)

@@ -142,8 +142,9 @@ def _check(config: Config) -> None:
         raise Refusal(f"the bins of y would lie on [{low:g}, {high:g}]; give a y_min below y_max, and a y_range above 0")
     if o.max_steps < 6:
         raise Refusal(f"max_steps {o.max_steps} is too short for the one-cycle schedule; give at least 6")
-    if max(d.num_tasks, *d.stack, 0) * d.task_size > POOL_NUMBERS:
-        raise Refusal(f"a pool of {max(d.num_tasks, *d.stack):,} tasks of size {d.task_size} takes over 8 GiB; lower num_tasks")
+    largest = max((d.num_tasks, *d.stack))
+    if largest * d.task_size > POOL_NUMBERS:
+        raise Refusal(f"a pool of {largest:,} tasks of size {d.task_size} takes over 8 GiB; lower num_tasks")
     if len(set(d.stack)) < len(d.stack):
         raise Refusal(f"stack {' '.join(map(str, d.stack))} names a number of tasks twice; give each once")
     if d.stack and o.grad_clip:

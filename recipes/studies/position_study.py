@@ -63,6 +63,7 @@ def compare(recipe: Recipe, flags: Compare, launch: Launch, say: Say) -> None:
     for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
         for variant in VARIANTS:
             path = folder / f"{variant.replace(' + ', '_and_')}_seed{seed}"
+            say(f"----- positions: {variant}; seed {seed}")
             ended = _train(recipe, flags, launch, variant, seed, path)
             if ended is not None:
                 say(f"Stopped ({ended}) in {path}; the same command goes on with the comparison")
@@ -79,7 +80,7 @@ def compare(recipe: Recipe, flags: Compare, launch: Launch, say: Say) -> None:
 
 
 def _train(recipe: Recipe, flags: Compare, launch: Launch, variant: str, seed: int, path: Path) -> str | None:
-    """One run, trained to its end; why it was stopped, if it was. Quiet: what it says is in its train.log."""
+    """One run, trained to its end; why it was stopped, if it was."""
     from trainer import config
     from trainer.console import Console
     from trainer.main import train
@@ -119,6 +120,8 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> list[str]:
 
 def draw(curves: Mapping[str, Sequence[Curve]], out: Path, title: str) -> None:
     """Accuracy along training, the mean over seeds in a band from the lowest to the highest; beside it how each run ended."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(10, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     for place, (variant, runs) in enumerate(curves.items()):
@@ -130,14 +133,15 @@ def draw(curves: Mapping[str, Sequence[Curve]], out: Path, title: str) -> None:
         last = [run.accuracy[-1] for run in runs]
         right.plot([place] * len(last), last, "o", color=colour, alpha=0.6)
         right.plot([place - 0.25, place + 0.25], [mean[-1]] * 2, color=colour, linewidth=2)
-        right.annotate(f"{mean[-1]:.1%}", (place + 0.3, mean[-1]), fontsize=9, va="center")
+        right.annotate(f"{mean[-1]:.1%}", (place + 0.14, mean[-1]), (0, 3), textcoords="offset points", fontsize=9)
     for axis in (left, right):
         axis.axhline(1 / next(iter(curves.values()))[0].classes, color="0.4", linestyle="--", linewidth=1, label="guessing")
         axis.grid(alpha=0.3)
     left.set(xlabel="optimizer step", ylabel="validation top-1", ylim=(0, 1.02))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     left.legend(fontsize=9)
     right.set_xticks(range(len(curves)), [variant.replace(" + ", " +\n") for variant in curves])
-    right.set(xlabel="positions the model knows", xlim=(-0.5, len(curves)))
+    right.set(xlabel="positions the model knows", xlim=(-0.5, len(curves) - 0.3))
     figure.suptitle(f"{title}: with and without relative bias, {len(next(iter(curves.values())))} seeds", fontsize=11)
     save_figure(figure, out)

@@ -184,7 +184,8 @@ def _statistics(chunks: list[Tensor]) -> dict[str, Any]:
 
 def table(results: Results) -> list[str]:
     """The averages over positions, as lines to print."""
-    tasks = f"{results['num_tasks']} tasks" if results["num_tasks"] else "infinitely many tasks"
+    number = results["num_tasks"]
+    tasks = f"{number or 'infinitely many'} task{'s' * (number != 1)}"
     longer = results["examples"] > results["trained_examples"]
     lines = [
         f"{results['sequences']:,} fresh sequences each of {results['examples']} examples"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,9 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
     if flags.data_dir:
         config = replace(config, data=replace(config.data, dataset="folder", data_dir=flags.data_dir))
     data = load_data(recipe, config, launch)
+    trained_on, classes = json.loads(found.text("classes.json")), data.extra["sets"].classes
+    if classes != trained_on:
+        raise Refusal(f"{flags.data_dir} has the classes {_list(classes)}; {found.path} was trained on {_list(trained_on)}")
     split = flags.split or ("test" if data.test else "validation")
     dataset = {"train": data.train.plain(), "validation": data.evaluation["val"], "test": data.test}[split]
     if dataset is None:
@@ -70,6 +74,10 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
     say(f"Evaluating {found.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     result = evaluate_trained(recipe, network, config, dataset, launch, flags.batch_size)
     say(f"{split}: {_accuracy(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")
+
+
+def _list(classes: list[str]) -> str:
+    return ", ".join(classes[:6]) + (f" and {len(classes) - 6} more" if len(classes) > 6 else "")
 
 
 def _accuracy(result: Any, prefix: str = "") -> str:

@@ -85,6 +85,9 @@ def unstack(recipe: Recipe, stacked: Path, config: Any, target: Path) -> None:
     made.checkpoints.mkdir(parents=True)
     rows = [_row_of(row, place) for row in read_metrics(source.metrics)]
     rows = [row for row in rows if row.keys() - {"step", "time"}]
+    for row in rows:
+        if any(name.startswith("final/") for name in row):
+            row["final/train_loss"] = next(r["train/loss"] for r in reversed(rows) if "train/loss" in r)
     made.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = replace(config, run=replace(config.run, output_dir=str(target), checkpoint_dir=None))
     made.config.write_text(configuration.to_yaml(config), encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from trainer import config as trainer_config
+from trainer.errors import Refusal
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,10 @@ class Config:
     data: Ids = field(default_factory=Ids)
     optimisation: Optimisation = field(default_factory=Optimisation)
     run: Run = field(default_factory=Run)
+
+    def resolved(self) -> Config:
+        """As it is, if its sizes mean something."""
+        for name in ("context_length", "rope_theta"):
+            if getattr(self.model, name) <= 0:
+                raise Refusal(f"{name} {getattr(self.model, name)} must be above 0")
+        return self

@@ -58,7 +58,7 @@ def windows_of(config: Any) -> Data:
     else:
         train = RandomWindows(streams.train, length, config.optimisation.seed)
     sizes = {"Train": streams.train.count, "Validation": streams.validation.count}
-    notes = ["Loading data with memory mapping...", *(f"{name} data size: {n:,} tokens" for name, n in sizes.items())]
+    notes = ["Loading data, left in its files...", *(f"{name} data size: {n:,} tokens" for name, n in sizes.items())]
     return Data(train, measured, fingerprint=streams.fingerprint, notes=notes, extra={"streams": streams})
 
 
@@ -72,7 +72,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
     found, config = find(recipe, flags.model_path, launch)
     # Of `embedded` the validation part; of any other, that file alone: the training data may be elsewhere.
     path = flags.data_path or config.data.val_data_path or "embedded"
-    tokenizer = str(found.path / "tokenizer.json") if path == "embedded" and "tokenizer.json" in found.files else None
+    tokenizer = str(found.path / "tokenizer.json") if "tokenizer.json" in found.files else None
     config = replace(config, data=replace(config.data, train_data_path=path, val_data_path=path, tokenizer=tokenizer))
     data = load_data(recipe, config, launch)
     say(f"Evaluating {found.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
@@ -98,6 +98,10 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, say: Say) -> None:
         text = Text.without_data(found.text("tokenizer.json"))
     else:
         raise Refusal(f"{found.path} holds no tokenizer.json, as there was none beside its data; give --tokenizer PATH")
+    if text.vocab_size > config.model.vocab_size:
+        raise Refusal(
+            f"the tokenizer has {text.vocab_size} entries, {found.path} {config.model.vocab_size}; give the one it had"
+        )
     network = load(recipe, found, config, Data(None, {}), launch)
     on_main(launch, lambda: say(sample(network, text, flags)))
 
@@ -131,7 +135,7 @@ def show_trained(recipe: Recipe, config: Any, data: Data, run: RunDirectory, che
 
     streams: Streams = data.extra["streams"]
     loss = read_metrics(run.metrics)[-1]["final/val_loss"]
-    part = f"the first {config.run.eval_iters} batches (eval_iters)" if config.run.eval_iters else "every token"
+    part = f"{config.run.eval_iters} batches (eval_iters) spread over it" if config.run.eval_iters else "every token"
     counted = bigram(streams, config.model.vocab_size)
     beside = f"; {counted[0]} on every token: {counted[1]:.4f}" if counted else ""
     say(f"Validation: {loss:.4f} nats per token over {part}{beside}")
@@ -141,4 +145,4 @@ def show_trained(recipe: Recipe, config: Any, data: Data, run: RunDirectory, che
     load_weights(network, Checkpoint(checkpoint))
     text = Text.without_data(streams.tokenizer_json)
     opening = text.tokenizer().decode(streams.validation.ids()[:8].tolist())
-    say(f"Sample: {sample(network.eval(), text, Sampling(str(checkpoint), prompt=opening))}")
+    say(f"Sample: {sample(network.eval(), text, Sampling(str(checkpoint), prompt=opening)).strip()}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import yaml
 from tyro.conf import arg
 
 from recipes.studies.regression_evaluation import Results
@@ -152,6 +153,15 @@ class PlannedModel:
     """of `train`, without --output_dir"""
     config: Any
 
+    def check_directory(self) -> None:
+        """Refusal if its run directory holds a run with other settings."""
+        path = RunDirectory(self.directory).config
+        if not path.is_file():
+            return
+        saved = configuration.from_mapping(type(self.config), yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        for name, (old, new) in configuration.changed(self.config, saved, ("model", "data", "optimisation")).items():
+            raise Refusal(f"{name}: {self.directory} holds a run with {old}, asked for {new}; choose another --output_dir")
+
     def trained(self) -> bool:
         """Whether its run has reached its last step."""
         try:
@@ -200,6 +210,8 @@ def plan(recipe: Recipe, flags: Sweep) -> list[PlannedModel]:
         arguments = (*common, "--num_tasks", str(number), "--task_size", str(size))
         name = f"tasks{number}-size{size}"
         models.append(PlannedModel(name, folder / name, arguments, parsed(*arguments).config))
+    for model in models:
+        model.check_directory()
     return models
 
 

@@ -49,11 +49,10 @@ def plot_experiment(rows: Sequence[Results], out: Path) -> dict[int, float | Non
             _finish(panels[line, column], text, ("pretraining tasks", "new tasks, w ~ N(0, I)")[line], places)
     for axis in panels[1]:
         axis.set_xlabel("pretraining tasks M")
-    handles, labels = panels[1, 0].get_legend_handles_labels()
-    panels[0, 0].legend(handles, labels, fontsize=8)
+    panels[0, 0].legend(*_legend(panels[0, 0], thresholds=True), fontsize=8)
     if len(sizes) > 1:
         for axis in (panels[0, 1], panels[0, 2]):
-            axis.legend(*_curves_only(axis), fontsize=8)
+            axis.legend(*_legend(axis, thresholds=False), fontsize=8)
     first = rows[0]
     figure.suptitle(
         f"In-context linear regression, {' and '.join(f'D = {size}' for size in sizes)}: {first['examples']} examples, noise "
@@ -128,6 +127,9 @@ def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> No
     axis.grid(alpha=0.3)
 
 
-def _curves_only(axis: Axes) -> tuple[list[Any], list[str]]:
-    pairs = [(h, t) for h, t in zip(*axis.get_legend_handles_labels(), strict=True) if not t.startswith("M*")]
-    return [h for h, _ in pairs], [t for _, t in pairs]
+def _legend(axis: Axes, thresholds: bool) -> tuple[list[Any], list[str]]:
+    """Handles and labels of the curves, and after them of the thresholds."""
+    handles, labels = axis.get_legend_handles_labels()
+    marks = [label.startswith("M*") for label in labels]
+    order = [i for i, mark in enumerate(marks) if not mark] + [i for i, mark in enumerate(marks) if mark and thresholds]
+    return [handles[i] for i in order], [labels[i] for i in order]

@@ -70,7 +70,7 @@ class Images:
     crop_padding: int = 0
     """pixels of grey around a training image before it is cut back at a random place"""
     flip: bool = False
-    """mirror half of the training images"""
+    """mirror half of the training images (not where left and right matter: digits, synthetic)"""
     mixup: float = 0.0
     """alpha of mixup (0: off)"""
     label_smoothing: float = 0.0
@@ -108,6 +108,8 @@ class Run(trainer_config.Run):
     """optimizer steps between log lines"""
     eval_every: Annotated[int, arg(aliases=("--eval_interval",))] = 0
     """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
+    save_epochs: int = 10
+    """epochs between checkpoints that are kept, as checkpoint_epoch_E (0: off)"""
     use_tensorboard: bool = True
     wandb_project: str = "vit-relpos"
 

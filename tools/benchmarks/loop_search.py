@@ -3,7 +3,8 @@
 python tools/benchmark.py loop_search
 
 Covered means settled, by the sieve, by a smaller number of the same path, or by following it (tools/loops/coverage.py). The
-rows run in turns, `--rounds` times; shown are the median and the extremes. "followed/s" counts only numbers that were followed.
+rows run in turns, `--rounds` times; shown are the median and the extremes over them. A core's second is a second of CPU time,
+so that other work on the machine hardly counts; "followed" counts only the numbers that no short cut settles.
 """
 
 from __future__ import annotations
@@ -40,18 +41,20 @@ def main(arguments: list[str]) -> None:
     }
     for covers in rows.values():
         covers()  # compiled, and the sieve in memory
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
     for _ in range(options.rounds):
         for name, covers in rows.items():
-            started = time.perf_counter()
+            started, started_cpu = time.perf_counter(), time.process_time()
             tally = covers()
-            seconds = time.perf_counter() - started
-            rates[name].append((tally.covered / seconds, tally.followed / seconds))
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+            rates[name].append((tally.covered / cpu_seconds, tally.followed / cpu_seconds, tally.covered / seconds))
     print(f"3n+1 from 2^{VERIFIED_BITS}, {platform.machine()}, {cores} cores, {options.rounds} rounds")
-    print(f"{'':36} {'integers/s':>10} {'lowest':>10} {'highest':>10} {'followed/s':>10}")
+    print(f"{'':34} {'integers per second and core':^32} {'followed':>9} {'integers per':>13}")
+    print(f"{'':34} {'median':>10} {'lowest':>10} {'highest':>10} {'likewise':>9} {'second':>13}")
     for name, measured in rates.items():
-        covered, followed = ([pair[i] for pair in measured] for i in (0, 1))
-        print(f"{name:36} {median(covered):10.3g} {min(covered):10.3g} {max(covered):10.3g} {median(followed):10.3g}")
+        per_core, followed, per_second = zip(*measured, strict=True)
+        extremes = f"{min(per_core):10.3g} {max(per_core):10.3g}"
+        print(f"{name:34} {median(per_core):10.3g} {extremes} {median(followed):9.3g} {median(per_second):13.3g}")
 
 
 _coverages: dict[tuple[int, int, int], Coverage] = {}

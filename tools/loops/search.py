@@ -14,7 +14,7 @@ from loops.exact import Cycle
 from loops.record import Record, Tally
 
 STRETCH_SECONDS = 0.25  # long enough to cost nothing to hand out, short enough to stop soon
-SAVE_SECONDS = 1.0  # the work that SIGKILL can cost, beside what is under way
+SAVE_SECONDS = 0.5  # the work that SIGKILL can cost, beside what is under way
 POLL_SECONDS = 0.2
 
 
@@ -54,9 +54,8 @@ def search(
             while record.next < stop and not (reason := stopped()):
                 while position < stop and len(waiting) < 2 * workers:
                     method, end = coverage.zone(position)
-                    end = min(
-                        end, (position + sizes[method]) // units[method] * units[method]
-                    )  # a block is cut at the ends only
+                    unit = units[method]  # a block is cut only where the range, or the method's zone, begins or ends in it
+                    end = min(end, (position + sizes[method]) // unit * unit)
                     waiting.append(_Stretch(position, end, method, pool.submit(_timed, coverage, position, end)))
                     position = end
                 try:

@@ -1,0 +1,108 @@
+"""The toy recipe with faults that befall one process of a launch: `--fault NAME`, on rank `--fault_rank`, from step 3 on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import toy_recipe
+from torch import Tensor, nn
+from toy_recipe import IGNORED, ToyRecipe, ToyRows
+
+from trainer.main import main
+from trainer.recipe import Batch, Data
+
+STEP = 3
+
+
+@dataclass(frozen=True)
+class Rows(toy_recipe.Rows):
+    fault: str = ""
+    fault_rank: int = 1
+    unlabelled: tuple[int, ...] = ()
+    """numbers in the endless stream of samples without anything to learn"""
+    evaluation_seconds: float = 0.0
+    """of each batch"""
+
+
+@dataclass(frozen=True)
+class Config(toy_recipe.Config):
+    """Train a toy that fails."""
+
+    data: Rows = field(default_factory=Rows)
+
+
+class FaultyRows(ToyRows):
+    """Fails, or has nothing to learn in it."""
+
+    def __init__(self, rows: int, unlabelled: Sequence[int], fails_at: int) -> None:
+        super().__init__(rows, 0)
+        self.unlabelled, self.fails_at, self.reads = frozenset(unlabelled), fails_at, 0
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        self.reads += 1
+        if self.reads == self.fails_at:
+            raise OSError("row 7 of shard 2 is damaged")
+        batch = super().__getitems__(numbers)
+        empty = torch.tensor([number in self.unlabelled for number in numbers])
+        batch["labels"] = batch["labels"].masked_fill(empty[:, None], IGNORED)
+        return {**batch, "has_value": batch["has_value"] & ~empty}
+
+
+class FaultyRecipe(ToyRecipe):
+    """One that fails as it is told."""
+
+    Config = Config
+    losses = 0
+
+    def here(self, config: Config, fault: str) -> bool:
+        return config.data.fault == fault and config.data.fault_rank == int(os.environ.get("RANK", 0))
+
+    def build_data(self, config: Config) -> Data:
+        self.config = config
+        if self.here(config, "clock"):
+            true = time.monotonic
+            time.monotonic = lambda: true() + 3600.0  # as if this host had been up for an hour longer since the start
+        fails_at = STEP + 1 if self.here(config, "data") else 0  # one sample is read before, to know the loss terms
+        return Data(
+            FaultyRows(config.data.train_rows, config.data.unlabelled, fails_at), {"val": ToyRows(9, 10_000)}, fingerprint="toy"
+        )
+
+    def build_model(self, config: Config, data: Data) -> nn.Module:
+        network = super().build_model(config, data)
+        if self.here(config, "order"):
+            value = network.value
+            del network.value
+            parts = dict(network._modules)
+            network._modules.clear()
+            network._modules.update({"value": value, **parts})
+        return network
+
+    def loss(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        self.losses += 1
+        if self.losses == STEP and self.here(self.config, "memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if self.losses == STEP and self.here(self.config, "bug"):
+            raise KeyError("weights_of_nothing")
+        return super().loss(network, batch)
+
+    def measure(self, network: nn.Module, batch: Batch) -> dict[str, tuple[Tensor | float, float]]:
+        time.sleep(self.config.data.evaluation_seconds)
+        return super().measure(network, batch)
+
+    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        if step == STEP and self.here(self.config, "disk"):  # as if it were full, but for logs
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return super().log_line(step, metrics)
+
+    def after_training(self, *_: Any) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    main(FaultyRecipe())

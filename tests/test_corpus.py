@@ -1,0 +1,177 @@
+"""Text of any size as a stream of documents: borders, pieces of long ones, what is held out, and every kind of file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.data import corpus
+from recipes.data.corpus import Part, Source, Unit, find_sources, hold_out, units
+from recipes.data.tokenizer import END_OF_TEXT
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def documents(found: list[Unit]) -> list[str]:
+    """Units put together again."""
+    whole: list[str] = []
+    for unit in found:
+        if unit.starts:
+            whole.append("")
+        whole[-1] += unit.text
+    assert [unit.ends for unit in found] == [*(unit.starts for unit in found[1:]), True]
+    return whole
+
+
+def read(path: Path, content: str | bytes) -> list[Unit]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(units(find_sources([str(path)])))
+
+
+def test_a_text_file_is_its_documents_and_nothing_of_them_is_lost(tmp_path: Path) -> None:
+    texts = ["One.\n", "\n Two \r\n\n", "Dreï 🙂"]
+    found = read(tmp_path / "a.txt", "\ufeff" + END_OF_TEXT.join([*texts[:2], " \n", texts[2]]) + END_OF_TEXT + "\n")
+    assert found == [Unit(text, True, True) for text in texts]
+    assert read(tmp_path / "b.txt", "no separator\nat all") == [Unit("no separator\nat all", True, True)]
+    assert read(tmp_path / "c.txt", " \n") == []
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 100_000])
+def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 40)
+    dice = random.Random(0)
+    words = ["a", "river", "stone.\n", "\n\n", "quietly", "é", "🙂", "<|endof", "lighthouses", "  "]
+    texts = [" ".join(dice.choices(words, k=dice.randint(1, 60))) for _ in range(60)]
+    (tmp_path / "a.txt").write_bytes(END_OF_TEXT.join(texts).encode())
+    expected = list(units(find_sources([str(tmp_path / "a.txt")])))
+    assert documents(expected) == [text for text in texts if text.strip()]
+    assert max(len(unit.text) for unit in expected) <= 80
+    assert len(expected) > 2 * len(texts)
+    monkeypatch.setattr(corpus, "READ_BYTES", block)
+    assert documents(list(units(find_sources([str(tmp_path / "a.txt")])))) == documents(expected)
+
+
+def test_long_documents_are_cut_before_white_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 20)
+    found = read(tmp_path / "a.txt", "twelve words\n\n  or more " * 20)
+    assert documents(found) == ["twelve words\n\n  or more " * 20]
+    for before, after in itertools.pairwise(found):
+        assert not before.text[-1].isspace()
+        assert after.text[0].isspace()
+    assert documents(read(tmp_path / "b.txt", "日" * 500)) == ["日" * 500]  # no white space at all
+
+
+def test_rows_of_jsonl_and_parquet_are_documents(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    rows = ["One.\nTwo.", "  ", "Dreï", "x" * 50_000]
+    lines = [json.dumps({"id": 1, "text": row}) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:2], "", *lines[2:], json.dumps("bare")]))
+    write_table(pa.table({"story": rows, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet", row_group_size=2)
+    kept = [rows[0], rows[2], rows[3]]
+    assert documents(list(units([Source(str(tmp_path / "a.jsonl"))]))) == [*kept, "bare"]
+    told: list[int] = []
+    assert documents(list(units([Source(str(tmp_path / "a.parquet"))], "story", told.append))) == kept
+    assert sum(told) == (tmp_path / "a.parquet").stat().st_size
+
+
+def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **options: Any) -> list[dict[str, str]]:
+        asked.append((names, options))
+        return [{"text": "One."}, {"text": "Two."}]
+
+    monkeypatch.setattr(corpus, "hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert documents(list(units([Source("owner/stories:small", "validation")]))) == ["One.", "Two."]
+    assert asked == [(("owner/stories", "small"), {"split": "validation", "streaming": True})]
+    with pytest.raises(ValueError, match="no text in 'story', but text; give its name with --column") as error:
+        list(units([Source("owner/stories", "train")], "story"))
+    one_line(error)
+
+
+def test_patterns_and_names(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        (tmp_path / name).write_text("text")
+    names = [Path(source.name).name for source in find_sources([f"{tmp_path}/*.txt", str(tmp_path / "c.jsonl")])]
+    assert names == ["a.txt", "b.txt", "c.jsonl"]
+    assert find_sources(["owner/stories", "owner/stories:small"], "validation") == [
+        Source("owner/stories", "validation"),
+        Source("owner/stories:small", "validation"),
+    ]
+    for name, problem in (
+        ("data/missing.txt", "does not exist"),
+        ("missing", "does not exist"),
+        ("*.nothing", "does not exist"),
+        (str(tmp_path), "is a folder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=problem) as error:
+            find_sources([name])
+        assert name in one_line(error)
+
+
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "READ_BYTES", 64)
+    monkeypatch.setattr(corpus, "hub_answers", lambda: False)
+    for name, content, problem in (
+        ("a.txt", b"good \xc3\xa9 " * 30 + b"caf\xe9 and on", "byte 0xe9 at offset 243"),
+        ("b.txt", b"cut off \xc3", "byte 0xc3 at offset 8"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": ', "line 2 is not JSON"),
+        (
+            "b.jsonl",
+            b'{"story": "good", "n": 1}\n',
+            "line 1 has no text in 'text' (it has story, n); give its name with --column",
+        ),
+        ("c.jsonl", b'{"text": "\\ud800"}\n', "line 1 holds half a surrogate pair"),
+        ("a.parquet", b"no parquet", "not a readable parquet file"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(problem)) as error:
+            list(units([Source(str(tmp_path / name))]))
+        assert name in one_line(error)
+    with pytest.raises(ValueError, match=r"owner/stories is no file here, and cannot be read from the hub") as error:
+        list(units([Source("owner/stories", "train")]))
+    one_line(error)
+
+
+def test_held_out_units_are_the_share_that_was_asked_for_and_never_the_first() -> None:
+    stream = [Unit("x" * (10 + n % 7), True, True) for n in range(3000)]
+    parts = list(hold_out(stream, 0.05))
+    assert "".join(part.text for part in parts) == "".join(unit.text for unit in stream)
+    held = [n for n, part in enumerate(parts) if part.held_out]
+    assert sum(len(parts[n].text) for n in held) / sum(len(part.text) for part in parts) == pytest.approx(0.05, rel=0.02)
+    assert held[0] == 1
+    assert max(b - a for a, b in itertools.pairwise(held)) < 40  # spread evenly
+    assert all(part.end and not part.gap for part in parts)
+    assert [part.held_out for part in hold_out(stream[:2], 0.01)] == [False, True]
+    assert not any(part.held_out for part in hold_out(stream, 0.0))
+
+
+def test_a_piece_that_is_held_out_leaves_a_border_on_both_sides() -> None:
+    long = [Unit(text, text == "a", text == "f") for text in "abcdef"]
+    parts = list(hold_out(long, 0.5))
+    assert parts == [
+        Part("a", False, False, False),
+        Part("b", True, True, True),
+        Part("c", False, False, False),
+        Part("d", True, True, True),
+        Part("e", False, False, False),
+        Part("f", True, True, True),
+    ]
+    two = [Unit("xxxxx", True, True), *long]
+    assert [part[1:] for part in hold_out(two, 0.25)][:3] == [(False, True, False), (True, True, False), (True, True, False)]

@@ -1,0 +1,77 @@
+"""The fast way from text to ids gives what the library gives."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from recipes.data import encoding
+from recipes.data.encoding import SIMPLE, WORD, Encoder
+from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+TEXT = "It's a river, isn't it?\n\n  The stones' 12 lighthouses — “quietly” walked… don't   they've we'll été\t1990s.\n"
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer([TEXT * 3], 330)
+
+
+def library(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def ids(encoder: Encoder, text: str) -> list[int]:
+    return np.frombuffer(encoder(text), encoder.dtype).tolist()
+
+
+def test_it_gives_the_ids_of_the_library_on_any_text(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "MOST_WORDS", 2000)  # so that the cache is emptied on the way
+    encoder, dice = Encoder(trained.to_str(), "uint16"), random.Random(0)
+    every = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x11000), 0x1F642, 0x1D7D8)]
+    simple = [char for char in every if SIMPLE.fullmatch(char)]
+    common = list(" '\n\tstrelaZ09.\r  \u00a0")
+    for _ in range(3000):
+        kind = dice.choice((common, simple, every))
+        text = "".join(dice.choice(kind if dice.random() < 0.7 else common) for _ in range(dice.randrange(40)))
+        assert ids(encoder, text) == library(trained, text), ascii(text)
+    assert len(encoder.words) < 2000
+
+
+def test_every_simple_character_is_taken_for_what_the_library_takes_it(trained: Tokenizer) -> None:
+    encoder = Encoder(trained.to_str(), "uint16")
+    simple = [chr(code) for code in range(0x3000) if SIMPLE.fullmatch(chr(code))]
+    assert len(simple) > 350
+    assert encoder.by_words
+    for char in simple:
+        text = f"a{char}1{char}!{char}{char}b {char} {char}a '{char}s"
+        assert ids(encoder, text) == library(trained, text), ascii(char)
+
+
+def test_words_are_met_once(trained: Tokenizer) -> None:
+    encoder = Encoder(trained.to_str(), "uint32")
+    assert ids(encoder, TEXT * 5) == library(trained, TEXT * 5)
+    assert encoder.words.keys() <= set(WORD.findall(TEXT * 2))
+    encoder.words.tokenizer = None  # type: ignore[assignment] # it is not asked again
+    assert ids(encoder, TEXT * 7) == library(trained, TEXT * 7)
+
+
+def test_added_tokens_and_other_tokenizers_go_to_the_library(trained: Tokenizer) -> None:
+    encoder = Encoder(trained.to_str(), "uint16")
+    text = f"a river{END_OF_TEXT}quietly"
+    assert trained.token_to_id(END_OF_TEXT) in ids(encoder, text)
+    assert ids(encoder, text) == library(trained, text)
+    assert encoder.end_of_text == np.array([trained.token_to_id(END_OF_TEXT)], np.uint16).tobytes()
+    for change in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+    ):
+        other = json.dumps({**json.loads(trained.to_str()), **change})
+        encoder = Encoder(other, "uint16")
+        assert not encoder.by_words
+        assert ids(encoder, TEXT) == library(Tokenizer.from_str(other), TEXT)

@@ -1,0 +1,167 @@
+"""tools/export_hf.py: the folder loads in transformers and gives the logits of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import export_hf
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
+from recipes.gpt2_wikitext import Config as Gpt2Config
+from recipes.models.gpt2 import build_gpt2
+from recipes.models.transformer_lm import TransformerLM
+from recipes.studies.story_config import Config, Model
+from trainer import checkpoint
+from trainer.config import to_yaml
+from trainer.errors import BAD_INPUT, CHECKPOINT
+from trainer.launch import Control
+from trainer.portable_state import Entry
+
+SMALL = Model(vocab_size=320, context_length=32, d_model=32, num_heads=4, d_ff=48, num_layers=3, rope_theta=500.0)
+TOKENIZER = train_tokenizer(["Once upon a time there was a cat.", "It slept in the sun, she said."], 320)
+
+
+def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[str, str] | None = None) -> Path:
+    """A checkpoint of step 20 in a run that measured itself at that step, as the trainer writes it."""
+    progress = {"step": 20, "best": 1.25, "best_step": 10, "train_loss": 1.5}
+    state = {"recipe": recipe, "progress": progress}
+    written = {"trainer_state.json": json.dumps(state), "config.yaml": to_yaml(config), **(documents or {})}
+    entries = [Entry(n, tuple(p.shape), torch.float32, lambda p=p: p.detach().clone()) for n, p in network.named_parameters()]
+    control = Control(0, 1, timedelta(minutes=1))
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    rows = [{"step": 10, "eval/val_loss": 1.25}, {"step": 20, "eval/val_loss": 1.3333, "eval/train_loss": 1.1111}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return checkpoint.write(folder / "checkpoints", "checkpoint_iter_20", {"model": entries}, written, control)
+
+
+def story_checkpoint(folder: Path, model: Model = SMALL, **documents: str) -> tuple[Path, TransformerLM]:
+    torch.manual_seed(0)
+    network = TransformerLM(**vars(model)).eval()
+    for p in network.parameters():
+        if p.ndim == 1:  # trained norms are not ones
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    kept = {"tokenizer.json": TOKENIZER.to_str(), **documents}
+    data = replace(Config().data, train_data_path="/somewhere/stories/train.ids")
+    return saved(folder, "tinystories_lm", network, Config(model=model, data=data), kept), network
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_from_the_folder_has_the_same_logits(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path, ours = story_checkpoint(tmp_path, replace(SMALL, tie_embeddings=tied))
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(theirs, LlamaForCausalLM)
+    assert not any(info.values())
+    tokens = torch.randint(320, (2, 32))
+    with torch.no_grad():
+        one, two = ours(tokens), theirs.eval()(tokens).logits
+    assert float(one.std()) > 0.1
+    assert float((one - two).abs().max()) < 1e-4
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+
+    text = "Once upon a time there was a cat."
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        tokenizer = kind.from_pretrained(tmp_path / "out")
+        assert tokenizer(text).input_ids == TOKENIZER.encode(text).ids
+        assert tokenizer.eos_token == END_OF_TEXT
+    made = theirs.generate(torch.tensor([TOKENIZER.encode(text).ids]), max_new_tokens=3)
+    assert made.shape[1] > len(TOKENIZER.encode(text).ids)
+    assert theirs.generation_config.eos_token_id == TOKENIZER.token_to_id(END_OF_TEXT)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 500.0
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {oct(path.stat().st_mode & 0o666)}
+
+
+def test_without_the_permutation_the_logits_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path, ours = story_checkpoint(tmp_path)
+    monkeypatch.setattr(export_hf, "_paired_by_halves", lambda found, name, heads: found.tensor("model", name))
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    tokens = torch.randint(320, (2, 32))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+        assert float((ours(tokens) - theirs).abs().max()) > 1e-2
+
+
+def test_the_model_card_holds_the_loss_of_this_very_step(tmp_path: Path) -> None:
+    path, _ = story_checkpoint(tmp_path)
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("step 20", "`train.ids`", "| validation loss | 1.3333 |", "| 1.1111 |", "| 1.5000 |", "on 100 batches"):
+        assert part in card, part
+    assert "1.25" not in card  # the best loss of the run is another step's
+    assert str(tmp_path) not in card
+    assert "/somewhere" not in card
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"norm_position": "post"}, "--norm_position post"),
+        ({"ffn": "silu"}, "--ffn silu"),
+        ({"qk_norm": True}, "--qk_norm"),
+        ({"rope": False}, "--no_rope"),
+    ],
+)
+def test_what_a_llama_cannot_express_is_refused_by_its_flag(
+    change: dict[str, Any], flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = story_checkpoint(tmp_path, replace(SMALL, **change))
+    with pytest.raises(SystemExit) as end:
+        export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    assert end.value.code == BAD_INPUT
+    assert flag in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoints", "metrics.jsonl"}
+
+
+def test_gpt2_stays_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    end = TOKENIZER.token_to_id(END_OF_TEXT)
+    network = build_gpt2(320, end, max_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=None, dropout=0.0).eval()
+    documents = {"config.json": network.config.to_json_string(), "tokenizer.json": TOKENIZER.to_str()}
+    path = saved(tmp_path, "gpt2_wikitext", network, Gpt2Config(), documents)
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    tokens = torch.randint(320, (2, 32))
+    with torch.no_grad():
+        assert torch.allclose(network(tokens).logits, theirs.eval()(tokens).logits, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == end
+    assert "| validation loss | 1.3333 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = story_checkpoint(tmp_path / "good")
+    damaged, _ = story_checkpoint(tmp_path / "damaged")
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    other = saved(tmp_path / "other", "collatz", torch.nn.Linear(2, 2), Config())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for words, code, problem in (
+        ([tmp_path / "nowhere", "--out", tmp_path / "out"], BAD_INPUT, "no checkpoint folder"),
+        ([damaged, "--out", tmp_path / "out"], CHECKPOINT, "damaged"),
+        ([other, "--out", tmp_path / "out"], BAD_INPUT, "'collatz'"),
+        ([path, "--out", tmp_path / "full"], BAD_INPUT, "is not empty"),
+        ([path, "--out", tmp_path / "out", "--tokenizer", tmp_path / "none.json"], BAD_INPUT, "does not exist"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            export_hf.main([str(word) for word in words])
+        assert end.value.code == code, problem
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert problem in line
+    assert load_file(path / "model.safetensors")

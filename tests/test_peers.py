@@ -1,0 +1,196 @@
+"""What befalls one process of two: all end the same way, the guilty one is named, nothing good is lost and nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launching import FAULTY, Started, command
+from scenarios import Finished, launch
+
+from trainer import peers
+from trainer.batches import sample_numbers
+from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, Refusal
+
+RECIPE = "faulty_recipe:FaultyRecipe"
+STEPS = 6
+COMMON = ["--batch_size", "4", "--gradient_accumulation_steps", "1", "--max_steps", str(STEPS), "--learning_rate", "1e-2"]
+COMMON += ["--warmup_steps", "0", "--save_every", "1", "--keep_last", "0", "--no_use_tensorboard"]
+# Nothing to learn for rank 1 at step 2, for nobody at step 4.
+UNLABELLED = [str(number) for number in sample_numbers([6, 7, 12, 13, 14, 15], 42, 64)]
+RUNS = {
+    "data": ["--fault", "data"],
+    "order": ["--fault", "order"],
+    "clock": ["--fault", "clock", "--max_training_hours", "0.5"],
+    "unlabelled": ["--unlabelled", *UNLABELLED],
+    # Last: the limit on the size of files stays.
+    "disk": ["--fault", "disk", "--fault_rank", "0", "--width", "256"],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finished]]:
+    """{backend: {fault: run}}, one launch for each backend."""
+    runs = {name: (RECIPE, [*COMMON, *flags]) for name, flags in RUNS.items()}
+    found = {kind: launch(kind, runs, tmp_path_factory.mktemp(kind)) for kind in ("ddp", "zero3")}
+    alone = {"unlabelled": (RECIPE, [*COMMON, *RUNS["unlabelled"]])}
+    return {**found, "one": launch("one", alone, tmp_path_factory.mktemp("one"))}
+
+
+BACKENDS = pytest.mark.parametrize("kind", ["ddp", "zero3"])
+
+
+def outcome(run: Finished) -> dict[str, object]:
+    """How it ended, which is the same on both ranks."""
+    first, second = run.outcomes
+    assert first == second
+    return first
+
+
+@BACKENDS
+def test_an_error_in_one_ranks_data_is_the_one_shown(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    ended = outcome(finished[kind]["data"])
+    assert ended["exit_code"] == BAD_INPUT
+    assert ended["message"] == "reading data failed on rank 1: OSError: row 7 of shard 2 is damaged"
+    assert finished[kind]["data"].steps() == [1]  # step 2 was done, and its checkpoint waits for the batch of step 3
+    status = json.loads((finished[kind]["data"].path / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", ended["message"])
+
+
+@BACKENDS
+def test_parameters_in_another_order_on_one_rank_are_refused(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    """Their gradients would be added up crosswise."""
+    ended = outcome(finished[kind]["order"])
+    assert ended["exit_code"] == BAD_INPUT
+    assert str(ended["message"]).startswith("rank 1 built another model")
+    assert finished[kind]["order"].steps() == []
+
+
+@BACKENDS
+def test_a_clock_that_is_wrong_on_one_rank_makes_one_decision_and_one_save(
+    kind: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    run = finished[kind]["clock"]
+    assert outcome(run)["reason"] == "time_limit"
+    assert len(run.steps()) == 1
+    assert os.readlink(run.path / "checkpoints" / "checkpoint_time_limit") == f"checkpoint_step_{run.steps()[0]}"
+
+
+@BACKENDS
+def test_a_batch_without_any_label_is_no_nan(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    run, alone = finished[kind]["unlabelled"], finished["one"]["unlabelled"]
+    assert outcome(run)["reason"] == "last step"
+    losses = run.curve("train/loss")
+    assert losses[4] == 0
+    assert run.curve("train/bad_steps")[STEPS] == 0
+    for step, loss in alone.curve("train/loss").items():
+        assert loss is not None
+        assert math.isfinite(loss)
+        assert losses[step] == pytest.approx(loss, rel=1e-5)
+
+
+@BACKENDS
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_good_ones_stay(
+    kind: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    """From step 3 on rank 0 can write no more: training goes on, until the save at the end."""
+    run = finished[kind]["disk"]
+    ended = outcome(run)
+    assert ended["exit_code"] == CHECKPOINT
+    assert f"checkpoint_step_{STEPS} could not be written" in str(ended["message"])
+    assert run.steps() == [1, 2]
+    assert not list((run.path / "checkpoints").glob(".unfinished-*"))
+    log = run.path.parent / "log.txt"
+    warned = re.findall(r"WARNING: checkpoint \S+_(\d) could not be written.*Training goes on", log.read_text())
+    assert warned == ["3", "4", "5"]
+
+
+def started(kind: str, directory: Path, *flags: str) -> Started:
+    words = [*COMMON, "--max_steps", "1000000", "--save_every", "50", "--keep_last", "2", "--log_every", "10", *flags]
+    return Started(command(kind, FAULTY, *words, "--output_dir", str(directory)), directory.with_suffix(".log"))
+
+
+def ended(process: Started, seconds: float) -> str:
+    """What a launch said that had to fail by itself, and left nobody."""
+    try:
+        assert process.wait(timeout=seconds) != 0
+        assert process.orphans(10) == []
+    finally:
+        process.kill_all()
+    return process.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("fault", ["memory", "bug"])
+def test_one_rank_fails_and_all_end_with_its_message_and_status(fault: str, tmp_path: Path) -> None:
+    """Out of memory: one message for the launch, with the arithmetic and the remedies. A bug: one traceback."""
+    kind = "ddp" if fault == "memory" else "zero3"
+    directory = tmp_path / "run"
+    said = ended(started(kind, directory, "--fault", fault), 90)
+    status = json.loads((directory / "status.json").read_text())
+    assert status["state"] == "failed"
+    ours = said.partition("elastic")[0]  # the launcher adds its own report
+    if fault == "memory":
+        message = "out of memory with batch_size 4 x 1 accumulation = 4 samples a step; try, in this order: half --batch_size"
+        assert re.findall("^error: .*", ours, re.MULTILINE) == [f"error: {status['reason'].removeprefix('rank 1: ')}"]
+        assert f"rank 1: {message}" in status["reason"]
+        remedies = ["--gradient_accumulation_steps", "shorter", "--gradient_checkpointing", "expandable_segments:True"]
+        assert [part for part in remedies if part in status["reason"]] == remedies
+        assert set(re.findall(r"exitcode *: (-?\d+)", said)) == {str(OUT_OF_MEMORY)}
+        assert "Traceback" not in ours
+    else:
+        assert status["reason"] == "rank 1: KeyError: 'weights_of_nothing'"
+        assert ours.count("Traceback") == 1
+        assert "error: " not in ours
+
+
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    process = started("ddp", directory, "--timeout_minutes", "0.1")
+    try:
+        deadline = time.monotonic() + 60
+        while "Step     50" not in process.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        hung = process.rank(1)
+        os.kill(hung, signal.SIGSTOP)
+        since = time.monotonic()
+        while json.loads((directory / "status.json").read_text())["state"] == "running" and time.monotonic() < since + 60:
+            time.sleep(0.05)
+        assert time.monotonic() - since > 5.5
+        os.kill(hung, signal.SIGKILL)  # as torchrun does 30 s after the other has failed
+        said = ended(process, 30)
+    finally:
+        process.kill_all()
+    status = json.loads((directory / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "rank 1 of 2 gave no answer: killed, or hung" in status["reason"]
+    assert f"error: {status['reason']}" in said
+    assert "same command" in said
+
+
+class Cut:
+    """A store behind a cut cable."""
+
+    def set(self, *_: object) -> None:
+        time.sleep(60)
+
+
+def test_a_store_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Cut)
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234")
+    began = time.monotonic()
+    found = peers.settle(broken, 0, 2)
+    assert time.monotonic() - began < 2
+    assert isinstance(found, Refusal)
+    assert "the first host gives no answer" in str(found)
+    assert not found.said_elsewhere
+    assert peers.settle(broken, 0, 1) is broken
+    refusal = Refusal("all know", known_to_all=True)
+    assert peers.settle(refusal, 0, 2) is refusal

@@ -1,0 +1,208 @@
+"""tools/prepare_text.py: the same ids on any number of workers, in bounded memory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import ROOT, Started, environment
+from tokenizers import Tokenizer
+
+from recipes.data.token_windows import open_streams
+from recipes.data.tokenizer import END_OF_TEXT
+
+TOOL = ROOT / "tools" / "prepare_text.py"
+STORY = "Once upon a time {} walked quietly between the lighthouses. It was {}!\n\nThe end, she said.\n"
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, str(TOOL), *map(str, words)]
+
+
+def run(*words: object, expect: int = 0) -> str:
+    env = environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        command(*words), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == expect, done.stderr[-2000:]
+    if expect:
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr if expect else done.stdout
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24,000 stories of 90 bytes, a quarter of them with an accent."""
+    dice = random.Random(0)
+    names, moods = ["Lily", "Tom", "Zoé", "a little red fox"], ["sunny", "raining", "getting late", "1999"]
+    path = tmp_path_factory.mktemp("stories") / "stories.txt"
+    path.write_text(END_OF_TEXT.join(STORY.format(dice.choice(names), dice.choice(moods)) for _ in range(24_000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(stories: Path) -> Path:
+    """What one worker makes of them."""
+    said = run(stories, "--out", stories.parent / "one", "--vocab_size", 320, "--workers", 1)
+    assert "train.ids" in said
+    assert "--vocab_size 320" in said
+    return stories.parent / "one"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_ids_are_the_text_again_with_every_document_ended(stories: Path, prepared: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    found = {}
+    for name in ("train", "valid"):
+        ids = np.fromfile(prepared / f"{name}.ids", np.uint16)
+        told = json.loads((prepared / f"{name}.ids.json").read_text())
+        assert (told["dtype"], told["vocabulary"], told["count"]) == ("uint16", 320, len(ids))
+        assert ids[-1] == end
+        pieces = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
+        found[name] = [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
+        expected = tokenizer.encode(END_OF_TEXT.join(found[name]), add_special_tokens=False).ids
+        assert ids[:-1].tolist() == expected  # what the library makes of the whole text at once
+    texts = stories.read_text().split(END_OF_TEXT)
+    assert sorted(found["train"] + found["valid"]) == sorted(texts)
+    assert 0.009 < len(found["valid"]) / len(texts) < 0.011
+    streams = open_streams(str(prepared / "train.ids"), str(prepared / "valid.ids"), None, 320, 64)
+    assert streams.tokenizer_json == (prepared / "tokenizer.json").read_text()
+
+
+def test_two_workers_give_the_same_files(stories: Path, prepared: Path) -> None:
+    run(stories, "--out", stories.parent / "two", "--vocab_size", 320, "--workers", 2)
+    assert contents(stories.parent / "two") == contents(prepared)
+
+
+def test_validation_text_of_its_own_and_other_kinds_of_input(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    texts = stories.read_text().split(END_OF_TEXT)
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"story": text}) for text in texts[:500]))
+    (tmp_path / "v1.txt").write_text(END_OF_TEXT.join(texts[500:510]))
+    (tmp_path / "v2.txt").write_text("A long text. " * 10_000)
+    flags = ["--column", "story", "--tokenizer", prepared / "tokenizer.json", "--workers", 1]
+    run(tmp_path / "train.jsonl", "--valid", f"{tmp_path}/v*.txt", "--out", tmp_path / "out", *flags)
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    for name, documents in (("train", texts[:500]), ("valid", [*texts[500:510], "A long text. " * 10_000])):
+        expected = tokenizer.encode(END_OF_TEXT.join([*documents, ""]), add_special_tokens=False).ids
+        assert np.fromfile(tmp_path / "out" / f"{name}.ids", np.uint16).tolist() == expected
+
+
+def test_a_single_document_gives_a_validation_part_too(tmp_path: Path) -> None:
+    (tmp_path / "play.txt").write_text("To be, or not to be, that is the question:\n" * 4000)
+    run(tmp_path / "play.txt", "--out", tmp_path / "out", "--vocab_size", 280, "--valid_percent", 10, "--workers", 1)
+    counts = [(tmp_path / "out" / f"{name}.ids").stat().st_size for name in ("train", "valid")]
+    assert 0.05 < counts[1] / sum(counts) < 0.2
+
+
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
+    words = [f"{a}{b}{c}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "ABCDEFGHIJKLMNOP" for c in range(170)]
+    (tmp_path / "a.txt").write_text(END_OF_TEXT.join([" ".join(words)] * 2))
+    said = run(tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab_size", 280, "--workers", 1)
+    assert "uint16" in said
+    told = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    told["model"]["vocab"] |= {f"unused {n}": n for n in range(280, 65_600)}
+    (tmp_path / "wide.json").write_text(json.dumps(told))
+    said = run(tmp_path / "a.txt", "--out", tmp_path / "wide", "--tokenizer", tmp_path / "wide.json", "--workers", 1)
+    assert "uint32" in said
+    narrow, wide = (np.fromfile(tmp_path / name / "train.ids", kind) for name, kind in (("out", "u2"), ("wide", "u4")))
+    assert narrow.tolist() == wide.tolist()
+    assert open_streams(*([str(tmp_path / "wide" / "train.ids")] * 2), None, 65_600, 64).train.dtype == "uint32"
+
+
+def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "tiny.txt").write_text("a")
+    out = tmp_path / "out"
+    for words, problem in (
+        ([tmp_path / "missing.txt", "--out", out], "does not exist"),
+        ([tmp_path / "latin.txt", "--out", out], "latin.txt is not UTF-8"),
+        ([tmp_path / "tiny.txt", "--out", out, "--vocab_size", 300], "there is no text for valid"),
+        ([stories, "--out", out, "--vocab_size", 200], "vocab_size 200 is too small"),
+        ([stories, "--out", out, "--tokenizer", tmp_path / "none.json"], "does not exist"),
+        ([stories, "--out", out, "--workers", 0], "workers > 0"),
+        ([stories, "--out", prepared], "is there already"),
+    ):
+        assert problem in run(*words, expect=2)
+    assert list(out.iterdir()) == []
+    assert set(contents(prepared)) == {"tokenizer.json", "train.ids", "train.ids.json", "valid.ids", "valid.ids.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_ended_in_mid_work_it_leaves_no_half_file_and_starts_again(
+    number: signal.Signals, stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    text = stories.read_text() + END_OF_TEXT
+    (tmp_path / "long.txt").write_text(text * 12)
+    out, words = tmp_path / "out", ["--tokenizer", prepared / "tokenizer.json", "--workers", 2]
+    started = command(tmp_path / "long.txt", "--out", out, *words)
+    process = Started(started, tmp_path / "log.txt", environment(PYTHONPATH=str(ROOT)))
+    unfinished = out / ".train.ids.unfinished"
+    try:
+        wait_until(lambda: unfinished.is_file() and unfinished.stat().st_size > 0)
+        os.kill(process.pid, signal.SIGSTOP)  # so that it cannot finish meanwhile
+        assert "another prepare_text writes" in run(stories, "--out", out, *words, expect=2)
+        os.kill(process.pid, number)
+        os.kill(process.pid, signal.SIGCONT)
+        assert process.wait(timeout=30) == (130 if number == signal.SIGINT else -number)
+        assert process.orphans(10) == []
+    finally:
+        process.kill_all()
+    assert not (out / "train.ids").exists()
+    assert not (out / "valid.ids").exists()
+    if number == signal.SIGINT:
+        assert list(out.iterdir()) == []
+    run(stories, "--out", out, *words)
+    assert contents(out) == contents(prepared)
+
+
+def wait_until(condition: object, seconds: float = 30.0) -> None:
+    began = time.monotonic()
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() - began < seconds
+        time.sleep(0.005)
+
+
+MEASURED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """300 MB, some of them one document, in a third of the memory; with one worker, which does it all in one process."""
+    dice = random.Random(0)
+    words = ["international", "responsibility", "straightforward", "lighthouses", "notwithstanding", "a", "of", "\n"]
+    block = " ".join(dice.choices(words, weights=[10] * 7 + [1], k=100_000))
+    separated = block.replace("\n", END_OF_TEXT)
+    with (tmp_path / "large.txt").open("w") as file:
+        for n in range(300_000_000 // len(block)):
+            file.write(block if n % 2 else separated)
+    assert (tmp_path / "large.txt").stat().st_size > 290_000_000
+    flags = ["--out", str(tmp_path / "out"), "--vocab_size", "400", "--sample_mb", "2", "--workers", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(TOOL), str(tmp_path / "large.txt"), *flags],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    assert int(done.stdout.splitlines()[-1]) * 1024 < 100_000_000
+    assert "trained on one document in 15" in done.stdout
+    counts = [json.loads((tmp_path / "out" / f"{name}.ids.json").read_text())["count"] for name in ("train", "valid")]
+    assert 0.009 < counts[1] / sum(counts) < 0.011

@@ -1,0 +1,46 @@
+"""Old checkpoints go, and one that will not go ends nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from toy_recipe import ToyRecipe
+
+from trainer import config
+from trainer.checkpoint import Checkpoint
+from trainer.console import Console
+from trainer.launch import connect
+from trainer.main import train
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_training_goes_on(tmp_path: Path) -> None:
+    """A file stands where checkpoint 3 has to be moved to before it is deleted; all others still go."""
+    folder = tmp_path / "checkpoints"
+
+    class Obstructed(ToyRecipe):
+        def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
+            if step == 4:  # after the save of step 3, which clears that name
+                (folder / ".unfinished-checkpoint_step_3").touch()
+            return super().log_line(step, metrics)
+
+        def after_training(self, *_: object) -> None:
+            pass
+
+    words = ["--max_steps", "7", "--save_every", "1", "--keep_last", "2", "--train_rows", "640", "--output_dir", str(tmp_path)]
+    recipe, said = Obstructed(), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        parsed = config.parse(recipe.Config, recipe.presets, words, recipe.name)
+        assert train(recipe, parsed, words, connect("cpu", 1), Console(None, True)) == "last step"
+    assert said.getvalue().count("an old checkpoint not removed") == 3  # after steps 5, 6 and 7
+    assert ".unfinished-checkpoint_step_3" in said.getvalue()
+    assert sorted(path.name for path in folder.glob("checkpoint_step_*")) == [f"checkpoint_step_{n}" for n in (3, 6, 7)]
+    for path in folder.glob("checkpoint_step_*"):
+        Checkpoint(path).verify()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = {row["step"]: row["checkpoint/seconds"] for row in rows if "checkpoint/seconds" in row}
+    assert list(seconds) == list(range(1, 8))
+    assert all(0 < value < 60 for value in seconds.values())

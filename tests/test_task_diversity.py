@@ -1,0 +1,423 @@
+"""The experiment around the regression PFN: the guide's commands, the sweep and its interruptions, the picture, `predict`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT, Started, environment
+from safetensors.torch import load_file
+
+from recipes.data.regression import task_pool
+from recipes.pfn_raventos import PFNRaventos
+from recipes.studies import task_diversity
+from recipes.studies.predictive_resampling import posterior, resample
+from recipes.studies.regression_evaluation import measure, table
+from recipes.studies.task_diversity import gather, plan, sweep
+from recipes.studies.task_diversity_plot import plot_experiment, threshold
+from trainer.checkpoint import Checkpoint
+from trainer.console import Console
+from trainer.errors import Refusal
+from trainer.launch import Control, Launch
+from trainer.main import _command_line, train
+
+RECIPE = ROOT / "recipes" / "pfn_raventos.py"
+# The guide's own words: `python raventos_train.py` is `python recipes/pfn_raventos.py sweep` here.
+GUIDE = """
+--tasks 4 16 64 256 1024
+--task_size 8 16
+--parallel --tasks 4 16 64 256
+--parallel --gpus 4 --tasks 4 16 64 256
+--out ./my_results.png
+--tasks 4 16 --steps 1000 --batch 256
+--tasks 4 16 64 256 1024 4096 --steps 500000 --parallel
+--tasks 8 32 128 512 --task_size 16 --steps 100000 --batch 512 --examples 32 --lr 2e-3 --parallel --gpus 4 --out ./c.png
+--eval_batch 256 --noise 0.25 --checkpoints 10
+"""
+COMMANDS = [line.split() for line in GUIDE.strip().splitlines()]
+TINY = ["--d_model", "16", "--n_layers", "1", "--n_heads", "2", "--d_vocab", "16", "--val_sequences", "8", "--device", "cpu"]
+ALONE = Launch(0, 1, 0, torch.device("cpu"), False, Control(0, 1, timedelta(minutes=1)))
+
+
+def parsed(*argv: str) -> Any:
+    return _command_line(PFNRaventos(), list(argv))[1]
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
+def test_every_command_of_the_guide_means_the_jobs_it_says(argv: list[str]) -> None:
+    flags = parsed("sweep", *argv)
+    models = plan(PFNRaventos(), flags)
+
+    def given(name: str, default: list[float]) -> list[float]:
+        if name not in argv:
+            return default
+        rest = argv[argv.index(name) + 1 :]
+        return [float(word) for word in rest[: next((i for i, w in enumerate(rest) if w.startswith("--")), len(rest))]]
+
+    tasks = given("--tasks", [2**i for i in range(16)])
+    sizes = given("--task_size", [16])
+    assert [(m.config.data.task_size, m.config.data.num_tasks) for m in models] == [(d, m) for d in sizes for m in tasks]
+    for model in models:
+        c = model.config
+        assert [c.optimisation.max_steps] == given("--steps", [500_000])
+        assert [c.optimisation.batch_size] == given("--batch", [1024])
+        assert [c.optimisation.learning_rate] == given("--lr", [1e-3])
+        assert [c.data.examples] == given("--examples", [64])
+        assert [c.data.noise] == [0.25]
+        assert [c.run.checkpoints, c.run.save_every] == [10, c.optimisation.max_steps // 10]
+        assert [c.run.eval_batch] == [256]
+        assert (c.optimisation.optimizer, c.optimisation.weight_decay, c.optimisation.grad_clip) == ("adam", 0, 0)
+        assert (c.model.d_model, c.model.num_layers, c.model.num_heads, c.model.d_ff, c.model.d_vocab) == (128, 2, 2, 256, 128)
+    # What a job is told on its command line is what was planned.
+    assert parsed(*models[-1].job().command[2:]).config.data == models[-1].config.data
+    assert len({model.directory for model in models}) == len(models)
+    assert (flags.parallel, flags.gpus) == ("--parallel" in argv, 4 if "--gpus" in argv else None)
+    assert flags.out == (argv[argv.index("--out") + 1] if "--out" in argv else "plots/raventos_experiment.png")
+
+
+def test_the_learning_rate_is_the_guides_one_cycle() -> None:
+    recipe = PFNRaventos()
+    rates = {}
+    for steps in (10, 1000):
+        config = parsed("train", "--max_steps", str(steps)).config
+        rates[steps] = [recipe.learning_rate(step, steps, config) for step in range(1, steps + 1)]
+    assert rates[10] == pytest.approx([2.5e-4, 4.375e-4, 6.25e-4, 8.125e-4, 1e-3, 8.125e-4, 6.25e-4, 4.375e-4, 2.5e-4, 6.25e-5])
+    assert rates[1000][0] == pytest.approx(2.004e-6, rel=1e-3)
+    assert rates[1000][499] == pytest.approx(1e-3)
+    assert rates[1000][-1] == pytest.approx(4.0e-9, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--max_steps", "5"], "max_steps 5"),
+        (["train", "--num_tasks", "-1"], "num_tasks -1"),
+        (["train", "--noise", "0"], "noise 0"),
+        (["train", "--noise", "nan"], "noise nan"),
+        (["train", "--y_min", "3", "--y_max", "-3"], "y_min below y_max"),
+        (["train", "--y_range", "-2"], "y_range above 0"),
+        (["train", "--d_model", "30", "--n_heads", "4"], "d_model 30"),
+        (["train", "--checkpoints", "0"], "checkpoints 0"),
+        (["train", "--num_tasks", "9999999999"], "8 GiB"),
+        (["train", "--stack", "4", "4"], "stack 4 4"),
+        (["train", "--stack", "4", "8", "--grad_clip", "1"], "grad_clip 1"),
+        (["train", "--eval_sequences", "1"], "eval_sequences 1"),
+        (["train", "--max_steps", "0"], "max_steps"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        parsed(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tasks", "4", "-4"], "num_tasks -4"),
+        (["--tasks", "4", "4"], "tasks 4 4"),
+        (["--task_size", "0"], "task_size 0"),
+        (["--steps", "3"], "max_steps 3"),
+        (["--gpus", "2"], "needs --parallel"),
+        (["--parallel", "--gpus", "1000"], "gpus 1000"),
+        (["--tasks", "4", "16", "--job", "2"], "jobs 0 to 1"),
+        (["--stacked", "--job", "0"], "leave --stacked"),
+        (["--eval_sequences", "0"], "eval_sequences"),
+    ],
+)
+def test_a_sweep_refuses_before_it_starts_anything(argv: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=message):
+        sweep(PFNRaventos(), parsed("sweep", "--output_dir", str(tmp_path / "s"), *argv), ALONE, print)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_sweep_in_several_processes_names_the_plain_command(tmp_path: Path) -> None:
+    two = Launch(0, 2, 0, torch.device("cpu"), False, ALONE.control)
+    with pytest.raises(Refusal, match=r"started in 2; start it plainly: python recipes/pfn_raventos.py sweep"):
+        sweep(PFNRaventos(), parsed("sweep"), two, print)
+
+
+def test_the_preset_of_a_sweep_sets_its_list_and_that_of_its_models() -> None:
+    models = plan(PFNRaventos(), parsed("sweep", "--preset", "quick"))
+    assert [m.config.data.num_tasks for m in models] == list(parsed("sweep", "--preset", "quick").tasks)
+    quick = parsed("train", "--preset", "quick").config
+    assert {m.config.optimisation for m in models} == {quick.optimisation}
+    assert {m.config.model for m in models} == {quick.model}
+    fewer = plan(PFNRaventos(), parsed("sweep", "--preset", "quick", "--tasks", "3", "5", "--steps", "77"))
+    assert [(m.config.data.num_tasks, m.config.optimisation.max_steps) for m in fewer] == [(3, 77), (5, 77)]
+    with pytest.raises(Refusal, match="unknown preset 'quik'"):
+        parsed("sweep", "--preset", "quik")
+
+
+# --------------------------------------------------------------------------------------------------------- a real sweep
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The guide's command, made small, interrupted after its first job, and given again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "tiny.yaml").write_text("".join(f"{k.lstrip('-')}: {v}\n" for k, v in zip(TINY[::2], TINY[1::2], strict=True)))
+    argv = ["sweep", "--tasks", "4", "0", "--task_size", "3", "--steps", "400", "--batch", "16", "--examples", "5"]
+    argv += ["--eval_sequences", "40", "--checkpoints", "3", "--config", str(folder / "tiny.yaml")]
+    argv += ["--output_dir", str(folder / "runs"), "--out", str(folder / "picture.png")]
+    env = environment(CUDA_VISIBLE_DEVICES="")
+    outputs, codes = [], []
+    for interrupt in (True, False):
+        log = folder / f"{interrupt}.log"
+        process = Started([sys.executable, str(RECIPE), *argv], log, env)
+        try:
+            if interrupt:
+                _wait_for(folder / "runs" / "tasks0-size3" / "checkpoints", process)
+                time.sleep(0.3)
+                os.kill(process.pid, signal.SIGINT)
+            codes.append(process.wait(timeout=100))
+        finally:
+            process.kill_all()
+        outputs.append(log.read_text())
+    return SimpleNamespace(folder=folder, runs=folder / "runs", argv=argv, outputs=outputs, codes=codes)
+
+
+def _wait_for(path: Path, process: Any) -> None:
+    deadline = time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None, "the sweep ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_interrupted_sweep_saves_and_says_how_to_go_on(swept: SimpleNamespace) -> None:
+    assert swept.codes == [0, 0], swept.outputs
+    first = swept.outputs[0]
+    assert "tasks4-size3: done after" in first
+    assert "SIGINT: asking 1 running jobs to save and leave" in first
+    assert "The same command goes on." in first
+    assert "Plot:" not in first
+
+
+def test_the_same_command_repeats_no_finished_job(swept: SimpleNamespace) -> None:
+    again = swept.outputs[1]
+    assert "tasks4-size3: done before" in again
+    assert "tasks0-size3: started" in again
+    commands = [(swept.runs / name / "command.txt").read_text().count("\n") for name in ("tasks4-size3", "tasks0-size3")]
+    assert commands[0] == 1
+    assert "Resumed from step" in (swept.runs / "tasks0-size3" / "job.log").read_text() or commands[1] == 1
+
+
+def test_it_ends_with_the_results_of_training_each_model_by_itself(swept: SimpleNamespace, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (swept.runs / "results.jsonl").read_text().splitlines()]
+    assert [row["num_tasks"] for row in rows] == [4, 0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for row, model in zip(rows, plan(PFNRaventos(), parsed(*swept.argv)), strict=True):
+        folder = tmp_path / model.name
+        arguments = [*model.arguments, "--output_dir", str(folder)]
+        console = Console(None, False)
+        assert train(PFNRaventos(), parsed("train", *arguments), ["train", *arguments], ALONE, console) == "last step"
+        mine, theirs = (
+            load_file(p / "checkpoints" / "checkpoint_final" / "model.safetensors") for p in (folder, model.directory)
+        )
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        alone = json.loads((folder / "evaluation.json").read_text())
+        for name in ("pretraining", "true"):
+            for kind, whose in row[name].items():
+                for who, values in whose.items():
+                    assert values["mean"] == pytest.approx(alone[name][kind][who]["mean"], rel=1e-6), (name, kind, who)
+    torch.set_num_threads(threads)
+
+
+def test_a_run_keeps_its_tasks_and_as_many_checkpoints_as_asked(swept: SimpleNamespace) -> None:
+    checkpoints = swept.runs / "tasks4-size3" / "checkpoints"
+    steps = sorted(int(p.name.rpartition("_")[2]) for p in checkpoints.glob("model_checkpoint_*"))
+    assert steps == [134, 268, 400]
+    for step in steps:
+        kept = load_file(checkpoints / f"model_checkpoint_{step}" / "tasks.safetensors")
+        assert torch.equal(kept["model_1"], task_pool(4, 3, 0))
+    endless = load_file(swept.runs / "tasks0-size3" / "checkpoints" / "checkpoint_final" / "tasks.safetensors")
+    assert endless["model_1"].shape == (0, 3)
+
+
+def test_the_picture_is_there_and_can_be_drawn_again(swept: SimpleNamespace, tmp_path: Path) -> None:
+    assert (swept.folder / "picture.png").stat().st_size > 20_000
+    for source in (swept.runs / "results.jsonl", swept.runs):
+        out = tmp_path / f"{source.name}.png"
+        said: list[str] = []
+        task_diversity.plot(PFNRaventos(), parsed("plot", "--results", str(source), "--out", str(out)), ALONE, said.append)
+        assert out.stat().st_size == pytest.approx((swept.folder / "picture.png").stat().st_size, rel=0.02)
+        assert "M* cannot be estimated" in said[0]
+    with pytest.raises(Refusal, match="no results"):
+        gather(tmp_path)
+    with pytest.raises(Refusal, match="cannot be read"):
+        gather(tmp_path / "nothing.jsonl")
+    (tmp_path / "other.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(Refusal, match="something else"):
+        gather(tmp_path / "other.jsonl")
+
+
+def test_other_settings_are_refused_in_the_same_directory(swept: SimpleNamespace) -> None:
+    with pytest.raises(Refusal, match=r"max_steps: .*tasks4-size3 holds a run with 400, asked for 500; choose another"):
+        plan(PFNRaventos(), parsed(*swept.argv, "--steps", "500"))
+
+
+def test_one_job_of_a_slurm_array_does_its_part(
+    swept: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    sweep(PFNRaventos(), parsed(*swept.argv), ALONE, print)
+    text = capsys.readouterr().out
+    assert "Job 1 of 0 to 1: tasks0-size3" in text
+    assert "tasks0-size3: done before" in text
+    assert "tasks4-size3" not in text
+    assert f"plot --results {swept.runs}" in text
+
+
+def test_a_model_is_measured_again_where_more_sequences_are_asked_for(swept: SimpleNamespace) -> None:
+    model = plan(PFNRaventos(), parsed(*swept.argv, "--eval_sequences", "60"))[0]
+    assert model.trained()
+    assert not model.evaluated()
+    assert model.job().command[2] == "evaluate"
+    command = model.job().command[2:]
+    assert "60 fresh sequences" in _said(command)
+    assert model.evaluated()
+    _said([*command, "--eval_sequences", "40"])
+    assert not model.evaluated()
+
+
+def _said(argv: list[str]) -> str:
+    said: list[str] = []
+    recipe = PFNRaventos()
+    recipe.commands[argv[0]].run(recipe, parsed(*argv), ALONE, said.append)
+    return "\n".join(said)
+
+
+def test_predict_and_a_longer_context(swept: SimpleNamespace) -> None:
+    final = str(swept.runs / "tasks4-size3" / "checkpoints" / "checkpoint_final")
+    argv = ["predict", "--model_path", final, "--observed", "2", "--paths", "20"]
+    text = _said(argv)
+    assert text == _said(argv)
+    assert "2 pairs of a new task given; 20 continuations of 3 pairs" in text
+    assert text.count("±") == 2 + 2 * 3
+    with pytest.raises(Refusal, match="future 0"):
+        _said(["predict", "--model_path", final, "--observed", "5"])
+    longer = _said(["evaluate", "--model_path", final, "--examples", "12", "--eval_sequences", "30"])
+    assert "12 examples (trained on 5)" in longer
+    assert "beyond the trained length" in longer
+
+
+# ------------------------------------------------------------------------------------------------ numbers made by hand
+
+
+def row(num_tasks: int, to_ridge: float, to_dmmse: float, se: float = 0.001, size: int = 8) -> dict[str, Any]:
+    """A line of results.jsonl."""
+
+    def value(mean: float) -> dict[str, float]:
+        return {"mean": mean, "se": se}
+
+    errors = {"model": value(0.5), "ridge": value(0.376), "dmmse": value(0.6)}
+    delta = {"ridge": value(to_ridge), "dmmse": value(to_dmmse)}
+    if not num_tasks:
+        del errors["dmmse"], delta["dmmse"]
+    kinds = {"error_y": errors, "delta": delta}
+    facts = {"num_tasks": num_tasks, "task_size": size, "noise": 0.25, "examples": 16, "step": 1000, "sequences": 100}
+    return {**facts, "pretraining": kinds, "true": kinds}
+
+
+def test_the_threshold_is_where_the_model_is_as_far_from_both() -> None:
+    # Ratios of 4 and 1/4 in log2 M from 4 to 8: half-way, at 2**6.
+    rows = [row(4, 0.8, 0.1), row(16, 0.4, 0.1), row(256, 0.1, 0.4), row(1024, 0.05, 0.4)]
+    assert threshold(rows) == pytest.approx(64)
+    assert threshold(rows[::-1]) == pytest.approx(64)
+    assert threshold([*rows, row(0, 0.01, 0.0)]) == pytest.approx(64)
+    # It cannot be told: never crossed, crossed back and forth, from ridge to dMMSE, or not beyond what chance gives.
+    assert threshold(rows[:2]) is None
+    assert threshold(rows[2:]) is None
+    assert threshold([*rows, row(4096, 0.4, 0.1)]) is None
+    assert threshold([row(4, 0.1, 0.4), row(16, 0.4, 0.1)]) is None
+    assert threshold([row(16, 0.4, 0.1, se=0.2), row(256, 0.1, 0.4)]) is None
+    assert threshold([row(64, 0.2, 0.1)]) is None
+
+
+def test_the_picture_has_six_panels_with_labels_and_marks_only_what_was_estimated(monkeypatch: Any, tmp_path: Path) -> None:
+    figures = []
+    monkeypatch.setattr("trainer.plot.save_figure", lambda figure, out: figures.append(figure))
+    crossing = [row(4, 0.8, 0.1), row(16, 0.4, 0.1), row(256, 0.1, 0.4), row(0, 0.05, 0.0)]
+    assert plot_experiment(crossing, tmp_path / "a.png") == {8: pytest.approx(64)}
+    assert plot_experiment([*crossing, row(4, 0.8, 0.1, size=16)], tmp_path / "b.png")[16] is None
+    plot_experiment(crossing[:2], tmp_path / "c.png")
+    for figure, marked in zip(figures, (True, True, False), strict=True):
+        assert len(figure.axes) == 6
+        for axis in figure.axes:
+            assert axis.get_ylabel().endswith("² / D")
+            assert axis.get_title()
+            assert axis.get_yscale() == "log"
+        legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert any("dMMSE" in text for text in legend)
+        assert any(text.startswith("M* ≈ 64") for text in legend) == marked
+        assert figure.axes[5].get_xlabel() == "pretraining tasks M"
+        assert len(figure.axes[0].containers) >= 3, "error bars"
+    ticks = [text.get_text() for text in figures[0].axes[3].get_xticklabels()]
+    assert ticks == ["4", "16", "256", "∞"]
+
+
+class ExactPosterior(torch.nn.Module):
+    """Predicts as the posterior for w ~ N(0, I) does: what a perfect model would give."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        made = []
+        for i in range(x.shape[1]):
+            mean, covariance = posterior(x[:, :i], y[:, :i], 0.25)
+            query = x[:, i].double()
+            spread = (0.25 + torch.einsum("bi,bij,bj->b", query, covariance, query)).sqrt()
+            made.append(torch.stack([(mean * query).sum(-1), spread], -1))
+        return torch.stack(made, 1)
+
+    def sample(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        mean, spread = logits.unbind(-1)
+        return (mean + spread * torch.randn(mean.shape, generator=generator)).float()
+
+
+def test_resampling_an_exact_model_gives_the_exact_posterior() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(3, 2, generator=generator), torch.tensor([1.0, -0.5])
+    y = x @ w + 0.5 * torch.randn(3, generator=generator)
+    all_x, all_y = resample(ExactPosterior(), x, y, 1500, 12, generator)
+    assert torch.equal(all_x[:, :3], x.expand(1500, -1, -1))
+    assert torch.equal(all_y[:, :3], y.expand(1500, -1))
+    mean, covariance = posterior(x[None], y[None], 0.25)
+    later, later_covariance = posterior(all_x, all_y, 0.25)
+    spread = (covariance[0] - later_covariance.mean(0)).diagonal().sqrt()
+    assert float(((later.mean(0) - mean[0]) / spread).abs().max()) < 4 / math.sqrt(1500)
+    torch.testing.assert_close(later.std(0), spread, rtol=0.1, atol=0)
+
+
+def test_what_is_measured_is_on_the_scale_it_says(swept: SimpleNamespace) -> None:
+    """Of a trained run: identities between its numbers that hold whatever the model is."""
+    recipe = PFNRaventos()
+    found = Checkpoint((swept.runs / "tasks4-size3" / "checkpoints" / "checkpoint_final").resolve())
+    config = plan(recipe, parsed(*swept.argv))[0].config
+    with torch.no_grad():
+        results = measure(recipe, found, config, torch.device("cpu"), 1500, 500)
+        split = measure(recipe, found, config, torch.device("cpu"), 1500, 700)
+    for name in ("pretraining", "true"):
+        part = results[name]
+        for who in ("model", "ridge", "dmmse"):
+            noisy, clean = part["error_y"][who], part["error_mean"][who]
+            assert noisy["mean"] - clean["mean"] == pytest.approx(0.25 / 3, abs=6 * noisy["se"])
+            assert sum(noisy["by_position"]["mean"]) / 5 == pytest.approx(noisy["mean"])
+            assert split[name]["error_y"][who]["mean"] == pytest.approx(noisy["mean"], rel=1e-5)
+    # No estimator beats the ideal one for its distribution, in error and in likelihood.
+    own, new = results["pretraining"], results["true"]
+    for kind in ("error_y", "nll"):
+        assert own[kind]["dmmse"]["mean"] < min(own[kind]["ridge"]["mean"], own[kind]["model"]["mean"])
+        assert new[kind]["ridge"]["mean"] < min(new[kind]["dmmse"]["mean"], new[kind]["model"]["mean"])
+    assert new["error_y"]["ridge"]["by_position"]["mean"][0] == pytest.approx((3 + 0.25) / 3, abs=0.25)
+    lines = table(results)
+    assert any("(prediction - w.x)² / D" in line for line in lines)

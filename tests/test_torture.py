@@ -1,0 +1,107 @@
+"""The kill campaign itself: it injects what it says, and it would notice."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torture
+from launching import FAULTY, ROOT, environment
+
+from trainer import checkpoint
+from trainer.launch import Control
+from trainer.portable_state import Entry
+
+
+def run(*words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "torture.py"), *words]
+    env = environment(PYTHONPATH=str(ROOT))
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def test_a_small_campaign_on_any_recipe(tmp_path: Path) -> None:
+    flags = ["--max_steps", "60", "--batch_size", "8", "--dropout", "0.1", "--train_rows", "4000"]
+    done = run(str(FAULTY), "--kills", "2", "--folder", str(tmp_path), "--", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = re.findall(r"^  (.+?) +(\d+)$", done.stdout, re.MULTILINE)
+    counts = {name: int(number) for name, number in table}
+    assert sum(counts[phase] for phase in torture.PHASES) == 2
+    assert [counts[name] for name in ("lost", "different", "hung", "failed", "orphans")] == [0] * 5
+    compared = re.search(r"^(\d+) runs came to their end", done.stdout, re.MULTILINE)
+    assert compared
+    assert int(compared[1]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["no_such_recipe"], "no_such_recipe.py"),
+        (["gpt2_wikitext", "--kills", "0"], "--kills 0"),
+        ([str(FAULTY)], "after `--`"),
+    ],
+)
+def test_what_it_cannot_do_is_said(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert torture.main(words) == 2
+    assert told in capsys.readouterr().out
+
+
+def write(directory: Path, step: int, value: float = 0.0) -> Path:
+    tensor = torch.full((8,), float(step) + value)
+    entry = Entry("w", (8,), torch.float32, lambda: tensor)
+    tensors = {"model": [entry], "optimizer": [entry]}
+    control = Control(0, 1, timedelta(minutes=1))
+    return checkpoint.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {}, control)
+
+
+def test_damage_and_rolled_back_checkpoints_are_noticed(tmp_path: Path) -> None:
+    paths = [write(tmp_path, step) for step in (4, 8)]
+    (tmp_path / "checkpoints" / "best_model").symlink_to("checkpoint_step_4")
+    good, wrong = torture.look_at(tmp_path)
+    assert (sorted(good), wrong) == ([4, 8], [])
+    content = (paths[0] / "model.safetensors").read_bytes()
+    (paths[0] / "model.safetensors").write_bytes(content[:-1] + b"\x77")
+    (tmp_path / "checkpoints" / "rolled_back_1").mkdir()
+    good, wrong = torture.look_at(tmp_path)
+    assert sorted(good) == [8]
+    assert len(wrong) == 3  # the checkpoint, the link to it, and what was set aside
+
+
+def test_one_bit_in_the_end_and_a_step_logged_twice_are_noticed(tmp_path: Path) -> None:
+    campaign = torture.Campaign(FAULTY, "one", [], tmp_path, 0)
+    for name, value in (("uninterrupted", 0.0), ("run_1", 0.0), ("run_2", 1e-6), ("run_3", 0.0), ("run_4", 0.0)):
+        write(tmp_path / name, 8, value)
+        (tmp_path / name / "checkpoints" / "checkpoint_final").symlink_to("checkpoint_step_8")
+        row = json.dumps({"step": 8, "time": 1.0, "train/loss": 2.0 if name == "run_4" else 1.0}) + "\n"
+        (tmp_path / name / "metrics.jsonl").write_text(row * (2 if name == "run_3" else 1))
+        (tmp_path / f"{name}.log").touch()
+    for number in (1, 2, 3, 4):
+        campaign.compare(tmp_path / f"run_{number}", 0)
+    assert [text.partition(":")[0] for text in campaign.tally.different] == ["run_2", "run_3", "run_4"]
+    assert campaign.tally.wrong()
+    campaign.compare(tmp_path / "run_2", 1)
+    assert len(campaign.tally.failed) == 1
+
+
+def test_phases_are_told_from_what_a_run_has_written(tmp_path: Path) -> None:
+    since = time.time() - 1
+    (tmp_path / "checkpoints").mkdir()
+    assert torture.phase(tmp_path, since) == "start-up"
+    metrics, row = tmp_path / "metrics.jsonl", {"time": since + 1, "train/loss": 1.0}
+    metrics.write_text(json.dumps({**row, "step": 5}) + "\n")
+    assert torture.phase(tmp_path, since) == "step"
+    assert torture.phase(tmp_path, since + 5) == "start-up"  # of the next launch
+    metrics.write_text(json.dumps({**row, "step": torture.EVAL_EVERY}) + "\n")
+    assert torture.phase(tmp_path, since) == "inside an evaluation"
+    (tmp_path / "checkpoints" / ".unfinished-checkpoint_step_6").mkdir()
+    assert torture.phase(tmp_path, since) == "inside a save"
+    shutil.rmtree(tmp_path / "checkpoints" / ".unfinished-checkpoint_step_6")
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished"}))
+    assert torture.phase(tmp_path, since) == "after the last step"

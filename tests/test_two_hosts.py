@@ -1,0 +1,217 @@
+"""Several hosts: two network namespaces joined by a cable that can be cut. Nothing but the run directory is shared."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_injector import curve, reached
+from launching import ROOT, Started, environment, run
+
+from trainer.checkpoint import Checkpoint
+from trainer.run_directory import write_text_atomic
+
+TOY = ROOT / "tests" / "toy_recipe.py"
+KINDS = ("multi_node_ddp", "multi_node_zero3")
+STEPS, CUT_AT = 30, 10
+TIMEOUT_MINUTES = 0.1
+RUN = ["--device", "cpu", "--max_steps", str(STEPS), "--learning_rate", "1e-2", "--warmup_steps", "4"]
+RUN += ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--save_every", "4"]
+RUN += ["--timeout_minutes", str(TIMEOUT_MINUTES)]
+ADDRESSES = ("10.99.0.1", "10.99.0.2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+
+
+class Hosts:
+    """Two hosts whose own name, as on many real ones, stands for loopback."""
+
+    def __init__(self) -> None:
+        self.names = [f"samecurve-{uuid.uuid4().hex[:8]}-{number}" for number in (0, 1)]
+
+    def build(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+            ip("netns", "exec", name, "true")
+        first, second = self.names
+        ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+        for name, address in zip(self.names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+
+    def cable(self, state: str) -> None:
+        """`up`, or `down` at one end, which cuts it for both."""
+        ip("-n", self.names[0], "link", "set", "cable", state)
+
+    def remove(self) -> None:
+        for name in self.names:
+            with contextlib.suppress(subprocess.SubprocessError, FileNotFoundError):
+                ip("netns", "delete", name)
+
+    def launch(self, kind: str, directory: Path) -> list[Started]:
+        """The same command on each, but for --machine_rank."""
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{kind}.yaml"]
+        launcher += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", ADDRESSES[0]]
+        launcher += ["--main_process_port", str(29500 + KINDS.index(kind))]
+        words = [str(TOY), *RUN, "--output_dir", str(directory)]
+        env = {
+            k: v
+            for k, v in environment(TOY_PACE=str(directory.with_suffix(".pace"))).items()
+            if k not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        }
+        return [
+            Started(
+                ["ip", "netns", "exec", name, *launcher, "--machine_rank", str(rank), *words],
+                directory.with_suffix(f".{rank}.log"),
+                env,
+            )
+            for rank, name in enumerate(self.names)
+        ]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    made = Hosts()
+    try:
+        made.build()
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        made.remove()
+        pytest.skip(f"network namespaces are not permitted here: {getattr(error, 'stderr', '') or error}")
+    yield made
+    made.remove()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[float, float]]:
+    """The curve of the same run in one process, uninterrupted."""
+    folder = tmp_path_factory.mktemp("alone")
+    run("one", TOY, *RUN, "--output_dir", str(folder / "run"), log=folder / "log")
+    return curve(folder / "run")
+
+
+def set_pace(directory: Path, seconds: float) -> None:
+    """How long reading a micro-batch takes in this run, from now on."""
+    write_text_atomic(directory.with_suffix(".pace"), str(seconds))
+
+
+def wait(launches: list[Started], seconds: float) -> list[int]:
+    """The exit statuses; nothing of the launches is left."""
+    end = time.monotonic() + seconds
+    try:
+        codes = [each.wait(timeout=max(0.1, end - time.monotonic())) for each in launches]
+        assert not [pid for each in launches for pid in each.orphans(5)]
+        return codes
+    except subprocess.TimeoutExpired:
+        said = "\n".join(each.log.read_text(errors="replace")[-3000:] for each in launches)
+        raise AssertionError(f"not ended within {seconds} s:\n{said}") from None
+    finally:
+        for each in launches:
+            each.kill_all()
+
+
+@dataclass
+class Cut:
+    """A run whose hosts lost each other: what its launchers gave, its status, and the checkpoints it left."""
+
+    directory: Path
+    codes: list[int]
+    logs: list[str]
+    status: dict[str, Any]
+    saved: list[Path]
+    unfinished: list[Path]
+
+
+@pytest.fixture(scope="module")
+def cut(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut]:
+    """Both kinds of launch side by side on the two hosts, cut off once, in mid-training."""
+    folder = tmp_path_factory.mktemp("cut")
+    launches: dict[str, list[Started]] = {}
+    try:
+        for kind in reversed(KINDS):  # DeepSpeed takes longer to start
+            set_pace(folder / kind, 0.1)
+            launches[kind] = hosts.launch(kind, folder / kind)
+        everybody = [each for pair in launches.values() for each in pair]
+        end, waiting = time.monotonic() + 150, set(KINDS)
+        while waiting:
+            for kind in [kind for kind in waiting if reached(CUT_AT)(folder / kind, 0.0)]:
+                set_pace(folder / kind, 2.0)  # it waits for the other, and for its fate
+                waiting.remove(kind)
+            for each in everybody:
+                assert each.poll() is None, each.log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < end, "no training"
+            time.sleep(0.02)
+        hosts.cable("down")
+        since = time.monotonic()
+        # The time-out, the look around for who is gone, and the launchers' own leaving.
+        wait(everybody, 60 * TIMEOUT_MINUTES + 40)
+        assert time.monotonic() - since >= 60 * TIMEOUT_MINUTES, "something else than the cut cable ended them"
+    finally:
+        for each in (each for pair in launches.values() for each in pair):
+            each.kill_all()
+        hosts.cable("up")
+    found = {}
+    for kind, pair in launches.items():
+        checkpoints = folder / kind / "checkpoints"
+        found[kind] = Cut(
+            folder / kind,
+            [each.returncode for each in pair],
+            [each.log.read_text() for each in pair],
+            json.loads((folder / kind / "status.json").read_text()),
+            [path for path in checkpoints.glob("checkpoint_step_*") if not path.is_symlink()],
+            list(checkpoints.glob(".unfinished-*")),
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(hosts: Hosts, cut: dict[str, Cut]) -> dict[str, list[int]]:
+    """The same commands again, with the cable whole: their exit statuses."""
+    for kind in KINDS:
+        set_pace(cut[kind].directory, 0.0)
+    launches = {kind: hosts.launch(kind, cut[kind].directory) for kind in KINDS}
+    wait([each for pair in launches.values() for each in pair], 240)
+    return {kind: [each.returncode for each in pair] for kind, pair in launches.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_cable_ends_both_hosts_and_they_say_why(kind: str, cut: dict[str, Cut]) -> None:
+    run = cut[kind]
+    assert all(run.codes), run.codes
+    assert run.status["state"] == "failed"
+    assert "rank 1 of 2 gave no answer" in run.status["reason"]
+    assert "error: rank 1 of 2 gave no answer" in run.logs[0]
+    assert "error: the first host " in run.logs[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_cable_leaves_nothing_half_written(kind: str, cut: dict[str, Cut]) -> None:
+    assert not cut[kind].unfinished
+    assert len(cut[kind].saved) >= 2
+    for path in cut[kind].saved:
+        Checkpoint(path).verify()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_commands_then_follow_the_curve_of_one_process(
+    kind: str, cut: dict[str, Cut], resumed: dict[str, list[int]], alone: dict[str, dict[float, float]]
+) -> None:
+    directory = cut[kind].directory
+    assert resumed[kind] == [0, 0]
+    assert "Resumed from step " in directory.with_suffix(".0.log").read_text()
+    assert json.loads((directory / "status.json").read_text())["state"] == "finished"
+    found = curve(directory)
+    assert list(found["train/loss"]) == list(range(1, STEPS + 1))
+    for name in ("train/loss", "train/grad_norm", "eval/val_loss"):
+        assert found[name] == {step: pytest.approx(value, rel=1e-5) for step, value in alone[name].items()}, name

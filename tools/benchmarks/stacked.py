@@ -1,0 +1,131 @@
+"""Operations and time of a training step of N regression PFNs as one stacked network, beside N separate ones.
+
+python tools/benchmark.py stacked [--models 16] [--batch 1024] [--examples 64] [--steps 5] [--bf16] [--compile]
+
+A step is the trainer's: data generated, forward, backward, gradient norm, Adam. Operations are those that PyTorch dispatches in
+it; views and allocations, which start nothing on a device, are counted apart. With --compile, what is timed is compiled, and
+what is counted is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipes.pfn_raventos import PFNRaventos
+from trainer import config as configuration
+from trainer import optimizer, setup
+from trainer.evaluation import Objective
+from trainer.update import PlainUpdate
+
+NO_KERNEL = ("detach", "_unsafe_view", "lift_fresh", "empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched while it is on, backward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        name = func.overloadpacket.__name__
+        nothing = func.is_view or name in NO_KERNEL or func.namespace == "profiler"
+        (self.others if nothing else self.kernels)[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def stepper(argv: list[str], device: torch.device, bf16: bool, compiled: bool) -> Callable[[int], None]:
+    """A function that takes one training step of the recipe with these flags, on the sequences of that step."""
+    recipe = PFNRaventos()
+    config = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name).config
+    data = recipe.build_data(config)
+    network = setup.build_network(recipe, config, data).to(device)
+    objective = Objective(network, recipe)
+    if compiled:
+        objective.compile()
+    built = optimizer.build(recipe.parameter_groups(network, config), network, config.optimisation)
+    update = PlainUpdate(objective, built, None, 1, config.optimisation.grad_clip)
+    data.train.to(device)
+    batch_size = config.optimisation.batch_size
+    counts = recipe.items(data.train.__getitems__(range(batch_size)))
+    scale = torch.tensor([1.0 / n for n in counts.values()], device=device)
+
+    def step(number: int) -> None:
+        batch = data.train.__getitems__(range(number * batch_size, (number + 1) * batch_size))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            sums = objective(batch)
+        update.backward((sums * scale).sum())
+        update.step(1e-4)
+
+    return step
+
+
+def counted(step: Callable[[int], None]) -> Operations:
+    """The operations of a step that is not the first."""
+    step(0)
+    with Operations() as operations:
+        step(1)
+    return operations
+
+
+def main(arguments: list[str]) -> None:
+    """Print both counts, and the median times of interleaved steps."""
+    parser = argparse.ArgumentParser("benchmark.py stacked", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--models", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (0: count only)")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pools = [str(2**i) for i in range(options.models)]
+
+    def made(*flags: str, batch: int = options.batch, compiled: bool = False) -> Callable[[int], None]:
+        argv = [*flags, "--batch", str(batch), "--examples", str(options.examples)]
+        return stepper(argv, device, options.bf16, compiled)
+
+    small = min(8, options.batch)  # the number of operations does not depend on it
+    one, all_at_once = counted(made("--num_tasks", pools[-1], batch=small)), counted(made("--stack", *pools, batch=small))
+    print(f"operations of a step that start work on the device (and views, allocations), {device.type}, bf16 {options.bf16}:")
+    for name, found, times in (
+        ("one model", one, 1),
+        (f"{options.models} separate", one, options.models),
+        (f"{options.models} stacked", all_at_once, 1),
+    ):
+        print(f"  {name:14}{times * found.kernels.total():6,} ({times * found.others.total():,})")
+    if not options.steps:
+        return
+    steps = {"one model": made("--num_tasks", pools[-1], compiled=options.compile)}
+    steps[f"{options.models} stacked"] = made("--stack", *pools, compiled=options.compile)
+    times_ms: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(options.steps + 2):
+        for name, step in steps.items():
+            _wait(device)
+            began = time.perf_counter()
+            step(number)
+            _wait(device)
+            if number >= 2:  # the first ones compile and warm up
+                times_ms[name].append(1000 * (time.perf_counter() - began))
+    medians = {name: statistics.median(values) for name, values in times_ms.items()}
+    print(
+        f"ms per step, {options.batch} sequences of {options.examples}, compile {options.compile}, median of {options.steps}:"
+    )
+    for name, value in medians.items():
+        print(f"  {name:14}{value:10.2f}  (from {min(times_ms[name]):.2f} to {max(times_ms[name]):.2f})")
+    print(f"  {options.models} in turn   {options.models * medians['one model']:8.2f}  (the first, times {options.models})")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Sourced by the batch scripts beside it, from the repository's root.
+
+# Signals that launchers pass on to the training processes instead of dying of them, and the seconds these then have to save.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it over from sbatch by itself
+# Jobs that share a node get ports of their own, below those that the kernel gives to connections.
+export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+
+# status DIRECTORY KEY: a value of the run's status.json, or nothing.
+status() {
+    sed -n "s/^ *\"$2\": \"\{0,1\}\([^\",]*\).*/\1/p" "$1/status.json" 2>/dev/null
+}
+
+# train_until_finished DIRECTORY COMMAND...
+# Runs a command that trains in this run directory, and ends the job as that ends:
+#   the run is finished, or a person stopped it    exit 0
+#   it stopped because its time was up (the job's,
+#     or --max_training_hours, which counts anew)   the job is requeued, and then the same command continues the run
+#   it failed                                      with its exit status; a job that fails is not requeued
+# When Slurm signals that the end is near, the run is told by its stop file. A signal would reach launchers, trackers and
+# compilers too, and each launcher that dies of one takes its node's processes along.
+train_until_finished() {
+    local directory=$1 before near_end='' step word code=0
+    shift
+    for word in "$@"; do
+        case $word in --output[_-]dir* | --run[_-]name*)
+            echo "error: the job's name names the run: use sbatch --job-name=NAME (and RUNS=FOLDER) instead of $word" >&2
+            exit 2
+            ;;
+        esac
+    done
+    before=$(status "$directory" step)
+    trap 'near_end=yes; mkdir -p "$directory"; touch "$directory/stop"; echo "The time is nearly up: asked to stop"' USR1
+
+    "$@" --output_dir "$directory" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the signal interrupts it
+    wait "$step" || code=$?
+    trap '' USR1
+    if [ -n "$near_end" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
+
+    if [ "$code" -ne 0 ] || [ "$(status "$directory" state)" != stopped ]; then
+        exit "$code"
+    elif [ -z "$near_end" ] && [ "$(status "$directory" reason)" != time_limit ]; then
+        exit 0
+    elif [ "$(status "$directory" step)" = "$before" ]; then
+        echo "error: $directory is still at step $before: not requeued; give the job more --time" >&2
+        exit 1
+    fi
+    echo "Requeued at step $(status "$directory" step) of $directory"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the script meanwhile
+    exit 1
+}
