@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def export(checkpoint: str, out: Path, tokenizer: str | None = None) -> None:
     """Write the whole folder, or nothing. Raises Refusal, OSError or ValueError."""
-    found = Checkpoint(resolve(checkpoint, []))
+    found, out = Checkpoint(resolve(checkpoint, [])), out.resolve()
     found.verify()
     recipe = found.state.get("recipe")
     if recipe not in ("tinystories_lm", "gpt2_wikitext"):
