@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 PADDING = 2  # the token behind the end; 0 and 1 are parities or binary digits
 TOKENS = 3
-TYPICAL_STEPS = 200  # where predictions start: from 0 they would climb for a thousand steps first
+TYPICAL_STEPS = 200  # predictions are relative to it: from 0 they would climb for a thousand updates first
 
 
 class CollatzTransformer(nn.Module):
@@ -64,7 +64,6 @@ class CollatzTransformer(nn.Module):
         self.stopping = nn.Sequential(nn.Linear(d_model, 64), nn.ReLU(), nn.Linear(64, 1))
         self.next_token = nn.Linear(d_model, TOKENS)
         self.register_buffer("positions", sinusoids(max(max_len, 128), d_model), persistent=False)
-        nn.init.constant_(self.stopping[-1].bias, math.log1p(TYPICAL_STEPS))
         for name, parameter in self.named_parameters():
             if name.startswith("embed"):
                 nn.init.normal_(parameter, std=d_model**-0.5)  # of unit size once multiplied by sqrt(d_model)
@@ -82,7 +81,11 @@ class CollatzTransformer(nn.Module):
         """`forward`, and the pooled states [batch, d_model] that the stopping time is predicted from."""
         states = self.encode(self.embed(src.long()), None if self.causal else src_key_padding_mask)
         pooled = self.pool(states, src_key_padding_mask, digits)
-        return self.stopping(pooled)[:, 0], self.next_token(states), pooled
+        # Both heads in fp32 under autocast too: they cost next to nothing, and in bf16 a log1p of 5 comes in steps of 0.03.
+        with torch.autocast(states.device.type, enabled=False):
+            relative = self.stopping(pooled.to(self.next_token.weight.dtype))[:, 0]
+            logits = self.next_token(states.to(self.next_token.weight.dtype))
+        return relative.float() + math.log1p(TYPICAL_STEPS), logits, pooled
 
     def encode(self, embedded: Tensor, padding: Tensor | None) -> Tensor:
         """Embedded tokens [batch, time, d_model] -> states of the same shape. Causal without `padding`, masked by it else."""
