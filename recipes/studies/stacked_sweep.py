@@ -43,9 +43,9 @@ def train_stacked(
         folder = models[0].directory.parent / f"stack{len(wanted)}-size{size}-{digest}"
         pools = _pools_of(folder) or [number for number, model in wanted.items() if not model.directory.exists()]
         missing = [number for number in pools if not wanted[number].directory.exists()]
-        if not missing:
+        if not missing or len(pools) == 1:  # one model needs no stack: the sweep trains it as it is
             continue
-        command = [sys.executable, str(RECIPE_FILE), "train", *wanted[missing[0]].arguments, "--output_dir", str(folder)]
+        command = [sys.executable, str(RECIPE_FILE), "train", *wanted[pools[0]].arguments, "--output_dir", str(folder)]
         command += ["--stack", *map(str, pools)]
         jobs.append(Job(folder.name, command, folder, lambda folder=folder: _finished(folder)))
         members[folder.name] = [wanted[number] for number in missing]
