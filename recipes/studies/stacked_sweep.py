@@ -134,7 +134,14 @@ def _state_of(
     """trainer_state.json of one model: its own sums and losses, and the best of its evaluations that has a checkpoint."""
     progress = state["progress"]
     losses = [row["train/loss"] for row in rows if row["step"] <= step and "train/loss" in row]
-    own = {"train_loss": losses[-1] if losses else None, "best": best[0], "best_step": best[1], "watched_best": best[0]}
+    evaluated = [row["eval/val_loss"] for row in rows if row["step"] == progress["evaluated_step"] and "eval/val_loss" in row]
+    own = {
+        "evaluated": evaluated[-1] if evaluated else None,
+        "train_loss": losses[-1] if losses else None,
+        "best": best[0],
+        "best_step": best[1],
+        "watched_best": best[0],
+    }
     own |= {name: [progress[name][place]] if progress[name] else [] for name in ("sums", "counts")}
     return {**state, "progress": {**progress, **own, "evaluations_without_better": 0}}
 
