@@ -66,6 +66,12 @@ class TinyStoriesLM(Recipe):
 
         return training_flops_per_token(network)
 
+    def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
+        """As in the guide."""
+        sizes = ["Initializing model...", f"Total parameters: {parameters:,}", f"Trainable parameters: {trained:,}", ""]
+        plan = [f"Starting training from iteration {step}...", f"Device: {device}", f"Max iterations: {total_steps}", "-" * 80]
+        return sizes + plan
+
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """As in the guide."""
         return (

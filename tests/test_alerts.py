@@ -426,7 +426,7 @@ def test_a_webhook_that_hangs_slows_nothing_and_delays_the_end_a_little(
     began = time.monotonic()
     assert trained(tmp_path, "--alert_every", "1", "--max_steps", "60", "--alert_webhook", receiver.url) == "last step"
     assert receiver.paths
-    assert time.monotonic() - began < 40  # to wait for each of these alerts takes 90 s, and the run 3
+    assert time.monotonic() - began < 60  # to wait for each of these alerts takes 90 s, and the run 3
 
 
 def test_the_time_limit_counts_the_last_alerts(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,3 +279,19 @@ def test_the_data_follow_the_flags() -> None:
     assert seeds[0].fingerprint == seeds[2].fingerprint != seeds[1].fingerprint
     ramp = recipe.build_data(settings("--curriculum", "--steps", "100", "--batch", "8", "--val_numbers", "20")).train
     assert ramp.curriculum_samples == 800
+
+
+def test_the_quick_presets_numbers_to_analyse_are_none_of_those_that_chose_its_best_model() -> None:
+    from recipes.collatz import Collatz
+    from recipes.studies.collatz_errors import held_out, layout
+    from trainer import config as configuration
+
+    recipe = Collatz()
+    data = (config := configuration.parse(recipe.Config, recipe.presets, ["--preset", "quick"], recipe.name).config).data
+    measured = held_out("val", data.val_numbers, data.start, data.val_span, layout(config.model)).words
+    count = data.val_span // 8192
+    analysed = held_out("analysis", count, data.start, data.val_span, layout(config.model), measured).words
+    assert len(analysed) == count
+    assert not {bytes(word) for word in measured} & {bytes(word) for word in analysed}
+    without = held_out("analysis", count, data.start, data.val_span, layout(config.model)).words
+    assert {bytes(word) for word in measured} & {bytes(word) for word in without}

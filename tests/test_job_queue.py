@@ -158,6 +158,7 @@ def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.Monk
     assert environments(False, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
     assert environments(True, 3, 0, {}) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments(True, 9, 0, {}) == [{"OMP_NUM_THREADS": "1"}] * 9
     assert environments(True, 3, 0, {"OMP_NUM_THREADS": "1"}) == [{"OMP_NUM_THREADS": "1"}] * 3
     by_launcher = {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_MODE": "default"}
     assert environments(True, 3, 0, by_launcher) == [{"OMP_NUM_THREADS": "2"}] * 3
@@ -165,7 +166,7 @@ def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.Monk
         (False, 2, 3, "needs --parallel"),
         (True, 4, 3, "gpus 4: there is 3 GPUs"),
         (True, 0, 3, "gpus 0"),
-        (True, 9, 0, "8 CPU cores"),
+        (True, -1, 0, "gpus -1"),
     ):
         with pytest.raises(Refusal, match=message):
             environments(parallel, count, gpus, {})

@@ -100,7 +100,7 @@ def test_its_run_directory_is_an_ordinary_one(trained: SimpleNamespace, pool: in
     states = [json.loads((p["checkpoint_final"] / "trainer_state.json").read_text()) for p in (ours, theirs)]
     for state in states:
         state["progress"].pop("hours")
-    for key in ("best", "train_loss", "watched_best"):
+    for key in ("best", "train_loss", "watched_best", "evaluated"):
         values = [state["progress"].pop(key) for state in states]
         assert values[0] == pytest.approx(values[1], abs=1e-5), key
     assert states[0] == states[1]

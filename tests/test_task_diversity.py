@@ -128,7 +128,7 @@ def test_values_that_cannot_be_meant_are_refused(argv: list[str], message: str) 
         (["--task_size", "0"], "task_size 0"),
         (["--steps", "3"], "max_steps 3"),
         (["--gpus", "2"], "needs --parallel"),
-        (["--parallel", "--gpus", "1000"], "gpus 1000"),
+        (["--parallel", "--gpus", "-1"], "gpus -1"),
         (["--tasks", "4", "16", "--job", "2"], "jobs 0 to 1"),
         (["--stacked", "--job", "0"], "leave --stacked"),
         (["--eval_sequences", "0"], "eval_sequences"),

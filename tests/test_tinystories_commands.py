@@ -249,7 +249,10 @@ def test_it_trains_and_prints_the_guides_lines(place: SimpleNamespace) -> None:
     count = len(np.fromfile(place.folder / "data" / "train.ids", np.uint16))
     assert f"Train data size: {count:,} tokens\n" in text
     for pattern in (
+        r"^Loading data with memory mapping\.\.\.$",
         r"^Validation data size: [\d,]+ tokens$",
+        r"^Initializing model\.\.\.\nTotal parameters: [\d,]+\nTrainable parameters: [\d,]+\n$",
+        r"^Starting training from iteration 0\.\.\.\nDevice: cpu\nMax iterations: \d+\n-{80}$",
         r"^Iter     10 \| Loss: \d\.\d{4} \| LR: \d\.\d\de-0\d \| Time: \d+\.\dms \| Tokens/sec: \d+$",
         r"^-{80}\nEvaluating at iteration 20\.\.\.\nTrain loss: \d\.\d{4} \| Val loss: \d\.\d{4}\n-{80}$",
         r"^Saved checkpoint to .*checkpoint_iter_20( |$)",

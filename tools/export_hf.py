@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def export(checkpoint: str, out: Path, tokenizer: str | None = None) -> None:
     """Write the whole folder, or nothing. Raises Refusal, OSError or ValueError."""
-    found = Checkpoint(resolve(checkpoint, []))
+    found, out = Checkpoint(resolve(checkpoint, [])), out.resolve()
     found.verify()
     recipe = found.state.get("recipe")
     if recipe not in ("tinystories_lm", "gpt2_wikitext"):
@@ -222,8 +222,8 @@ def _measured(found: Checkpoint) -> dict[str, float]:
             for key, name in (("eval/val_loss", "validation loss"), ("eval/train_loss", "training loss, in evaluation")):
                 values = [row[key] for row in rows if row.get(key) is not None]
                 measured |= {name: values[-1]} if values else {}
-    if not measured and progress["best_step"] == step and progress["best"] is not None:
-        measured["validation loss"] = progress["best"]
+    if not measured and progress["evaluated_step"] == step and progress["evaluated"] is not None:
+        measured["validation loss"] = progress["evaluated"]
     if progress["train_loss"] is not None:
         measured["training loss of the last log interval"] = progress["train_loss"]
     return measured

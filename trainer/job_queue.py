@@ -50,9 +50,9 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
     cores = len(os.sched_getaffinity(0))
     if count is not None and not parallel:
         raise Refusal(f"gpus {count} needs --parallel; without it jobs run one after the other")
-    if count is not None and not 1 <= count <= (gpus or cores):
-        here = f"{gpus} GPUs here" if gpus else f"no GPU here, and {cores} CPU cores to run a process on each"
-        raise Refusal(f"gpus {count}: there is {here}; give a number from 1 to {gpus or cores}")
+    if count is not None and (count < 1 or (gpus and count > gpus)):
+        here = f"{gpus} GPUs here" if gpus else "no GPU here, so as many processes share the cores"
+        raise Refusal(f"gpus {count}: there is {here}; give a number from 1" + (f" to {gpus}" if gpus else ""))
     queues = (count or gpus or 1) if parallel else 1
     if gpus:
         named = environ.get("CUDA_VISIBLE_DEVICES")

@@ -27,6 +27,8 @@ class Progress:
 
     step: int = 0
     evaluated_step: int = 0
+    evaluated: float | None = None
+    """the best-model metric at `evaluated_step`"""
     best: float | None = None
     best_step: int = 0
     watched_best: float | None = None

@@ -196,12 +196,13 @@ class Training:
         self.last_evaluation = found
         if p.evaluated_step == p.step:
             return False, None  # known already: the launch before was ended between this evaluation and its last save
-        p.evaluated_step = p.step
         recipe = self.recipe
-        better = improves(found[f"eval/{recipe.best_metric}"], p.best, recipe.best_is)
+        metric = found[f"eval/{recipe.best_metric}"]
+        p.evaluated_step, p.evaluated = p.step, metric if math.isfinite(metric) else None
+        better = improves(metric, p.best, recipe.best_is)
         if better:
             self.previous_best = (p.best, p.best_step)
-            p.best, p.best_step = found[f"eval/{recipe.best_metric}"], p.step
+            p.best, p.best_step = metric, p.step
         watched, direction = recipe.patience_metric or (recipe.best_metric, recipe.best_is)
         progressed = improves(found[f"eval/{watched}"], p.watched_best, direction)
         if progressed:

@@ -205,7 +205,7 @@ class _Launch:
                 error = Refusal(f"{plan.directory.path}: {reason}; choose another --output_dir", CHECKPOINT)
         launch.control.agree(error)
         self.started = True
-        description = describe(session)
+        description = describe(session, plan.checkpoint.state["progress"]["step"] if plan.checkpoint else 0)
         for line in [f"Run directory: {plan.directory.path}", *description]:
             say(line)
         code = 1

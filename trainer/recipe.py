@@ -139,6 +139,10 @@ class Recipe:
         """Training FLOPs (forward and backward) for each item of `speed`, for MFU; None: not known."""
         return None
 
+    def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
+        """What the recipe itself says before the first step of a launch, which is step + 1: lines of its guide."""
+        return []
+
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
         unit = self.speed[0] if self.speed else "samples"

@@ -220,8 +220,8 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     return Session(recipe, config, launch, data, network, model, update, state, weights, mixed_precision, steps, documents)
 
 
-def describe(session: Session) -> list[str]:
-    """What is printed before the first step."""
+def describe(session: Session, step: int) -> list[str]:
+    """What is printed before the first step of a launch, which begins after `step`."""
     network, config, launch = session.network, session.config, session.launch
     sizes = [math.prod(getattr(p, "ds_shape", p.shape)) for p in network.parameters()]
     trained = [math.prod(getattr(p, "ds_shape", p.shape)) for p in network.parameters() if p.requires_grad]
@@ -241,4 +241,5 @@ def describe(session: Session) -> list[str]:
         ),
         f"Optimizer: {optimisation.optimizer}, {session.recipe.schedule_text(config)}; "
         f"weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
+        *session.recipe.start_lines(step, session.total_steps, launch.device.type, sum(sizes), sum(trained)),
     ]

@@ -208,18 +208,23 @@ class HeldOutNumbers:
     `columns` are more values by number, put into each batch (what a baseline says of it).
     """
 
-    def __init__(self, name: str, length: int, start: int, span: int, layout: Layout) -> None:
-        """`name` tells sets apart; ordinary numbers lie at most about `span` above `start`, evenly by the logarithm of that
-        distance. ValueError for a length or a span that cannot be meant."""
+    def __init__(
+        self, name: str, length: int, start: int, span: int, layout: Layout, apart_from: np.ndarray | None = None
+    ) -> None:
+        """`name` and `apart_from`, the `words` of another set, tell sets apart; ordinary numbers lie at most about `span` above
+        `start`, evenly by the logarithm of that distance. ValueError for a length or a span that cannot be meant."""
         if length < 2:
             raise ValueError(f"{length} held-out numbers are too few; take at least 2")
         if not 0 < span < 1 << 60:
             raise ValueError(f"val_span {span} must be above 0 and below 2^60")
         if length > max(2, span // HELD_OUT_ONE_IN):
             raise ValueError(f"{length} held-out numbers are too many for a span of {span}: 1 in {HELD_OUT_ONE_IN} is held out")
-        words, kinds = np.empty((4 * length, WORDS), np.uint64), np.empty(4 * length, np.uint8)
+        words, kinds = np.empty((16 * length, WORDS), np.uint64), np.empty(16 * length, np.uint8)
         _draw_held_out(_key(name, 0), to_words([start])[0], float(span), words, kinds)
         distinct = np.sort(np.unique(words, axis=0, return_index=True)[1])  # near `start` they meet
+        if apart_from is not None:
+            taken = set(map(bytes, apart_from))
+            distinct = np.array([row for row in distinct if bytes(words[row]) not in taken], dtype=np.int64)
         normal, hard = (distinct[(kinds[distinct] == NORMAL) == ordinary] for ordinary in (True, False))
         rows = np.sort(np.concatenate([normal[: length - length // 2], hard[: length // 2]]))
         if len(rows) < length:

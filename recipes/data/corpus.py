@@ -206,7 +206,11 @@ def _parquet_rows(path: Path, column: str, read: Read) -> Iterator[str]:
         rows = max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             read(path.stat().st_size * len(batch) // rows)
-            yield from (text for text in batch.column(0).to_pylist() if text)
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise ValueError(f"{path}: column {column!r} holds {text!r}, not text; give another with --column")
+                if text:
+                    yield text
     except ArrowException as error:
         raise ValueError(f"{path} is not a readable parquet file ({one_line(error)})") from None
 

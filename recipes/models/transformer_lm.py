@@ -237,7 +237,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = network(tokens[None, -network.context_length :])[0, -1].double()
         if temperature:
-            probabilities = nucleus(torch.softmax(logits / temperature, dim=-1), top_p)
+            probabilities = nucleus(torch.softmax((logits - logits.max()) / temperature, dim=-1), top_p)
             token = torch.multinomial(probabilities, 1)
         else:
             token = logits.argmax(-1, keepdim=True)

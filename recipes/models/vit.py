@@ -260,7 +260,11 @@ class VisionTransformer(nn.Module):
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         x = self.norm(x)
-        return self.head(x[:, 0] if self.pool == "cls" else x.mean(dim=1))
+        x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)
+        # Logits in the precision of the weights: bf16 keeps three digits of what softmax exponentiates, and of the gradient
+        # of the head, which is most of the gradient norm. It costs nothing beside the blocks.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.to(self.head.weight.dtype))
 
     def attention_maps(self, images: Tensor) -> Tensor:
         """What each token of each layer attends to: [layers, batch, heads, N, N]. For pictures, in evaluation mode."""

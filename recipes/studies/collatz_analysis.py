@@ -47,8 +47,8 @@ class Analyse:
 
     model_path: str = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    numbers: int = 4096
-    """held-out numbers, others than those measured in training"""
+    numbers: int | None = None
+    """held-out numbers, others than those measured in training (default: 4096, or what a small val_span has room for)"""
     output_dir: str | None = None
     """where the pictures go (default: plots/ of the run)"""
     batch_size: Annotated[int, arg(aliases=("--batch",))] = 256
@@ -155,7 +155,10 @@ def analyse(recipe: Recipe, flags: Analyse, launch: Launch, say: Say) -> None:
         raise Refusal(f"batch_size {flags.batch_size} must be above 0")
     found, config = find(recipe, flags.model_path, launch)
     try:
-        dataset = held_out("analysis", flags.numbers, config.data.start, config.data.val_span, layout(config.model))
+        data, shown = config.data, layout(config.model)
+        measured = held_out("val", data.val_numbers, data.start, data.val_span, shown).words
+        count = flags.numbers if flags.numbers is not None else min(4096, max(2, data.val_span // 8192))
+        dataset = held_out("analysis", count, data.start, data.val_span, shown, measured)
     except ValueError as reason:
         raise Refusal(f"--numbers: {reason}") from None
     network = load(recipe, found, config, Data(None, {}), launch)

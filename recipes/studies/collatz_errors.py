@@ -38,11 +38,13 @@ def layout(model: Any) -> Layout:
     return Layout(model.max_len, model.prefix_len, model.input == "digits", model.mode == "guide")
 
 
-def held_out(name: str, length: int, start: int, span: int, shown: Layout) -> HeldOutNumbers:
+def held_out(
+    name: str, length: int, start: int, span: int, shown: Layout, apart_from: np.ndarray | None = None
+) -> HeldOutNumbers:
     """A held-out set whose batches also tell what the baselines say of each number."""
     from recipes.data.collatz import HeldOutNumbers
 
-    dataset = HeldOutNumbers(name, length, start, span, shown)
+    dataset = HeldOutNumbers(name, length, start, span, shown, apart_from)
     dataset.columns = baseline_columns(dataset.everything())
     return dataset
 

@@ -105,10 +105,7 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, say: Say) -> None:
     """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
     from trainer.inference import find, load, on_main
 
-    try:
-        flags.prompt.encode()
-    except UnicodeEncodeError as reason:  # bytes of another encoding, as Python hands them on
-        raise Refusal(f"the prompt is not UTF-8 from character {reason.start + 1} on; give it in UTF-8") from None
+    check_sampling(flags)
     found, config = find(recipe, flags.model_path, launch)
     text = Text.without_data(found.text("tokenizer.json"))
     network = load(recipe, found, config, Data(None, {}, extra={"text": text}), launch)
@@ -171,16 +168,27 @@ def report(text: Text, split: str, packing: str, max_length: int, loss: float, s
         say(f"  for scale, {name} perplexity on the same tokens: {perplexity(nats):.2f} per token ({side})")
 
 
-def continue_text(network: Any, text: Text, flags: Sampling, produce: Callable[[Tensor], Tensor]) -> str:
-    """The prompt and what `produce` (ids [time] -> longer ids) makes of it. Refusal where the settings cannot work."""
-    import torch
-
+def check_sampling(flags: Sampling) -> None:
+    """Refuse settings that no generation can work with."""
+    try:
+        flags.prompt.encode()
+    except UnicodeEncodeError as reason:  # bytes of another encoding, as Python hands them on
+        raise Refusal(f"the prompt is not UTF-8 from character {reason.start + 1} on; give it in UTF-8") from None
+    if not -(2**63) <= flags.seed < 2**63:
+        raise Refusal(f"seed {flags.seed} does not fit into 64 bits; give a smaller one")
     if not (flags.temperature >= 0 and math.isfinite(flags.temperature)):
         raise Refusal(f"temperature {flags.temperature} must be 0 (the likeliest token) or above")
     if not 0 < flags.top_p <= 1 or flags.max_new_tokens < 1:
         raise Refusal(
             f"generation needs 0 < top_p <= 1 and max_new_tokens >= 1, not {flags.top_p:g} and {flags.max_new_tokens}"
         )
+
+
+def continue_text(network: Any, text: Text, flags: Sampling, produce: Callable[[Tensor], Tensor]) -> str:
+    """The prompt and what `produce` (ids [time] -> longer ids) makes of it. Refusal where the settings cannot work."""
+    import torch
+
+    check_sampling(flags)
     tokenizer = text.tokenizer()
     ids = tokenizer.encode(flags.prompt, add_special_tokens=False).ids or [text.end_of_text]
     torch.manual_seed(flags.seed)

@@ -134,8 +134,8 @@ def _check(config: Config) -> None:
             raise Refusal(f"{name} {value} must be at least {least}")
     if run.eval_sequences == 1:
         raise Refusal("eval_sequences 1 gives no standard error; give at least 2, or 0 for no comparison")
-    if d.noise <= 0:
-        raise Refusal(f"noise {d.noise} must be above 0: it is a variance, and the exact baselines divide by it")
+    if d.noise < 1e-9:
+        raise Refusal(f"noise {d.noise} must be at least 1e-9: it is a variance, and the exact baselines divide by it")
     if m.d_model % m.num_heads:
         raise Refusal(f"d_model {m.d_model} does not divide into {m.num_heads} heads; give a --num_heads that divides it")
     if (low := config.y_bounds()[0]) >= (high := config.y_bounds()[1]):

@@ -125,15 +125,15 @@ def draw(curves: Mapping[str, Sequence[Curve]], out: Path, title: str) -> None:
     figure = new_figure(10, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     for place, (variant, runs) in enumerate(curves.items()):
-        steps, colour = runs[0].steps, f"C{place}"
-        each = list(zip(*(run.accuracy for run in runs), strict=True))
-        mean = [statistics.mean(values) for values in each]
-        left.plot(steps, mean, color=colour, label=variant)
+        colour, steps = f"C{place}", sorted(set.intersection(*(set(run.steps) for run in runs)))  # patience ends some early
+        each = [[run.accuracy[run.steps.index(step)] for run in runs] for step in steps]
+        left.plot(steps, [statistics.mean(values) for values in each], color=colour, label=variant)
         left.fill_between(steps, [min(v) for v in each], [max(v) for v in each], color=colour, alpha=0.2, linewidth=0)
         last = [run.accuracy[-1] for run in runs]
+        end = statistics.mean(last)
         right.plot([place] * len(last), last, "o", color=colour, alpha=0.6)
-        right.plot([place - 0.25, place + 0.25], [mean[-1]] * 2, color=colour, linewidth=2)
-        right.annotate(f"{mean[-1]:.1%}", (place + 0.14, mean[-1]), (0, 3), textcoords="offset points", fontsize=9)
+        right.plot([place - 0.25, place + 0.25], [end] * 2, color=colour, linewidth=2)
+        right.annotate(f"{end:.1%}", (place + 0.14, end), (0, 3), textcoords="offset points", fontsize=9)
     for axis in (left, right):
         axis.axhline(1 / next(iter(curves.values()))[0].classes, color="0.4", linestyle="--", linewidth=1, label="guessing")
         axis.grid(alpha=0.3)

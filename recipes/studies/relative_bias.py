@@ -61,7 +61,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
         raise Refusal(f"batch_size {flags.batch_size} must be above 0")
     found, config = find(recipe, flags.model_path, launch)
     if flags.data_dir:
-        config = replace(config, data=replace(config.data, dataset="folder", data_dir=flags.data_dir))
+        config = replace(config, data=replace(config.data, dataset="folder", data_dir=flags.data_dir, num_samples=None))
     data = load_data(recipe, config, launch)
     trained_on, classes = json.loads(found.text("classes.json")), data.extra["sets"].classes
     if classes != trained_on:
@@ -134,7 +134,7 @@ def visualize_relative_position_bias(bias: torch.Tensor, save_path: str | Path, 
 def bias_statistics(network: Any) -> list[str]:
     """A line for each bias table: mean and standard deviation of its values, as the guide prints them, and their range."""
     return [
-        f"{name}: mean={p.mean():.4f}, std={p.std(correction=0):.4f}, min={p.min():.4f}, max={p.max():.4f}"
+        f"{name}: mean={p.mean():.4f}, std={p.std():.4f}, min={p.min():.4f}, max={p.max():.4f}"
         for name, p in network.named_parameters()
         if "relative_position_bias" in name
     ]

@@ -43,9 +43,9 @@ def train_stacked(
         folder = models[0].directory.parent / f"stack{len(wanted)}-size{size}-{digest}"
         pools = _pools_of(folder) or [number for number, model in wanted.items() if not model.directory.exists()]
         missing = [number for number in pools if not wanted[number].directory.exists()]
-        if not missing:
+        if not missing or len(pools) == 1:  # one model needs no stack: the sweep trains it as it is
             continue
-        command = [sys.executable, str(RECIPE_FILE), "train", *wanted[missing[0]].arguments, "--output_dir", str(folder)]
+        command = [sys.executable, str(RECIPE_FILE), "train", *wanted[pools[0]].arguments, "--output_dir", str(folder)]
         command += ["--stack", *map(str, pools)]
         jobs.append(Job(folder.name, command, folder, lambda folder=folder: _finished(folder)))
         members[folder.name] = [wanted[number] for number in missing]
@@ -134,7 +134,14 @@ def _state_of(
     """trainer_state.json of one model: its own sums and losses, and the best of its evaluations that has a checkpoint."""
     progress = state["progress"]
     losses = [row["train/loss"] for row in rows if row["step"] <= step and "train/loss" in row]
-    own = {"train_loss": losses[-1] if losses else None, "best": best[0], "best_step": best[1], "watched_best": best[0]}
+    evaluated = [row["eval/val_loss"] for row in rows if row["step"] == progress["evaluated_step"] and "eval/val_loss" in row]
+    own = {
+        "evaluated": evaluated[-1] if evaluated else None,
+        "train_loss": losses[-1] if losses else None,
+        "best": best[0],
+        "best_step": best[1],
+        "watched_best": best[0],
+    }
     own |= {name: [progress[name][place]] if progress[name] else [] for name in ("sums", "counts")}
     return {**state, "progress": {**progress, **own, "evaluations_without_better": 0}}
 

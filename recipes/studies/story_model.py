@@ -58,7 +58,7 @@ def windows_of(config: Any) -> Data:
     else:
         train = RandomWindows(streams.train, length, config.optimisation.seed)
     sizes = {"Train": streams.train.count, "Validation": streams.validation.count}
-    notes = ["Loading data, left in its files...", *(f"{name} data size: {n:,} tokens" for name, n in sizes.items())]
+    notes = ["Loading data with memory mapping...", *(f"{name} data size: {n:,} tokens" for name, n in sizes.items())]
     return Data(train, measured, fingerprint=streams.fingerprint, notes=notes, extra={"streams": streams})
 
 

@@ -110,7 +110,8 @@ def sweep(recipe: Recipe, flags: Sweep, launch: Launch, say: Say) -> None:
     folder = models[0].directory.parent
     only = _only(flags, len(models))
     gpus = torch.cuda.device_count() if launch.device.type == "cuda" else 0
-    queues = job_queue.environments(flags.parallel, flags.gpus, gpus)
+    alone = only is not None  # one job needs one device, whatever a preset says of the whole sweep
+    queues = job_queue.environments(flags.parallel and not alone, None if alone else flags.gpus, gpus)
     say(f"Sweep: {len(models)} models in {folder}, {len(queues)} at a time")
     if only is not None:
         chosen = models[only]
@@ -220,8 +221,8 @@ def _only(flags: Sweep, jobs: int) -> int | None:
     told = flags.job if flags.job is not None else os.environ.get("SLURM_ARRAY_TASK_ID")
     if told is None:
         return None
-    if flags.stacked or flags.parallel:
-        raise Refusal("one job of a sweep is a single model on a single device; leave --stacked and --parallel out")
+    if flags.stacked:
+        raise Refusal("one job of a sweep is a single model; leave --stacked out")
     if not 0 <= int(told) < jobs:
         raise Refusal(f"job {told}: this sweep has the jobs 0 to {jobs - 1} (sbatch --array=0-{jobs - 1})")
     return int(told)

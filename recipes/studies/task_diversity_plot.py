@@ -122,8 +122,13 @@ def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> No
     low, high = min(places.values()), max(places.values())
     axis.set_xlim(low - 0.4, high + 0.4)
     axis.set(ylabel=ylabel, title=title)
-    shown_values = [bound for line in axis.get_lines() for bound in line.get_ydata() if len(line.get_ydata()) and bound > 0]
-    log_scale(axis, max(shown_values) / min(shown_values))
+    curves = [line for line in axis.get_lines() if not str(line.get_label()).startswith("M*")]
+    shown_values = [value for line in curves for value in line.get_ydata() if value > 0]
+    if shown_values:
+        log_scale(axis, max(shown_values) / min(shown_values))
+    else:
+        axis.text(0.5, 0.5, "no pool is finite", transform=axis.transAxes, ha="center")
+        axis.set_yticks([])
     axis.grid(alpha=0.3)
 
 
