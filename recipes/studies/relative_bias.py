@@ -61,7 +61,8 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
         raise Refusal(f"batch_size {flags.batch_size} must be above 0")
     found, config = find(recipe, flags.model_path, launch)
     if flags.data_dir:
-        config = replace(config, data=replace(config.data, dataset="folder", data_dir=flags.data_dir, num_samples=None))
+        other = {"dataset": "folder", "data_dir": flags.data_dir, "num_samples": None, "val_samples": None}
+        config = replace(config, data=replace(config.data, **other))
     data = load_data(recipe, config, launch)
     trained_on, classes = json.loads(found.text("classes.json")), data.extra["sets"].classes
     if classes != trained_on:
