@@ -26,7 +26,7 @@ from trainer.run_directory import RunDirectory
 REASONS: tuple[str, ...] = ("time_limit", "SIGINT", "SIGUSR1", "SIGHUP", "SIGTERM", "stop_file", "stop_typed")
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
 POLL_SECONDS = 0.5  # files and stdin are looked at this often: a network file system is slow
-EXIT_SECONDS = 2.0  # from the end of the last save to the end of the process
+EXIT_SECONDS = 3.5  # from the end of the last save to the end of the process, on a machine that is busy with others
 
 
 def launched(environ: Mapping[str, str]) -> bool:
