@@ -25,6 +25,7 @@ from recipes.studies.predictive_resampling import posterior, resample
 from recipes.studies.regression_evaluation import measure, table
 from recipes.studies.task_diversity import gather, plan, sweep
 from recipes.studies.task_diversity_plot import plot_experiment, threshold
+from trainer import config as configuration
 from trainer.checkpoint import Checkpoint
 from trainer.console import Console
 from trainer.errors import Refusal
@@ -74,7 +75,7 @@ def test_every_command_of_the_guide_means_the_jobs_it_says(argv: list[str]) -> N
         assert [c.optimisation.learning_rate] == given("--lr", [1e-3])
         assert [c.data.examples] == given("--examples", [64])
         assert [c.data.noise] == [0.25]
-        assert [c.run.checkpoints, c.run.save_every] == [10, c.optimisation.max_steps // 10]
+        assert [c.run.eval_every, c.run.save_every] == [c.optimisation.max_steps // 10] * 2
         assert [c.run.eval_batch] == [256]
         assert (c.optimisation.optimizer, c.optimisation.weight_decay, c.optimisation.grad_clip) == ("adam", 0, 0)
         assert (c.model.d_model, c.model.num_layers, c.model.num_heads, c.model.d_ff, c.model.d_vocab) == (128, 2, 2, 256, 128)
@@ -95,6 +96,14 @@ def test_the_learning_rate_is_the_guides_one_cycle() -> None:
     assert rates[1000][0] == pytest.approx(2.004e-6, rel=1e-3)
     assert rates[1000][499] == pytest.approx(1e-3)
     assert rates[1000][-1] == pytest.approx(4.0e-9, rel=1e-2)
+
+
+def test_another_number_of_checkpoints_acts_when_a_run_is_resumed() -> None:
+    saved = parsed("train", "--max_steps", "600", "--checkpoints", "3").config
+    assert (saved.run.save_every, saved.run.eval_every) == (200, 200)
+    for typed, expected in (([], (200, 200)), (["--checkpoints", "6"], (100, 100)), (["--save_every", "50"], (50, 200))):
+        run = configuration.parse(PFNRaventos.Config, {}, typed, "pfn_raventos", default=saved).config.run
+        assert (run.save_every, run.eval_every) == expected, typed
 
 
 @pytest.mark.parametrize(

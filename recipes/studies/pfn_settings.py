@@ -77,10 +77,10 @@ class Optimisation(trainer_config.Optimisation):
 class Run(trainer_config.Run):
     """Checkpoints by number, and the comparison with exact baselines at the end."""
 
-    checkpoints: int = 10
-    """checkpoints spread over the run, the final one included"""
+    checkpoints: int | None = None
+    """checkpoints spread over the run, the final one included; wins over save_every (default: 10)"""
     save_every: Annotated[int | None, arg(aliases=("--checkpoint_interval",))] = None
-    """optimizer steps between checkpoints (default: max_steps / checkpoints)"""
+    """optimizer steps between checkpoints"""
     eval_every: Annotated[int | None, arg(aliases=("--eval_interval",))] = None
     """optimizer steps between evaluations (default: at each checkpoint)"""
     keep_last: int = 0
@@ -101,14 +101,18 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def resolved(self) -> Config:
-        """With the values that follow from others. Refusal where they do not fit together."""
+        """With the values that follow from others. Refusal where they do not fit together.
+
+        `checkpoints` becomes a `save_every`: what a saved run has in it was then typed anew, and acts when it is resumed.
+        """
         _check(self)
         run, model = self.run, self.model
-        every = -(-self.optimisation.max_steps // run.checkpoints)
-        save_every = every if run.save_every is None else run.save_every
-        eval_every = save_every if run.eval_every is None else run.eval_every
+        save_every = run.save_every
+        if run.checkpoints is not None or save_every is None:
+            save_every = -(-self.optimisation.max_steps // (run.checkpoints or 10))
+        eval_every = save_every if run.eval_every in (None, run.save_every) else run.eval_every
         model = replace(model, d_ff=model.d_ff or 2 * model.d_model)
-        return replace(self, model=model, run=replace(run, save_every=save_every, eval_every=eval_every))
+        return replace(self, model=model, run=replace(run, checkpoints=None, save_every=save_every, eval_every=eval_every))
 
     def y_bounds(self) -> tuple[float, float]:
         """The ends of the bins."""
@@ -130,7 +134,7 @@ def _check(config: Config) -> None:
         ("eval_batch", run.eval_batch, 1),
         *(("stack", size, 0) for size in d.stack),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise Refusal(f"{name} {value} must be at least {least}")
     if run.eval_sequences == 1:
         raise Refusal("eval_sequences 1 gives no standard error; give at least 2, or 0 for no comparison")
