@@ -77,14 +77,18 @@ def test_on_hard_numbers_the_rule_has_the_known_values() -> None:
     assert (batch["rule_right"][hard].sum() / predicted).item() == pytest.approx(0.669, abs=0.01)
 
 
-def test_the_mean_of_the_magnitude_is_that_of_scored_numbers_with_as_many_digits(dataset: HeldOutNumbers) -> None:
+def test_the_mean_of_the_magnitude_is_that_of_other_scored_numbers_of_the_size(dataset: HeldOutNumbers) -> None:
     batch = dataset.everything()
-    digits = np.array([n.bit_length() for n in from_words(dataset.words)])
-    for count in (20, 28, 69):
-        rows = torch.from_numpy(digits == count)
-        assert rows.sum() > 3
-        mean = batch["steps"][rows & batch["scored"]].double().log1p().mean().item()
-        assert batch["magnitude"][rows].tolist() == pytest.approx([mean] * int(rows.sum()))
+    digits = [n.bit_length() for n in from_words(dataset.words)]
+    scored, steps = batch["scored"].tolist(), batch["steps"].tolist()
+    widest = 0
+    for i, own in enumerate(digits):
+        others = [(abs(own - size), j) for j, size in enumerate(digits) if scored[j]]
+        reach = sorted(others)[16][0]  # the 17 nearest, itself among them if it is scored
+        logs = [math.log1p(steps[j]) for away, j in others if away <= reach and j != i]
+        assert batch["magnitude"][i].item() == pytest.approx(sum(logs) / len(logs)), i
+        widest = max(widest, reach)
+    assert widest > 1
     formula = [math.log1p(10.43 * math.log(n)) for n in from_words(dataset.words)]
     assert batch["formula"].tolist() == pytest.approx(formula)
 

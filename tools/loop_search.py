@@ -38,6 +38,7 @@ from loops.sieve import MAX_BITS
 from trainer.alerts import VARIABLE, find_webhook, open_alerts
 from trainer.console import Console, format_duration
 from trainer.errors import CHECKPOINT, FINISHED, Refusal
+from trainer.hardware import cores
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
     """The whole search: resume, cover, report. Raises Refusal."""
     question, beside = question_of(options), options.from_training is not None
-    workers = options.workers if options.workers is not None else 1 if beside else _cores()
+    workers = options.workers if options.workers is not None else 1 if beside else cores()
     for name, value, low, high in (("workers", workers, 1, 1024), ("sieve_bits", options.sieve_bits, 8, MAX_BITS)):
         if not low <= value <= high:
             raise Refusal(f"{name} {value} is outside {low} to {high}")
@@ -159,10 +160,6 @@ def integer(text: str) -> int:
         raise ValueError
     value = int(base) ** int(exponent or 1)
     return (-value if sign == "-" else value) + int(f"{plus or '+'}{rest or 0}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from recipes.data.corpus import Part, Source, find_sources, hold_out, units
 from recipes.data.encoding import Encoder
 from recipes.data.tokenizer import existing_tokenizer, train_tokenizer, vocabulary_size
+from trainer.hardware import cores
 
 Task = list[Part]
 TASK_CHARACTERS = 1 << 20
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--vocab_size", type=int, default=10_000, help="entries of a trained tokenizer (10000)")
     add("--sample_mb", type=float, default=256.0, help="train the tokenizer on so much, spread over the training text (256)")
     add("--column", default="text", help="column of the text in JSONL, parquet and data sets of the hub (text)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that encode (all cores)")
+    add("--workers", type=int, default=cores(), help="processes that encode (all cores)")
     add("--overwrite", action="store_true", help="replace what an earlier call left in --out")
     options = parser.parse_args(arguments)
     try:

@@ -1,10 +1,13 @@
-"""What the device can do, for MFU and for the answer to `status`."""
+"""What the machine can do: cores, the peak of its GPU, and memory in use."""
 
 from __future__ import annotations
 
+import os
 import re
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Dense bf16/fp16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity).
 _PEAK_16_BIT = {
@@ -23,10 +26,17 @@ _PEAK_16_BIT = {
 }
 
 
+def cores() -> int:
+    """CPU cores that this process may use (macOS does not tell: all there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of one GPU in the precision trained in; None where it is not known (CPUs, fp32, other cards)."""
     if device.type != "cuda" or precision == "no":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in _PEAK_16_BIT.items() if re.search(rf"\b{card}\b", name)), None)
 
@@ -34,6 +44,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def memory_text(device: torch.device) -> str:
     """Memory in use and at its highest, in GiB: of the GPU, or of this process."""
     if device.type == "cuda":
+        import torch
+
         used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         return f"GPU memory {used / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB"
     import resource

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from trainer.console import format_duration
 from trainer.errors import INTERRUPTED, Refusal
+from trainer.hardware import cores
 from trainer.stopping import SIGNALS, die_with_parent, launched
 
 POLL_SECONDS = 0.1
@@ -47,7 +48,6 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
     Without `parallel` there is one queue; with it `count` of them (None: one for each GPU, or a single one without GPUs).
     Refusal for a count that cannot be met.
     """
-    cores = len(os.sched_getaffinity(0))
     if count is not None and not parallel:
         raise Refusal(f"gpus {count} needs --parallel; without it jobs run one after the other")
     if count is not None and (count < 1 or (gpus and count > gpus)):
@@ -59,7 +59,7 @@ def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[
         visible = named.split(",") if named else [str(index) for index in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": visible[queue].strip()} for queue in range(queues)]
     chosen = environ.get("OMP_NUM_THREADS") if not launched(environ) else None  # a launcher's choice is for its own processes
-    return [{"OMP_NUM_THREADS": chosen or str(max(1, cores // queues))} for _ in range(queues)]
+    return [{"OMP_NUM_THREADS": chosen or str(max(1, cores() // queues))} for _ in range(queues)]
 
 
 class _Running(NamedTuple):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainer.config import Optimisation
 from trainer.errors import FINISHED, Refusal
+from trainer.hardware import cores
 from trainer.hosts import choose_interface
 from trainer.stopping import launched
 
@@ -187,7 +188,7 @@ def _use_all_cores(processes: int) -> None:
     """Launchers set OMP_NUM_THREADS=1 where the user set nothing; share the cores between the processes of this host."""
     if launched(os.environ) and os.environ.get("OMP_NUM_THREADS") == "1":
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, cores() // local))
 
 
 def precision(asked: str, launch: Launch) -> str:

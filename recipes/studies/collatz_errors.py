@@ -1,10 +1,10 @@
 """How wrong a Collatz model is, each figure beside what it takes no network to know.
 
-Baselines, counted on the same numbers that the model is measured on, so that they are as good as their kind can be:
+Baselines, counted on the same numbers that the model is measured on:
 
 - the next parity, per kind of number, by its frequency after the parity before. After an odd number it is always even; after
   an even one it is nearly a coin toss for hard numbers, which makes 2/3 ln 2 = 0.46 nats and two parities of three right;
-- steps: exp of the mean log1p(steps) of numbers with as many binary digits;
+- steps: exp of the mean log1p(steps) of other numbers with as many binary digits;
 - steps: 10.43 ln n, the mean of a random walk with these two moves (Lagarias & Weiss 1992, section 2).
 """
 
@@ -28,6 +28,7 @@ Batch = dict[str, "Tensor"]
 FORMULA = 10.43  # steps per ln n: 3 / ln(4/3), 2/3 of them even
 ANOMALY = 3.0  # an error of log1p(steps) beyond which somebody should look at the number
 MOST_ANOMALIES = 20
+NEIGHBOURS = 16  # other numbers that the mean of a magnitude is taken over, at least
 BASELINES = ("magnitude", "formula")
 
 
@@ -67,12 +68,23 @@ def baseline_columns(batch: Batch) -> dict[str, np.ndarray]:
             nats = -np.log(np.maximum(total, 1) / max(1, total.sum()))
             columns["rule_nats"][rows] += counts @ nats
             columns["rule_right"][rows] += counts[:, total.argmax()]
-    log_steps = np.log1p(steps)
-    for count in np.unique(digits):
-        same = digits == count
-        # Of those that are scored, where there are any: the others are short for their size.
-        columns["magnitude"][same] = log_steps[same & scored if (same & scored).any() else same].mean()
+    columns["magnitude"] = mean_of_others(np.log1p(steps), digits, scored if scored.any() else np.ones_like(scored))
     return {**columns, "formula": np.log1p(FORMULA * ln_n)}
+
+
+def mean_of_others(log_steps: np.ndarray, digits: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """By number [batch]: the mean of the others that are scored and have as many binary digits; where those are few, of as few
+    more or less as it takes to have NEIGHBOURS. Numbers that are not scored are short for their size; its own answer is in no
+    number's mean, which would make a baseline of few numbers too good."""
+    means = np.zeros(len(log_steps))
+    others = min(NEIGHBOURS, max(1, int(scored.sum()) - 1))
+    for count in np.unique(digits):
+        away = np.abs(digits - count)
+        near = scored & (away <= np.sort(away[scored])[: others + 1].max())
+        same = digits == count
+        own = (near & same)[same]
+        means[same] = (log_steps[near].sum() - own * log_steps[same]) / np.maximum(near.sum() - own, 1)
+    return means
 
 
 def log_and_digits(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

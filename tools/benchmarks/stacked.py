@@ -2,6 +2,8 @@
 
 python tools/benchmark.py stacked [--models 16] [--batch 1024] [--examples 64] [--steps 5] [--bf16] [--compile]
 
+The default batch is the guide's on a GPU, and 32 sequences on a CPU, where 16 models at 1,024 would take over 24 GiB.
+
 A step is the trainer's: data generated, forward, backward, gradient norm, Adam. Operations are those that PyTorch dispatches in
 it; views and allocations, which start nothing on a device, are counted apart. With --compile, what is timed is compiled, and
 what is counted is not.
@@ -82,13 +84,14 @@ def main(arguments: list[str]) -> None:
     """Print both counts, and the median times of interleaved steps."""
     parser = argparse.ArgumentParser("benchmark.py stacked", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--models", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, help="sequences of a step (1024 on a GPU, 32 on a CPU)")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each (0: count only)")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.batch = options.batch or (1024 if device.type == "cuda" else 32)
     pools = [str(2**i) for i in range(options.models)]
 
     def made(*flags: str, batch: int = options.batch, compiled: bool = False) -> Callable[[int], None]:
