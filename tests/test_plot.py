@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_many_runs_have_a_colour_each(tmp_path: Path) -> None:
     runs = {f"run {i}": write_run(tmp_path / str(i), 50, final=i + 1) / "metrics.jsonl" for i in range(12)}
     plot_metric(runs, "train/loss", tmp_path / "all.svg")
     assert all(f"run {i} (final" in (tmp_path / "all.svg").read_text() for i in range(12))
+
+
+def test_losses_are_drawn_on_a_logarithmic_scale_and_shares_on_a_linear_one(tmp_path: Path) -> None:
+    rows = [{"step": i, "eval/val_loss": i / 10, "eval/val_accuracy": i / 10} for i in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ticks = {}
+    for name in ("loss", "accuracy"):
+        plot_metric({"run": tmp_path / "metrics.jsonl"}, f"eval/val_{name}", tmp_path / f"{name}.svg")
+        ticks[name] = re.findall(r"<!-- (0\.\d+|1\.0) -->", (tmp_path / f"{name}.svg").read_text())
+    assert "0.15" in ticks["loss"]
+    assert [float(tick) for tick in ticks["accuracy"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def run_tool(*arguments: object) -> "subprocess.CompletedProcess[str]":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Curve = tuple[list[int], list[float]]  # optimizer steps, values; nan where a value was not finite
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d62728"
+SHARES = ("accuracy", "fraction", "mfu")  # metrics between 0 and 1 that are read on a linear scale
 MANY_POINTS = 200  # with more, a noisy curve is drawn pale under its running mean
 
 
@@ -75,7 +76,7 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
             names = sorted({name for row in rows for name in row} - {"step", "time"})
             raise Refusal(f"{path} holds no {metric}; it has {', '.join(names) or 'no metric yet'}")
         _draw(axis, points, f"{label} (final {_final(points)})", colour)
-    _finish_axis(axis, metric)
+    _finish_axis(axis, metric, linear=metric.endswith(SHARES))
     axis.set_xlabel("optimizer step")
     save_figure(figure, out)
 
@@ -120,12 +121,12 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
     return figure
 
 
-def _finish_axis(axis: Axes, label: str) -> None:
-    """Names and grids a panel. Its scale is logarithmic if the values span more than a factor of 3: on a linear one the
-    first steps of a run take all the height and what matters afterwards is a flat line."""
+def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
+    """Names and grids a panel. Unless `linear`, its scale is logarithmic if the values span more than a factor of 3: on a
+    linear one the first steps of a run take all the height and what matters afterwards is a flat line."""
     values = [v for line in axis.get_lines() for v in line.get_ydata() if math.isfinite(v)]
     span = max(values) / min(values) if values and min(values) > 0 else 1
-    if span > 3:
+    if span > 3 and not linear:
         log_scale(axis, span)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)

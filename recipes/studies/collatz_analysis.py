@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg
 
 from recipes.studies.collatz_errors import FORMULA, held_out, layout, log_and_digits, report, steps_of
 from trainer.errors import Refusal
+from trainer.plot import new_figure, save_figure
 from trainer.recipe import Data, Recipe, move
 
 if TYPE_CHECKING:
@@ -170,10 +171,9 @@ def analyse(recipe: Recipe, flags: Analyse, launch: Launch, say: Say) -> None:
         seen = look(network, dataset, flags.batch_size, launch.device)
         say("\n".join(table(seen)))
         for name, picture in (("errors", draw_errors), ("confusion", draw_confusion), ("states", draw_states)):
+            path = folder / f"collatz_{name}.png"
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"collatz_{name}.png"
-                picture(seen).savefig(path)
+                save_figure(picture(seen), path)
             except OSError as error:
                 raise Refusal(f"{folder}: {error.strerror or error}; choose another --output_dir") from None
             say(f"Picture: {path}")
@@ -229,7 +229,8 @@ def table(seen: Seen) -> Iterator[str]:
 
 def draw_errors(seen: Seen) -> Figure:
     """Errors in steps by magnitude beside the baselines; predicted against true steps."""
-    figure, (left, right) = _figure(14, 5, 2)
+    figure = new_figure(14, 5)
+    left, right = figure.subplots(1, 2)
     groups = magnitudes(seen)
     places = np.arange(len(groups))
     found = [errors(seen, rows) for _, rows in groups]
@@ -247,7 +248,8 @@ def draw_errors(seen: Seen) -> Figure:
 
 def draw_confusion(seen: Seen) -> Figure:
     """The next-parity head, by the parity before: counts and shares of each row."""
-    figure, axes = _figure(8, 4, 2)
+    figure = new_figure(8, 4)
+    axes = figure.subplots(1, 2)
     figure.suptitle("Next parity of held-out numbers")
     for before, axis in enumerate(axes):
         counts = seen.confusion[before]
@@ -265,7 +267,8 @@ def draw_confusion(seen: Seen) -> Figure:
 
 def draw_states(seen: Seen) -> Figure:
     """The two main directions of what the stopping-time head sees, coloured by steps and by kind."""
-    figure, (left, right) = _figure(12, 5, 2)
+    figure = new_figure(12, 5)
+    left, right = figure.subplots(1, 2)
     states = seen.pooled[seen.scored]
     centred = states - states.mean(0)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
@@ -287,12 +290,3 @@ def _by_kind(axis: Axes, x: np.ndarray, y: np.ndarray, kind: np.ndarray) -> None
     for number, name in enumerate(KINDS):
         axis.scatter(x[kind == number], y[kind == number], s=6, alpha=0.6, label=name)
     axis.legend(markerscale=2)
-
-
-def _figure(width_inches: float, height_inches: float, panels: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_inches, height_inches), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels))

@@ -30,8 +30,8 @@ Say = Callable[[str], None]
 class Evaluate:
     """Measure a trained model: loss, perplexity per token and per word, beside n-gram baselines on the same tokens."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/best_model"""
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
     split: Literal["train", "validation", "test"] = "test"
     stride: int | None = None
     """tokens scored per window (default: all of it); smaller ones give each token more context"""
@@ -48,8 +48,8 @@ class Evaluate:
 class Sampling:
     """Continue a prompt with a trained model."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/best_model"""
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
     prompt: str = ""
     max_new_tokens: int = 100
     temperature: float = 0.8

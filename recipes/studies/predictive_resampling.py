@@ -26,8 +26,8 @@ Say = Callable[[str], None]
 class Predict:
     """Give a trained model a few pairs of one task, and compare what it then believes with the exact posterior."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/checkpoint_final"""
+    model_path: str = "checkpoints/checkpoint_final"
+    """checkpoint folder, as given or below the latest run"""
     observed: int = 8
     """pairs given"""
     future: int | None = None

@@ -32,8 +32,8 @@ EVALUATION_SEED = 1  # of the sequences; the same for every model, so that model
 class Evaluate:
     """Measure a trained model beside ridge and dMMSE: squared errors, distances and likelihoods, with standard errors."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/checkpoint_final"""
+    model_path: str = "checkpoints/checkpoint_final"
+    """checkpoint folder, as given or below the latest run"""
     eval_sequences: int = 10_000
     """fresh sequences per distribution"""
     eval_batch: Annotated[int, arg(aliases=("--batch_size", "--batch"))] = 256

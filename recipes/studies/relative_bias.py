@@ -28,8 +28,8 @@ Say = Callable[[str], None]
 class Evaluate:
     """Measure a trained model: loss, top-1 and top-5 accuracy."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/best_model"""
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
     split: Literal["train", "validation", "test"] | None = None
     """default: test where the data have one, else validation"""
     data_dir: str | None = None
@@ -43,8 +43,8 @@ class Evaluate:
 class Visualise:
     """Draw the bias of a trained model (as a matrix, and as a function of the offset) and its attention; print statistics."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/best_model"""
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
     plots_dir: str | None = None
     """where the pictures go (default: plots/ of the run)"""
     images: int = 4

@@ -27,8 +27,8 @@ BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count t
 class Evaluate:
     """Measure a trained model on every token of a file of ids."""
 
-    model_path: str
-    """checkpoint folder, such as checkpoints/best_model"""
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
     data_path: str | None = None
     """.ids, .bin or .npy of the same tokenizer, or `embedded` (default: the checkpoint's val_data_path)"""
     batch_size: Annotated[int, arg(aliases=("--batch",))] = 64
