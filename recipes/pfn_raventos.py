@@ -46,7 +46,8 @@ class PFNRaventos(Recipe):
         same = RegressionSample(d.val_sequences, "validation", seed, pools, *shape)
         true = RegressionSample(d.val_sequences, "validation, true tasks", seed, [pool[:0] for pool in pools], *shape)
         # What a sample is follows from the settings alone, which a resumed run has to repeat anyway.
-        return Data(train, {"val": same, "true": true}, fingerprint=train.VERSION, extra={"pools": pools})
+        notes = [f"{len(pools)} models as one network: the losses of a stack are sums over its models"] if d.stack else []
+        return Data(train, {"val": same, "true": true}, fingerprint=train.VERSION, notes=notes, extra={"pools": pools})
 
     def build_model(self, config: Config, data: Data) -> Any:
         """AutoregressivePFN; every model of a stack starts with the weights it would have alone."""
@@ -84,6 +85,12 @@ class PFNRaventos(Recipe):
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """Without the numbers of each model of a stack, which are in metrics.jsonl."""
         return super().evaluation_line(step, {name: value for name, value in metrics.items() if "_model_" not in name})
+
+    def parameter_groups(self, network: Any, config: Config) -> list[dict[str, Any]]:
+        """No decay on biases and norms, which in a stack have a dimension more."""
+        decay, vectors = config.optimisation.weight_decay, 2 if config.data.stack else 1
+        groups = [[p for p in network.parameters() if (p.ndim > vectors) == decayed] for decayed in (True, False)]
+        return [{"params": groups[0], "weight_decay": decay}, {"params": groups[1], "weight_decay": 0.0}]
 
     def learning_rate(self, step: int, total_steps: int, config: Config) -> float:
         """One cycle: a triangle with its peak at half."""

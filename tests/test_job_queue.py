@@ -16,6 +16,7 @@ from launching import ROOT, environment
 from trainer import job_queue
 from trainer.errors import INTERRUPTED, Refusal
 from trainer.job_queue import Job
+from trainer.stopping import leaving_at_signals
 
 SHELL = "/bin/sh"
 
@@ -89,21 +90,22 @@ SAVES = "trap 'touch HERE/saved; exit 0' TERM; touch HERE/begun; while true; do 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_the_running_jobs_and_nothing_is_started_after_it(number: int, tmp_path: Path) -> None:
     jobs = [job(f"job{i}", tmp_path, SAVES) for i in range(4)]
-    before = signal.getsignal(number)
 
     def send() -> None:
         _wait_for(tmp_path / "job0" / "begun", tmp_path / "job1" / "begun")
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
-    thread.start()
-    states, said = run(jobs, queues=2)
-    thread.join()
+    with leaving_at_signals():  # as in a command: it would end this very process
+        before = signal.getsignal(number)
+        thread.start()
+        states, said = run(jobs, queues=2)
+        thread.join()
+        assert signal.getsignal(number) == before
     assert states == {"job0": "stopped", "job1": "stopped", "job2": "not started", "job3": "not started"}
     assert (tmp_path / "job0" / "saved").exists()
     assert (tmp_path / "job1" / "saved").exists()
     assert any("asking 2 running jobs to save" in line for line in said)
-    assert signal.getsignal(number) == before
 
 
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
@@ -149,27 +151,28 @@ def _wait_for(*paths: Path) -> None:
 def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     environments = job_queue.environments
-    assert environments(False, None, 3, {}) == [{"CUDA_VISIBLE_DEVICES": "0"}]
-    assert environments(True, None, 3, {}) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
-    assert environments(True, 2, 3, {"CUDA_VISIBLE_DEVICES": "4, 6,7"}) == [
+    assert environments(False, None, 3, 5, {}) == [{"CUDA_VISIBLE_DEVICES": "0"}]
+    assert environments(True, None, 3, 5, {}) == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
+    assert environments(True, 2, 3, 5, {"CUDA_VISIBLE_DEVICES": "4, 6,7"}) == [
         {"CUDA_VISIBLE_DEVICES": "4"},
         {"CUDA_VISIBLE_DEVICES": "6"},
     ]
-    assert environments(False, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
-    assert environments(True, None, 0, {}) == [{"OMP_NUM_THREADS": "8"}]
-    assert environments(True, 3, 0, {}) == [{"OMP_NUM_THREADS": "2"}] * 3
-    assert environments(True, 9, 0, {}) == [{"OMP_NUM_THREADS": "1"}] * 9
-    assert environments(True, 3, 0, {"OMP_NUM_THREADS": "1"}) == [{"OMP_NUM_THREADS": "1"}] * 3
+    assert environments(False, None, 0, 5, {}) == [{"OMP_NUM_THREADS": "8"}]
+    assert environments(True, None, 0, 5, {}) == [{"OMP_NUM_THREADS": "1"}] * 5
+    assert environments(True, None, 0, 20, {}) == [{"OMP_NUM_THREADS": "1"}] * 8
+    assert environments(True, 3, 0, 5, {}) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments(True, 9, 0, 5, {}) == [{"OMP_NUM_THREADS": "1"}] * 9
+    assert environments(True, 3, 0, 5, {"OMP_NUM_THREADS": "1"}) == [{"OMP_NUM_THREADS": "1"}] * 3
     by_launcher = {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_MODE": "default"}
-    assert environments(True, 3, 0, by_launcher) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert environments(True, 3, 0, 5, by_launcher) == [{"OMP_NUM_THREADS": "2"}] * 3
     for parallel, count, gpus, message in (
         (False, 2, 3, "needs --parallel"),
-        (True, 4, 3, "gpus 4: there is 3 GPUs"),
+        (True, 4, 3, "gpus 4: there are 3 GPUs"),
         (True, 0, 3, "gpus 0"),
         (True, -1, 0, "gpus -1"),
     ):
         with pytest.raises(Refusal, match=message):
-            environments(parallel, count, gpus, {})
+            environments(parallel, count, gpus, 5, {})
 
 
 def test_a_job_is_a_launch_of_its_own(tmp_path: Path) -> None:

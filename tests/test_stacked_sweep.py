@@ -79,6 +79,16 @@ def test_after_a_hundred_steps_the_stack_has_the_weights_of_separate_training(tr
     assert torch.equal(mine["model_1"], task_pool(pool, 3, 0))
 
 
+def test_decay_spares_in_a_stack_what_it_spares_in_a_model(tmp_path: Path) -> None:
+    decay = ["--optimizer", "adamw", "--weight_decay", "1", "--learning_rate", "3e-2", "--checkpoints", "1"]
+    run(tmp_path / "stack", "--stack", "4", "33", *decay, steps=10)
+    run(tmp_path / "alone", "--num_tasks", "4", *decay, steps=10)
+    config = parsed("train", *SETTINGS, *decay, "--max_steps", "10", "--num_tasks", "4").config
+    unstack(PFNRaventos(), tmp_path / "stack", config, tmp_path / "apart")
+    mine, theirs = (load_file(tmp_path / f"{r}/checkpoints/checkpoint_final/model.safetensors") for r in ("apart", "alone"))
+    assert max(float((mine[key] - theirs[key]).abs().max()) for key in theirs if not key.endswith("qkv.bias")) < 1e-5
+
+
 def test_the_models_have_learned_different_things(trained: SimpleNamespace) -> None:
     """Else equality would show little."""
     heads = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launching import ROOT, Started, environment
@@ -22,7 +23,7 @@ from recipes.data.regression import task_pool
 from recipes.pfn_raventos import PFNRaventos
 from recipes.studies import task_diversity
 from recipes.studies.predictive_resampling import posterior, resample
-from recipes.studies.regression_evaluation import measure, table
+from recipes.studies.regression_evaluation import _statistics, measure, table
 from recipes.studies.task_diversity import gather, plan, sweep
 from recipes.studies.task_diversity_plot import plot_experiment, threshold
 from trainer import config as configuration
@@ -120,6 +121,9 @@ def test_another_number_of_checkpoints_acts_when_a_run_is_resumed() -> None:
         (["train", "--num_tasks", "9999999999"], "8 GiB"),
         (["train", "--stack", "4", "4"], "stack 4 4"),
         (["train", "--stack", "4", "8", "--grad_clip", "1"], "grad_clip 1"),
+        (["train", "--stack", "4", "8", "--optimizer", "muon"], "muon"),
+        (["train", "--stack", "4", "8", "--patience", "3"], "patience"),
+        (["train", "--stack", "4", "8", "--target_loss", "1"], "target_loss"),
         (["train", "--eval_sequences", "1"], "eval_sequences 1"),
         (["train", "--max_steps", "0"], "max_steps"),
     ],
@@ -141,6 +145,8 @@ def test_values_that_cannot_be_meant_are_refused(argv: list[str], message: str) 
         (["--tasks", "4", "16", "--job", "2"], "jobs 0 to 1"),
         (["--stacked", "--job", "0"], "leave --stacked"),
         (["--eval_sequences", "0"], "eval_sequences"),
+        (["--out", "picture.xyz"], "--out picture.xyz: a picture is .png"),
+        (["--out", "/proc/nowhere/picture.png"], "--out /proc/nowhere/picture.png"),
     ],
 )
 def test_a_sweep_refuses_before_it_starts_anything(argv: list[str], message: str, tmp_path: Path) -> None:
@@ -262,6 +268,11 @@ def test_the_picture_is_there_and_can_be_drawn_again(swept: SimpleNamespace, tmp
         task_diversity.plot(PFNRaventos(), parsed("plot", "--results", str(source), "--out", str(out)), ALONE, said.append)
         assert out.stat().st_size == pytest.approx((swept.folder / "picture.png").stat().st_size, rel=0.02)
         assert "M* cannot be estimated" in said[0]
+    lines = (swept.runs / "results.jsonl").read_text().splitlines()
+    for other, words in (({"examples": 7}, "examples 5 and 7"), ({}, "two models of 4 tasks of size 3")):
+        (tmp_path / "mixed.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | other)]))
+        with pytest.raises(Refusal, match=words):
+            gather(tmp_path / "mixed.jsonl")
     with pytest.raises(Refusal, match="no results"):
         gather(tmp_path)
     with pytest.raises(Refusal, match="cannot be read"):
@@ -313,7 +324,7 @@ def test_predict_and_a_longer_context(swept: SimpleNamespace) -> None:
     text = _said(argv)
     assert text == _said(argv)
     assert "2 pairs of a new task given; 20 continuations of 3 pairs" in text
-    assert text.count("±") == 2 + 2 * 3
+    assert text.count("±") == 2 + 3 * 3
     with pytest.raises(Refusal, match="future 0"):
         _said(["predict", "--model_path", final, "--observed", "5"])
     longer = _said(["evaluate", "--model_path", final, "--examples", "12", "--eval_sequences", "30"])
@@ -367,11 +378,14 @@ def test_the_picture_has_six_panels_with_labels_and_marks_only_what_was_estimate
             assert axis.get_ylabel().endswith("² / D")
             assert axis.get_title()
             assert axis.get_yscale() == "log"
-        legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert any("dMMSE" in text for text in legend)
         assert any(text.startswith("M* ≈ 64") for text in legend) == marked
         assert figure.axes[5].get_xlabel() == "pretraining tasks M"
         assert len(figure.axes[0].containers) >= 3, "error bars"
+    assert {"D = 8", "D = 16"} <= {text.get_text() for text in figures[1].legends[0].get_texts()}
+    markers = {line.get_marker() for container in figures[1].axes[0].containers for line in container.lines[:1]}
+    assert markers == {"o", "s"}, "sizes are told apart where there is no line"
     ticks = [text.get_text() for text in figures[0].axes[3].get_xticklabels()]
     assert ticks == ["4", "16", "256", "∞"]
 
@@ -400,11 +414,22 @@ def test_resampling_an_exact_model_gives_the_exact_posterior() -> None:
     all_x, all_y = resample(ExactPosterior(), x, y, 1500, 12, generator)
     assert torch.equal(all_x[:, :3], x.expand(1500, -1, -1))
     assert torch.equal(all_y[:, :3], y.expand(1500, -1))
+    assert all_x[:, 3:].mean().item() == pytest.approx(0, abs=4 / math.sqrt(1500 * 24))
+    assert all_x[:, 3:].std().item() == pytest.approx(1, abs=4 / math.sqrt(2 * 1500 * 24))
     mean, covariance = posterior(x[None], y[None], 0.25)
     later, later_covariance = posterior(all_x, all_y, 0.25)
     spread = (covariance[0] - later_covariance.mean(0)).diagonal().sqrt()
     assert float(((later.mean(0) - mean[0]) / spread).abs().max()) < 4 / math.sqrt(1500)
     torch.testing.assert_close(later.std(0), spread, rtol=0.1, atol=0)
+
+
+def test_a_standard_error_is_that_of_sequences_averaged_over_their_positions() -> None:
+    values = torch.tensor([[1.0, 3.0], [2.0, 8.0], [6.0, 4.0]], dtype=torch.float64)
+    found = _statistics([values[:2], values[2:]])
+    assert found["mean"] == pytest.approx(4)
+    assert found["se"] == pytest.approx(np.std([2, 5, 5], ddof=1) / math.sqrt(3))
+    assert found["by_position"]["mean"] == pytest.approx([3, 5])
+    assert found["by_position"]["se"] == pytest.approx([np.std(c, ddof=1) / math.sqrt(3) for c in ([1, 2, 6], [3, 8, 4])])
 
 
 def test_what_is_measured_is_on_the_scale_it_says(swept: SimpleNamespace) -> None:

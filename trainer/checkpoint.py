@@ -252,7 +252,7 @@ def resolve(path: str, below: Sequence[Path]) -> Path:
         candidate = (root / plain).expanduser()
         if candidate.is_dir():
             return candidate.resolve()
-    tried = ", ".join(str(root / plain) for root in (Path(), *below))
+    tried = ", ".join(dict.fromkeys(str(root / plain) for root in (Path(), *below)))
     near = sorted({str(p.parent) for root in below if root.is_dir() for p in root.glob(f"**/{MANIFEST}")})
     hint = f"; there are: {', '.join(near[:5])}" if near else ""
     raise Refusal(f"no checkpoint folder at {tried}{hint}")

@@ -42,18 +42,22 @@ class Job:
     """whether nothing is left to do: asked before the start, and again after an exit with 0"""
 
 
-def environments(parallel: bool, count: int | None, gpus: int, environ: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+def environments(
+    parallel: bool, count: int | None, gpus: int, jobs: int, environ: Mapping[str, str] = os.environ
+) -> list[dict[str, str]]:
     """What to set in the environment of each queue's jobs: its GPU of the `gpus` there are; without any, a share of the cores.
 
-    Without `parallel` there is one queue; with it `count` of them (None: one for each GPU, or a single one without GPUs).
-    Refusal for a count that cannot be met.
+    Without `parallel` there is one queue; with it `count` of them (None: one for each GPU, or without GPUs for each core, as
+    far as there are jobs). Refusal for a count that cannot be met.
     """
     if count is not None and not parallel:
         raise Refusal(f"gpus {count} needs --parallel; without it jobs run one after the other")
     if count is not None and (count < 1 or (gpus and count > gpus)):
-        here = f"{gpus} GPUs here" if gpus else "no GPU here, so as many processes share the cores"
-        raise Refusal(f"gpus {count}: there is {here}; give a number from 1" + (f" to {gpus}" if gpus else ""))
-    queues = (count or gpus or 1) if parallel else 1
+        there = f"there {'are' if gpus > 1 else 'is'} {gpus} GPU{'s' * (gpus > 1)} here; give a number from 1 to {gpus}"
+        raise Refusal(
+            f"gpus {count}: {there if gpus else 'no GPU here, so as many processes share the cores; give at least 1'}"
+        )
+    queues = (count or gpus or min(cores(), jobs)) if parallel else 1
     if gpus:
         named = environ.get("CUDA_VISIBLE_DEVICES")
         visible = named.split(",") if named else [str(index) for index in range(gpus)]
@@ -130,6 +134,7 @@ def run(
 def _signals() -> Iterator[list[int]]:
     """Collect the signals that ask to stop. A SIGHUP that is ignored already (nohup) stays ignored."""
     asked: list[int] = []
+    listener = signal.set_wakeup_fd(-1)  # main's, which leaves at once: the jobs come first
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if before[number] != signal.SIG_IGN:
@@ -139,6 +144,7 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(listener)
 
 
 def _start(job: Job, environment: Mapping[str, str]) -> _Running:

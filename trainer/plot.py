@@ -143,6 +143,15 @@ def log_scale(axis: Axes, span: float) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
+def check_picture(out: Path) -> None:
+    """OSError or ValueError if a picture could not be written to `out`; makes its folder."""
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError("a picture is .png, .pdf or .svg")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise PermissionError("it cannot be written; choose another file")
+
+
 def save_figure(figure: Figure, out: Path) -> None:
     """Writes the picture, complete or not at all, in the format of `out`'s ending; makes its folder. OSError, ValueError."""
     out.parent.mkdir(parents=True, exist_ok=True)

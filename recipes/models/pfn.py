@@ -155,7 +155,7 @@ class AutoregressivePFN(nn.Module):
 
     def mean(self, logits: Tensor) -> Tensor:
         """The mean of the predicted density: [..., d_vocab] -> [...]. The softmax-weighted centres of the model's own bins."""
-        return logits.float().softmax(-1) @ self.centres
+        return (logits.float().softmax(-1) * self.centres).sum(-1)  # no matrix product: autocast would make it bf16
 
     def log_density(self, logits: Tensor, y: Tensor) -> Tensor:
         """log p(y) of the predicted density, in nats: [..., d_vocab], [...] -> [...]."""

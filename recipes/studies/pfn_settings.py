@@ -151,5 +151,10 @@ def _check(config: Config) -> None:
         raise Refusal(f"a pool of {largest:,} tasks of size {d.task_size} takes over 8 GiB; lower num_tasks")
     if len(set(d.stack)) < len(d.stack):
         raise Refusal(f"stack {' '.join(map(str, d.stack))} names a number of tasks twice; give each once")
+    if d.stack and o.optimizer == "muon":
+        raise Refusal("muon takes matrices, and stacked models have them in one tensor of three dimensions; use adam")
+    if d.stack and (run.patience or run.target_loss is not None):
+        name = "patience" if run.patience else "target_loss"
+        raise Refusal(f"{name} would watch the sum of all stacked models' losses; leave it out")
     if d.stack and o.grad_clip:
         raise Refusal(f"grad_clip {o.grad_clip:g} would couple the stacked models through their common norm; leave it at 0")

@@ -83,15 +83,17 @@ def report(recipe: Recipe, found: Any, config: Any, flags: Predict, future: int,
     logits = network(x.unsqueeze(0), y.unsqueeze(0))[0, -1]
     draws = network.sample(logits.expand(4096, -1), generator)
     spread = (d.noise + x[n].double() @ covariance[0] @ x[n].double()).sqrt()
+    after = f"estimate after {future} more"
     lines = [
         f"{n} pairs of a {'pretraining' if own else 'new'} task given; {flags.paths} continuations of {future} pairs",
         f"next y: model {float(network.mean(logits)):+.3f} ± {float(draws.std()):.3f}, "
         f"exact {float(mean[0] @ x[n].double()):+.3f} ± {float(spread):.3f} (posterior for w ~ N(0, I))",
-        f"{'':4}{'exact posterior':>20}{'resampled':>20}",
+        f"{'':4}{'exact posterior':>20}{after + ', exact':>34}{after + ', model':>34}",
     ]
     for i in range(d.task_size):
-        pair = [(mean[0, i], exact[i]), (later[:, i].mean(), later[:, i].std())]
-        lines.append(f"w{i:<3}" + "".join(f"{float(m):>+12.3f} ± {float(s):.3f}" for m, s in pair))
+        columns = [(20, mean[0, i], covariance[0, i, i].sqrt()), (34, mean[0, i], exact[i])]
+        columns.append((34, later[:, i].mean(), later[:, i].std()))
+        lines.append(f"w{i:<3}" + "".join(f"{f'{float(m):+.3f} ± {float(s):.3f}':>{width}}" for width, m, s in columns))
     return lines
 
 

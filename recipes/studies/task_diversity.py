@@ -66,7 +66,7 @@ class Sweep:
     parallel: bool = False
     """train several models at a time: job i on GPU i mod N; without GPUs, on N processes that share the cores"""
     gpus: int | None = None
-    """N (default: all GPUs)"""
+    """N (default: all GPUs; without any, as many processes as there are cores or models)"""
     stacked: bool = False
     """train all models of a task size as one network, in one process"""
     job: int | None = None
@@ -91,6 +91,7 @@ def plot(recipe: Recipe, flags: Plot, launch: Launch, say: Say) -> None:
     """The `plot` sub-command: on rank 0."""
 
     def act() -> None:
+        _check_out(flags.out)
         draw(gather(Path(flags.results)), Path(flags.out), say)
 
     launch.control.on_main(act)
@@ -106,12 +107,13 @@ def sweep(recipe: Recipe, flags: Sweep, launch: Launch, say: Say) -> None:
         )
     import torch
 
+    _check_out(flags.out)
     models = plan(recipe, flags)
     folder = models[0].directory.parent
     only = _only(flags, len(models))
     gpus = torch.cuda.device_count() if launch.device.type == "cuda" else 0
     alone = only is not None  # one job needs one device, whatever a preset says of the whole sweep
-    queues = job_queue.environments(flags.parallel and not alone, None if alone else flags.gpus, gpus)
+    queues = job_queue.environments(flags.parallel and not alone, None if alone else flags.gpus, gpus, len(models))
     say(f"Sweep: {len(models)} models in {folder}, {len(queues)} at a time")
     if only is not None:
         chosen = models[only]
@@ -132,6 +134,16 @@ def sweep(recipe: Recipe, flags: Sweep, launch: Launch, say: Say) -> None:
 
     if _all_done(job_queue.run([model.job() for model in models], queues, say, ended), say):
         draw([results_of(model.directory) for model in models], Path(flags.out), say)
+
+
+def _check_out(out: str) -> None:
+    """Refusal if the picture could not be written, before anything is trained for it."""
+    from trainer.plot import check_picture
+
+    try:
+        check_picture(Path(out))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--out {out}: {error}") from None
 
 
 def _all_done(states: dict[str, job_queue.State], say: Say) -> bool:
@@ -259,6 +271,14 @@ def gather(path: Path) -> list[Results]:
         raise Refusal(f"--results {path} holds no results; give the results.jsonl of a sweep, or the folder of its runs")
     if not all(isinstance(row, dict) and {"num_tasks", "task_size", "true", "pretraining"} <= row.keys() for row in rows):
         raise Refusal(f"--results {path} holds something else than results of a sweep")
+    for key in ("examples", "trained_examples", "noise", "step", "sequences"):
+        if len(found := {row.get(key) for row in rows}) > 1:
+            values = " and ".join(sorted(map(str, found)))
+            raise Refusal(f"--results {path} holds models with {key} {values}, which are no one experiment; keep them apart")
+    places = [(row["num_tasks"], row["task_size"]) for row in rows]
+    for place in places:
+        if places.count(place) > 1:
+            raise Refusal(f"--results {path} holds two models of {place[0]} tasks of size {place[1]}; keep one of them")
     return rows
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WHO = {"model": ("transformer", "#1f77b4"), "dmmse": ("dMMSE", "#d62728"), "ridge": ("ridge", "#2ca02c")}
-STYLES = ("-", "--", ":", "-.")
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker of a task size
+MARK = "M*"  # label of a line that is no curve
 CERTAIN = 2.0  # standard errors that the model must be nearer to one baseline than to the other
 
 
@@ -33,26 +34,22 @@ def plot_experiment(rows: Sequence[Results], out: Path) -> dict[int, float | Non
         places[0] = max(places.values(), default=0) + 2
     figure = new_figure(13.5, 7.5)
     panels = figure.subplots(2, 3, sharex=True)
+    styles = dict(zip(sizes, itertools.cycle(STYLES), strict=False))
     for line, name in enumerate(DISTRIBUTIONS):
-        for size, style in zip(sizes, itertools.cycle(STYLES), strict=False):
-            suffix = f", D = {size}" if len(sizes) > 1 else ""
+        for size, style in styles.items():
             here = by_size[size]
-            for who, (text, colour) in WHO.items():
-                _curve(panels[line, 0], here, places, (name, "error_y", who), text + suffix, colour, style)
+            for who, (_, colour) in WHO.items():
+                _curve(panels[line, 0], here, places, (name, "error_y", who), colour, style)
             for column, who in ((1, "dmmse"), (2, "ridge")):
-                _curve(panels[line, column], here, places, (name, "delta", who), f"D = {size}", WHO[who][1], style)
+                _curve(panels[line, column], here, places, (name, "delta", who), WHO[who][1], style)
             if (found := thresholds[size]) is not None:
                 for axis in panels[line]:
-                    label = f"M* ≈ {found:.0f}{suffix}: as far from\ndMMSE as from ridge (new tasks)"
-                    axis.axvline(math.log2(found), color="0.4", linestyle=style, linewidth=1, label=label)
+                    axis.axvline(math.log2(found), color="0.4", linestyle=style[0], linewidth=1, label=MARK)
         for column, text in enumerate(("(prediction - y)² / D", "(transformer - dMMSE)² / D", "(transformer - ridge)² / D")):
             _finish(panels[line, column], text, ("pretraining tasks", "new tasks, w ~ N(0, I)")[line], places)
     for axis in panels[1]:
         axis.set_xlabel("pretraining tasks M")
-    panels[0, 0].legend(*_legend(panels[0, 0], thresholds=True), fontsize=8)
-    if len(sizes) > 1:
-        for axis in (panels[0, 1], panels[0, 2]):
-            axis.legend(*_legend(axis, thresholds=False), fontsize=8)
+    figure.legend(handles=_legend(styles, thresholds), loc="outside lower center", ncols=6, fontsize=9)
     first = rows[0]
     figure.suptitle(
         f"In-context linear regression, {' and '.join(f'D = {size}' for size in sizes)}: {first['examples']} examples, noise "
@@ -94,20 +91,18 @@ def _curve(
     rows: Sequence[Results],
     places: dict[int, float],
     what: tuple[str, str, str],
-    label: str,
     colour: str,
-    style: str,
+    style: tuple[str, str],
 ) -> None:
     name, kind, who = what
     points = [(places[row["num_tasks"]], row[name][kind][who]) for row in rows if who in row[name][kind]]
     # Infinitely many tasks stand apart: nothing is known between the largest pool and them.
     apart = [point for point in points if 0 in places and point[0] == places[0]]
-    for part, line in (([point for point in points if point not in apart], style), (apart, "none")):
+    for part, line in (([point for point in points if point not in apart], style[0]), (apart, "none")):
         if part:
             x, values = zip(*part, strict=True)
-            options: dict[str, Any] = {"color": colour, "linestyle": line, "label": label, "capsize": 3, "markersize": 4}
-            axis.errorbar(x, [v["mean"] for v in values], [v["se"] for v in values], marker="o", linewidth=1.4, **options)
-            label = "_again"  # an underscore keeps it out of the legend
+            options: dict[str, Any] = {"color": colour, "linestyle": line, "marker": style[1], "capsize": 3, "markersize": 4}
+            axis.errorbar(x, [v["mean"] for v in values], [v["se"] for v in values], linewidth=1.4, **options)
 
 
 def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> None:
@@ -122,7 +117,7 @@ def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> No
     low, high = min(places.values()), max(places.values())
     axis.set_xlim(low - 0.4, high + 0.4)
     axis.set(ylabel=ylabel, title=title)
-    curves = [line for line in axis.get_lines() if not str(line.get_label()).startswith("M*")]
+    curves = [line for line in axis.get_lines() if line.get_label() != MARK]
     shown_values = [value for line in curves for value in line.get_ydata() if value > 0]
     if shown_values:
         log_scale(axis, max(shown_values) / min(shown_values))
@@ -132,9 +127,17 @@ def _finish(axis: Axes, ylabel: str, title: str, places: dict[int, float]) -> No
     axis.grid(alpha=0.3)
 
 
-def _legend(axis: Axes, thresholds: bool) -> tuple[list[Any], list[str]]:
-    """Handles and labels of the curves, and after them of the thresholds."""
-    handles, labels = axis.get_legend_handles_labels()
-    marks = [label.startswith("M*") for label in labels]
-    order = [i for i, mark in enumerate(marks) if not mark] + [i for i, mark in enumerate(marks) if mark and thresholds]
-    return [handles[i] for i in order], [labels[i] for i in order]
+def _legend(styles: dict[int, tuple[str, str]], thresholds: dict[int, float | None]) -> list[Any]:
+    """Whose a colour is, which task size a line, and where the thresholds are."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, linewidth=2, label=text) for text, colour in WHO.values()]
+    several = len(styles) > 1
+    for size, (line, marker) in styles.items():
+        if several:
+            handles.append(Line2D([], [], color="black", linestyle=line, marker=marker, markersize=4, label=f"D = {size}"))
+    for size, found in thresholds.items():
+        if found is not None:
+            text = f"M* ≈ {found:.0f}{f' (D = {size})' * several}: as far from dMMSE as from ridge, new tasks"
+            handles.append(Line2D([], [], color="0.4", linestyle=styles[size][0], linewidth=1, label=text))
+    return handles
