@@ -16,6 +16,7 @@ from recipes.studies.collatz_analysis import Analyse, Predict, analyse, predict
 from recipes.studies.collatz_errors import Reports, held_out, layout
 from trainer import config as trainer_config
 from trainer.errors import Refusal
+from trainer.hardware import cores
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data
 
@@ -76,7 +77,7 @@ class Optimisation(trainer_config.Optimisation):
 class Run(trainer_config.Run):
     """The defaults of the guide."""
 
-    num_workers: int = max(0, min(20, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
+    num_workers: int = max(0, min(20, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
     """data-loading processes per training process (default: its share of the cores less one, at most 20)"""
     prefetch_factor: int = 4
     eval_every: Annotated[int, arg(aliases=("--eval_interval",))] = 1000
@@ -110,7 +111,9 @@ class Collatz(Reports):
         train = CollatzStream(o.seed, d.start, d.hard_fraction, ramp, shown)
         val = held_out("val", d.val_numbers, d.start, d.val_span, shown)
         leak = "--mode guide leaks: every position sees the next parity, and all of them together the number of steps"
-        return Data(train, {"val": val}, None, train.fingerprint() + val.fingerprint(), [leak] if shown.whole else [])
+        rise = f"Curriculum: hard numbers rise from none to {d.hard_fraction:.0%} over {o.max_steps:,} steps"
+        notes = [leak] * shown.whole + [rise] * d.curriculum
+        return Data(train, {"val": val}, None, train.fingerprint() + val.fingerprint(), notes)
 
     def build_model(self, config: Config, data: Data | None) -> Any:
         """The transformer."""

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -236,11 +237,13 @@ def test_a_parsed_configuration_holds_no_url() -> None:
 # What a webhook may do
 
 
-def send(webhook_url: str, *texts: str, said: list[str] | None = None) -> float:
-    """Send, and close; seconds that the closing took."""
+def send(webhook_url: str, *texts: str, said: list[str] | None = None, until: Callable[[], object] | None = None) -> float:
+    """Send, and close (once `until` is true); seconds that the closing took."""
     sender = WebhookAlerts(Webhook(webhook_url), "toy/run", (said if said is not None else []).append)
     for text in texts:
         sender.send("progress", text)
+    if until is not None:
+        eventually(until)
     began = time.monotonic()
     sender.close()
     return time.monotonic() - began
@@ -261,7 +264,7 @@ def test_alerts_arrive_in_order_before_the_close(receiver: Receiver) -> None:
 def test_a_server_in_trouble_is_asked_again_and_a_refusal_is_final(receiver: Receiver, code: int, requests: int) -> None:
     said: list[str] = []
     receiver.answers = [(code, {})] * (2 * requests)
-    send(receiver.url, "lost", "lost too", "there", said=said)
+    send(receiver.url, "lost", "lost too", "there", said=said, until=lambda: "there" in texts_of(receiver))
     assert texts_of(receiver) == ["lost"] * requests + ["lost too"] * requests + ["there"]
     assert len(said) == 1
     assert f"HTTP {code}" in said[0]
@@ -272,13 +275,32 @@ def test_retry_after_is_honoured_and_bounded(receiver: Receiver, monkeypatch: py
     said: list[str] = []
     monkeypatch.setattr(alerts, "RETRY_AFTER_MAX_SECONDS", 0.6)
     receiver.answers = [(429, {"Retry-After": "0.4"}), (429, {"Retry-After": "86400"}), (503, {"Retry-After": "nan"})]
-    send(receiver.url, "once", said=said)
+    send(receiver.url, "once", said=said, until=lambda: len(receiver.got) == 4)
     assert texts_of(receiver) == ["once"] * 4
     pauses = [after - before for before, after in zip(receiver.times, receiver.times[1:], strict=False)]
     assert 0.4 <= pauses[0] < 0.6
     assert 0.6 <= pauses[1] < 1.5
     assert pauses[2] < 0.6  # our own
     assert said == []  # it arrived
+
+
+def test_retry_after_may_be_a_date() -> None:
+    in_a_minute = formatdate(time.time() + 60, usegmt=True)
+    assert alerts._retry_after({"Retry-After": in_a_minute}) == pytest.approx(60, abs=2)
+    for nonsense in ("", "soon", "-5", formatdate(0, usegmt=True)):
+        assert alerts._retry_after({"Retry-After": nonsense}) == 0
+
+
+def test_at_the_end_only_what_happened_last_is_tried_once_more(receiver: Receiver) -> None:
+    receiver.answers = [(429, {"Retry-After": "20"})]
+    took = send(receiver.url, "step 500", "step 1000", "crashed", until=lambda: receiver.got)
+    assert texts_of(receiver) == ["step 500", "crashed"]
+    assert took < 2
+    receiver.answers = [(429, {"Retry-After": "20"})] * 9
+    receiver.got.clear()
+    took = send(receiver.url, "finished", until=lambda: receiver.got)
+    assert texts_of(receiver) == ["finished", "finished"]
+    assert took < 2
 
 
 def test_a_redirect_is_not_followed(receiver: Receiver) -> None:
@@ -431,6 +453,7 @@ def test_a_webhook_that_hangs_slows_nothing_and_delays_the_end_a_little(
 
 def test_the_time_limit_counts_the_last_alerts(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WebhookAlerts, "exit_seconds", 2.0)
+    monkeypatch.setattr(alerts, "REQUEST_SECONDS", 20.0)
     monkeypatch.setattr(stopping, "EXIT_SECONDS", 0.8)
     monkeypatch.setattr(stopping, "process_start_monotonic", time.monotonic)
     receiver.go_on.clear()

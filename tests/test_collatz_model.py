@@ -191,7 +191,7 @@ def test_the_guides_sizes() -> None:
     model = CollatzTransformer(128, 4, 4, 512, 0.1, 500)
     assert (
         sum(p.numel() for p in model.layers.parameters())
-        == 4 * (4 * 128 * 129 + 128 * 513 + 512 * 129 - 1 * 0 + 4 * 128) - 4 * 0
+        == 4 * (4 * (128 * 129) + 129 * 512 + 513 * 128 + 4 * 128)  # attention, feed-forward, two norms
     )
     stopping, logits = model.eval()(torch.zeros(2, 499, dtype=torch.long), torch.zeros(2, 499, dtype=torch.bool))
     assert (stopping.shape, logits.shape) == ((2,), (2, 499, 3))

@@ -140,6 +140,19 @@ def test_overflow_is_redone_in_python_integers() -> None:
     assert "unresolved" in finds[0]
 
 
+def test_no_size_at_which_a_step_would_wrap_is_taken_for_less() -> None:
+    """Numbers that rise furthest for their size, at every size: a check against overflow that is one bit late shows."""
+    for bits in range(60, 112):
+        n = -(2**bits + 1)
+        record, _ = run_search(question(n, 1, max_bits=1000))
+        assert {cycle.smallest for cycle in record.tally.reached} == {plain_cycle(3, 1, n, 1000)}, bits
+        for lower in (5, 7, 9):
+            n = 2**bits - 1 - 2 ** (bits - lower)
+            record, _ = run_search(question(n, 1, max_bits=128))
+            stuck = exact.follow(COLLATZ, n, 100_000, 128, below=n)[0] == "too many bits"
+            assert bool(record.tally.unresolved) == stuck, (bits, lower)
+
+
 def test_the_limit_of_steps_is_reported() -> None:
     negative, _ = run_search(question(-(2**111), 50, max_steps=1000))
     slow = [n for n in range(-(2**111), -(2**111) + 50) if exact.follow(COLLATZ, n, 1000, 256)[0] == "too many steps"]
@@ -329,6 +342,20 @@ def test_bad_input_is_refused_in_one_line(
 ) -> None:
     assert message in refused(capsys, "--state", str(tmp_path / "state.json"), *words).splitlines()[-1]
     assert not list(tmp_path.glob("state.json"))
+
+
+@pytest.mark.parametrize("words", [["--alert_webhok", "{url}"], ["--alert-webhook", "{url}", "{url}"], ["--start", "{url}"]])
+def test_a_complaint_does_not_repeat_a_webhook(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *(word.format(url="https://hooks.example.org/S3CRET") for word in words))
+    assert "S3CRET" not in said
+    assert "example.org" not in said
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--state", str(tmp_path / "s.json"), "--report", "/proc/x/y.json", "--count", "2^60"]
+    assert "cannot write /proc/x/y.json" in refused(capsys, *words)
 
 
 def test_integers_are_read_as_people_write_them() -> None:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from loops.beside_training import give_way, training_ended
 from loops.exact import Map
@@ -39,6 +39,7 @@ from trainer.alerts import VARIABLE, find_webhook, open_alerts
 from trainer.console import Console, format_duration
 from trainer.errors import CHECKPOINT, FINISHED, Refusal
 from trainer.hardware import cores
+from trainer.redaction import without_urls
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -72,7 +73,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
         say = bar.above(console.say)
         record = Record.read(state, question)
         if not record.complete:
-            record.write(state)  # a disk that refuses does so now
+            for path in (state, options.report):  # a disk that refuses does so now
+                if path:
+                    record.write(path)
             say(f"{question.rule} from {question.start}, {question.count:,} numbers; workers: {workers}; state: {state}")
             if record.tally.covered:
                 say(f"resuming at {record.next}: {record.tally.covered:,} are covered")
@@ -96,10 +99,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 alerts.close()
             if reason:
                 say(f"{reason}: saved; the same command goes on at {record.next}")
-        if options.report:
-            record.write(options.report)
         for line in summary(record):
             say(line)
+        if options.report:
+            record.write(options.report)
 
 
 def summary(record: Record) -> Iterator[str]:
@@ -162,10 +165,14 @@ def integer(text: str) -> int:
     return (-value if sign == "-" else value) + int(f"{plus or '+'}{rest or 0}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without URLs: a webhook's may stand under a mistyped name."""
+        super().error(without_urls(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--multiplier", type=int, default=3)
     add("--addend", type=int, default=1)
@@ -181,7 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"bits of the sieve for 3n+1, 8 to {MAX_BITS} (default: %(default)s)",
     )
     add("--state", type=Path, help="cursor and report so far (default: a file in runs/loop_search, named by the question)")
-    add("--alert_webhook", metavar="URL", help=f"tell this webhook of a find (or {VARIABLE} in the environment)")
+    add(
+        "--alert_webhook",
+        "--alert-webhook",
+        metavar="URL",
+        help=f"tell this webhook of a find (or {VARIABLE} in the environment)",
+    )
     add("--report", type=Path, metavar="FILE.json", help="write the report there too, at the end")
     add(
         "--from_training",

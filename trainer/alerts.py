@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -114,7 +115,7 @@ class WebhookAlerts(Alerts):
     def __init__(self, webhook: Webhook, title: str, say: Callable[[str], None]) -> None:
         self._webhook, self._title, self._say = webhook, title, say
         self._said: set[str] = set()
-        self._closed = False
+        self._closing, self._last = threading.Event(), b""
         self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING_ALERTS)
         self._thread = threading.Thread(target=self._work, name="alerts", daemon=True)
         self._thread.start()
@@ -123,13 +124,17 @@ class WebhookAlerts(Alerts):
         """Put an alert into the queue; from a full one the oldest is dropped, for what happened last matters most."""
         text = redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()  # no half characters of odd paths
         text = text if len(text) <= TEXT_CHARACTERS else text[: TEXT_CHARACTERS - 4] + " ..."
-        self._put(self._webhook.body(text, {"event": event, "run": self._title, **facts}))
+        self._last = self._webhook.body(text, {"event": event, "run": self._title, **facts})
+        self._put(self._last)
 
     def close(self) -> None:
-        """Wait until all is sent, for at most `exit_seconds`; once. The thread is a daemon: it ends with the process."""
-        if self._closed:
+        """Wait until all is sent, for at most `exit_seconds`; once. The thread is a daemon: it ends with the process.
+
+        If the webhook is in trouble, only what happened last is tried, once more.
+        """
+        if self._closing.is_set():
             return
-        self._closed = True
+        self._closing.set()
         self._put(None)
         self._thread.join(self.exit_seconds)
         if self._thread.is_alive():
@@ -152,13 +157,19 @@ class WebhookAlerts(Alerts):
 
     def _work(self) -> None:
         opener = urllib.request.build_opener(_NoRedirect)  # the proxies of the environment are obeyed
+        hurried = False
         while (body := self._waiting.get()) is not None:
+            if hurried and body is not self._last:
+                continue
             for attempt in range(ATTEMPTS):
                 problem, wait_seconds = _post(opener, self._webhook.url, body)
-                if wait_seconds is None:
+                if wait_seconds is None or attempt + 1 == ATTEMPTS:
                     break
-                if attempt + 1 < ATTEMPTS:
-                    time.sleep(wait_seconds or FIRST_PAUSE_SECONDS * 2**attempt)
+                if self._closing.wait(wait_seconds or FIRST_PAUSE_SECONDS * 2**attempt):
+                    last_chance = body is self._last and not hurried
+                    hurried = True
+                    if not last_chance:
+                        break
             if problem:
                 self._warn(f"{problem}: an alert was not sent")
 
@@ -194,10 +205,14 @@ def _post(opener: urllib.request.OpenerDirector, url: str, body: bytes) -> tuple
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds the server asks us to wait, at most RETRY_AFTER_MAX_SECONDS; 0 if it does not say."""
-    with suppress(KeyError, TypeError, ValueError):
-        seconds = float(headers["Retry-After"])  # Discord gives fractions
-        return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else 0.0  # NaN is not above 0
-    return 0.0
+    asked = str(headers.get("Retry-After", ""))
+    seconds = 0.0
+    try:
+        seconds = float(asked)  # Discord gives fractions
+    except ValueError:
+        with suppress(ValueError, TypeError):
+            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
+    return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else 0.0  # NaN is not above 0
 
 
 def open_alerts(webhook: Webhook | None, title: str, say: Callable[[str], None]) -> Alerts:

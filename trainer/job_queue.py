@@ -54,9 +54,7 @@ def environments(
         raise Refusal(f"gpus {count} needs --parallel; without it jobs run one after the other")
     if count is not None and (count < 1 or (gpus and count > gpus)):
         there = f"there {'are' if gpus > 1 else 'is'} {gpus} GPU{'s' * (gpus > 1)} here; give a number from 1 to {gpus}"
-        raise Refusal(
-            f"gpus {count}: {there if gpus else 'no GPU here, so as many processes share the cores; give at least 1'}"
-        )
+        raise Refusal(f"gpus {count}: {there if gpus else 'no GPU here, so N processes share the cores; give at least 1'}")
     queues = (count or gpus or min(cores(), jobs)) if parallel else 1
     if gpus:
         named = environ.get("CUDA_VISIBLE_DEVICES")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.util
 import os
 import sys
 import warnings
@@ -285,6 +286,8 @@ def shut_down(launch: Launch | None, code: int) -> None:
             except RuntimeError as error:  # another process has died meanwhile, and says why itself
                 print(f"error: rank {launch.rank} lost the other processes at the end: {error}", file=sys.stderr)
                 code = 1
+        # What the interpreter's exit would have done for the semaphores of data workers (those of priority 0 wait for nothing).
+        multiprocessing.util._run_finalizers(0)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

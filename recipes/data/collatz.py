@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from recipes.data.compilation import compiled
 from recipes.data.trajectories import PADDING, WORDS, to_words, walk
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _P_DENSE = np.uint64(0xCCCD)  # 0.8 x 2^16
 _UP_TO_LARGE, _UP_TO_MOD4 = 0.3, 0.6  # cumulative shares of the hard kinds
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _mix(x):  # noqa: ANN001, ANN202 - uint64 -> uint64
     """The finaliser of splitmix64 (Steele, Lea & Flood 2014): every bit of x decides every bit of the result."""
     x = (x ^ x >> _30) * _MIX1
@@ -41,17 +41,17 @@ def _mix(x):  # noqa: ANN001, ANN202 - uint64 -> uint64
     return x ^ x >> _31
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _unit(x):  # noqa: ANN001, ANN202 - uint64 -> float in [0, 1)
     return (x >> np.uint64(11)) * 2.0**-53
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _is_held_out(w0, w1, w2):  # noqa: ANN001, ANN202 - uint64 each -> bool
     return _mix(w0 + _mix(w1 + _mix(w2 + _GOLDEN))) & _CLASS == _0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _plus(words, low):  # noqa: ANN001, ANN202
     """Add a uint64 to a number of three words, in place."""
     words[0] += low
@@ -61,7 +61,7 @@ def _plus(words, low):  # noqa: ANN001, ANN202
         words[2] += _1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _hard(state, kind, words):  # noqa: ANN001, ANN202
     """Draw a hard number of `kind` from a uint64 state into words [WORDS]."""
     words[2] = _0
@@ -82,20 +82,20 @@ def _hard(state, kind, words):  # noqa: ANN001, ANN202
     words[1] = words[1] & (_1 << top) - _1 | _1 << top
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _hard_kind(state):  # noqa: ANN001, ANN202
     share = _unit(_mix(state + np.uint64(41) * _GOLDEN))
     return LARGE if share < _UP_TO_LARGE else MOD4 if share < _UP_TO_MOD4 else DENSE
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _draw_training(numbers, key, start, hard_fraction, ramp, words, kinds):  # noqa: ANN001, ANN202
     """Samples `numbers` (int64) -> words [batch, WORDS], kinds [batch]; the hard share rises over `ramp` samples, if > 0."""
     for row in range(len(numbers)):
         number = np.uint64(numbers[row])
         state = _mix(key ^ _mix(number))
         hard = hard_fraction * min(1.0, numbers[row] / ramp) if ramp > 0.0 else hard_fraction
-        # Multiples of the golden ratio fill [0, 1) evenly: any few neighbours hold both kinds, whatever the batch size.
+        # Multiples of the golden ratio fill [0, 1) evenly: any three neighbours or more hold both kinds.
         kinds[row] = _hard_kind(state) if _unit(number * _GOLDEN + key) < hard else NORMAL
         attempt = _0
         while attempt == _0 or _is_held_out(words[row, 0], words[row, 1], words[row, 2]):
@@ -108,7 +108,7 @@ def _draw_training(numbers, key, start, hard_fraction, ramp, words, kinds):  # n
             attempt += _1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _draw_held_out(key, start, span, words, kinds):  # noqa: ANN001, ANN202
     """Held-out numbers: every other one hard, the rest the next of its class above `start` + an evenly spread power of 2."""
     for row in range(len(words)):
@@ -191,13 +191,13 @@ class CollatzStream:
 
     def fingerprint(self) -> str:
         """Changes with the numbers of the stream."""
-        return _digest(self.draw(range(64))[0], self.start)
+        return _digest(self.draw(range(64), ramp=0.0)[0], self.start)  # not with the length of the run, by a curriculum
 
-    def draw(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, numbers: Sequence[int], ramp: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers -> (words uint64 [batch, WORDS], kinds uint8 [batch])."""
         chosen = np.asarray(numbers, dtype=np.int64)
         words, kinds = np.empty((len(chosen), WORDS), np.uint64), np.empty(len(chosen), np.uint8)
-        ramp = float(self.curriculum_samples)
+        ramp = float(self.curriculum_samples) if ramp is None else ramp
         _draw_training(chosen, self.key, self.start, self.hard_fraction, ramp, words, kinds)
         return words, kinds
 

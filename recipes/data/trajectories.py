@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
+
+from recipes.data.compilation import compiled
 
 EVEN, ODD, PADDING = 0, 1, 2
 WORDS = 3  # 64-bit words of a number in an array, lowest first
@@ -120,7 +121,7 @@ _TOP = np.uint64(1 << 64 - BITS * 585 // 1000 - 2)
 _PADDING8 = np.uint64(0x0101010101010101 * PADDING)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _walk(w0, w1, w2, bits):  # noqa: ANN001, ANN202 - compiled for uint64, uint64 [words]
     """Steps of a number to 1, and its first parities into `bits` (64 a word); _LOST if it outgrows three words.
 
@@ -168,7 +169,7 @@ def _walk(w0, w1, w2, bits):  # noqa: ANN001, ANN202 - compiled for uint64, uint
     return steps
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _walk_all(words, tokens, steps, max_len):  # noqa: ANN001, ANN202
     """`_walk` for each row of words [batch, WORDS] into tokens (uint64 [batch, ceil(max_len / 8)]) and steps (int64)."""
     columns = tokens.shape[1]

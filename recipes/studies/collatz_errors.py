@@ -28,6 +28,8 @@ Batch = dict[str, "Tensor"]
 FORMULA = 10.43  # steps per ln n: 3 / ln(4/3), 2/3 of them even
 ANOMALY = 3.0  # an error of log1p(steps) beyond which somebody should look at the number
 MOST_ANOMALIES = 20
+MOST_LOG_STEPS = 20.0
+MOST_STEPS = int(math.expm1(MOST_LOG_STEPS))
 NEIGHBOURS = 16  # other numbers that the mean of a magnitude is taken over, at least
 BASELINES = ("magnitude", "formula")
 
@@ -97,7 +99,7 @@ def log_and_digits(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def steps_of(log_steps: Tensor) -> Tensor:
     """The steps that a log1p means; bounded, so that a wild one leaves a mean finite."""
-    return log_steps.clamp(0.0, 20.0).expm1()
+    return log_steps.clamp(0.0, MOST_LOG_STEPS).expm1()
 
 
 def measured(network: torch.nn.Module, batch: Batch, anomalies: Anomalies) -> dict[str, tuple[Any, Any]]:
@@ -185,7 +187,8 @@ class Anomalies:
         )
         for n, steps, guess, off in told:
             if n not in self._texts and len(self._texts) < MOST_ANOMALIES:
-                self._texts[n] = f"n = {n}: {steps} steps, predicted {guess:.0f} (log1p off by {off:+.2f})"
+                bound = "over " * (guess >= MOST_STEPS)
+                self._texts[n] = f"n = {n}: {steps} steps, predicted {bound}{guess:.0f} (log1p off by {off:+.2f})"
             else:
                 self._more += n not in self._texts
 

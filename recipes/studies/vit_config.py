@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from tyro.conf import arg
 
 from trainer import config as trainer_config
 from trainer.errors import Refusal
+from trainer.hardware import cores
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Optimisation(trainer_config.Optimisation):
 class Run(trainer_config.Run):
     """The guide's defaults."""
 
-    num_workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    num_workers: int = field(default_factory=lambda: min(4, cores()))
     """data-loading processes per training process (default: the number of cores, at most 4)"""
     log_every: Annotated[int, arg(aliases=("--log_interval",))] = 50
     """optimizer steps between log lines"""

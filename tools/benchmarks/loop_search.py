@@ -10,7 +10,6 @@ so that other work on the machine hardly counts; "followed" counts only the numb
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from loops.coverage import Coverage
 from loops.exact import Map, follow
 from loops.record import VERIFIED_BITS, Question, Record, Tally
 from loops.search import search
+
+from trainer.hardware import cores
 
 START = 1 << VERIFIED_BITS
 
@@ -31,12 +32,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sieve_bits", type=int, default=24)
     options = parser.parse_args(arguments)
-    cores, count, bits = os.cpu_count() or 1, options.count, options.sieve_bits
+    workers, count, bits = cores(), options.count, options.sieve_bits
     rows: dict[str, Callable[[], Tally]] = {
         "1 thread": lambda: _cover(START, count, bits),
         "1 thread, above 2^71 (sieve only)": lambda: _cover(START + (1 << bits), count, bits),
         "1 thread, sieve mod 2^16": lambda: _cover(START, count >> 2, 16),
-        f"the whole search, {cores} threads": lambda: _search(count * cores, bits, cores),
+        f"the whole search, {workers} threads": lambda: _search(count * workers, bits, workers),
         "Python's integers, no sieve": lambda: _in_python(20_000),
     }
     for covers in rows.values():
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
             tally = covers()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
             rates[name].append((tally.covered / cpu_seconds, tally.followed / cpu_seconds, tally.covered / seconds))
-    print(f"3n+1 from 2^{VERIFIED_BITS}, {platform.machine()}, {cores} cores, {options.rounds} rounds")
+    print(f"3n+1 from 2^{VERIFIED_BITS}, {platform.machine()}, {workers} cores, {options.rounds} rounds")
     print(f"{'':34} {'integers per second and core':^32} {'followed':>9} {'integers per':>13}")
     print(f"{'':34} {'median':>10} {'lowest':>10} {'highest':>10} {'likewise':>9} {'second':>13}")
     for name, measured in rates.items():

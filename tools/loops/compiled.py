@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import int64, njit, types, uint64
+from numba import int64, types, uint64
 from numba.extending import intrinsic
+
+from recipes.data.compilation import compiled
 
 BOUND_BITS = 112  # both loops take numbers n with |n| < 2^112
 JUMP_BITS = 11  # steps of `follow_block` taken at once; 10 and 12 are slower
@@ -70,7 +72,7 @@ def _make_odd(_: Any, low: Any, high: Any) -> Any:
     return types.UniTuple(types.uint64, 3)(uint64, uint64), generate
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def follow_block(
     block_low: int,
     block_high: int,
@@ -131,7 +133,7 @@ def follow_block(
     return followed, skipped, stuck
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def find_cycles(
     low: int, high: int, multiplier: int, addend: int, max_steps: int, ends: Any, members_low: Any, members_high: Any
 ) -> None:

@@ -1,0 +1,16 @@
+"""numba, with what it compiles kept on disk where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """`function` compiled at its first call, without the GIL, for this and (through the cache) later processes."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written: compiled again by each process
+        return njit(nogil=True)(function)
