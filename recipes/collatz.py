@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from recipes.studies.collatz_analysis import Analyse, Predict, analyse, predict
-from recipes.studies.collatz_errors import Reports, held_out, layout
+from recipes.studies.collatz_errors import LEAK, Reports, held_out, layout
 from trainer import config as trainer_config
 from trainer.errors import Refusal
 from trainer.hardware import cores
@@ -107,12 +107,9 @@ class Collatz(Reports):
         from recipes.data.collatz import CollatzStream
 
         d, o, shown = config.data, config.optimisation, layout(config.model)
-        ramp = o.max_steps * o.effective_batch_size * d.curriculum
-        train = CollatzStream(o.seed, d.start, d.hard_fraction, ramp, shown)
+        train = CollatzStream(o.seed, d.start, d.hard_fraction, o.max_steps * o.effective_batch_size * d.curriculum, shown)
         val = held_out("val", d.val_numbers, d.start, d.val_span, shown)
-        leak = "--mode guide leaks: every position sees the next parity, and all of them together the number of steps"
-        rise = f"Curriculum: hard numbers rise from none to {d.hard_fraction:.0%} over {o.max_steps:,} steps"
-        notes = [leak] * shown.whole + [rise] * d.curriculum
+        notes = [LEAK] * shown.whole + [f"Curriculum: no hard numbers, then more, up to {d.hard_fraction:.0%}"] * d.curriculum
         return Data(train, {"val": val}, None, train.fingerprint() + val.fingerprint(), notes)
 
     def build_model(self, config: Config, data: Data | None) -> Any:

@@ -220,6 +220,23 @@ def test_contradictions_are_refused() -> None:
     assert parse("--max_epochs", "3", "--max_steps", "0").config.optimisation.max_epochs == 3
 
 
+def test_the_last_to_tell_how_long_to_train_decides(write: object) -> None:
+    def length(*argv: str) -> tuple[int, float]:
+        o = parse(*argv).config.optimisation
+        return o.max_steps, o.max_epochs
+
+    steps, epochs = write("max_steps: 40\n"), write("max_epochs: 7\n", "other.yaml")
+    assert length("--config", steps) == (40, 10)
+    assert length("--config", steps, "--max_epochs", "2") == (0, 2)
+    assert length("--config", epochs) == (0, 7)
+    assert length("--config", epochs, "--max_steps", "5")[0] == 5
+    assert length("--preset", "quick", "--max_epochs", "1") == (0, 1)
+    assert length("--preset", "quick", "--config", epochs) == (0, 7)
+    both = write("max_steps: 40\nmax_epochs: 7\n", "both.yaml")
+    assert "given together" in refusal("--config", both)
+    assert length("--config", both, "--max_steps", "3")[0] == 3
+
+
 @pytest.mark.parametrize("flag", ["--data_dir", "--run_name", "--init_from", "--wandb_project"])
 def test_a_value_that_holds_a_secret_is_refused_without_it(flag: str, write: object) -> None:
     """It would be in config.yaml, in every checkpoint, in the trackers, and perhaps in the run's name."""

@@ -163,7 +163,7 @@ def test_the_loss_is_summed_in_fp32_whatever_the_logits_are() -> None:
 
 def test_what_leaves_the_objective_is_scalars() -> None:
     batch = TokenBlocks(random_split(), 15, 50, END).__getitems__([0, 1])
-    objective = Objective(tiny(), RECIPE)
+    objective = Objective(tiny(), RECIPE, ["next_token"])
     assert objective(batch).shape == (1,)
     measured = objective(batch, measuring=True)["next_token"]
     assert measured.dtype == torch.float64

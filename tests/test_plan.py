@@ -23,7 +23,9 @@ def test_the_plan_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     said = capsys.readouterr().out
     assert "Batch: 2 samples x 4 processes x 2 accumulation = 16 samples per optimizer step" in said
     assert "Plan: 50 optimizer steps = 800 samples = 13.33 epochs of 60" in said
-    assert "5 step saves; with keep_last 3 at most 4" in said
+    assert "after 5 steps" in said, "an untyped warm-up is cut to a tenth of the run"
+    assert "5 step saves, with keep_last 3 at most 4 of them" in said
+    assert "13 of epochs and the best model stay" in said
 
 
 def test_memory_of_a_billion_parameters_with_adam() -> None:

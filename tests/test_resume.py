@@ -369,8 +369,17 @@ def test_a_roll_back_survives_a_kill_before_the_next_save(data: Path, complete: 
 
 
 def test_resume_from_of_the_last_checkpoint_of_a_finished_run(data: Path, complete: Path) -> None:
+    before = content(complete)
     said = launch(*flags(data, complete, "--resume_from", "checkpoint_final"), recipe=Gpt2Wikitext())
-    assert "Finished at step 12" in said
+    assert "is at step 12 of 12, nothing to do; give a larger --max_steps" in said
+    assert content(complete) == before
+
+
+def test_a_new_run_from_a_checkpoint_past_its_last_step_is_none(data: Path, complete: Path, tmp_path: Path) -> None:
+    source = str(complete / "checkpoints" / "checkpoint_final")
+    said = launch(*flags(data, tmp_path / "new", "--resume_from", source, "--max_steps", "7"), recipe=Gpt2Wikitext())
+    assert "is at step 12 of 7, nothing to do" in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_resume_from_another_run_starts_a_new_run_directory(data: Path, finished: Path, tmp_path: Path) -> None:

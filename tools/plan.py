@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from trainer import config as configuration
@@ -57,14 +58,19 @@ def load_recipe(path: Path) -> Recipe:
 def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     """The lines of the plan. Raises Refusal as the run itself would."""
     from trainer import batches, optimizer
+    from trainer.schedule import warmup_for
     from trainer.setup import build_network, total_steps
 
     if processes < 1:
         raise Refusal(f"processes {processes} must be at least 1")
-    config = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name).config
+    parsed = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name)
+    config, settings = parsed.config, parsed.config.optimisation
     data = recipe.build_data(config)
-    samples, settings = batches.length_of(data.train), config.optimisation
+    samples = batches.length_of(data.train)
     steps = total_steps(config, samples)
+    if "warmup_steps" not in parsed.typed:
+        settings = replace(settings, warmup_steps=warmup_for(settings.warmup_steps, steps)[0])
+        config = replace(config, optimisation=settings)
     network = build_network(recipe, config, data)
     parameters = sum(p.numel() for p in network.parameters())
     moments = min(2, len(optimizer.moments(settings.optimizer, settings.beta1)))  # muon: two at most, one for each matrix
@@ -72,6 +78,8 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     run = config.run
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
     kept = min(saves, run.keep_last + 1) if run.keep_last else saves
+    effective = settings.effective_batch_size
+    epochs = steps * effective // samples // run.save_epochs if samples and run.save_epochs else 0
     return [
         *data.notes,
         f"Parameters: {parameters:,}",
@@ -79,8 +87,8 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
         f"Optimizer: {settings.optimizer}, {recipe.schedule_text(config)}",
         "Memory of each process for weights, gradients and optimizer state in fp32 (activations come on top):",
         *(f"  {name:20s}{size_text(bytes_of_state(parameters, moments, name, processes)):>12s}" for name in LAUNCHES),
-        f"Checkpoint: {size_text(saved)}, {saves:,} step saves; with keep_last {run.keep_last} at most {kept:,} of them on the "
-        f"disk at once, {size_text(kept * saved)}, beside those that links such as best_model hold",
+        f"Checkpoint: {size_text(saved)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
+        f"disk at once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * saved)} in all",
     ]
 
 

@@ -211,12 +211,14 @@ def parse(
     leading = _preset(config_class, presets, argv)
     from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
     description = f"{(config_class.__doc__ or '').strip()}\nPresets: {', '.join(presets) or 'none'}.{description}"
-    base = cli(config_class, [*leading, *from_file], prog, default, description)
-    config = cli(config_class, [*leading, *from_file, *argv], prog, default, description)
-    given = frozenset(names[n] for n in typed([*leading, *from_file, *argv], names))
-    if "max_epochs" in given and config.optimisation.max_epochs and config.optimisation.max_steps:
-        steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
-        raise Refusal(f"max_epochs {epochs:g} was given, but max_steps {steps} decides; add --max_steps 0 to count epochs")
+    by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
+    given = frozenset().union(*by_source)
+    base = _counting(cli(config_class, [*leading, *from_file], prog, default, description), by_source[:2])
+    config = _counting(cli(config_class, [*leading, *from_file, *argv], prog, default, description), by_source)
+    steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
+    if _length_flags(by_source) == {"max_steps", "max_epochs"} and steps and epochs:
+        ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"
+        raise Refusal(f"max_steps {steps} and max_epochs {epochs:g} were given together; add {ways_out}")
     webhook = find_webhook(config.run.alert_webhook, {} if "alert_webhook" in given else os.environ)
     base, config = (dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None)) for c in (base, config))
     check(config)
@@ -225,6 +227,19 @@ def parse(
         config = config.resolved()
         check(config)
     return Parsed(config, asked, base, given, webhook)
+
+
+def _length_flags(by_source: Sequence[frozenset[str]]) -> frozenset[str]:
+    """What the last of preset, YAML file and flags that tells how long to train does so with."""
+    told = [given & {"max_steps", "max_epochs"} for given in by_source]
+    return next((names for names in reversed(told) if names), frozenset())
+
+
+def _counting(config: Any, by_source: Sequence[frozenset[str]]) -> Any:
+    """`config` with `max_steps` 0, which would decide, if epochs were given after it."""
+    if _length_flags(by_source) != {"max_epochs"} or not config.optimisation.max_epochs:
+        return config
+    return dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, max_steps=0))
 
 
 def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer import batches
 from trainer.config import Run
+from trainer.errors import Refusal
 from trainer.launch import Launch
 from trainer.recipe import Batch, Recipe, move
 
@@ -20,16 +21,20 @@ class Objective(nn.Module):
     Only scalars leave it: Accelerate upcasts what a prepared module returns, and logits would be gigabytes.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, terms: Sequence[str]) -> None:
         super().__init__()
         self.network = network
         self.recipe = recipe
+        self.terms = list(terms)
         self.config = getattr(network, "config", None)  # where DeepSpeed looks for hidden_size when a bucket is "auto"
 
     def forward(self, batch: Batch, measuring: bool = False) -> Any:
         """Loss sums [terms]; with `measuring` {name: [sum, count]} in float64."""
         if not measuring:
-            return torch.stack([total.float() for total in self.recipe.loss(self.network, batch).values()])
+            sums = self.recipe.loss(self.network, batch)
+            if sums.keys() != set(self.terms):
+                raise Refusal(f"loss gives the terms {', '.join(sums)}, items counts {', '.join(self.terms)}; name the same")
+            return torch.stack([sums[term].float() for term in self.terms])
         return {name: _pair(total, count) for name, (total, count) in self.recipe.measure(self.network, batch).items()}
 
 

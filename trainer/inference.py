@@ -59,7 +59,7 @@ def evaluate_trained(
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(settings.run.mixed_precision, launch))
     whole = replace(settings.run, eval_iters=0)
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):
-        result = evaluate(Objective(network, recipe), recipe, weights, dataset, batch_size, whole, launch)
+        result = evaluate(Objective(network, recipe, list(weights)), recipe, weights, dataset, batch_size, whole, launch)
     assert result is not None
     return result
 

@@ -197,13 +197,16 @@ class Training:
         if p.evaluated_step == p.step:
             return False, None  # known already: the launch before was ended between this evaluation and its last save
         recipe = self.recipe
+        watched, direction = recipe.patience_metric or (recipe.best_metric, recipe.best_is)
+        for name in (recipe.best_metric, watched):
+            if f"eval/{name}" not in found:
+                raise Refusal(f"eval/{name} is to be watched, but measured are {', '.join(found)}; name one of them")
         metric = found[f"eval/{recipe.best_metric}"]
         p.evaluated_step, p.evaluated = p.step, metric if math.isfinite(metric) else None
         better = improves(metric, p.best, recipe.best_is)
         if better:
             self.previous_best = (p.best, p.best_step)
             p.best, p.best_step = metric, p.step
-        watched, direction = recipe.patience_metric or (recipe.best_metric, recipe.best_is)
         progressed = improves(found[f"eval/{watched}"], p.watched_best, direction)
         if progressed:
             p.watched_best = found[f"eval/{watched}"]

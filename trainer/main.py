@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 @leaving_at_signals()
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a data worker that imports the recipe's file
+        raise RuntimeError("main(...) must stand below `if __name__ == '__main__':`, or data workers start the training anew")
     if argv is None:
         argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
     argv = list(argv)
@@ -215,7 +218,8 @@ class _Launch:
             self.alerts.send("started", f"Started {at}. {description[0]}", step=self.step)
             reason = self.loop.run()
             if metrics is not None:
-                report(self.loop, plan.directory, reason, metrics, stops.seconds_left())
+                rolled_back = plan.same_run and plan.config.run.resume_from is not None
+                report(self.loop, plan.directory, reason, metrics, stops.seconds_left(), rolled_back)
             code = FINISHED
         finally:
             if metrics is not None:
@@ -229,9 +233,13 @@ class _Launch:
         from trainer.stopping import finished_reason
 
         found, run = self.plan.checkpoint, session.config.run
-        if found is None or not self.plan.same_run or run.resume_from:
+        if found is None:
             return None
         p = Progress(**found.state["progress"])
+        if run.resume_from and p.step >= session.total_steps:
+            return f"{found.path} is at step {p.step:,} of {session.total_steps:,}, nothing to do; give a larger --max_steps"
+        if not self.plan.same_run or run.resume_from:
+            return None
         reason = finished_reason(
             p.step, session.total_steps, p.evaluations_without_better, run.patience, p.train_loss, run.target_loss
         )

@@ -29,13 +29,14 @@ class Dataset(Protocol):
 
 @dataclass
 class Data:
-    """What `build_data` gives. `evaluation` sets are measured in training as `eval/{name}_...`; `test` by `evaluate`."""
+    """What `build_data` gives. `evaluation` sets are measured in training as `eval/{name}_...`, one of them usually as `val`;
+    `test` by `evaluate`."""
 
     train: Any
     evaluation: dict[str, Any]
     test: Any = None
     fingerprint: str = ""
-    """hash of the contents: a resumed run refuses other data"""
+    """hash of the contents, which training needs: a resumed run refuses other data"""
     notes: list[str] = field(default_factory=list)
     """what the user should know of the data (how many samples were cut), printed at start"""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,8 @@ class Recipe:
     """terms of `loss` that are no losses (an accuracy): logged under their own names. Give them the weight 0"""
     speed: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
-    loss_unit: str = "nats"
+    loss_unit: str = ""
+    """of the loss, in plots"""
     checkpoint_prefix: str = "checkpoint_step_"
     """what this recipe's guide calls a step checkpoint"""
 
@@ -85,7 +87,7 @@ class Recipe:
         raise TypeError(f"{type(self).__name__} lacks items")
 
     def loss(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """{loss term: sum over its items}, scalars, the names of `items` in the same order."""
+        """{loss term: sum over its items}, scalars, under the names of `items`."""
         raise TypeError(f"{type(self).__name__} lacks loss")
 
     def loss_weights(self, config: Any) -> dict[str, float]:

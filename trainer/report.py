@@ -10,7 +10,9 @@ from trainer.stopping import REASONS
 REPORT_SECONDS = 60.0  # a finished run with less than this to its time limit leaves without plot and report
 
 
-def report(loop: Training, directory: RunDirectory, reason: str, metrics: Metrics, seconds_left: float) -> None:
+def report(
+    loop: Training, directory: RunDirectory, reason: str, metrics: Metrics, seconds_left: float, rolled_back: bool
+) -> None:
     """The last words: status.json, the alert, final metrics, the plot, and what the recipe has to show."""
     recipe, session, say, step = loop.recipe, loop.session, loop.console.say, loop.progress.step
     stopped = reason in REASONS or reason == "stop_at_step"
@@ -23,7 +25,7 @@ def report(loop: Training, directory: RunDirectory, reason: str, metrics: Metric
     say(ending)
     loop.logbook.alerts.send(state, ending, step=step, reason=reason, loss=loop.progress.train_loss)
     if stopped:
-        say("The same command continues this run.")
+        say(f"{'Without --resume_from the' if rolled_back else 'The'} same command continues this run.")
         return
     final = {key.replace("eval/", "final/"): value for key, value in loop.last_evaluation.items()}
     if loop.progress.train_loss is not None:

@@ -153,6 +153,9 @@ def _merge(
     own = {name: getattr(parsed.config.run, name) for name in configuration.PER_LAUNCH}
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 
+    if saved.run.mixed_precision != config.run.mixed_precision:
+        say(f"mixed_precision: {saved.run.mixed_precision} -> {config.run.mixed_precision}")
+
     way_out = "train it under another --run_name, or take the weights only: --init_from"
     others = configuration.changed(config, saved, ("model", "data"))
     if others:

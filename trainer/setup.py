@@ -133,6 +133,19 @@ def _initial_weights(recipe: Recipe, network: nn.Module, name: str) -> None:
         ) from None
 
 
+def _check_data(recipe: Recipe, data: Data) -> None:
+    """Refusal for what would show hours later: at the first evaluation, or never when a run is resumed with other data."""
+    if not data.fingerprint:
+        raise Refusal("build_data gives no fingerprint; give a hash of what decides the samples, to know the data again")
+    measured = [recipe.best_metric, *([recipe.patience_metric[0]] if recipe.patience_metric else [])]
+    for metric in measured if data.evaluation else ():
+        if not any(metric.startswith(f"{name}_") for name in data.evaluation):
+            sets = ", ".join(data.evaluation)
+            raise Refusal(
+                f"{metric} is to be watched, but the evaluation sets are called {sets}; a metric is SET_NAME, val_loss"
+            )
+
+
 def _same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:
     """Gradients are summed by position, and samples dealt out by number: both must mean the same on every process."""
     sets = {"train": data.train, **data.evaluation}
@@ -158,6 +171,7 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     made = accelerator(launch, mixed_precision, optimisation, run.mixed_precision)
 
     data = load_data(recipe, config, launch)
+    _check_data(recipe, data)
     for note in data.notes:
         say(note)
     if found is not None:
@@ -188,7 +202,7 @@ def assemble(recipe: Recipe, plan: Plan, launch: Launch, say: Say) -> Session:
     weights = {term: float(given.get(term, 1.0)) for term in terms}
     documents = recipe.documents(config, network, data)
 
-    objective = Objective(network, recipe)
+    objective = Objective(network, recipe, list(weights))
     moments = optimizer.moments(optimisation.optimizer, optimisation.beta1)
     if run.compile:
         if launch.deepspeed:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from recipes.data.collatz import HeldOutNumbers, Layout
 
 Batch = dict[str, "Tensor"]
+LEAK = "--mode guide leaks: every position sees the next parity, and all of them together the number of steps"
 FORMULA = 10.43  # steps per ln n: 3 / ln(4/3), 2/3 of them even
 ANOMALY = 3.0  # an error of log1p(steps) beyond which somebody should look at the number
 MOST_ANOMALIES = 20

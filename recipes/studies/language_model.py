@@ -109,6 +109,7 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, say: Say) -> None:
     found, config = find(recipe, flags.model_path, launch)
     text = Text.without_data(found.text("tokenizer.json"))
     network = load(recipe, found, config, Data(None, {}, extra={"text": text}), launch)
+    say(f"Generating with {found.path}")
     on_main(launch, lambda: say(sample(network, text, flags)))
 
 

@@ -103,6 +103,7 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, say: Say) -> None:
             f"the tokenizer has {text.vocab_size} entries, {found.path} {config.model.vocab_size}; give the one it had"
         )
     network = load(recipe, found, config, Data(None, {}), launch)
+    say(f"Generating with {found.path}")
     on_main(launch, lambda: say(sample(network, text, flags)))
 
 

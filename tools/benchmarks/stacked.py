@@ -52,14 +52,14 @@ def stepper(argv: list[str], device: torch.device, bf16: bool, compiled: bool) -
     config = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name).config
     data = recipe.build_data(config)
     network = setup.build_network(recipe, config, data).to(device)
-    objective = Objective(network, recipe)
+    data.train.to(device)
+    batch_size = config.optimisation.batch_size
+    counts = recipe.items(data.train.__getitems__(range(batch_size)))
+    objective = Objective(network, recipe, list(counts))
     if compiled:
         objective.compile()
     built = optimizer.build(recipe.parameter_groups(network, config), network, config.optimisation)
     update = PlainUpdate(objective, built, None, 1, config.optimisation.grad_clip)
-    data.train.to(device)
-    batch_size = config.optimisation.batch_size
-    counts = recipe.items(data.train.__getitems__(range(batch_size)))
     scale = torch.tensor([1.0 / n for n in counts.values()], device=device)
 
     def step(number: int) -> None:

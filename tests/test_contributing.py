@@ -1,0 +1,45 @@
+"""The recipe that CONTRIBUTING.md shows is one, and what is easily wrong in a recipe is told in words."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, environment
+
+RECIPE = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]  # type: ignore[index]
+FLAGS = ["--device", "cpu", "--max_steps", "40", "--learning_rate", "0.1", "--log_every", "20", "--num_workers", "1"]
+
+
+def run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    (folder / "line.py").write_text(text)
+    command = [sys.executable, str(folder / "line.py"), *FLAGS, "--output_dir", str(folder / "run")]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_the_example_trains(tmp_path: Path) -> None:
+    done = run(tmp_path, RECIPE)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"val_loss: ([\d.]+)", done.stdout)]
+    assert losses[-1] < 0.1
+    assert "Finished at step 40" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('return {"error": len', 'return {"mistake": len', "loss gives the terms error, items counts mistake"),
+        ('{"val": Line', '{"dev": Line', "val_loss is to be watched, but the evaluation sets are called dev"),
+        ('name = "line"', 'name = "line"\n    best_metric = "val_accuracy"', "eval/val_accuracy is to be watched, but"),
+        ('fingerprint=f"line {x.sum()}"', 'fingerprint=""', "build_data gives no fingerprint"),
+        ('if __name__ == "__main__":', "if True:", "must stand below `if __name__"),
+    ],
+)
+def test_a_mistake_is_told(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert old in RECIPE
+    done = run(tmp_path, RECIPE.replace(old, new))
+    assert done.returncode != 0
+    assert message in done.stderr
