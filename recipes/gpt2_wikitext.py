@@ -78,6 +78,7 @@ class Gpt2Wikitext(Recipe):
     presets = {"quick": Path(__file__).parent / "configs" / "gpt2_wikitext_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     speed = ("tokens", "next_token")
+    paths = ("data_dir", "tokenizer")
     loss_unit = "nats per token"
 
     def build_data(self, config: Config) -> Data:

@@ -24,6 +24,7 @@ class TinyStoriesLM(Recipe):
     presets = {"quick": Path(__file__).parent / "configs" / "tinystories_lm_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     speed = ("tokens", "next_token")
+    paths = ("train_data_path", "val_data_path", "tokenizer")
     loss_unit = "nats per token"
     checkpoint_prefix = "checkpoint_iter_"
 

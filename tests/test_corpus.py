@@ -123,6 +123,14 @@ def test_patterns_and_names(tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=problem) as error:
             find_sources([name])
         assert name in one_line(error)
+    (tmp_path / "data[1].txt").write_text("text")
+    assert find_sources([str(tmp_path / "data[1].txt")]) == [Source(str(tmp_path / "data[1].txt"))]
+    for name in ("a.json", "a.txt.gz", "a.CSV"):
+        (tmp_path / name).write_text("text")
+        with pytest.raises(ValueError, match="is no text file"):
+            find_sources([str(tmp_path / name)])
+    with pytest.raises(ValueError, match=r"a\.txt is given twice"):
+        find_sources([str(tmp_path / "a.txt"), f"{tmp_path}/*.txt"])
 
 
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +168,16 @@ def test_held_out_units_are_the_share_that_was_asked_for_and_never_the_first() -
     assert all(part.end and not part.gap for part in parts)
     assert [part.held_out for part in hold_out(stream[:2], 0.01)] == [False, True]
     assert not any(part.held_out for part in hold_out(stream, 0.0))
+
+
+def test_of_a_short_text_too_many_places_are_held_out(tmp_path: Path) -> None:
+    assert corpus.piece_size(10**9, 0.01) == corpus.piece_size(None, 0.01) == corpus.piece_size(10**5, 0.0) == corpus.PIECE
+    text = "To be, or not to be, that is the question:\n" * 20_000
+    (tmp_path / "play.txt").write_text(text)
+    stream = units(find_sources([str(tmp_path / "play.txt")]), piece=corpus.piece_size(len(text), 0.05))
+    parts = list(hold_out(stream, 0.05))
+    assert "".join(part.text for part in parts) == text
+    assert sum(part.held_out for part in parts) >= 30
 
 
 def test_a_piece_that_is_held_out_leaves_a_border_on_both_sides() -> None:

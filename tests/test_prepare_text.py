@@ -133,13 +133,14 @@ def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, 
         ([stories, "--out", out, "--tokenizer", tmp_path / "none.json"], "does not exist"),
         ([stories, "--out", out, "--workers", 0], "workers > 0"),
         ([stories, "--out", prepared], "is there already"),
+        ([stories, "--valid", stories, "--out", out], "is both training and validation text"),
     ):
         assert problem in run(*words, expect=2)
     assert list(out.iterdir()) == []
     assert set(contents(prepared)) == {"tokenizer.json", "train.ids", "train.ids.json", "valid.ids", "valid.ids.json"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_ended_in_mid_work_it_leaves_no_half_file_and_starts_again(
     number: signal.Signals, stories: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -155,13 +156,13 @@ def test_ended_in_mid_work_it_leaves_no_half_file_and_starts_again(
         assert "another prepare_text writes" in run(stories, "--out", out, *words, expect=2)
         os.kill(process.pid, number)
         os.kill(process.pid, signal.SIGCONT)
-        assert process.wait(timeout=30) == (130 if number == signal.SIGINT else -number)
+        assert process.wait(timeout=30) == (-number if number == signal.SIGKILL else 130)
         assert process.orphans(10) == []
     finally:
         process.kill_all()
     assert not (out / "train.ids").exists()
     assert not (out / "valid.ids").exists()
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
         assert list(out.iterdir()) == []
     run(stories, "--out", out, *words)
     assert contents(out) == contents(prepared)

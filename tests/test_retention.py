@@ -10,11 +10,24 @@ from pathlib import Path
 
 from toy_recipe import ToyRecipe
 
-from trainer import config
+from trainer import config, retention
 from trainer.checkpoint import Checkpoint
 from trainer.console import Console
 from trainer.launch import connect
 from trainer.main import train
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    """Of ten saves, those of steps 4 and 8 on schedule, the others new bests; the best is that of step 7."""
+    for keep_last, kept in ((1, {8, 10, 7}), (2, {4, 8, 9, 10, 7}), (3, {4, 8, 9, 10, 7}), (0, {4, 8, 9, 10, 7})):
+        folder = tmp_path / str(keep_last)
+        for step in range(1, 11):
+            path = folder / f"step_{step}"
+            path.mkdir(parents=True)
+            (path / "trainer_state.json").write_text(json.dumps({"on_schedule": step in (4, 8)}))
+        retention.link(folder, "best_model", "step_7")
+        retention.prune(folder, "step_", keep_last)
+        assert {step for step, _ in retention.step_folders(folder, "step_")} == kept
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_training_goes_on(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import pickle
+import random
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from launching import ROOT, environment
 
-from recipes.data.token_windows import IGNORED, RandomWindows, TokenFile, TokenWindows, open_streams
+from recipes.data.token_windows import IGNORED, RandomWindows, TokenFile, TokenWindows, _spreading_stride, open_streams
 
 VOCABULARY = 1000
 
@@ -88,6 +89,12 @@ def test_large_vocabularies_and_the_json_beside_a_file_decide_its_type(tmp_path:
 def test_what_is_no_file_of_ids_is_refused(tmp_path: Path) -> None:
     ids_file(tmp_path / "wide.ids", dtype="uint32")
     ids_file(tmp_path / "wider.ids", dtype="int64")
+    np.array([0] * 5000 + [7] * 5000, dtype=np.int32).tofile(tmp_path / "zeros.ids")
+    np.save(tmp_path / "renamed.npy", np.arange(1, 500, dtype=np.uint16))
+    (tmp_path / "renamed.npy").rename(tmp_path / "renamed.ids")
+    with open(tmp_path / "archive.npy", "wb") as file:
+        np.savez(file, np.arange(5))
+    (tmp_path / "play.ids").write_text("To be, or not to be \u2014 that is the question:\n" * 200)
     (tmp_path / "empty.ids").write_bytes(b"")
     (tmp_path / "odd.ids").write_bytes(b"abc\xff\xfe")
     np.save(tmp_path / "floats.npy", np.ones(5))
@@ -96,6 +103,10 @@ def test_what_is_no_file_of_ids_is_refused(tmp_path: Path) -> None:
     for name, kind, problem in (
         ("wide.ids", ValueError, "every second id is 0"),
         ("wider.ids", ValueError, "every second id is 0"),
+        ("zeros.ids", ValueError, "every second id is 0"),
+        ("renamed.ids", ValueError, "is a .npy file under another name"),
+        ("archive.npy", ValueError, "is an archive of arrays"),
+        ("play.ids", ValueError, "is text, not ids; make them of it: python tools/prepare_text.py"),
         ("empty.ids", ValueError, "is empty"),
         ("odd.ids", ValueError, "has 5 bytes, no whole number of uint16 ids"),
         ("floats.npy", ValueError, "is float64 [5]"),
@@ -104,22 +115,34 @@ def test_what_is_no_file_of_ids_is_refused(tmp_path: Path) -> None:
         ("nowhere.ids", FileNotFoundError, "does not exist"),
         (".", FileNotFoundError, "is a folder"),
     ):
-        with pytest.raises(kind, match=re.escape(problem)) as error:
-            TokenFile.open(tmp_path / name, VOCABULARY)
-        one_line(error)
+        for vocabulary in (VOCABULARY, 50_257):
+            with pytest.raises(kind, match=re.escape(problem)) as error:
+                TokenFile.open(tmp_path / name, vocabulary).check(vocabulary, 8)
+            one_line(error)
+    with pytest.raises(ValueError, match="every second id is 0"):  # 64-bit ids, read as the 32 bits of a large vocabulary
+        TokenFile.open(tmp_path / "wider.ids", 100_000).check(100_000, 8)
 
 
 @pytest.mark.parametrize(
-    "content", ["12 7 999\n3 4 5\n", "[12, 7, 999,\n 3, 4, 5]\n", "12\n7\n999\n3\n4\n5", "1.2e+01 7.0e+00 999 3 4 5"]
+    "content",
+    [
+        "12 7 999\n3 4 5\n",
+        "[12, 7, 999]\n[3, 4, 5]\n",
+        "[12, 7, 999,\n 3, 4, 5]\n",
+        "12\n7\n999\n3\n4\n5",
+        "1.2e+01 7.0e+00 999 3 4 5",
+    ],
 )
 def test_numbers_as_text_are_refused_with_a_command_that_converts_them(content: str, tmp_path: Path) -> None:
-    (tmp_path / "text.ids").write_text(content)
+    folder = tmp_path / "Ann's"
+    folder.mkdir()
+    (folder / "text.ids").write_text(content)
     with pytest.raises(ValueError, match="numbers written as text") as error:
-        TokenFile.open(tmp_path / "text.ids", VOCABULARY)
+        TokenFile.open(folder / "text.ids", VOCABULARY)
     command = shlex.split(one_line(error).partition("convert it: ")[2])
     assert command[0] == "python"
     subprocess.run([sys.executable, *command[1:]], check=True, env=environment())
-    assert TokenFile.open(tmp_path / "text.bin", VOCABULARY).ids().tolist() == [12, 7, 999, 3, 4, 5]
+    assert TokenFile.open(folder / "text.bin", VOCABULARY).ids().tolist() == [12, 7, 999, 3, 4, 5]
 
 
 @pytest.mark.parametrize("place", [0, 12_345, 19_999])
@@ -172,6 +195,8 @@ def test_a_tokenizer_that_did_not_make_the_ids_is_refused(tmp_path: Path) -> Non
     told = {"dtype": "uint16", "tokenizer_sha256": hashlib.sha256(tokenizers[0].encode()).hexdigest()}
     (tmp_path / "a.ids.json").write_text(json.dumps(told))
     assert open_streams(str(path), str(path), None, VOCABULARY, 8).tokenizer_json == tokenizers[0]
+    with pytest.raises(ValueError, match=r"tokenizer\.json has 259 entries, vocab_size is 200"):
+        open_streams(str(path), str(path), None, 200, 8)
     (tmp_path / "tokenizer.json").write_text(tokenizers[1])
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the one that made .*a\.ids") as error:
         open_streams(str(path), str(path), None, VOCABULARY, 8)
@@ -197,10 +222,10 @@ def test_windows_predict_every_id_but_the_first_exactly_once(count: int, tmp_pat
     assert torch.equal(again, tokens)
 
 
-@pytest.mark.parametrize("windows", [1, 2, 13, 100, 144, 977])
+@pytest.mark.parametrize("windows", [1, 2, 13, 100, 144, 977, *random.Random(0).sample(range(1000, 16000), 25)])
 def test_the_first_windows_are_spread_over_the_whole_file(windows: int, tmp_path: Path) -> None:
     np.arange(windows * 4 + 1, dtype=np.uint16).tofile(tmp_path / "a.ids")
-    file = TokenFile.open(tmp_path / "a.ids", 5000)
+    file = TokenFile.open(tmp_path / "a.ids", 65_536)
     for part in {1, windows // 7, windows // 2, windows} - {0}:
         some = TokenWindows(file, 4, limit=part)
         assert len(some) == part
@@ -208,6 +233,14 @@ def test_the_first_windows_are_spread_over_the_whole_file(windows: int, tmp_path
         assert len(set(starts)) == part
         gaps = np.diff([*starts, starts[0] + 4 * windows]) / 4
         assert gaps.max() <= max(4, 4 * windows / part), (part, gaps.max())
+
+
+def test_the_default_evaluation_of_a_large_file_is_spread_evenly() -> None:
+    for windows in (100_138, 2_365_000, *random.Random(1).sample(range(10**5, 10**7), 20)):
+        starts = np.sort(np.arange(6400) * _spreading_stride(windows) % windows)  # 100 batches of 64
+        gaps = np.diff([*starts, starts[0] + windows])
+        assert gaps.max() < 4 * windows / 6400, windows
+        assert gaps.min() > windows / 6400 / 8, windows
 
 
 def test_random_windows_are_pure_functions_of_seed_and_number(tmp_path: Path) -> None:

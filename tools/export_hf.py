@@ -53,6 +53,7 @@ def export(checkpoint: str, out: Path, tokenizer: str | None = None) -> None:
     if out.exists() and any(out.iterdir()):
         raise Refusal(f"{out} is not empty; choose another --out")
     tokenizer_json = _tokenizer(found, tokenizer)
+    _check_entries(found, tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
@@ -79,6 +80,18 @@ def _tokenizer(found: Checkpoint, path: str | None) -> str:
     if "tokenizer.json" not in found.files:
         raise Refusal(f"{found.path} holds no tokenizer.json, as there was none beside its data; give --tokenizer PATH")
     return found.text("tokenizer.json")
+
+
+def _check_entries(found: Checkpoint, tokenizer_json: str) -> None:
+    """Refusal if the tokenizer knows ids that the model does not."""
+    from tokenizers import Tokenizer
+
+    from recipes.data.tokenizer import vocabulary_size
+
+    name = "token_embeddings.weight" if found.state["recipe"] == "tinystories_lm" else "transformer.wte.weight"
+    entries, rows = vocabulary_size(Tokenizer.from_str(tokenizer_json)), found.shape("model", name)[0]
+    if entries > rows:
+        raise Refusal(f"the tokenizer has {entries} entries, {found.path} {rows}; give the one it was trained with")
 
 
 def _write_tokenizer(folder: Path, tokenizer_json: str, length: int) -> int:
@@ -109,8 +122,6 @@ def _write_llama(folder: Path, found: Checkpoint, model: dict[str, Any], end_of_
     ):
         if model[key] != wanted:
             raise Refusal(f"{found.path} was trained with {flag}, which a Llama checkpoint cannot express")
-    if end_of_text >= model["vocab_size"]:
-        raise Refusal(f"{END_OF_TEXT} is id {end_of_text} of this tokenizer, and the model has {model['vocab_size']} entries")
     config = LlamaConfig(
         vocab_size=model["vocab_size"],
         hidden_size=model["d_model"],
@@ -202,7 +213,7 @@ def _card(found: Checkpoint, recipe: str, config: dict[str, Any]) -> str:
         "",
     ]
     if config["run"]["eval_iters"]:
-        lines += [f"Measured on {config['run']['eval_iters']} batches of each set.", ""]
+        lines += [f"Measured on at most {config['run']['eval_iters']} batches of each set, spread over it.", ""]
     return "\n".join(lines)
 
 

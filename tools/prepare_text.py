@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.data.corpus import Part, Source, find_sources, hold_out, units
+from recipes.data.corpus import Part, Source, find_sources, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.tokenizer import existing_tokenizer, train_tokenizer, vocabulary_size
 from trainer.hardware import cores
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("inputs", nargs="+", metavar="INPUT")
     add("--out", type=Path, required=True, help="folder for the results")
     add("--valid", nargs="+", default=[], metavar="INPUT", help="validation text (default: hold out a part of the input)")
-    add("--valid_percent", type=float, default=1.0, help="how much to hold out, in whole documents of at most 32 KB (1)")
+    add("--valid_percent", type=float, default=1.0, help="how much to hold out, in documents or pieces of at most 32 KB (1)")
     add("--tokenizer", default="train", help="train (byte-level BPE), gpt2 (hub), a folder, or a tokenizer.json (train)")
     add("--vocab_size", type=int, default=10_000, help="entries of a trained tokenizer (10000)")
     add("--sample_mb", type=float, default=256.0, help="train the tokenizer on so much, spread over the training text (256)")
@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--workers", type=int, default=cores(), help="processes that encode (all cores)")
     add("--overwrite", action="store_true", help="replace what an earlier call left in --out")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up as after Ctrl-C
     try:
         prepare(options)
     except (ValueError, OSError) as error:
@@ -68,6 +69,8 @@ def prepare(options: argparse.Namespace) -> None:
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # what the tokenizer's training runs on
     sources = find_sources(options.inputs)
     apart = find_sources(options.valid, hub_split="validation")
+    if both := set(sources) & set(apart):
+        raise ValueError(f"{both.pop().name} is both training and validation text; give others")
     options.out.mkdir(parents=True, exist_ok=True)
     with _locked(options.out):
         _prepare(options, sources, apart)
@@ -80,7 +83,8 @@ def _prepare(options: argparse.Namespace, sources: list[Source], apart: list[Sou
     def parts(read: Callable[[int], object] = lambda count: None) -> Iterator[Part]:
         """All parts of the text, in order."""
         share = 0.0 if apart else options.valid_percent / 100
-        yield from hold_out(units(sources, options.column, read), share)
+        piece = piece_size(_total(sources), share)
+        yield from hold_out(units(sources, options.column, read, piece), share)
         yield from (Part(unit.text, True, unit.ends, False) for unit in units(apart, options.column, read))
 
     tokenizer_json = _tokenizer(options, sources, parts)

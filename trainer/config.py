@@ -107,7 +107,7 @@ class Run:
     save_minutes: float = 0.0
     """minutes between checkpoints (0: off)"""
     keep_last: int = 3
-    """step checkpoints to keep (0: all); what a link such as best_model points to is always kept"""
+    """step checkpoints to keep (0: all); those of new bests alone do not count, and what a link points to always stays"""
     checkpoint_dir: str | None = None
     """where the checkpoints go (default: checkpoints/ in the run directory)"""
     resume: Literal["auto", "never"] = "auto"

@@ -69,6 +69,8 @@ class Recipe:
     """terms of `loss` that are no losses (an accuracy): logged under their own names. Give them the weight 0"""
     speed: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
+    paths: tuple[str, ...] = ()
+    """data flags that say where the data are, not what: a run may be resumed with others if the fingerprint is the same"""
     loss_unit: str = ""
     """of the loss, in plots"""
     checkpoint_prefix: str = "checkpoint_step_"

@@ -158,6 +158,9 @@ def _merge(
 
     way_out = "train it under another --run_name, or take the weights only: --init_from"
     others = configuration.changed(config, saved, ("model", "data"))
+    for name in recipe.paths:
+        if name in others:
+            say("{}: {} -> {}".format(name, *others.pop(name)))
     if others:
         each = "; ".join(f"{name}: {found.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
         raise Refusal(f"{each}; {way_out} {found.path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -69,12 +70,16 @@ def links(folder: Path) -> dict[str, str]:
 
 
 def prune(folder: Path, prefix: str, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` step checkpoints (0: delete none), never one that a link points to.
+    """Delete old step checkpoints: all but the newest `keep_last` (0: 2) of any kind, the newest `keep_last` (0: all) of those
+    saved on schedule, so that many new bests do not push them out, and what links point to.
 
     Raises OSError for what could not be deleted, after the rest has been.
     """
-    kept, failure = set(links(folder).values()), None
-    for _, path in step_folders(folder, prefix)[keep_last:] if keep_last else ():
+    folders = [path for _, path in step_folders(folder, prefix)]
+    older, failure = folders[keep_last or 2 :], None
+    on_schedule = [path for path in folders if _on_schedule(path)] if older else []
+    kept = {*links(folder).values(), *(path.name for path in on_schedule[: keep_last or None])}
+    for path in older:
         if path.name not in kept:
             # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
             doomed = folder / f"{TEMPORARY}{path.name}"
@@ -85,6 +90,14 @@ def prune(folder: Path, prefix: str, keep_last: int) -> None:
                 failure = error
     if failure is not None:
         raise failure
+
+
+def _on_schedule(path: Path) -> bool:
+    """Whether a checkpoint was due when it was saved; one that cannot be read is taken for one that was."""
+    try:
+        return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["on_schedule"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def roll_back(folder: Path, prefix: str, step: int) -> list[str]:

@@ -15,10 +15,12 @@ from recipes.data.hub import hub_answers, one_line
 from recipes.data.tokenizer import END_OF_TEXT
 
 PIECE = 16_384  # characters: what a longer document is cut into, so that no document has to fit into memory
+SMALLEST_PIECE, HELD_OUT_PIECES = 1024, 32
 READ_BYTES = 1 << 20
 Read = Callable[[int], object]
 """is told of every so many bytes that have been read"""
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+NOT_TEXT = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".ids", ".bin", ".npy", ".arrow", ".pdf")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -62,9 +64,10 @@ def find_sources(inputs: Iterable[str], hub_split: str = "train") -> list[Source
 
     ValueError or FileNotFoundError, in one line, for what is not there.
     """
-    found = []
+    found: list[Source] = []
     for name in inputs:
-        paths = sorted(glob.glob(str(Path(name).expanduser()), recursive=True))
+        plain = str(Path(name).expanduser())
+        paths = [plain] if Path(plain).is_file() else sorted(glob.glob(plain, recursive=True))
         files = [path for path in paths if Path(path).is_file()]
         if not paths and HUB_NAME.fullmatch(name) and not re.search(r"\.(txt|jsonl|ndjson|parquet)$", name):
             found.append(Source(name, hub_split))
@@ -74,25 +77,41 @@ def find_sources(inputs: Iterable[str], hub_split: str = "train") -> list[Source
             raise ValueError(f"{name} is a folder; give its files, such as '{name}/*.txt'")
         else:
             found += [Source(path) for path in files]
+    for source in found:
+        if source.name.lower().endswith(NOT_TEXT):
+            raise ValueError(f"{source.name} is no text file; unpack it, or make it text, JSONL (a .jsonl) or parquet")
+        if found.count(source) > 1:
+            raise ValueError(f"{source.name} is given twice; give each file once")
     return found
 
 
-def units(sources: Iterable[Source], column: str = "text", read: Read = lambda count: None) -> Iterator[Unit]:
+def units(
+    sources: Iterable[Source], column: str = "text", read: Read = lambda count: None, piece: int | None = None
+) -> Iterator[Unit]:
     """The documents of all sources, in order.
 
     Text is kept as it is, but for a byte order mark and documents of white space alone. In a text file END_OF_TEXT
     separates documents, and a file without it is one. JSONL and parquet have one in `column` of every row. Raises
     ValueError or OSError, in one line that names the file.
     """
+    piece = piece or PIECE
     for source in sources:
         if source.split:
-            yield from _whole(_hub_rows(source, column))
+            yield from _whole(_hub_rows(source, column), piece)
         elif source.name.endswith((".jsonl", ".ndjson")):
-            yield from _whole(_json_rows(Path(source.name), column, read))
+            yield from _whole(_json_rows(Path(source.name), column, read), piece)
         elif source.name.endswith(".parquet"):
-            yield from _whole(_parquet_rows(Path(source.name), column, read))
+            yield from _whole(_parquet_rows(Path(source.name), column, read), piece)
         else:
-            yield from _text_file(Path(source.name), read)
+            yield from _text_file(Path(source.name), read, piece)
+
+
+def piece_size(total_characters: int | None, share: float) -> int:
+    """Characters of the pieces that long documents are cut into: PIECE, less where the text is so short that `share` of it
+    would be a few pieces from a few places."""
+    if total_characters is None or not share:
+        return PIECE
+    return int(min(PIECE, max(SMALLEST_PIECE, share * total_characters / HELD_OUT_PIECES)))
 
 
 def hold_out(stream: Iterable[Unit], share: float) -> Iterator[Part]:
@@ -110,43 +129,43 @@ def hold_out(stream: Iterable[Unit], share: float) -> Iterator[Part]:
         held_before = mine
 
 
-def _whole(documents: Iterable[str]) -> Iterator[Unit]:
+def _whole(documents: Iterable[str], piece: int) -> Iterator[Unit]:
     for document in documents:
-        yield from _pieces(document, True)
+        yield from _pieces(document, True, piece)
 
 
-def _pieces(text: str, starts: bool) -> Iterator[Unit]:
+def _pieces(text: str, starts: bool, piece: int) -> Iterator[Unit]:
     """The rest of a document, in pieces."""
-    text, starts = yield from _full_pieces(text, starts)
+    text, starts = yield from _full_pieces(text, starts, piece)
     if text and not (starts and text.isspace()):
         yield Unit(text, starts, True)
 
 
-def _full_pieces(text: str, starts: bool) -> Generator[Unit, None, tuple[str, bool]]:
-    """Pieces of a text that may go on; returns what is left, PIECE to 2 PIECE characters of a long one, and `starts` for it."""
+def _full_pieces(text: str, starts: bool, piece: int) -> Generator[Unit, None, tuple[str, bool]]:
+    """Pieces of a text that may go on; returns what is left, one to two pieces of a long one, and `starts` for it."""
     begin = 0
-    while len(text) - begin > 2 * PIECE:
-        end = _border(text, begin)
+    while len(text) - begin > 2 * piece:
+        end = _border(text, begin, piece)
         yield Unit(text[begin:end], starts, False)
         begin, starts = end, False
     return text[begin:], starts
 
 
-def _border(text: str, begin: int) -> int:
+def _border(text: str, begin: int, piece: int) -> int:
     """Where to end the piece that starts at `begin`: before the white space after a line or a word.
 
     GPT-2's pre-tokenizer cuts there too, so the ids are those of the whole text.
     """
     for blank in ("\n", " "):
-        at = text.rfind(blank, begin + PIECE // 2, begin + PIECE)
+        at = text.rfind(blank, begin + piece // 2, begin + piece)
         while at > begin and text[at - 1].isspace():
             at -= 1
         if at > begin:
             return at
-    return begin + PIECE
+    return begin + piece
 
 
-def _text_file(path: Path, read: Read) -> Iterator[Unit]:
+def _text_file(path: Path, read: Read, piece: int) -> Iterator[Unit]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text, starts, done = "", True, 0
     with path.open("rb") as file:
@@ -156,12 +175,12 @@ def _text_file(path: Path, read: Read) -> Iterator[Unit]:
             read(len(block))
             *documents, text = text.split(END_OF_TEXT)
             for document in documents:
-                yield from _pieces(document, starts)
+                yield from _pieces(document, starts, piece)
                 starts = True
             # What stays of the last one, which may go on, holds any beginning of a separator.
-            text, starts = yield from _full_pieces(text, starts)
+            text, starts = yield from _full_pieces(text, starts, piece)
     _decoded(decoder, b"", path, done)
-    yield from _pieces(text, starts)
+    yield from _pieces(text, starts, piece)
 
 
 def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, offset: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import io
@@ -9,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.data.text import prepare_text
-from recipes.data.tokenizer import existing_tokenizer
+from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +55,19 @@ class TokenFile:
             return cls._open_npy(path)
         default = "uint16" if vocab_size <= 2**16 else "uint32"
         with path.open("rb") as file:
-            head = file.read(256)
-        if re.fullmatch(rb"[\s\[]*\d+[\s,\d.eE+\]]*", head):
+            head = file.read(4096)
+        if head.startswith(b"\x93NUMPY"):
+            raise ValueError(f"{path} is a .npy file under another name; rename it to {path.with_suffix('.npy').name}")
+        if re.fullmatch(rb"[\s\[]*\d[\s,\d.eE+\[\]]*", head):
             read = "np.fromfile(f, sep=' ')"
             if re.search(rb"[\[,]", head):
                 read = "np.fromstring(open(f).read().translate(str.maketrans('[],', '   ')), sep=' ')"
-            code = f"import numpy as np; f = '{path}'; {read}.astype('{default}').tofile('{path.with_suffix('.bin')}')"
-            raise ValueError(f'{path} holds numbers written as text; convert it: python -c "{code}"')
+            new = str(path.with_suffix(".bin"))
+            code = f"import numpy as np; f = {str(path)!r}; {read}.astype('{default}').tofile({new!r})"
+            raise ValueError(f"{path} holds numbers written as text; convert it: python -c {shlex.quote(code)}")
+        if not path.with_name(f"{path.name}.json").exists() and _is_text(head):
+            made = f"python tools/prepare_text.py {shlex.quote(str(path))} --out data"
+            raise ValueError(f"{path} is text, not ids; make them of it: {made}")
         told = _sidecar(path)
         dtype = str(told.get("dtype", default))
         if dtype not in ("uint16", "uint32"):
@@ -69,12 +77,6 @@ class TokenFile:
             raise ValueError(f"{path} has {size} bytes, no whole number of {dtype} ids; it is cut off or of another kind")
         if told.get("count", size // width) != size // width:
             raise ValueError(f"{path} holds {size // width} ids, its .json says {told['count']}; make it again")
-        head = np.fromfile(path, dtype, count=4096)
-        if len(head) >= 64 and dtype == "uint16" and head[::2].any() and not head[1::2].any():
-            raise ValueError(
-                f"{path}: every second id is 0, so it holds 32- or 64-bit ids, not uint16; convert it: "
-                f"np.fromfile('{path}', 'uint32').astype('uint16').tofile('NEW.ids')"
-            )
         return cls(path, dtype, 0, size // width)
 
     @classmethod
@@ -83,6 +85,8 @@ class TokenFile:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path} is not a .npy array ({' '.join(str(error).split())}); save it with np.save") from None
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{path} is an archive of arrays (.npz), not one; save the ids with np.save")
         if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
             raise ValueError(f"{path} is {array.dtype} {list(array.shape)}; it must be one row of integers")
         return cls(path, array.dtype.name, array.offset, len(array))
@@ -121,7 +125,7 @@ class TokenFile:
                 f"{self.path} holds {self.count} ids, too few for windows of {longer_than - 1} inputs: it takes more than "
                 f"{longer_than}; give more text or a smaller --context_length"
             )
-        digest = hashlib.sha256()
+        digest, wide = hashlib.sha256(), self.path.suffix != ".npy" and self.count >= 64
         step = CHUNK_BYTES // np.dtype(self.dtype).itemsize
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -133,8 +137,27 @@ class TokenFile:
                         f"{self.path}: token id {ids[place]} at position {start + place} is not below vocab_size {vocab_size}; "
                         "give the --vocab_size of the tokenizer that made it"
                     )
+                wide = wide and not ids[(1 - start) % 2 :: 2].any()
                 digest.update(ids.astype("uint16" if vocab_size <= 2**16 else "uint32", copy=False))
+        if wide:
+            raise ValueError(
+                f"{self.path}: every second id is 0, so its ids are wider than {self.dtype}; convert it: "
+                f"np.fromfile('{self.path}', '{'uint32' if self.dtype == 'uint16' else 'uint64'}').astype('{self.dtype}')"
+                ".tofile('NEW.ids')"
+            )
         return digest.hexdigest()
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the beginning of a file reads as text: UTF-8 (its last character perhaps cut off) without control characters.
+
+    16-bit ids below 256 have a zero in every second byte; above, they are not UTF-8 for long.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return len(head) >= 64 and all(character.isprintable() or character in "\t\n\r\f" for character in text)
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
@@ -183,7 +206,11 @@ def open_streams(train: str | None, validation: str | None, tokenizer: str | Non
     else:
         beside = Path(train).with_name("tokenizer.json")
         tokenizer = tokenizer or (str(beside) if beside.is_file() else None)
-        tokenizer_json = existing_tokenizer(tokenizer).to_str() if tokenizer else None
+        found = existing_tokenizer(tokenizer) if tokenizer else None
+        if found and (entries := vocabulary_size(found)) > vocab_size:
+            ways_out = f"give --vocab_size {entries}, or the --tokenizer that made the ids"
+            raise ValueError(f"tokenizer {tokenizer} has {entries} entries, vocab_size is {vocab_size}; {ways_out}")
+        tokenizer_json = found.to_str() if found else None
         for path in (train, validation):
             _check_tokenizer(Path(path), tokenizer_json, tokenizer)
     files, digests = [], []
@@ -268,8 +295,17 @@ def _batch(tokens: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def _spreading_stride(count: int) -> int:
-    """A step near count / golden ratio that shares no factor with `count`: its multiples visit all, evenly at any time."""
-    stride = max(1, round(count * 0.6180339887498949))
-    while math.gcd(stride, count) > 1:
-        stride += 1
-    return stride
+    """A step that shares no factor with `count`, so that its multiples visit all, and whose ratio to it has the smallest
+    largest partial quotient near the golden ratio, so that at any time they lie evenly (Niederreiter 1992, section 3.1)."""
+    near = round(count * 0.6180339887498949)
+    tried = [step for step in range(max(1, near - 100), min(near + 101, count)) if math.gcd(step, count) == 1]
+    return min(tried, key=lambda step: (_largest_quotient(step, count), abs(step - near)), default=1)
+
+
+def _largest_quotient(step: int, count: int) -> int:
+    """Of the continued fraction of step / count."""
+    largest = 0
+    while step:
+        largest = max(largest, count // step)
+        step, count = count % step, step
+    return largest

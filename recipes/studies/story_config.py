@@ -72,6 +72,8 @@ class Run(trainer_config.Run):
     eval_iters: int = 100
     """batches per evaluation (0: the whole validation stream, and as many training windows)"""
     save_every: Annotated[int, arg(aliases=("--checkpoint_interval",))] = 5000
+    keep_last: int = 0
+    """step checkpoints to keep (0: all, as the guide does, to resume from any of them)"""
     wandb_project: str = "transformer-lm"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,8 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, say: Say) -> None:
     # Of `embedded` the validation part; of any other, that file alone: the training data may be elsewhere.
     path = flags.data_path or config.data.val_data_path or "embedded"
     tokenizer = str(found.path / "tokenizer.json") if "tokenizer.json" in found.files else None
+    if path == "embedded" and tokenizer is None:
+        raise Refusal(f"{found.path} holds no tokenizer.json to read `embedded` with; give a --data_path of its own ids")
     config = replace(config, data=replace(config.data, train_data_path=path, val_data_path=path, tokenizer=tokenizer))
     data = load_data(recipe, config, launch)
     say(f"Evaluating {found.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
@@ -115,6 +118,7 @@ def sample(network: Any, text: Text, flags: Sampling) -> str:
     return continue_text(network, text, flags, lambda ids: transformer_lm.generate(network, ids, *settings))
 
 
+@functools.lru_cache(1)  # the plot and the report want it
 def bigram(streams: Streams, vocab_size: int) -> tuple[str, float] | None:
     """(name, nats per token) of a bigram on the whole validation stream; None where there is much to count."""
     import numpy as np
@@ -136,7 +140,9 @@ def show_trained(recipe: Recipe, config: Any, data: Data, run: RunDirectory, che
 
     streams: Streams = data.extra["streams"]
     loss = read_metrics(run.metrics)[-1]["final/val_loss"]
-    part = f"{config.run.eval_iters} batches (eval_iters) spread over it" if config.run.eval_iters else "every token"
+    batches, windows = config.run.eval_iters, len(data.evaluation["val"])
+    whole = not batches or batches * config.optimisation.batch_size >= windows
+    part = "every token" if whole else f"{batches} batches (eval_iters) spread over it"
     counted = bigram(streams, config.model.vocab_size)
     beside = f"; {counted[0]} on every token: {counted[1]:.4f}" if counted else ""
     say(f"Validation: {loss:.4f} nats per token over {part}{beside}")
