@@ -340,10 +340,16 @@ def test_other_data_under_the_same_name_is_refused(data: Path, halfway: Path, tm
     assert content(run) == before
 
 
-def test_another_data_dir_is_refused_naming_both(data: Path, halfway: Path, tmp_path: Path) -> None:
+def test_the_same_data_may_lie_elsewhere(data: Path, halfway: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "moved"))
-    refusal = refused(*flags(copy, halfway))
-    assert f"has {data}, asked for {copy}" in str(refusal)
+    said = launch(*flags(copy, halfway), "--stop_at_step", "9")
+    assert f"data_dir: {data} -> {copy}" in said
+    assert "Resumed from step 8" in said
+
+
+def test_other_settings_of_the_data_are_refused_naming_both(data: Path, halfway: Path) -> None:
+    refusal = refused(*flags(data, halfway), "--packing", "rows")
+    assert "packing: checkpoint_step_8 has blocks, asked for rows" in str(refusal)
 
 
 # --resume_from
