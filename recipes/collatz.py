@@ -14,7 +14,7 @@ from tyro.conf import arg
 
 from recipes.studies.collatz_analysis import Analyse, Predict, analyse, predict
 from recipes.studies.collatz_errors import LEAK, Reports, held_out, layout
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.errors import Refusal
 from trainer.hardware import cores
 from trainer.main import main
@@ -57,7 +57,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Optimisation(trainer_config.Optimisation):
+class Optimisation(sections.Optimisation):
     """The guide's defaults, and the weights of the two losses."""
 
     batch_size: Annotated[int, arg(aliases=("--batch",))] = 512
@@ -74,7 +74,7 @@ class Optimisation(trainer_config.Optimisation):
 
 
 @dataclass(frozen=True)
-class Run(trainer_config.Run):
+class Run(sections.Run):
     """The defaults of the guide."""
 
     num_workers: int = max(0, min(20, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from recipes.studies.language_model import Evaluate, Generate, baselines, evaluate, generate, show_trained
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Recipe
 
@@ -51,7 +51,7 @@ class TextData:
 
 
 @dataclass(frozen=True)
-class Run(trainer_config.Run):
+class Run(sections.Run):
     """The guide's defaults."""
 
     max_training_hours: float | None = 12.0
@@ -66,7 +66,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     data: TextData = field(default_factory=TextData)
-    optimisation: trainer_config.Optimisation = field(default_factory=trainer_config.Optimisation)
+    optimisation: sections.Optimisation = field(default_factory=sections.Optimisation)
     run: Run = field(default_factory=Run)
 
 

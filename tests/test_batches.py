@@ -12,8 +12,8 @@ import torch
 
 from trainer import batches
 from trainer.batches import EvaluationOrder, TrainingOrder, hash32, permutation, sample_numbers, share
-from trainer.config import Run
 from trainer.errors import Refusal
+from trainer.sections import Run
 
 CPU = torch.device("cpu")
 

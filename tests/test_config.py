@@ -14,9 +14,10 @@ from launching import RECIPE, ROOT, environment
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from trainer import config as configuration
-from trainer.config import Optimisation, Parsed, Run
+from trainer.config import Parsed
 from trainer.errors import BAD_INPUT, Refusal
 from trainer.flags import SECTIONS
+from trainer.sections import Optimisation, Run
 
 PRESETS = Gpt2Wikitext.presets
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recipes.data.image_batches import Augmentation, ImageBatches
 from trainer.batches import TrainingOrder, close, read
-from trainer.config import Run
+from trainer.sections import Run
 
 SHAPE = (2, 6, 5)
 

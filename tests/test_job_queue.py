@@ -16,7 +16,7 @@ from launching import ROOT, environment
 from trainer import job_queue
 from trainer.errors import INTERRUPTED, Refusal
 from trainer.job_queue import Job
-from trainer.stopping import leaving_at_signals
+from trainer.signals import leaving_at_signals
 
 SHELL = "/bin/sh"
 

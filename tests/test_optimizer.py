@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
 from trainer import optimizer
-from trainer.config import Optimisation
 from trainer.optimizer import MuonAndAdamW
 from trainer.portable_state import STEP, PlainState
+from trainer.sections import Optimisation
 from trainer.update import PlainUpdate
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])

@@ -13,17 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import stopping
+from trainer import signals, stopping
 from trainer.errors import BAD_INPUT, Refusal
 from trainer.run_directory import RunDirectory
-from trainer.stopping import REASONS, StopRequests, finished_reason, reset_in_worker
+from trainer.signals import reset_in_worker
+from trainer.stopping import REASONS, StopRequests, finished_reason
 
 # A trainer that steps for at most 20 s, and says why it left.
 TRAIN = """
 import os, sys, time
 from pathlib import Path
 from trainer.run_directory import RunDirectory
-from trainer.stopping import StopRequests, die_with_launcher
+from trainer.signals import die_with_launcher
+from trainer.stopping import StopRequests
 die_with_launcher()
 if "--descriptor-0" in sys.argv:  # the pipe of somebody else, who got the number of the closed stdin
     reader, writer = os.pipe()
@@ -115,7 +117,7 @@ def test_senseless_limit_is_refused(hours: float) -> None:
 
 
 def test_process_start_counts_what_came_before() -> None:
-    script = "import time; time.sleep(0.7); from trainer.stopping import process_start_monotonic as start\n"
+    script = "import time; time.sleep(0.7); from trainer.signals import process_start_monotonic as start\n"
     script += "print(time.monotonic() - start())"
     began = time.monotonic()
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -310,7 +312,7 @@ def workers_outlive_signals() -> None:
     with requests() as stop:
         batches = iter(loader())
         worker = int(next(batches))
-        for number in stopping.SIGNALS:
+        for number in signals.SIGNALS:
             os.kill(worker, number) if number != signal.SIGTERM else subprocess.run(["kill", str(worker)], check=True)
         time.sleep(0.1)
         for _ in range(20):
@@ -340,7 +342,7 @@ def test_workers_of_a_killed_trainer_end() -> None:
 
     def gone() -> bool:
         try:
-            return stopping._stat_fields(worker)[0] == "Z"
+            return signals.stat_fields(worker)[0] == "Z"
         except OSError:
             return True
 

@@ -21,7 +21,7 @@ from recipes.models.transformer_lm import (
     rotate,
     training_flops_per_token,
 )
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.optimizer import MuonAndAdamW
 
 SIZES = {"vocab_size": 50, "context_length": 16, "d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 2}
@@ -201,7 +201,7 @@ def test_it_learns_a_batch_by_heart(optimizer: str) -> None:
     network = small().train()
     torch.manual_seed(1)
     tokens = torch.randint(50, (4, 17))
-    settings = trainer_config.Optimisation(optimizer=optimizer, learning_rate=1e-2)
+    settings = sections.Optimisation(optimizer=optimizer, learning_rate=1e-2)
     groups = decay_groups(network, 0.0, False)
     if optimizer == "muon":
         made = MuonAndAdamW(groups, network, settings)

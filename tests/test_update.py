@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from toy_recipe import ToyRecipe
 
 from trainer import config, optimizer
-from trainer.config import Optimisation
 from trainer.errors import Refusal
 from trainer.launch import fill_deepspeed_config
+from trainer.sections import Optimisation
 from trainer.setup import assemble
 from trainer.update import BadSteps, DeepSpeedUpdate, LossScale, PlainUpdate, layers
 

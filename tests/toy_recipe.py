@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.main import main
 from trainer.recipe import Batch, Data, Recipe
 
@@ -41,7 +41,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Run(trainer_config.Run):
+class Run(sections.Run):
     num_workers: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -54,7 +54,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     data: Rows = field(default_factory=Rows)
-    optimisation: trainer_config.Optimisation = field(default_factory=trainer_config.Optimisation)
+    optimisation: sections.Optimisation = field(default_factory=sections.Optimisation)
     run: Run = field(default_factory=Run)
 
 

@@ -189,7 +189,7 @@ _encoder: Encoder
 
 def _start_worker(tokenizer_json: str, dtype: str) -> None:
     """In each worker: it dies with the first process and leaves Ctrl-C to it; and the encoder it uses."""
-    from trainer.stopping import die_with_parent
+    from trainer.signals import die_with_parent
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from trainer.config import Run
 from trainer.errors import Refusal
 from trainer.recipe import Batch
-from trainer.stopping import reset_in_worker
+from trainer.sections import Run
+from trainer.signals import reset_in_worker
 
 
 def hash32(*parts: object) -> int:

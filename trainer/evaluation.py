@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer import batches
-from trainer.config import Run
 from trainer.errors import Refusal
 from trainer.launch import Launch
 from trainer.recipe import Batch, Recipe, move
+from trainer.sections import Run
 
 
 class Objective(nn.Module):

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from trainer.console import format_duration
 from trainer.errors import INTERRUPTED, Refusal
 from trainer.hardware import cores
-from trainer.stopping import SIGNALS, die_with_parent, launched
+from trainer.signals import SIGNALS, die_with_parent, launched
 
 POLL_SECONDS = 0.1
 LOG = "job.log"

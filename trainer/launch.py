@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.config import Optimisation
 from trainer.errors import FINISHED, Refusal
 from trainer.hardware import cores
 from trainer.hosts import choose_interface
-from trainer.stopping import launched
+from trainer.sections import Optimisation
+from trainer.signals import launched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

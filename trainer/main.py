@@ -19,7 +19,7 @@ from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, Refusal
 from trainer.recipe import Recipe
 from trainer.redaction import redact, redact_text, without_urls
-from trainer.stopping import leaving_at_signals
+from trainer.signals import leaving_at_signals
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
@@ -40,12 +40,11 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     # Every process reads the command line; only the first of a launch speaks.
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)
     launch: Launch | None = None
-    flags: Any = None
-    code = FINISHED
+    flags, code = None, FINISHED
     try:
         command, flags = _command_line(recipe, argv)
         from trainer.launch import connect
-        from trainer.stopping import die_with_launcher
+        from trainer.signals import die_with_launcher
 
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
@@ -156,7 +155,8 @@ class _Launch:
         """Assemble, train, report."""
         from trainer.metrics import WANDB_EXIT_SECONDS
         from trainer.peers import explained
-        from trainer.stopping import EXIT_SECONDS, StopRequests, process_start_monotonic, slurm_seconds_left
+        from trainer.signals import process_start_monotonic
+        from trainer.stopping import EXIT_SECONDS, StopRequests, slurm_seconds_left
 
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
         # From here on a signal is a request: one that comes while the data are prepared is obeyed at the first step.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Optimisation
+from trainer.sections import Optimisation
 
 Groups = list[dict[str, Any]]
 

@@ -23,6 +23,7 @@ from trainer.config import Parsed
 from trainer.errors import Refusal
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory
+from trainer.sections import PER_LAUNCH, Run
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ def _restarted(environ: Any = os.environ) -> bool:
     return any(int(environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def _choose(
-    recipe: Recipe, run: configuration.Run, directory: RunDirectory, say: Callable[[str], None]
-) -> tuple[Checkpoint | None, bool]:
+def _choose(recipe: Recipe, run: Run, directory: RunDirectory, say: Callable[[str], None]) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to start from, and whether it is this run's own."""
     folder = directory.checkpoints
     existing = retention.step_folders(folder, recipe.checkpoint_prefix)
@@ -150,7 +149,7 @@ def _merge(
         recipe.Config, yaml.safe_load(found.text("config.yaml")), str(found.path / "config.yaml")
     )
     config = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name, default=saved).config
-    own = {name: getattr(parsed.config.run, name) for name in configuration.PER_LAUNCH}
+    own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 
     if saved.run.mixed_precision != config.run.mixed_precision:

@@ -9,7 +9,7 @@ import signal
 
 import torch.utils.data  # noqa: F401 - loaded here, once, for every worker
 
-from trainer.stopping import die_with_parent
+from trainer.signals import die_with_parent
 
 # Its own sign that the trainer is gone is a pipe that the workers hold open too; a killed trainer must leave none of them.
 die_with_parent(signal.SIGKILL)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.errors import Refusal
 
 POOL_NUMBERS = 2**31  # 8 GiB of task vectors
@@ -55,7 +55,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Optimisation(trainer_config.Optimisation):
+class Optimisation(sections.Optimisation):
     """The guide's: Adam without decay or clipping, and a one-cycle learning rate."""
 
     batch_size: Annotated[int, arg(aliases=("--batch",))] = 1024
@@ -74,7 +74,7 @@ class Optimisation(trainer_config.Optimisation):
 
 
 @dataclass(frozen=True)
-class Run(trainer_config.Run):
+class Run(sections.Run):
     """Checkpoints by number, and the comparison with exact baselines at the end."""
 
     checkpoints: int | None = None

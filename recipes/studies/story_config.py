@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.errors import Refusal
 
 
@@ -52,7 +52,7 @@ class Ids:
 
 
 @dataclass(frozen=True)
-class Optimisation(trainer_config.Optimisation):
+class Optimisation(sections.Optimisation):
     """The guide's defaults."""
 
     batch_size: Annotated[int, arg(aliases=("--batch",))] = 64
@@ -65,7 +65,7 @@ class Optimisation(trainer_config.Optimisation):
 
 
 @dataclass(frozen=True)
-class Run(trainer_config.Run):
+class Run(sections.Run):
     """The guide's defaults."""
 
     num_workers: int = 0  # a batch takes microseconds

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from trainer import config as trainer_config
+from trainer import sections
 from trainer.errors import Refusal
 from trainer.hardware import cores
 
@@ -81,7 +81,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Optimisation(trainer_config.Optimisation):
+class Optimisation(sections.Optimisation):
     """The guide's defaults."""
 
     batch_size: Annotated[int, arg(aliases=("--batch",))] = 32
@@ -99,7 +99,7 @@ class Optimisation(trainer_config.Optimisation):
 
 
 @dataclass(frozen=True)
-class Run(trainer_config.Run):
+class Run(sections.Run):
     """The guide's defaults."""
 
     num_workers: int = field(default_factory=lambda: min(4, cores()))

@@ -21,7 +21,7 @@ import torch
 
 from recipes.data.token_windows import RandomWindows, TokenFile
 from trainer import batches
-from trainer.config import Run
+from trainer.sections import Run
 
 
 def main(arguments: list[str]) -> None:
