@@ -18,13 +18,13 @@ from trainer.main import train
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
-    """Of ten saves, those of steps 4 and 8 on schedule, the others new bests; the best is that of step 7."""
+    """Of ten saves all but those of steps 4 and 8 were for a new best alone; the best is that of step 7."""
     for keep_last, kept in ((1, {8, 10, 7}), (2, {4, 8, 9, 10, 7}), (3, {4, 8, 9, 10, 7}), (0, {4, 8, 9, 10, 7})):
         folder = tmp_path / str(keep_last)
         for step in range(1, 11):
             path = folder / f"step_{step}"
             path.mkdir(parents=True)
-            (path / "trainer_state.json").write_text(json.dumps({"on_schedule": step in (4, 8)}))
+            (path / "trainer_state.json").write_text(json.dumps({"only_best": step not in (4, 8)}))
         retention.link(folder, "best_model", "step_7")
         retention.prune(folder, "step_", keep_last)
         assert {step for step, _ in retention.step_folders(folder, "step_")} == kept

@@ -118,7 +118,7 @@ def launch(place: Path, tmp_path: Path) -> Iterator[Launcher]:
 
 @pytest.mark.parametrize("kind", ["one", "ddp"])
 def test_it_has_left_before_the_limit_counted_from_its_start(launch: Launcher, kind: str) -> None:
-    limit_seconds = 18.0
+    limit_seconds = 20.0
     run = launch(kind, "--max_training_hours", str(limit_seconds / 3600))
     assert run.exit_code(60) == 0, run.text[-3000:]
     took = time.monotonic() - run.began
@@ -128,8 +128,7 @@ def test_it_has_left_before_the_limit_counted_from_its_start(launch: Launcher, k
     link = run.directory / "checkpoints" / "checkpoint_time_limit"
     assert link.is_symlink()
     Checkpoint(link).verify()
-    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    assert any("train/loss" in line for line in lines)
+    assert Checkpoint(link).state["progress"]["step"] > 0
 
 
 def test_a_limit_that_is_over_before_the_first_step_still_saves(launch: Launcher) -> None:

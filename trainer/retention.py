@@ -71,14 +71,14 @@ def links(folder: Path) -> dict[str, str]:
 
 def prune(folder: Path, prefix: str, keep_last: int) -> None:
     """Delete old step checkpoints: all but the newest `keep_last` (0: 2) of any kind, the newest `keep_last` (0: all) of those
-    saved on schedule, so that many new bests do not push them out, and what links point to.
+    not saved for a new best alone, so that many of these do not push them out, and what links point to.
 
     Raises OSError for what could not be deleted, after the rest has been.
     """
     folders = [path for _, path in step_folders(folder, prefix)]
     older, failure = folders[keep_last or 2 :], None
-    on_schedule = [path for path in folders if _on_schedule(path)] if older else []
-    kept = {*links(folder).values(), *(path.name for path in on_schedule[: keep_last or None])}
+    counted = [path for path in folders if not _only_best(path)] if older else []
+    kept = {*links(folder).values(), *(path.name for path in counted[: keep_last or None])}
     for path in older:
         if path.name not in kept:
             # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
@@ -92,12 +92,12 @@ def prune(folder: Path, prefix: str, keep_last: int) -> None:
         raise failure
 
 
-def _on_schedule(path: Path) -> bool:
-    """Whether a checkpoint was due when it was saved; one that cannot be read is taken for one that was."""
+def _only_best(path: Path) -> bool:
+    """Whether a checkpoint was saved for nothing but a new best; one that cannot be read is taken for another."""
     try:
-        return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["on_schedule"])
+        return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["only_best"])
     except (OSError, ValueError, KeyError, TypeError):
-        return True
+        return False
 
 
 def roll_back(folder: Path, prefix: str, step: int) -> list[str]:

@@ -71,7 +71,7 @@ class Saver:
                 self.logbook.tell("save", f"WARNING: {error}: a link was not set or an old checkpoint not removed")
 
         written = self.saved_step != p.step
-        on_schedule = self.due() or not (better or reason)  # else by the clock
+        only_best = better and not (reason or self.due())
         try:
             if written:
                 tensors = {
@@ -79,7 +79,7 @@ class Saver:
                     "optimizer": self.session.state.optimizer_entries(),
                     **{stem: plain_entries(held) for stem, held in self.kept.items()},
                 }
-                checkpoint.write(self.folder, name, tensors, self.documents(on_schedule), self.launch.control)
+                checkpoint.write(self.folder, name, tensors, self.documents(only_best), self.launch.control)
                 self.saved_step = p.step
             self.launch.control.on_main(point)
         except Refusal as failure:
@@ -97,14 +97,14 @@ class Saver:
         self.console.say(f"{what} {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))
         return True
 
-    def documents(self, on_schedule: bool) -> dict[str, str]:
+    def documents(self, only_best: bool) -> dict[str, str]:
         """The text files of a checkpoint. Collective."""
         self.logbook.settle()
         state = {
             "recipe": self.recipe.name,
             "progress": dataclasses.asdict(self.progress),
             "epoch": self.logbook.epoch(),
-            "on_schedule": on_schedule,
+            "only_best": only_best,
             "processes": self.launch.processes,
             "loss_scale": self.session.update.loss_scale_state(),
             "data_fingerprint": self.session.data.fingerprint,
