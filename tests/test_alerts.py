@@ -26,7 +26,7 @@ import yaml
 from launching import ROOT, environment, free_port, run
 from toy_recipe import Config, ToyRecipe
 
-from trainer import alerts, signals, stopping
+from trainer import alerts, stopping
 from trainer import config as configuration
 from trainer.alerts import TEXT_CHARACTERS, VARIABLE, WAITING_ALERTS, Webhook, WebhookAlerts, open_alerts
 from trainer.console import Console
@@ -455,7 +455,7 @@ def test_the_time_limit_counts_the_last_alerts(receiver: Receiver, tmp_path: Pat
     monkeypatch.setattr(WebhookAlerts, "exit_seconds", 2.0)
     monkeypatch.setattr(alerts, "REQUEST_SECONDS", 20.0)
     monkeypatch.setattr(stopping, "EXIT_SECONDS", 0.8)
-    monkeypatch.setattr(signals, "process_start_monotonic", time.monotonic)
+    monkeypatch.setattr("trainer.main.process_start_monotonic", time.monotonic)
     receiver.go_on.clear()
     limit_seconds = 4.5
     words = ["--max_steps", "1000000", "--log_every", "1000", "--max_training_hours", str(limit_seconds / 3600)]

@@ -381,6 +381,14 @@ def test_resume_from_of_the_last_checkpoint_of_a_finished_run(data: Path, comple
     assert content(complete) == before
 
 
+def test_a_kill_between_the_last_save_and_its_final_link_is_made_good(data: Path, complete: Path) -> None:
+    """Also where the command, given again, names a checkpoint."""
+    (complete / "checkpoints" / "checkpoint_final").unlink()
+    said = launch(*flags(data, complete, "--resume_from", "checkpoint_step_12"), recipe=Gpt2Wikitext())
+    assert "Finished at step 12" in said
+    assert (complete / "checkpoints" / "checkpoint_final").resolve().name == "checkpoint_step_12"
+
+
 def test_a_new_run_from_a_checkpoint_past_its_last_step_is_none(data: Path, complete: Path, tmp_path: Path) -> None:
     source = str(complete / "checkpoints" / "checkpoint_final")
     said = launch(*flags(data, tmp_path / "new", "--resume_from", source, "--max_steps", "7"), recipe=Gpt2Wikitext())

@@ -19,7 +19,7 @@ from trainer.console import Console
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, Refusal
 from trainer.recipe import Recipe
 from trainer.redaction import redact, redact_text, without_urls
-from trainer.signals import leaving_at_signals
+from trainer.signals import die_with_launcher, leaving_at_signals, process_start_monotonic
 
 if TYPE_CHECKING:
     from trainer.alerts import Alerts
@@ -37,14 +37,12 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     if argv is None:
         argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
     argv = list(argv)
-    # Every process reads the command line; only the first of a launch speaks.
-    console = Console(None, int(os.environ.get("RANK") or 0) == 0)
+    console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one speaks
     launch: Launch | None = None
     flags, code = None, FINISHED
     try:
         command, flags = _command_line(recipe, argv)
         from trainer.launch import connect
-        from trainer.signals import die_with_launcher
 
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
@@ -155,7 +153,6 @@ class _Launch:
         """Assemble, train, report."""
         from trainer.metrics import WANDB_EXIT_SECONDS
         from trainer.peers import explained
-        from trainer.signals import process_start_monotonic
         from trainer.stopping import EXIT_SECONDS, StopRequests, slurm_seconds_left
 
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
@@ -235,15 +232,18 @@ class _Launch:
         found, run = self.plan.checkpoint, session.config.run
         if found is None:
             return None
-        p = Progress(**found.state["progress"])
-        if run.resume_from and p.step >= session.total_steps:
+        p, folder = Progress(**found.state["progress"]), found.path.parent
+        final = retention.links(folder).get("checkpoint_final") == found.path.name
+        later = any(step > p.step for step, _ in retention.step_folders(folder, self.recipe.checkpoint_prefix))
+        # Its own newest without that link: a run killed after its last save, which has an end to report yet.
+        if run.resume_from and p.step >= session.total_steps and (final or later or not self.plan.same_run):
             return f"{found.path} is at step {p.step:,} of {session.total_steps:,}, nothing to do; give a larger --max_steps"
         if not self.plan.same_run or run.resume_from:
             return None
         reason = finished_reason(
             p.step, session.total_steps, p.evaluations_without_better, run.patience, p.train_loss, run.target_loss
         )
-        if reason is None or retention.links(found.path.parent).get("checkpoint_final") != found.path.name:
+        if reason is None or not final:
             return None
         change = {"patience": "--patience 0", "target loss": "a lower --target_loss"}.get(reason)
         way_on = f"to go on: {change or f'--max_steps N --resume_from {found.path}'}"
