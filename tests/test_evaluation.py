@@ -6,9 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from scenarios import TOY, Finished, launch
+from torch import nn
 from toy_recipe import ToyRecipe
 
 from trainer import config, setup
+from trainer.evaluation import Objective
+from trainer.recipe import Batch
 
 KINDS = ("one", "ddp", "zero3")
 STEPS = 6
@@ -26,6 +29,21 @@ RUNS |= {
     "saving": (TOY, [*DISTURBED, "--save_every", "1"]),
     "both, with workers": (TOY, [*DISTURBED, "--eval_every", "2", "--save_every", "3", "--num_workers", "1"]),
 }
+
+
+def test_terms_meet_their_own_counts_in_whatever_order_loss_gives_them() -> None:
+    class Reversed(ToyRecipe):
+        def loss(self, network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            return dict(reversed(super().loss(network, batch).items()))
+
+    settings = config.parse(ToyRecipe.Config, {}, COMMON, "toy").config
+    data = ToyRecipe().build_data(settings)
+    network, batch = setup.build_network(ToyRecipe(), settings, data), data.train.__getitems__(range(4))
+    terms = list(ToyRecipe().items(batch))
+    sums = [Objective(network, recipe, terms)(batch) for recipe in (ToyRecipe(), Reversed())]
+    assert len(terms) == 2
+    assert torch.equal(sums[0], sums[1])
+    assert sums[0][0] != sums[0][1]
 
 
 @pytest.fixture(scope="module")
