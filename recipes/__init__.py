@@ -1,1 +1,1 @@
-"""Training recipes: one file per guide, and the models, data sets and studies they plug together."""
+"""Training recipes: one file per model; the networks, data sets, commands, baselines and experiments they use lie below."""

@@ -6,47 +6,58 @@ A sample is the parity vector of a number. One head predicts the next parity, th
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from recipes.studies.collatz_analysis import Analyse, Predict, analyse, predict
-from recipes.studies.collatz_errors import LEAK, Reports, held_out, layout
-from trainer import sections
-from trainer.errors import Refusal
-from trainer.hardware import cores
+from recipes.baselines.collatz import Anomalies, beside_baselines, held_out_with_baselines, steps_of
+from recipes.commands.collatz import Analyse, Predict, analyse, predict
+from trainer.command_line import sections
+from trainer.command_line.bounds import Bound, Fraction, NotNegative, Positive
+from trainer.distributed.hardware import cores
+from trainer.errors import UserError
 from trainer.main import main
-from trainer.recipe import Batch, Command, Data
+from trainer.optimisation.schedule import ramp_cosine
+from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
+from trainer.reporting.run_directory import RunDirectory
+from trainer.reporting.trackers import read_metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# This process's share of the cores but one, at most 20.
+NUM_WORKERS = max(0, min(20, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
 
 
 @dataclass(frozen=True)
-class Model:
-    """The network, and what it may see."""
+class ModelConfig:
+    """The network, and what it predicts from."""
 
-    d_model: int = 128
-    num_layers: Annotated[int, arg(aliases=("--n_layers",))] = 4
-    num_heads: Annotated[int, arg(aliases=("--nhead",))] = 4
-    d_ff: int | None = None
+    d_model: Annotated[int, Positive] = 128
+    num_layers: Annotated[int, Positive, arg(aliases=("--n_layers",))] = 4
+    num_heads: Annotated[int, Positive, arg(aliases=("--nhead",))] = 4
+    d_ff: Annotated[int | None, Positive] = None
     """width of the feed-forward layers (default: 4 x d_model)"""
-    dropout: float = 0.1
-    max_len: int = 500
+    dropout: Annotated[float, Fraction] = 0.1
+    max_len: Annotated[int, Positive] = 500
     """parities a number has at most; longer vectors are cut"""
     mode: Literal["honest", "guide"] = "honest"
-    """guide: attention in both directions over the whole vector, so that both heads see their answers"""
+    """guide: attention in both directions over the whole vector, so that both heads see their answers (honest: causal)"""
     input: Literal["parities", "digits"] = "parities"
     """what the stopping time is predicted from: the first prefix_len parities, or the binary digits of n"""
-    prefix_len: int = 64
+    prefix_len: Annotated[int, Positive] = 64
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Which numbers are trained on."""
+class DataConfig:
+    """The numbers."""
 
     start: int = 10
     """ordinary sample s is the number start + s"""
-    hard_fraction: float = 0.5
+    hard_fraction: Annotated[float, Bound(0, most=1)] = 0.5
     """share of numbers above 2^68"""
     curriculum: bool = False
     """raise that share from 0 over the run"""
@@ -57,92 +68,180 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Optimisation(sections.Optimisation):
-    """The guide's defaults, and the weights of the two losses."""
+class OptimisationConfig(sections.Optimisation):
+    """What decides the weights, beside the model and the data."""
 
-    batch_size: Annotated[int, arg(aliases=("--batch",))] = 512
-    """numbers of one micro-step, summed over all processes"""
-    max_steps: Annotated[int, arg(aliases=("--max_iters", "--steps"))] = 1_000_000
-    learning_rate: Annotated[float, arg(aliases=("--lr",))] = 1e-4
-    min_lr: float = 1e-6
-    warmup_steps: Annotated[int, arg(aliases=("--warmup_iters",))] = 0
-    beta2: float = 0.999
-    stopping_weight: float = 1.0
+    stopping_weight: Annotated[float, NotNegative] = 1.0
     """weight of the Huber loss of log1p(steps)"""
-    sequence_weight: float = 1.0
+    sequence_weight: Annotated[float, NotNegative] = 1.0
     """weight of the cross entropy of the next parity"""
-
-
-@dataclass(frozen=True)
-class Run(sections.Run):
-    """The defaults of the guide."""
-
-    num_workers: int = max(0, min(20, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
-    """data-loading processes per training process (default: its share of the cores less one, at most 20)"""
-    prefetch_factor: int = 4
-    eval_every: Annotated[int, arg(aliases=("--eval_interval",))] = 1000
 
 
 @dataclass(frozen=True)
 class Config:
     """Train a transformer on Collatz trajectories."""
 
-    model: Model = field(default_factory=Model)
-    data: Numbers = field(default_factory=Numbers)
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    run: Run = field(default_factory=Run)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimisation: OptimisationConfig = OptimisationConfig(
+        batch_size=512, max_steps=1_000_000, learning_rate=1e-4, min_lr=1e-6, warmup_steps=0, beta2=0.999
+    )
+    run: sections.Run = sections.Run(num_workers=NUM_WORKERS, prefetch_factor=4, eval_every=1000)
+
+    def resolved(self) -> Config:
+        """The same. UserError if neither loss counts."""
+        if self.optimisation.stopping_weight == self.optimisation.sequence_weight == 0:
+            raise UserError("stopping_weight and sequence_weight are both 0; give one of them")
+        return self
 
 
-class Collatz(Reports):
-    """Model, data and the two losses; what is said of them is in `Reports`."""
+def stopping_loss(predicted: Tensor, batch: Batch) -> Tensor:
+    """Huber loss of log1p(steps), [batch]; 0 for numbers that are not scored."""
+    from torch.nn.functional import huber_loss
+
+    return huber_loss(predicted, batch["steps"].float().log1p(), reduction="none") * batch["scored"]
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of each token but the first, [batch, time]; 0 at padding."""
+    from torch.nn.functional import cross_entropy
+
+    from recipes.models.collatz import PADDING
+
+    return cross_entropy(logits.transpose(1, 2), batch["tokens"][:, 1:].long(), ignore_index=PADDING, reduction="none")
+
+
+class CollatzReport(Report[Config]):
+    """What is printed of a run: each figure beside what it takes no network to know."""
+
+    recipe: Collatz
+    loss_unit = "Huber of log1p(steps) + nats per parity"
+
+    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The console line of a log step; the time is that of the whole log interval."""
+        losses = f"Stop: {metrics['train/loss_stop']:.4f}, Seq: {metrics['train/loss_seq']:.4f}"
+        rate, seconds = metrics["train/learning_rate"], metrics["train/interval_seconds"]
+        return f"Step {step} | Loss: {metrics['train/loss']:.4f} ({losses}) | LR: {rate:.2e} | Time: {seconds:.2f}s"
+
+    def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The console lines of an evaluation."""
+        means = {name.removeprefix("eval/val_"): value for name, value in metrics.items()}
+        return f"Evaluating at step {step}... {beside_baselines(means)}"
+
+    def warnings(self) -> list[str]:
+        """Held-out numbers whose prediction was far off in the last evaluation; emptied by the call."""
+        return self.recipe.anomalies.take()
+
+    def baseline(self, config: Config, data: Data) -> tuple[str, float]:
+        """The objective of the mean steps of each magnitude and the first-order rule together."""
+        batch = data.evaluation["val"].as_batch()
+        sums = {"stop": stopping_loss(batch["magnitude"].float(), batch).sum(), "seq": batch["rule_nats"].sum()}
+        counts, weights = self.recipe.items(batch), self.recipe.loss_weights(config)
+        objective = sum(weights[term] * float(sums[term]) / max(1, counts[term]) for term in sums)
+        return "mean of the magnitude + first-order rule", objective
+
+    def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
+        """How far the loss fell: beside the baselines of both terms."""
+        rows = read_metrics(run.metrics)
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+        name, baseline = self.baseline(config, data)
+        log(f"Training loss: {losses[0]:.4f} in the first log interval, {losses[-1]:.4f} in the last")
+        log(f"Held-out numbers: {rows[-1]['final/val_loss']:.4f}; for scale, {name}: {baseline:.4f}")
+
+
+class Collatz(Recipe[Config]):
+    """Two losses of one transformer: the number of steps to 1, and the next parity."""
 
     name = "collatz"
-    Config = Config
+    config_class = Config
+    report_class = CollatzReport
     presets = {"quick": Path(__file__).parent / "configs" / "collatz_quick.yaml"}
     commands = {"predict": Command(Predict, predict), "analyse": Command(Analyse, analyse)}
     checkpoint_prefix = "model_step_"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.anomalies = Anomalies()
+
     def build_data(self, config: Config) -> Data:
         """An endless stream, and numbers that it never contains."""
-        from recipes.data.collatz import CollatzStream
+        from recipes.data.collatz import CollatzStream, Layout
 
-        d, o, shown = config.data, config.optimisation, layout(config.model)
-        train = CollatzStream(o.seed, d.start, d.hard_fraction, o.max_steps * o.effective_batch_size * d.curriculum, shown)
-        val = held_out("val", d.val_numbers, d.start, d.val_span, shown)
-        notes = [LEAK] * shown.whole + [f"Curriculum: no hard numbers, then more, up to {d.hard_fraction:.0%}"] * d.curriculum
-        return Data(train, {"val": val}, None, train.fingerprint() + val.fingerprint(), notes)
+        d, o, layout = config.data, config.optimisation, Layout.of(config.model)
+        curriculum_samples = o.max_steps * o.effective_batch_size if d.curriculum else 0
+        train = CollatzStream(o.seed, d.start, d.hard_fraction, curriculum_samples, layout)
+        val = held_out_with_baselines("val", d.val_numbers, d.start, d.val_span, layout)
+        notes = []
+        if config.model.mode == "guide":
+            notes.append(
+                "--mode guide leaks: every position sees the next parity, and all of them together the number of steps"
+            )
+        if d.curriculum:
+            notes.append(f"Curriculum: no hard numbers, then more, up to {d.hard_fraction:.0%}")
+        return Data(train, {"val": val}, fingerprint=train.fingerprint() + val.fingerprint(), notes=notes)
 
-    def build_model(self, config: Config, data: Data | None) -> Any:
+    def build_model(self, config: Config, data: Data) -> nn.Module:
         """The transformer."""
         from recipes.models.collatz import CollatzTransformer
 
-        return CollatzTransformer(**vars(config.model), recompute=config.run.gradient_checkpointing)
+        return CollatzTransformer(**vars(config.model), gradient_checkpointing=config.run.gradient_checkpointing)
 
     def items(self, batch: Batch) -> dict[str, int]:
         """Numbers whose stopping time is scored, and predicted parities."""
-        lengths = batch["steps"].clamp(max=batch["tokens"].shape[1])
-        return {"stop": int(batch["scored"].sum()), "seq": int((lengths - 1).sum())}
+        parities = batch["steps"].clamp(max=batch["tokens"].shape[1]) - 1
+        return {"stop": int(batch["scored"].sum()), "seq": int(parities.sum())}
 
-    def loss(self, network: Any, batch: Batch) -> dict[str, Any]:
-        """Summed Huber loss and cross entropy."""
-        from recipes.models.collatz import next_token_loss, read, stopping_loss
+    def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
+        """Summed Huber loss of the stopping time, and summed cross entropy of the next parity."""
+        from recipes.models.collatz import predict_batch
 
-        stopping, logits = read(network, batch)
+        stopping, logits = predict_batch(network, batch)
         return {"stop": stopping_loss(stopping, batch).sum(), "seq": next_token_loss(logits, batch).sum()}
 
     def loss_weights(self, config: Config) -> dict[str, float]:
-        """As the flags say."""
-        stop, seq = config.optimisation.stopping_weight, config.optimisation.sequence_weight
-        if min(stop, seq) < 0 or stop == seq == 0:
-            raise Refusal(f"stopping_weight {stop:g} and sequence_weight {seq:g} must not be negative, nor both 0")
-        return {"stop": stop, "seq": seq}
+        """Those of the flags."""
+        return {"stop": config.optimisation.stopping_weight, "seq": config.optimisation.sequence_weight}
+
+    def measure(self, network: Any, batch: Batch) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Both losses, errors in steps and accuracy; `..._magnitude`, `..._formula` and `rule...` are those of baselines."""
+        from recipes.data.collatz import KINDS
+        from recipes.models.collatz import PADDING, predict_batch
+
+        predicted, logits = predict_batch(network, batch)
+        self.anomalies.record(predicted, batch)
+        scored, steps, targets = batch["scored"], batch["steps"], batch["tokens"][:, 1:]
+        real = targets != PADDING
+        nats, count = next_token_loss(logits, batch).double().sum(1), real.sum(1)
+        right = ((logits.argmax(-1) == targets) & real).sum(1)
+        cut = steps > batch["tokens"].shape[1]
+        sums: dict[str, tuple[Tensor | float, Tensor | float]] = {
+            "seq": (nats.sum(), count.sum()),
+            "rule": (batch["rule_nats"].sum(), count.sum()),
+            "accuracy": (right.sum(), count.sum()),
+            "rule_accuracy": (batch["rule_right"].sum(), count.sum()),
+            "unscored": ((~scored).sum(), len(steps)),
+            "cut": ((scored & cut).sum(), scored.sum()),
+        }
+        guesses = {"": predicted, "_magnitude": batch["magnitude"].float(), "_formula": batch["formula"].float()}
+        for suffix, guess in guesses.items():
+            error = (steps_of(guess) - steps).abs().double()
+            sums[f"stop{suffix}"] = (stopping_loss(guess, batch).double().sum(), scored.sum())
+            sums[f"mae{suffix}"] = ((error * (scored & ~cut)).sum(), (scored & ~cut).sum())
+            sums[f"mae_cut{suffix}"] = ((error * (scored & cut)).sum(), (scored & cut).sum())
+        for number, kind in enumerate(KINDS):
+            rows = batch["kind"] == number
+            sums[f"seq_{kind}"] = ((nats * rows).sum(), (count * rows).sum())
+            sums[f"rule_{kind}"] = ((batch["rule_nats"] * rows).sum(), (count * rows).sum())
+        return sums
 
     def learning_rate(self, step: int, total_steps: int, config: Config) -> float:
-        """Cosine annealing, behind a linear warm-up if one is asked for."""
-        from trainer.schedule import ramp_cosine
-
+        """Cosine annealing, after a linear warm-up if there is one."""
         o = config.optimisation
         return ramp_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr, 1 / max(1, o.warmup_steps))
+
+    def flops_per_item(self, config: Config, network: Any) -> float:
+        """Training FLOPs of a number."""
+        return network.training_flops(config.model.max_len - 1)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,57 @@
 """GPT-2 on WikiText-2: `accelerate launch recipes/gpt2_wikitext.py [train|evaluate|generate] ...`
 
-Labels are shifted once, by the data set: position t learns token t+1. A sample is a block of joined rows, or one padded row.
+A sample is a block of joined rows of text, or one padded row. The data set has shifted the labels: position t learns token t+1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from recipes.studies.language_model import Evaluate, Generate, baselines, evaluate, generate, show_trained
-from trainer import sections
+from recipes.commands.language_model import perplexity, trained_network
+from recipes.commands.text_language_model import (
+    Evaluate,
+    Generate,
+    evaluate,
+    generate,
+    log_perplexities,
+    ngram_losses,
+    sample_validation,
+)
+from trainer.command_line import sections
+from trainer.command_line.bounds import Fraction, Positive
 from trainer.main import main
-from trainer.recipe import Batch, Command, Data, Recipe
+from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
+from trainer.reporting.run_directory import RunDirectory
+from trainer.reporting.trackers import read_metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GPT2LMHeadModel
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The network."""
 
-    d_model: int = 768
+    d_model: Annotated[int, Positive] = 768
     """width"""
-    num_layers: Annotated[int, arg(aliases=("--n_layers",))] = 12
-    num_heads: Annotated[int | None, arg(aliases=("--nhead",))] = None
+    num_layers: Annotated[int, Positive, arg(aliases=("--n_layers",))] = 12
+    num_heads: Annotated[int | None, Positive, arg(aliases=("--nhead",))] = None
     """attention heads (default: d_model / 64)"""
-    d_ff: int | None = None
+    d_ff: Annotated[int | None, Positive] = None
     """width of the MLP (default: 4 x d_model)"""
-    max_length: int = 1024
+    max_length: Annotated[int, Positive] = 1024
     """tokens a sample has at most; positions of the model"""
-    dropout: float = 0.1
+    dropout: Annotated[float, Fraction] = 0.1
 
 
 @dataclass(frozen=True)
-class TextData:
+class DataConfig:
     """The text and how it is cut."""
 
     dataset: Literal["wikitext2", "wikitext103", "embedded"] = "wikitext2"
@@ -44,42 +60,67 @@ class TextData:
     """local wiki.{train,valid,test}.tokens|raw or {train,validation,test}.txt, instead of the hub"""
     tokenizer: str = "gpt2"
     """gpt2 (hub), a folder with vocab.json and merges.txt, a tokenizer.json, or `train`: BPE trained on the train split"""
-    vocab_size: int = 8192
+    vocab_size: Annotated[int, Positive] = 8192
     """entries of a trained tokenizer"""
     packing: Literal["blocks", "rows"] = "blocks"
     """blocks: rows joined and cut into max_length; rows: one padded row per sample"""
 
 
 @dataclass(frozen=True)
-class Run(sections.Run):
-    """The guide's defaults."""
-
-    max_training_hours: float | None = 12.0
-    """end this launch, checkpoint included, within so many hours of its start"""
-    use_tensorboard: bool = True
-    wandb_project: str = "gpt2-wikitext"
-
-
-@dataclass(frozen=True)
 class Config:
     """Train GPT-2 on WikiText, or on text of your own."""
 
-    model: Model = field(default_factory=Model)
-    data: TextData = field(default_factory=TextData)
-    optimisation: sections.Optimisation = field(default_factory=sections.Optimisation)
-    run: Run = field(default_factory=Run)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimisation: sections.Optimisation = sections.Optimisation()
+    run: sections.Run = sections.Run(max_training_hours=12.0, use_tensorboard=True, wandb_project="gpt2-wikitext")
 
 
-class Gpt2Wikitext(Recipe):
-    """Model, data and loss of GPT-2 on text."""
+class Gpt2Report(Report[Config]):
+    """What is printed of a run."""
+
+    loss_unit = "nats per token"
+
+    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The console line of a log step."""
+        return (
+            f"Step {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
+            f"Grad norm: {metrics['train/grad_norm']:.3f} | Time: {metrics['train/iter_time_ms']:.1f}ms | "
+            f"Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
+        )
+
+    def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The console line of an evaluation."""
+        loss, per_token = metrics["eval/val_loss"], metrics["eval/val_perplexity"]
+        return f"Evaluating at step {step}... val_loss: {loss:.4f} | val_perplexity: {per_token:.4f}"
+
+    def baseline(self, config: Config, data: Data) -> tuple[str, float]:
+        """A bigram on the validation split, which any language model should beat."""
+        losses = ngram_losses(data.extra["text"], "validation", config.data.packing, config.model.max_length)
+        return "Kneser-Ney bigram", losses["Kneser-Ney bigram"]
+
+    def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
+        """Validation perplexity beside the baselines, and a sample."""
+        text, length = data.extra["text"], config.model.max_length
+        loss = read_metrics(run.metrics)[-1]["final/val_loss"]
+        if config.run.eval_iters:
+            log(f"validation: {loss:.4f} nats per token over the first {config.run.eval_iters} batches (eval_iters) only")
+        else:
+            log_perplexities(text, "validation", config.data.packing, length, loss, log)
+        network = trained_network(self.recipe, config, data, checkpoint)
+        log(f"Sample: {sample_validation(network, text, length)}")
+
+
+class Gpt2Wikitext(Recipe[Config]):
+    """GPT-2's next-token loss on text."""
 
     name = "gpt2_wikitext"
-    Config = Config
+    config_class = Config
+    report_class = Gpt2Report
     presets = {"quick": Path(__file__).parent / "configs" / "gpt2_wikitext_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
-    speed = ("tokens", "next_token")
+    throughput = ("tokens", "next_token")
     paths = ("data_dir", "tokenizer")
-    loss_unit = "nats per token"
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""
@@ -90,58 +131,56 @@ class Gpt2Wikitext(Recipe):
         text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size)
         cut = TokenBlocks if flags.packing == "blocks" else TokenRows
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}
-        data = Data(sets["train"], {"val": sets["validation"]}, sets["test"], text.fingerprint, extra={"text": text})
-        cuts = {name: getattr(rows, "truncated", 0) for name, rows in sets.items()}
-        data.notes += [f"{n} of {len(sets[name])} {name} rows cut to {length} tokens" for name, n in cuts.items() if n]
-        return data
+        return Data(
+            train=sets["train"],
+            evaluation={"val": sets["validation"]},
+            test=sets["test"],
+            fingerprint=text.fingerprint,
+            notes=[
+                f"{part.truncated} of {len(part)} {name} rows cut to {length} tokens"
+                for name, part in sets.items()
+                if part.truncated
+            ],
+            extra={"text": text},
+        )
 
-    def build_model(self, config: Config, data: Data) -> Any:
-        """GPT2LMHeadModel with the vocabulary of the data."""
+    def build_model(self, config: Config, data: Data) -> GPT2LMHeadModel:
+        """transformers' GPT2LMHeadModel, with the vocabulary of the data."""
         from recipes.models.gpt2 import build_gpt2
 
         text, recompute = data.extra["text"], config.run.gradient_checkpointing
         return build_gpt2(text.vocab_size, text.end_of_text, gradient_checkpointing=recompute, **vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens."""
+        """Predicted tokens: all but padding."""
         return {"next_token": int((batch["labels"] != -100).sum())}
 
-    def loss(self, network: Any, batch: Batch) -> dict[str, Any]:
-        """Summed cross entropy. No attention mask: padding is on the right, where causal attention does not look."""
-        from recipes.models.gpt2 import loss_sum
+    def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy, summed in fp32. No attention mask: padding is on the right, where causal attention never reaches."""
+        from torch.nn.functional import cross_entropy
 
-        return {"next_token": loss_sum(network(input_ids=batch["input_ids"]).logits, batch["labels"])}
+        logits = network(input_ids=batch["input_ids"]).logits.flatten(0, 1).float()  # [batch x time, vocab]
+        return {"next_token": cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100, reduction="sum")}
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per token."""
-        from recipes.models.gpt2 import perplexity
-
         return {"perplexity": perplexity(means["loss"])}
 
-    def pretrained(self, name: str) -> dict[str, Any]:
-        """GPT-2 weights from the hub, or a local folder of transformers'."""
+    def pretrained(self, name: str) -> dict[str, Tensor]:
+        """GPT-2 weights from the hub, or from a local folder of transformers'."""
         from recipes.models.gpt2 import pretrained_gpt2
 
         return pretrained_gpt2(name)
 
-    def documents(self, config: Config, network: Any, data: Data) -> dict[str, str]:
+    def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """What transformers needs beside the weights."""
         return {"config.json": network.config.to_json_string(), "tokenizer.json": data.extra["text"].tokenizer_json}
 
     def flops_per_item(self, config: Config, network: Any) -> float:
-        """For MFU."""
+        """Training FLOPs of a token."""
         from recipes.models.gpt2 import training_flops_per_token
 
         return training_flops_per_token(network.config)
-
-    def baseline(self, config: Config, data: Data) -> tuple[str, float]:
-        """A bigram on the validation split, which any language model should beat."""
-        nats = baselines(data.extra["text"], "validation", config.data.packing, config.model.max_length)
-        return "Kneser-Ney bigram", nats["Kneser-Ney bigram"]
-
-    def after_training(self, config: Config, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
-        """Validation perplexity beside the baselines, and a sample."""
-        show_trained(self, config, data, run, checkpoint, say)
 
 
 if __name__ == "__main__":

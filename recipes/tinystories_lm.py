@@ -5,83 +5,111 @@ A sample is a window of `context_length` inputs and the id after each. tools/pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from recipes.models.gpt2 import loss_sum, perplexity
-from recipes.studies.story_config import Config
-from recipes.studies.story_model import Evaluate, Generate, bigram, evaluate, generate, show_trained, windows_of
+from tyro.conf import arg
+
+from recipes.commands.language_model import perplexity, trained_network
+from recipes.commands.token_language_model import Evaluate, Generate, bigram, evaluate, generate, sample_validation
+from trainer.command_line import sections
+from trainer.command_line.bounds import Positive
 from trainer.main import main
-from trainer.recipe import Batch, Command, Data, Recipe
+from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
+from trainer.reporting.run_directory import RunDirectory
+from trainer.reporting.trackers import read_metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recipes.models.transformer_lm import TransformerLM
 
 
-class TinyStoriesLM(Recipe):
-    """Model, data and loss of a language model on token ids."""
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
 
-    name = "tinystories_lm"
-    Config = Config
-    presets = {"quick": Path(__file__).parent / "configs" / "tinystories_lm_quick.yaml"}
-    commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
-    speed = ("tokens", "next_token")
-    paths = ("train_data_path", "val_data_path", "tokenizer")
+    vocab_size: Annotated[int, Positive] = 10_000
+    """entries of the tokenizer that produced the ids"""
+    context_length: Annotated[int, Positive] = 256
+    """tokens of a window, and the most the model attends to"""
+    d_model: Annotated[int, Positive] = 512
+    """width"""
+    num_heads: Annotated[int, Positive, arg(aliases=("--nhead",))] = 8
+    d_ff: Annotated[int, Positive] = 2048
+    """width inside the feed-forward"""
+    num_layers: Annotated[int, Positive, arg(aliases=("--n_layers",))] = 6
+    rope_theta: Annotated[float, Positive] = 10_000.0
+    """base of the rotary frequencies"""
+    norm_position: Literal["pre", "post"] = "pre"
+    rope: bool = True
+    """rotary positions; --no_rope: none at all"""
+    ffn: Literal["swiglu", "silu"] = "swiglu"
+    """silu: without the gate"""
+    tie_embeddings: bool = False
+    """one matrix for embedding and output layer"""
+    qk_norm: bool = False
+    """normalise queries and keys per head"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The token ids."""
+
+    train_data_path: str | None = None
+    """.ids, .bin or .npy; or `embedded`: English that is on every machine (Python's documentation)"""
+    val_data_path: str | None = None
+    tokenizer: str | None = None
+    """kept in checkpoints, for generate (default: tokenizer.json beside train_data_path)"""
+    sampling: Literal["random", "sequential"] = "random"
+    """windows at random starts, or every window once an epoch"""
+
+
+@dataclass(frozen=True)
+class OptimisationConfig(sections.Optimisation):
+    """What decides the weights, beside the model and the data."""
+
+    decay_all: bool = False
+    """decay norms and embeddings too"""
+
+
+# A batch takes microseconds, so there are no data workers; every step checkpoint stays, to resume from any of them.
+@dataclass(frozen=True)
+class Config:
+    """Train a Transformer language model on token ids in files."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimisation: OptimisationConfig = OptimisationConfig(
+        batch_size=64, max_steps=100_000, learning_rate=6e-4, min_lr=6e-5, weight_decay=0.1
+    )
+    run: sections.Run = sections.Run(
+        num_workers=0, eval_iters=100, save_every=5000, keep_last=0, wandb_project="transformer-lm"
+    )
+
+
+class TinyStoriesReport(Report[Config]):
+    """What is printed of a run."""
+
     loss_unit = "nats per token"
-    checkpoint_prefix = "checkpoint_iter_"
-
-    def build_data(self, config: Config) -> Data:
-        """Windows of the training stream, and fixed ones of both streams to measure."""
-        return windows_of(config)
-
-    def build_model(self, config: Config, data: Data) -> Any:
-        """The network, from flags alone."""
-        from recipes.models.transformer_lm import TransformerLM
-
-        return TransformerLM(gradient_checkpointing=config.run.gradient_checkpointing, **vars(config.model))
-
-    def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens."""
-        return {"next_token": int((batch["tokens"][:, 1:] >= 0).sum())}
-
-    def loss(self, network: Any, batch: Batch) -> dict[str, Any]:
-        """Summed cross entropy of each id given those before it in its window."""
-        inputs, labels = batch["tokens"][:, :-1].clamp_min(0), batch["tokens"][:, 1:].long()
-        return {"next_token": loss_sum(network(inputs), labels)}
-
-    def derive(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Perplexity per token."""
-        return {"perplexity": perplexity(means["loss"])}
-
-    def parameter_groups(self, network: Any, config: Config) -> list[dict[str, Any]]:
-        """No weight decay on norms and embeddings, unless `decay_all`."""
-        from recipes.models.transformer_lm import decay_groups
-
-        return decay_groups(network, config.optimisation.weight_decay, config.optimisation.decay_all)
-
-    def documents(self, config: Config, network: Any, data: Data) -> dict[str, str]:
-        """The tokenizer, where there is one."""
-        return {"tokenizer.json": data.extra["streams"].tokenizer_json} if data.extra["streams"].tokenizer_json else {}
-
-    def flops_per_item(self, config: Config, network: Any) -> float:
-        """For MFU."""
-        from recipes.models.transformer_lm import training_flops_per_token
-
-        return training_flops_per_token(network)
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
-        """As in the guide."""
+        """Lines before the first step of a launch."""
         sizes = ["Initializing model...", f"Total parameters: {parameters:,}", f"Trainable parameters: {trained:,}", ""]
         plan = [f"Starting training from iteration {step}...", f"Device: {device}", f"Max iterations: {total_steps}", "-" * 80]
         return sizes + plan
 
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """As in the guide."""
+        """The console line of a log step."""
         return (
             f"Iter {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
             f"Time: {metrics['train/iter_time_ms']:.1f}ms | Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
         )
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """As in the guide."""
+        """The console lines of an evaluation."""
         losses = f"Train loss: {metrics['eval/train_loss']:.4f} | Val loss: {metrics['eval/val_loss']:.4f}"
         return f"{'-' * 80}\nEvaluating at iteration {step}...\n{losses}\n{'-' * 80}"
 
@@ -89,9 +117,92 @@ class TinyStoriesLM(Recipe):
         """A bigram on the whole validation stream, which any language model should beat; none for large files."""
         return bigram(data.extra["streams"], config.model.vocab_size)
 
-    def after_training(self, config: Config, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
-        """Validation loss beside the bigram, and a sample."""
-        show_trained(self, config, data, run, checkpoint, say)
+    def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
+        """The validation loss beside the bigram's, and a sample."""
+        loss = read_metrics(run.metrics)[-1]["final/val_loss"]
+        batches, windows = config.run.eval_iters, len(data.evaluation["val"])
+        whole = not batches or batches * config.optimisation.batch_size >= windows
+        part = "every token" if whole else f"{batches} batches (eval_iters) spread over it"
+        baseline = self.baseline(config, data)
+        beside = f"; {baseline[0]} on every token: {baseline[1]:.4f}" if baseline else ""
+        log(f"Validation: {loss:.4f} nats per token over {part}{beside}")
+        if data.extra["streams"].tokenizer_json is not None:
+            network = trained_network(self.recipe, config, data, checkpoint)
+            log(f"Sample: {sample_validation(network, data.extra['streams'])}")
+
+
+class TinyStoriesLM(Recipe[Config]):
+    """The next-token loss of a Transformer on token ids."""
+
+    name = "tinystories_lm"
+    config_class = Config
+    report_class = TinyStoriesReport
+    presets = {"quick": Path(__file__).parent / "configs" / "tinystories_lm_quick.yaml"}
+    commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
+    throughput = ("tokens", "next_token")
+    paths = ("train_data_path", "val_data_path", "tokenizer")
+    checkpoint_prefix = "checkpoint_iter_"
+
+    def build_data(self, config: Config) -> Data:
+        """Windows to train on, and fixed ones to measure: all of the validation stream, and as many of the training stream."""
+        from recipes.data.token_windows import RandomWindows, TokenWindows, open_streams
+
+        flags, length = config.data, config.model.context_length
+        streams = open_streams(flags.train_data_path, flags.val_data_path, flags.tokenizer, config.model.vocab_size, length)
+        train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, config.optimisation.seed)
+        if flags.sampling == "sequential":
+            train = TokenWindows(streams.train, length)
+        validation = TokenWindows(streams.validation, length)
+        return Data(
+            train=train,
+            evaluation={"train": TokenWindows(streams.train, length, limit=len(validation)), "val": validation},
+            fingerprint=streams.fingerprint,
+            notes=[
+                "Loading data with memory mapping...",
+                f"Train data size: {streams.train.count:,} tokens",
+                f"Validation data size: {streams.validation.count:,} tokens",
+            ],
+            extra={"streams": streams},
+        )
+
+    def build_model(self, config: Config, data: Data) -> TransformerLM:
+        """The network, from flags alone."""
+        from recipes.models.transformer_lm import TransformerLM
+
+        return TransformerLM(gradient_checkpointing=config.run.gradient_checkpointing, **vars(config.model))
+
+    def items(self, batch: Batch) -> dict[str, int]:
+        """Predicted tokens: all but those behind the end of the file, which are negative."""
+        return {"next_token": int((batch["tokens"][:, 1:] >= 0).sum())}
+
+    def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy of each id given those before it in its window, summed in fp32."""
+        from torch.nn.functional import cross_entropy
+
+        inputs, labels = batch["tokens"][:, :-1].clamp_min(0), batch["tokens"][:, 1:].long()
+        logits = network(inputs).flatten(0, 1).float()  # [batch x time, vocab]
+        return {"next_token": cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")}
+
+    def derive(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Perplexity per token."""
+        return {"perplexity": perplexity(means["loss"])}
+
+    def parameter_groups(self, network: Any, config: Config) -> list[dict[str, Any]]:
+        """No weight decay on norms and embeddings (nor on an output layer tied to them), unless `decay_all`."""
+        o, embedding = config.optimisation, network.token_embeddings.weight
+        decayed = [p for p in network.parameters() if o.decay_all or (p.ndim >= 2 and p is not embedding)]
+        others = [p for p in network.parameters() if not o.decay_all and (p.ndim < 2 or p is embedding)]
+        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
+        """The tokenizer, where there is one."""
+        tokenizer = data.extra["streams"].tokenizer_json
+        return {"tokenizer.json": tokenizer} if tokenizer else {}
+
+    def flops_per_item(self, config: Config, network: Any) -> float:
+        """Training FLOPs of a token."""
+        return network.training_flops_per_token()
 
 
 if __name__ == "__main__":

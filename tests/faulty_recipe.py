@@ -1,4 +1,4 @@
-"""The toy recipe with faults that befall one process of a launch: `--fault NAME`, on rank `--fault_rank`, from step 3 on."""
+"""The toy recipe with faults in one process of a launch: `--fault NAME`, on rank `--fault_rank`, from step 3 on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import toy_recipe
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from toy_recipe import IGNORED, ToyRecipe, ToyRows
 
 from trainer.main import main
-from trainer.recipe import Batch, Data
+from trainer.recipe import Batch, Data, Report
 
 STEP = 3
 
@@ -34,7 +33,7 @@ class Rows(toy_recipe.Rows):
 class Config(toy_recipe.Config):
     """Train a toy that fails."""
 
-    data: Rows = field(default_factory=Rows)
+    data: Rows = Rows()
 
 
 class FaultyRows(ToyRows):
@@ -54,10 +53,22 @@ class FaultyRows(ToyRows):
         return {**batch, "has_value": batch["has_value"] & ~empty}
 
 
-class FaultyRecipe(ToyRecipe):
-    """One that fails as it is told."""
+class FaultyReport(Report):
+    """Simulates a full disk."""
 
-    Config = Config
+    recipe: FaultyRecipe
+
+    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        if step == STEP and self.recipe.here(self.recipe.config, "disk"):  # large files fail, logs can still be written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return super().log_line(step, metrics)
+
+
+class FaultyRecipe(ToyRecipe):
+    """Fails as `--fault` selects."""
+
+    config_class = Config
+    report_class = FaultyReport
     losses = 0
 
     def here(self, config: Config, fault: str) -> bool:
@@ -67,7 +78,7 @@ class FaultyRecipe(ToyRecipe):
         self.config = config
         if self.here(config, "clock"):
             true = time.monotonic
-            time.monotonic = lambda: true() + 3600.0  # as if this host had been up for an hour longer since the start
+            time.monotonic = lambda: true() + 3600.0  # an hour later than on the other host
         fails_at = STEP + 1 if self.here(config, "data") else 0  # one sample is read before, to know the loss terms
         return Data(
             FaultyRows(config.data.train_rows, config.data.unlabelled, fails_at), {"val": ToyRows(9, 10_000)}, fingerprint="toy"
@@ -92,16 +103,10 @@ class FaultyRecipe(ToyRecipe):
         return super().loss(network, batch)
 
     def measure(self, network: nn.Module, batch: Batch) -> dict[str, tuple[Tensor | float, float]]:
-        time.sleep(self.config.data.evaluation_seconds)
+        if self.config.data.evaluation_seconds:
+            time.sleep(self.config.data.evaluation_seconds)
+            print("measured a batch", flush=True)
         return super().measure(network, batch)
-
-    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        if step == STEP and self.here(self.config, "disk"):  # as if it were full, but for logs
-            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        return super().log_line(step, metrics)
-
-    def after_training(self, *_: Any) -> None:
-        pass
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def run_in_turn(
     """
     logs = folder / "logs"
     logs.mkdir()
-    words = [sys.executable, "-c", DRIVER, str(script), str(logs), json.dumps([list(words) for words in lines.values()])]
-    done = subprocess.run(words, cwd=folder, env=dict(env), capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
+    argv = [sys.executable, "-c", DRIVER, str(script), str(logs), json.dumps([list(argv) for argv in lines.values()])]
+    done = subprocess.run(argv, cwd=folder, env=dict(env), capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
     outputs = [path.read_text() for path in sorted(logs.glob("*.log"), key=lambda path: int(path.stem))]
     last = outputs[-1][-3000:] if outputs else done.stderr.decode()[-3000:]
     assert (logs / "codes.json").exists(), f"ended in {list(lines)[len(outputs) - 1]}: {last}"

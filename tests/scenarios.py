@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,46 +62,47 @@ def launch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     runs_folder = runs_folder or folder
-    spec = {name: (recipe, [*argv, "--output_dir", str(runs_folder / name)]) for name, (recipe, argv) in runs.items()}
-    (folder / "runs.json").write_text(json.dumps(spec))
+    command_lines = {name: (recipe, [*argv, "--output_dir", str(runs_folder / name)]) for name, (recipe, argv) in runs.items()}
+    (folder / "runs.json").write_text(json.dumps(command_lines))
     # One thread a process: more of them wait for each other longer than they compute on tensors this small.
     env = environment(SAMECURVE_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
     run(kind, Path(__file__), str(folder), log=folder / "log.txt", env=env)
     ranks = sorted(folder.glob("rank*.json"))
     assert len(ranks) == (1 if kind == "one" else 2), f"{kind} started {len(ranks)} processes"
-    told = [json.loads(path.read_text()) for path in ranks]
-    return {name: Finished(runs_folder / name, [outcomes[name] for outcomes in told]) for name in runs}
+    outcomes_by_rank = [json.loads(path.read_text()) for path in ranks]
+    return {name: Finished(runs_folder / name, [outcomes[name] for outcomes in outcomes_by_rank]) for name in runs}
 
 
-def recipe_of(where: str) -> Any:
+def recipe_of(path: str) -> Any:
     """A recipe by `module:class`."""
-    module, _, name = where.partition(":")
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)()
 
 
 def train_all(folder: Path) -> None:
     """What each process of the launch does."""
-    from trainer import config
-    from trainer.console import Console
-    from trainer.errors import Refusal
-    from trainer.launch import connect, shut_down
+    from trainer.backends import backend_of
+    from trainer.command_line import config
+    from trainer.distributed.launch import connect, shut_down
+    from trainer.errors import UserError
     from trainer.main import train
+    from trainer.reporting.console import Console
 
-    joined = connect("cpu", 3.0)
+    connected = connect("cpu", 3.0, backend_of(os.environ).before_connect)
     outcomes = {}
-    for name, (where, argv) in json.loads((folder / "runs.json").read_text()).items():
-        recipe, console = recipe_of(where), Console(None, joined.is_main)
-        console.say(f"----- {name}")
+    for name, (path, argv) in json.loads((folder / "runs.json").read_text()).items():
+        recipe, console = recipe_of(path), Console(None, connected.is_main)
+        console.log(f"----- {name}")
         outcome = {"reason": None, "exit_code": 0, "message": ""}
         try:
-            parsed = config.parse(recipe.Config, recipe.presets, argv, recipe.name)
-            outcome["reason"] = train(recipe, parsed, argv, joined, console)
-        except Refusal as refusal:
-            outcome |= {"exit_code": refusal.exit_code, "message": str(refusal)}
+            parsed = config.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+            outcome["reason"] = train(recipe, parsed, argv, connected, console)
+        except UserError as error:
+            outcome |= {"exit_code": error.exit_code, "message": str(error)}
         console.close()
         outcomes[name] = outcome
-    (folder / f"rank{joined.rank}.json").write_text(json.dumps(outcomes))
-    shut_down(joined, 0)
+    (folder / f"rank{connected.rank}.json").write_text(json.dumps(outcomes))
+    shut_down(connected, 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Alerts reach a webhook that is well, cost nothing where it is not, and its URL, a secret, is written nowhere.
+"""Alerts reach a webhook that works, cost nothing if it does not, and its URL, a secret, is written nowhere.
 
 As a script: the recipe of this file, for the launches below.
 """
@@ -6,10 +6,12 @@ As a script: the recipe of this file, for the launches below.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,24 +29,33 @@ import yaml
 from launching import ROOT, environment, free_port, run
 from toy_recipe import Config, ToyRecipe
 
-from trainer import alerts, stopping
-from trainer import config as configuration
-from trainer.alerts import TEXT_CHARACTERS, VARIABLE, WAITING_ALERTS, Webhook, WebhookAlerts, open_alerts
-from trainer.console import Console
-from trainer.errors import BAD_INPUT, NOT_FINITE, Refusal
-from trainer.launch import connect
+from trainer.command_line import config as configuration
+from trainer.command_line.webhook import VARIABLE, Webhook
+from trainer.distributed import stopping
+from trainer.distributed.launch import connect
+from trainer.errors import BAD_INPUT, NOT_FINITE, UserError
 from trainer.main import main, train
+from trainer.recipe import Report
+from trainer.reporting import alerts
+from trainer.reporting.alerts import TEXT_CHARACTERS, WAITING_ALERTS, WebhookAlerts, open_alerts
+from trainer.reporting.console import Console
 
 SECRET = "q7Zt9-Xw2LmV4rKp8Hs1Bd6Ny3Gc5Ju0Fe_aToWiCx"
 
 
-class Noticing(ToyRecipe):
-    """The toy; every process notices something in each evaluation. A width of 13 is a bug."""
+class WarningReport(Report):
+    """Every process gives warnings in each evaluation."""
 
-    notices = 1
+    warning_count = 1
 
-    def noticed(self) -> list[str]:
-        return ["seen by all", *(f"n = {i} on rank {os.environ.get('RANK', '0')}" for i in range(self.notices))]
+    def warnings(self) -> list[str]:
+        return ["seen by all", *(f"n = {i} on rank {os.environ.get('RANK', '0')}" for i in range(self.warning_count))]
+
+
+class WarningRecipe(ToyRecipe):
+    """The toy with that report. A width of 13 is a bug."""
+
+    report_class = WarningReport
 
     def loss(self, network: Any, batch: Any) -> dict[str, torch.Tensor]:
         if network.embed.weight.shape[1] == 13:
@@ -57,11 +69,11 @@ def leaks(content: bytes) -> bool:
 
 
 class Receiver:
-    """An HTTP server that answers as told, and keeps what it got."""
+    """An HTTP server with prepared responses, which records its requests."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, dict[str, str]]] = []  # for the next requests; 204 when they are used up
-        self.got: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.times: list[float] = []
         self.go_on = threading.Event()  # a request waits for it
@@ -75,9 +87,9 @@ class Receiver:
                 receiver.paths.append(self.path)
                 assert self.headers["Content-Type"] == "application/json"
                 assert "urllib" not in self.headers["User-Agent"]
-                receiver.go_on.wait(30)
+                receiver.go_on.wait()
                 code, headers = receiver.answers.pop(0) if receiver.answers else (204, {})
-                receiver.got.append(json.loads(body))
+                receiver.received.append(json.loads(body))
                 with contextlib.suppress(OSError):  # the client no longer waits
                     self.send_response(code)
                     for name, value in headers.items():
@@ -98,7 +110,7 @@ class Receiver:
         self.url = f"http://127.0.0.1:{self.server.server_port}/hooks/{SECRET}"
 
     def events(self) -> list[str]:
-        return [alert["event"] for alert in self.got]
+        return [alert["event"] for alert in self.received]
 
     def close(self) -> None:
         self.go_on.set()
@@ -108,20 +120,22 @@ class Receiver:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    made = Receiver()
-    yield made
-    made.close()
+    new_receiver = Receiver()
+    yield new_receiver
+    new_receiver.close()
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy_and_short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_proxy_and_times_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses, and time-outs so long that no busy machine meets them: a request hangs until the test ends it."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == VARIABLE]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(alerts, "FIRST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(alerts, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(alerts, "REQUEST_SECONDS", 200.0)
+    monkeypatch.setattr(WebhookAlerts, "exit_seconds", 100.0)
 
 
-def eventually(what: Any, seconds: float = 10) -> None:
+def eventually(what: Any, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not what() and time.monotonic() < end:
         time.sleep(0.01)
@@ -162,7 +176,7 @@ def test_a_text_is_cut_and_loses_secrets_and_broken_characters(receiver: Receive
     sender = WebhookAlerts(Webhook(receiver.url), "toy/run", print)
     sender.send("failed", "https://me:hunter2@host/data \udcff" + "x" * 5000)
     sender.close()
-    (alert,) = receiver.got
+    (alert,) = receiver.received
     assert alert["text"].startswith("[toy/run] *** ?xxx")
     assert len(alert["text"]) == TEXT_CHARACTERS
     assert (alert["event"], alert["run"]) == ("failed", "toy/run")
@@ -191,26 +205,26 @@ def test_a_text_is_cut_and_loses_secrets_and_broken_characters(receiver: Receive
     ],
 )
 def test_a_malformed_url_is_refused_without_repeating_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refusal) as by_flag:
+    with pytest.raises(UserError) as by_flag:
         configuration.parse(Config, {}, ["--alert_webhook", url], "toy")
-    refusals = {"--alert_webhook": by_flag.value}
+    errors = {"--alert_webhook": by_flag.value}
     if url and "\0" not in url:  # an empty variable is none, and one with a NUL cannot be
         monkeypatch.setenv(VARIABLE, url)
-        with pytest.raises(Refusal) as by_environment:
+        with pytest.raises(UserError) as by_environment:
             configuration.parse(Config, {}, [], "toy")
-        refusals[VARIABLE] = by_environment.value
-    for source, refusal in refusals.items():
-        assert refusal.exit_code == BAD_INPUT
-        assert str(refusal).startswith(source)
-        assert "\n" not in str(refusal)
-        assert not leaks(str(refusal).encode())
-        assert refusal.__cause__ is None
+        errors[VARIABLE] = by_environment.value
+    for source, error in errors.items():
+        assert error.exit_code == BAD_INPUT
+        assert str(error).startswith(source)
+        assert "\n" not in str(error)
+        assert not leaks(str(error).encode())
+        assert error.__cause__ is None
 
 
 def test_the_flag_wins_over_the_file_and_the_file_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def webhook(*argv: str) -> str | None:
-        found = configuration.parse(Config, {}, argv, "toy").webhook
-        return None if found is None else found.url
+        parsed_webhook = configuration.parse(Config, {}, argv, "toy").webhook
+        return None if parsed_webhook is None else parsed_webhook.url
 
     (tmp_path / "run.yaml").write_text("run:\n  alert_webhook: https://file.org/x\n")
     file = ["--config", str(tmp_path / "run.yaml")]
@@ -229,7 +243,7 @@ def test_a_parsed_configuration_holds_no_url() -> None:
     bare = configuration.parse(Config, {}, ["--width", "8"], "toy")
     assert parsed.webhook == Webhook(f"https://example.org/{SECRET}")
     assert not leaks(repr(parsed).encode())
-    assert (parsed.config, parsed.asked, parsed.base) == (bare.config, bare.asked, bare.base)
+    assert (parsed.config, parsed.unresolved, parsed.without_flags) == (bare.config, bare.unresolved, bare.without_flags)
     assert configuration.run_name(parsed) == configuration.run_name(bare) == "default-width8"
     assert yaml.safe_load(configuration.to_yaml(parsed.config))["run"]["alert_webhook"] is None
 
@@ -237,97 +251,104 @@ def test_a_parsed_configuration_holds_no_url() -> None:
 # What a webhook may do
 
 
-def send(webhook_url: str, *texts: str, said: list[str] | None = None, until: Callable[[], object] | None = None) -> float:
-    """Send, and close (once `until` is true); seconds that the closing took."""
-    sender = WebhookAlerts(Webhook(webhook_url), "toy/run", (said if said is not None else []).append)
+def send(webhook_url: str, *texts: str, messages: list[str] | None = None, until: Callable[[], object] | None = None) -> None:
+    """Send, and close (once `until` is true). Everything was sent in time then."""
+    warnings = messages if messages is not None else []
+    sender = WebhookAlerts(Webhook(webhook_url), "toy/run", warnings.append)
     for text in texts:
         sender.send("progress", text)
     if until is not None:
         eventually(until)
-    began = time.monotonic()
     sender.close()
-    return time.monotonic() - began
+    assert not any("took longer" in line for line in warnings)
 
 
 def texts_of(receiver: Receiver) -> list[str]:
-    return [alert["text"].removeprefix("[toy/run] ") for alert in receiver.got]
+    return [alert["text"].removeprefix("[toy/run] ") for alert in receiver.received]
 
 
 def test_alerts_arrive_in_order_before_the_close(receiver: Receiver) -> None:
-    said: list[str] = []
-    assert send(receiver.url, *map(str, range(20)), said=said) < 4
+    messages: list[str] = []
+    send(receiver.url, *map(str, range(20)), messages=messages)
     assert texts_of(receiver) == [str(i) for i in range(20)]
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize(("code", "requests"), [(500, 4), (503, 4), (404, 1), (400, 1), (401, 1)])
 def test_a_server_in_trouble_is_asked_again_and_a_refusal_is_final(receiver: Receiver, code: int, requests: int) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     receiver.answers = [(code, {})] * (2 * requests)
-    send(receiver.url, "lost", "lost too", "there", said=said, until=lambda: "there" in texts_of(receiver))
+    send(receiver.url, "lost", "lost too", "there", messages=messages, until=lambda: "there" in texts_of(receiver))
     assert texts_of(receiver) == ["lost"] * requests + ["lost too"] * requests + ["there"]
-    assert len(said) == 1
-    assert f"HTTP {code}" in said[0]
-    assert "the run goes on" in said[0]
+    assert len(messages) == 1
+    assert f"HTTP {code}" in messages[0]
+    assert "the run goes on" in messages[0]
 
 
 def test_retry_after_is_honoured_and_bounded(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(alerts, "RETRY_AFTER_MAX_SECONDS", 0.6)
+    waits: list[float | None] = []
+
+    class Recorded(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(alerts, "threading", SimpleNamespace(Event=Recorded, Thread=threading.Thread))
     receiver.answers = [(429, {"Retry-After": "0.4"}), (429, {"Retry-After": "86400"}), (503, {"Retry-After": "nan"})]
-    send(receiver.url, "once", said=said, until=lambda: len(receiver.got) == 4)
+    send(receiver.url, "once", messages=messages, until=lambda: len(receiver.received) == 4)
     assert texts_of(receiver) == ["once"] * 4
+    assert waits == [0.4, 0.6, pytest.approx(4 * 0.05)]  # the last one is our own
     pauses = [after - before for before, after in zip(receiver.times, receiver.times[1:], strict=False)]
-    assert 0.4 <= pauses[0] < 0.6
-    assert 0.6 <= pauses[1] < 1.5
-    assert pauses[2] < 0.6  # our own
-    assert said == []  # it arrived
+    assert all(pause >= wanted for pause, wanted in zip(pauses, (0.4, 0.6, 0.2), strict=True))
+    assert messages == []  # it arrived
 
 
 def test_retry_after_may_be_a_date() -> None:
-    in_a_minute = formatdate(time.time() + 60, usegmt=True)
-    assert alerts._retry_after({"Retry-After": in_a_minute}) == pytest.approx(60, abs=2)
+    before = time.time()
+    in_a_minute = formatdate(before + 60, usegmt=True)  # whole seconds
+    assert 59 - (time.time() - before) <= alerts._retry_after({"Retry-After": in_a_minute}) <= 60
     for nonsense in ("", "soon", "-5", formatdate(0, usegmt=True)):
         assert alerts._retry_after({"Retry-After": nonsense}) == 0
 
 
 def test_at_the_end_only_what_happened_last_is_tried_once_more(receiver: Receiver) -> None:
-    receiver.answers = [(429, {"Retry-After": "20"})]
-    took = send(receiver.url, "step 500", "step 1000", "crashed", until=lambda: receiver.got)
+    """The pause that the server asks for ends with the close, which does not wait for it."""
+    receiver.answers = [(429, {"Retry-After": "500"})]
+    send(receiver.url, "step 500", "step 1000", "crashed", until=lambda: receiver.received)
     assert texts_of(receiver) == ["step 500", "crashed"]
-    assert took < 2
-    receiver.answers = [(429, {"Retry-After": "20"})] * 9
-    receiver.got.clear()
-    took = send(receiver.url, "finished", until=lambda: receiver.got)
+    receiver.answers = [(429, {"Retry-After": "500"})] * 9
+    receiver.received.clear()
+    send(receiver.url, "finished", until=lambda: receiver.received)
     assert texts_of(receiver) == ["finished", "finished"]
-    assert took < 2
 
 
 def test_a_redirect_is_not_followed(receiver: Receiver) -> None:
-    elsewhere, said = Receiver(), []
+    elsewhere, messages = Receiver(), []
     try:
         for code in (301, 302, 303, 307, 308):
             receiver.answers.append((code, {"Location": elsewhere.url}))
-        send(receiver.url, *"abcde", said=said)
+        send(receiver.url, *"abcde", messages=messages)
         assert texts_of(receiver) == list("abcde")
         assert elsewhere.paths == []
     finally:
         elsewhere.close()
-    assert any("not followed" in line for line in said)
-    assert not leaks("".join(said).encode())
+    assert any("not followed" in line for line in messages)
+    assert not leaks("".join(messages).encode())
 
 
 def test_the_proxy_of_the_environment_is_obeyed(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", receiver.url.partition("/hooks")[0])
     send("http://discord.com/api/webhooks/1/x", "hello")
     assert receiver.paths == ["http://discord.com/api/webhooks/1/x"]
-    assert receiver.got == [{"content": "[toy/run] hello", "allowed_mentions": {"parse": []}}]
+    assert receiver.received == [{"content": "[toy/run] hello", "allowed_mentions": {"parse": []}}]
 
 
 @pytest.mark.parametrize("webhook", ["hangs", "is not there", "has no name", "talks nonsense"])
 def test_a_dead_webhook_costs_nothing(receiver: Receiver, webhook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WebhookAlerts, "exit_seconds", 1.0)
-    said: list[str] = []
+    messages: list[str] = []
     receiver.go_on.clear()
     receiver.answers = [(999999, {})] * 99
     url = {
@@ -338,25 +359,24 @@ def test_a_dead_webhook_costs_nothing(receiver: Receiver, webhook: str, monkeypa
     }[webhook]
     if webhook == "talks nonsense":
         receiver.go_on.set()
-    sender = WebhookAlerts(Webhook(url), "toy/run", said.append)
-    slowest = 0.0
-    began = time.perf_counter()
+    sender = WebhookAlerts(Webhook(url), "toy/run", messages.append)
+    durations = []
     for i in range(500):
         before = time.perf_counter()
         sender.send("progress", f"step {i}", step=i, loss=1.0)
-        slowest = max(slowest, time.perf_counter() - before)
-    mean = (time.perf_counter() - began) / 500
-    assert mean < 500e-6, f"{1e6 * mean:.0f} microseconds"
-    began = time.monotonic()
+        durations.append(time.perf_counter() - before)
+    # The median: a few of them may meet other processes that use the core.
+    assert statistics.median(durations) < 500e-6, f"{1e6 * statistics.median(durations):.0f} microseconds"
     sender.close()
-    assert time.monotonic() - began < 1.5
-    assert len(said) <= 3  # dropped, not sent, not closed: each once
-    assert sum("dropped" in line for line in said) == 1
-    assert not leaks("".join(said).encode())
+    if webhook == "hangs":
+        assert sender._thread.is_alive()  # with its request: the close did not wait for that
+        assert any("took longer than 1 s" in line for line in messages)
+    assert len(messages) <= 3  # dropped, not sent, not closed: each once
+    assert sum("dropped" in line for line in messages) == 1
+    assert not leaks("".join(messages).encode())
 
 
 def test_of_too_many_the_oldest_are_dropped(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alerts, "REQUEST_SECONDS", 20.0)
     receiver.go_on.clear()
     sender = WebhookAlerts(Webhook(receiver.url), "toy/run", lambda _: None)
     sender.send("progress", "first")
@@ -364,7 +384,7 @@ def test_of_too_many_the_oldest_are_dropped(receiver: Receiver, monkeypatch: pyt
     for i in range(2 * WAITING_ALERTS):
         sender.send("progress", str(i))
     receiver.go_on.set()
-    eventually(lambda: len(receiver.got) == 1 + WAITING_ALERTS)
+    eventually(lambda: len(receiver.received) == 1 + WAITING_ALERTS)
     sender.close()
     assert texts_of(receiver) == ["first", *map(str, range(WAITING_ALERTS, 2 * WAITING_ALERTS))]
 
@@ -374,20 +394,20 @@ def test_of_too_many_the_oldest_are_dropped(receiver: Receiver, monkeypatch: pyt
 
 def trained(folder: Path, *argv: str, recipe: ToyRecipe | None = None) -> str:
     """One launch in this process; why it ended."""
-    recipe = recipe or Noticing()
-    words = ["--output_dir", str(folder / "run"), "--device", "cpu", "--batch_size", "2", "--max_steps", "10", *argv]
-    parsed = configuration.parse(recipe.Config, recipe.presets, words, recipe.name)
-    return train(recipe, parsed, words, connect("cpu", 1), Console(None, True))
+    recipe = recipe or WarningRecipe()
+    command_line = ["--output_dir", str(folder / "run"), "--device", "cpu", "--batch_size", "2", "--max_steps", "10", *argv]
+    parsed = configuration.parse(recipe.config_class, recipe.presets, command_line, recipe.name)
+    return train(recipe, parsed, command_line, connect("cpu", 1), Console(None, True))
 
 
-def test_a_run_tells_its_story(receiver: Receiver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_sends_its_events(receiver: Receiver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(
         tmp_path, "--alert_webhook", receiver.url, "--alert_every", "4", "--log_every", "2", "--eval_every", "5",
         "--nan_samples", "40",
     )  # fmt: skip
     assert receiver.events() == ["started", "bad step", "progress", "noticed", "progress", "noticed", "finished"]
-    started, bad, progress, noticed, *_, finished = receiver.got
-    assert all(alert["run"] == "toy/run" for alert in receiver.got)
+    started, bad, progress, warning_alert, *_, finished = receiver.received
+    assert all(alert["run"] == "toy/run" for alert in receiver.received)
     assert "Started at step 0 of 10" in started["text"]
     assert "the gradient of step 2 was not finite" in bad["text"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -396,28 +416,28 @@ def test_a_run_tells_its_story(receiver: Receiver, tmp_path: Path, capsys: pytes
     assert progress["loss"] == pytest.approx(row["train/loss"])
     assert progress["samples_per_sec"] == pytest.approx(row["train/samples_per_sec"])
     assert f"loss {row['train/loss']:.4f} in the log interval to step 4" in progress["text"]
-    assert noticed["text"] == "[toy/run] Noticed at step 5:\nseen by all\nn = 0 on rank 0"
+    assert warning_alert["text"] == "[toy/run] Noticed at step 5:\nseen by all\nn = 0 on rank 0"
     assert "Noticed at step 5:\nseen by all\nn = 0 on rank 0\n" in capsys.readouterr().out
     assert (finished["reason"], finished["step"]) == ("last step", 10)
-    receiver.got.clear()
+    receiver.received.clear()
     assert trained(tmp_path, "--alert_webhook", receiver.url) == "already finished"
-    assert receiver.got == []
+    assert receiver.received == []
 
 
 def test_a_stop_gives_its_reason_and_0_means_no_progress(receiver: Receiver, tmp_path: Path) -> None:
     trained(tmp_path, "--alert_webhook", receiver.url, "--alert_every", "0", "--stop_at_step", "6")
     assert receiver.events() == ["started", "stopped"]
-    assert receiver.got[-1]["reason"] == "stop_at_step"
+    assert receiver.received[-1]["reason"] == "stop_at_step"
     trained(tmp_path, "--stop_at_step", "8")  # without the flag there are no alerts
-    assert len(receiver.got) == 2
+    assert len(receiver.received) == 2
 
 
-def test_what_recipes_notice_is_bounded(receiver: Receiver, tmp_path: Path) -> None:
-    recipe = Noticing()
-    recipe.notices = 5000
+def test_the_warnings_of_a_recipe_are_bounded(receiver: Receiver, tmp_path: Path) -> None:
+    recipe = WarningRecipe()
+    recipe.report.warning_count = 5000
     trained(tmp_path, "--alert_webhook", receiver.url, recipe=recipe)
-    (noticed,) = [alert for alert in receiver.got if alert["event"] == "noticed"]
-    lines = noticed["text"].splitlines()
+    (warning_alert,) = [alert for alert in receiver.received if alert["event"] == "noticed"]
+    lines = warning_alert["text"].splitlines()
     assert lines[1:3] == ["seen by all", "n = 0 on rank 0"]
     assert len(lines) < 20
     assert lines[-1] == "... and 4991 more"
@@ -426,42 +446,46 @@ def test_what_recipes_notice_is_bounded(receiver: Receiver, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("argv", "failure", "text"),
     [
-        (["--nan_samples", *map(str, range(64)), "--max_bad_steps", "3"], Refusal, "Failed at step 4: the gradient was not"),
+        (["--nan_samples", *map(str, range(64)), "--max_bad_steps", "3"], UserError, "Failed at step 4: the gradient was not"),
         (["--width", "13"], RuntimeError, "Failed at step 0: RuntimeError: the bug of the day"),
-        (["--train_rows", "0"], Refusal, "Did not start: the train set is empty"),
-        (["--resume_from", "nowhere"], Refusal, "Did not start: "),
+        (["--train_rows", "0"], UserError, "Did not start: the train set is empty"),
+        (["--resume_from", "nowhere"], UserError, "Did not start: "),
     ],
 )
-def test_a_failure_is_told(receiver: Receiver, tmp_path: Path, argv: list[str], failure: type, text: str) -> None:
+def test_a_failure_is_reported(receiver: Receiver, tmp_path: Path, argv: list[str], failure: type, text: str) -> None:
     with pytest.raises(failure) as caught:
         trained(tmp_path, "--alert_webhook", receiver.url, *argv)
     assert getattr(caught.value, "exit_code", 1) in (1, BAD_INPUT, NOT_FINITE)
     assert receiver.events()[-1] == "failed"
-    assert text in receiver.got[-1]["text"]
+    assert text in receiver.received[-1]["text"]
 
 
+@pytest.mark.timeout(120)
 def test_a_webhook_that_hangs_slows_nothing_and_delays_the_end_a_little(
     receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(WebhookAlerts, "exit_seconds", 1.0)
     receiver.go_on.clear()
-    began = time.monotonic()
     assert trained(tmp_path, "--alert_every", "1", "--max_steps", "60", "--alert_webhook", receiver.url) == "last step"
-    assert receiver.paths
-    assert time.monotonic() - began < 60  # to wait for each of these alerts takes 90 s, and the run 3
+    assert len(receiver.paths) == 1  # the run is over while the first of 62 requests still hangs
+    assert receiver.received == []
 
 
 def test_the_time_limit_counts_the_last_alerts(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long the end of the process may take is what `test_stopping.py` sees the limit leave room for."""
     monkeypatch.setattr(WebhookAlerts, "exit_seconds", 2.0)
-    monkeypatch.setattr(alerts, "REQUEST_SECONDS", 20.0)
-    monkeypatch.setattr(stopping, "EXIT_SECONDS", 0.8)
-    monkeypatch.setattr("trainer.main.process_start_monotonic", time.monotonic)
-    receiver.go_on.clear()
-    limit_seconds = 4.5
-    words = ["--max_steps", "1000000", "--log_every", "1000", "--max_training_hours", str(limit_seconds / 3600)]
-    began = time.monotonic()
-    assert trained(tmp_path, *words, "--alert_webhook", receiver.url) == "time_limit"
-    assert 2 < time.monotonic() - began < limit_seconds
+    exit_seconds, original = [], stopping.StopRequests.__init__
+
+    def record_exit_seconds(*args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        exit_seconds.append(bound.arguments["exit_seconds"])
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(stopping.StopRequests, "__init__", record_exit_seconds)
+    assert trained(tmp_path, "--max_training_hours", "1", "--stop_at_step", "1") == "stop_at_step"
+    assert trained(tmp_path, "--max_training_hours", "1", "--alert_webhook", receiver.url) == "last step"
+    assert exit_seconds == [stopping.EXIT_SECONDS, stopping.EXIT_SECONDS + 2.0]
 
 
 # The secret
@@ -483,9 +507,9 @@ def test_the_url_is_in_no_file_and_no_output(receiver: Receiver, tmp_path: Path)
         [*crash.split(), f"--alert_webhook={receiver.url}", "--output_dir", str(tmp_path / "crash")],
     ]
     runs = [[*argv, "--max_steps", "6", "--use_tensorboard"] for argv in runs]
-    words = [sys.executable, __file__, json.dumps(runs)]
+    command = [sys.executable, __file__, json.dumps(runs)]
     env = environment(WANDB_MODE="offline", PYTHONPATH=str(ROOT))
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=120, check=False)
     assert re.findall(rb"exit code (\d)", done.stdout) == [b"0", b"0", b"1"], done
     # W&B sends it to its server.
     assert re.findall(rb"sys.argv holds .* (--alert\S+)", done.stdout) == [
@@ -519,7 +543,7 @@ def test_the_url_is_in_no_file_and_no_output(receiver: Receiver, tmp_path: Path)
         ["--lr", "1", "\u2014alert_webhook", "{url}"],  # a dash pasted from a document
     ],
 )
-def test_a_complaint_about_the_command_line_does_not_repeat_it(
+def test_an_error_in_the_command_line_does_not_repeat_it(
     argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url = f"https://chat.example.org/hooks/{SECRET}?wait=true&{SECRET}={SECRET}"
@@ -527,31 +551,31 @@ def test_a_complaint_about_the_command_line_does_not_repeat_it(
     (tmp_path / "list.yaml").write_text(f"alert_webhook:\n  - {url}\n")
     (tmp_path / "key.yaml").write_text(f"alert_webhook:{url}:\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as left:
-        main(Noticing(), [word.format(url=url) for word in argv])
+    with pytest.raises(SystemExit) as caught:
+        main(WarningRecipe(), [word.format(url=url) for word in argv])
     out, err = capfd.readouterr()
-    assert left.value.code == BAD_INPUT
+    assert caught.value.code == BAD_INPUT
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not leaks((out + err).encode())
 
 
-def test_two_processes_send_one_story_and_gather_what_both_noticed(receiver: Receiver, tmp_path: Path) -> None:
-    words = ["--alert_webhook", receiver.url, "--max_steps", "6", "--eval_every", "3", "--alert_every", "4"]
-    words += ["--batch_size", "2", "--output_dir", str(tmp_path / "run")]
-    output = run("ddp", Path(__file__), *words, log=tmp_path / "log")
+def test_two_processes_send_each_event_once_with_the_warnings_of_both(receiver: Receiver, tmp_path: Path) -> None:
+    flags = ["--alert_webhook", receiver.url, "--max_steps", "6", "--eval_every", "3", "--alert_every", "4"]
+    flags += ["--batch_size", "2", "--output_dir", str(tmp_path / "run")]
+    output = run("ddp", Path(__file__), *flags, log=tmp_path / "log")
     assert receiver.events() == ["started", "noticed", "progress", "noticed", "finished"]
-    assert receiver.got[1]["text"] == "[toy/run] Noticed at step 3:\nseen by all\nn = 0 on rank 0\nn = 0 on rank 1"
+    assert receiver.received[1]["text"] == "[toy/run] Noticed at step 3:\nseen by all\nn = 0 on rank 0\nn = 0 on rank 1"
     assert not leaks(output.encode())
     assert secrets_in(tmp_path) == []
 
 
 if __name__ == "__main__":
     if not sys.argv[1].startswith("["):
-        main(Noticing())
+        main(WarningRecipe())
     for argv in json.loads(sys.argv[1]):
         sys.argv[1:] = argv
         try:
-            main(Noticing())
+            main(WarningRecipe())
         except SystemExit as end:
             print("exit code", end.code, "and sys.argv holds", *sys.argv, flush=True)

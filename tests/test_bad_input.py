@@ -1,4 +1,4 @@
-"""What a person can get wrong, typed as commands: the exit status, one line that says what and what to do, no traceback."""
+"""Mistakes of users, typed as commands: the exit status, a one-line error with the problem and the remedy, no traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "negative hours": (changed("--max_training_hours", "-1"), BAD_INPUT, ["max_training_hours -1"]),
     "nan hours": (changed("--max_training_hours", "nan"), BAD_INPUT, ["max_training_hours nan"]),
     "8h": (changed("--max_training_hours", "8h"), BAD_INPUT, ["max_training_hours", "8h"]),
-    # Words
+    # Names
     "unknown flag": (changed("--d_modle", "4"), BAD_INPUT, ["--d_modle", "d_model"]),
     "unknown sub-command": (["trian"], BAD_INPUT, ["trian", "train"]),
     "cuda": (changed("--device", "cuda"), BAD_INPUT, ["device cuda", "--device cpu"]),
@@ -62,10 +62,10 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         ["checkpoint_step_9", "checkpoint_step_2"],
     ),
     "damaged checkpoint": (changed("--resume_from", "damaged"), CHECKPOINT, ["damaged: model.safetensors", "hash"]),
-    "newer format": (changed("--resume_from", "newer"), CHECKPOINT, ["checkpoint format 7", "up to 1"]),
+    "newer format": (changed("--resume_from", "newer"), CHECKPOINT, ["checkpoint format 7", "update samecurve"]),
     "index elsewhere": (changed("--resume_from", "elsewhere"), CHECKPOINT, ["'../model.safetensors'", "manifest"]),
     "in use": ([*GOOD, "--output_dir", "held"], BAD_INPUT, [f"in use by process {os.getpid()} on", "started", "--run_name"]),
-    # And what is no mistake
+    # No mistakes
     "finished already": (GOOD, FINISHED, ["Already finished (last step) at step 4"]),
     "smaller than a batch": (changed("--batch_size", "512", "--max_steps", "1"), FINISHED, ["Finished at step 1"]),
     "shorter than a window": (changed("--data_dir", "short", output_dir="short_run"), FINISHED, ["Finished at step 4"]),
@@ -73,9 +73,9 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """{case: (exit status, output)}."""
-    from trainer.run_directory import Lock
+    from trainer.reporting.lock import Lock
 
     folder = tmp_path_factory.mktemp("bad")
     words = ["the", "quality", "of", "mercy", "is", "not", "strained", "it", "droppeth", "as", "gentle", "rain"]
@@ -119,20 +119,20 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     lock.acquire()
     try:
         lines = {name: argv for name, (argv, _, _) in CASES.items() if name != "other data"}
-        found = run_in_turn(RECIPE, lines, folder, env)
+        results = run_in_turn(RECIPE, lines, folder, env)
     finally:
         lock.release()
     # The same path, other words: the file was replaced between two runs.
     (folder / "later").mkdir()
     (folder / "later" / "text").symlink_to("../other")
     (folder / "later" / "replaced").symlink_to("../replaced")
-    return {**found, **run_in_turn(RECIPE, {"other data": CASES["other data"][0]}, folder / "later", env)}
+    return {**results, **run_in_turn(RECIPE, {"other data": CASES["other data"][0]}, folder / "later", env)}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_says_what_and_what_to_do(name: str, said: dict[str, tuple[int, str]]) -> None:
-    _, expected, words = CASES[name]
-    code, text = said[name]
+def test_the_error_names_the_problem_and_the_remedy(name: str, outputs: dict[str, tuple[int, str]]) -> None:
+    _, expected, parts = CASES[name]
+    code, text = outputs[name]
     assert code == expected, text
     assert "Traceback" not in text
     if expected == FINISHED:
@@ -142,5 +142,5 @@ def test_it_says_what_and_what_to_do(name: str, said: dict[str, tuple[int, str]]
         assert len(errors) == 1, text
         assert text.rstrip().endswith(errors[0])  # the last thing that is read, in one line
         shown = errors[0]
-    for word in words:
-        assert word in shown, shown
+    for part in parts:
+        assert part in shown, shown

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import batches
-from trainer.batches import EvaluationOrder, TrainingOrder, hash32, permutation, sample_numbers, share
-from trainer.errors import Refusal
-from trainer.sections import Run
+from trainer.command_line.sections import Run
+from trainer.data import loader, stream
+from trainer.data.seeding import hash32
+from trainer.data.stream import EvaluationOrder, TrainingOrder, permutation, sample_numbers, share
+from trainer.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,7 @@ def test_the_order_is_the_same_for_ever() -> None:
     assert permutation(42, 0, 8).tolist() == [3, 1, 0, 7, 4, 6, 5, 2]
 
 
-def test_each_item_once_per_epoch_and_its_number_tells_the_epoch() -> None:
+def test_each_item_once_per_epoch_and_its_number_gives_the_epoch() -> None:
     length, epochs = 37, 4
     numbers = sample_numbers(range(length * epochs), 9, length)
     assert len(set(numbers)) == len(numbers)
@@ -79,22 +80,22 @@ def test_a_resumed_stream_goes_on_where_it_was() -> None:
 
 
 def test_resuming_far_into_a_run_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    epochs = []
 
     def counted(seed: int, epoch: int, length: int) -> np.ndarray:
-        asked.append(epoch)
+        epochs.append(epoch)
         return permutation(seed, epoch, length)
 
-    monkeypatch.setattr(batches, "permutation", counted)
+    monkeypatch.setattr(stream, "permutation", counted)
     first = next(iter(order(8, 1000, first=10**9)))
     assert len(first) == 8
-    assert set(asked) == {8 * 10**9 // 1000}
+    assert set(epochs) == {8 * 10**9 // 1000}
 
 
 def test_batches_run_through_the_border_of_epochs() -> None:
-    found = read(order(4, 6), 6)
-    assert {len(batch) for batch in found} == {4}
-    assert [n // 6 for n in found[1]] == [0, 0, 1, 1]
+    batches = read(order(4, 6), 6)
+    assert {len(batch) for batch in batches} == {4}
+    assert [n // 6 for n in batches[1]] == [0, 0, 1, 1]
 
 
 def test_a_set_smaller_than_a_batch_works() -> None:
@@ -107,7 +108,7 @@ def test_a_set_smaller_than_a_batch_works() -> None:
     ("batch", "processes", "hint"), [(10, 4, "use 8 or 12"), (3, 4, "use 4"), (7, 2, "use 6 or 8"), (1, 2, "use 2")]
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch: int, processes: int, hint: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         share(batch, processes)
     assert f"batch_size {batch}" in str(caught.value)
     assert f"{processes} processes" in str(caught.value)
@@ -147,7 +148,7 @@ def test_evaluation_batches_are_no_larger_than_training_ones() -> None:
 
 @dataclass
 class Squares:
-    """Item n is n²; every batch also tells which number was asked for."""
+    """Item n is n²; every batch also holds the requested numbers."""
 
     length: int = 23
 
@@ -155,16 +156,16 @@ class Squares:
         return self.length
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        asked = torch.tensor(numbers)
-        return {"number": asked, "square": (asked % self.length) ** 2}
+        requested = torch.tensor(numbers)
+        return {"number": requested, "square": (requested % self.length) ** 2}
 
 
 def loaded(workers: int, count: int = 9) -> list[dict[str, torch.Tensor]]:
-    reader = batches.read(Squares(), order(5, 23), Run(num_workers=workers), CPU)
+    reader = loader.read(Squares(), order(5, 23), Run(num_workers=workers), CPU)
     try:
         return [next(reader) for _ in range(count)]
     finally:
-        batches.close(reader)
+        loader.close(reader)
 
 
 def test_workers_change_no_batch_and_nothing_draws_from_the_global_generators() -> None:
@@ -182,7 +183,7 @@ def test_workers_change_no_batch_and_nothing_draws_from_the_global_generators() 
 
 
 def test_the_loader_reads_evaluation_to_its_end() -> None:
-    reader = batches.read(Squares(), EvaluationOrder(23, 8, 0, 1), Run(num_workers=0), CPU)
+    reader = loader.read(Squares(), EvaluationOrder(23, 8, 0, 1), Run(num_workers=0), CPU)
     assert torch.cat([batch["number"] for batch in reader]).tolist() == list(range(23))
 
 
@@ -190,10 +191,10 @@ def test_a_set_on_the_device_is_called_here_with_the_same_numbers() -> None:
     dataset = Squares()
     moved: list[torch.device] = []
     dataset.on_device, dataset.to = True, moved.append  # type: ignore[attr-defined]
-    reader = batches.read(dataset, order(5, 23), Run(num_workers=2), CPU)
+    reader = loader.read(dataset, order(5, 23), Run(num_workers=2), CPU)
     assert moved == [CPU]
     assert [next(reader)["number"].tolist() for _ in range(6)] == read(order(5, 23), 6)
-    batches.close(reader)
+    loader.close(reader)
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds
@@ -215,7 +216,7 @@ def test_hashes_are_spread_over_all_32_bits() -> None:
 
 
 def test_the_batch_arithmetic_is_printed() -> None:
-    text = "\n".join(batches.describe(8, 4, 2, 100, 1600))
+    text = "\n".join(stream.describe(8, 4, 2, 100, 1600))
     for part in (
         "4 samples x 2 processes x 4 accumulation = 32",
         "100 optimizer steps",
@@ -223,4 +224,4 @@ def test_the_batch_arithmetic_is_printed() -> None:
         "2.00 epochs of 1,600",
     ):
         assert part in text
-    assert "epochs" not in "\n".join(batches.describe(8, 1, 1, 100, None))
+    assert "epochs" not in "\n".join(stream.describe(8, 1, 1, 100, None))

@@ -1,4 +1,4 @@
-"""Properties 4 and 5: nothing half-written is ever loaded, nothing good is lost, and no code hides in data."""
+"""Nothing half-written is ever loaded, no good checkpoint is lost, and loading data runs no code."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ from launching import RECIPE, ROOT, environment
 from torch import nn
 
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer import checkpoint, retention
-from trainer import config as configuration
-from trainer.checkpoint import Checkpoint
-from trainer.console import Console
-from trainer.errors import CHECKPOINT, Refusal
-from trainer.launch import Control, connect
+from trainer.backends.plain import PlainBackend
+from trainer.backends.tensors import TensorEntry
+from trainer.checkpoints import checkpoint, retention
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.retention import newest_good
+from trainer.command_line import config as configuration
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.control import Control
+from trainer.distributed.launch import connect
+from trainer.errors import CHECKPOINT, UserError
 from trainer.main import train
-from trainer.portable_state import Entry, PlainState
-from trainer.retention import newest_good
+from trainer.recipe import Report
+from trainer.reporting.console import Console
 
 PREFIX = "checkpoint_step_"
 ALONE = Control(0, 1, timedelta(minutes=1))
 
 
-def entries(**tensors: torch.Tensor) -> list[Entry]:
-    return [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
+def entries(**tensors: torch.Tensor) -> list[TensorEntry]:
+    return [TensorEntry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
 
 
 def write(folder: Path, step: int, shard_bytes: int = checkpoint.SHARD_BYTES, **tensors: torch.Tensor) -> Path:
@@ -59,16 +63,16 @@ def flip(path: Path, position: int = -3, bit: int = 1) -> None:
 
 
 def rewrite_manifest(folder: Path, **changes: object) -> None:
-    """A manifest that agrees with every file, as one who means harm would write it."""
+    """A manifest that matches every file, as an attacker would write it."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "manifest.json":
             files[path.name] = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files, **changes}))
+    (folder / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT, "files": files, **changes}))
 
 
-def refusal_of(action: Callable[[], object]) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def error_of(action: Callable[[], object]) -> UserError:
+    with pytest.raises(UserError) as caught:
         action()
     assert caught.value.exit_code == CHECKPOINT
     return caught.value
@@ -79,15 +83,15 @@ def refusal_of(action: Callable[[], object]) -> Refusal:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(4, 3), "one": torch.randn(1), "scalar": torch.tensor(2.0), "count": torch.tensor([1, 2])}
-    found = Checkpoint(write(tmp_path, 4, **tensors))
-    found.verify()
-    assert found.names("model") == set(tensors)
+    loaded = Checkpoint(write(tmp_path, 4, **tensors))
+    loaded.verify()
+    assert loaded.names("model") == set(tensors)
     for name, tensor in tensors.items():
-        assert found.tensor("model", name).equal(tensor)
-        assert found.tensor("model", name).dtype == tensor.dtype
-        assert found.shape("model", name) == tuple(tensor.shape)
-    assert found.state == {"step": 4}
-    assert found.text("config.yaml") == "step: 4\n"
+        assert loaded.tensor("model", name).equal(tensor)
+        assert loaded.tensor("model", name).dtype == tensor.dtype
+        assert loaded.shape("model", name) == tuple(tensor.shape)
+    assert loaded.state == {"step": 4}
+    assert loaded.text("config.yaml") == "step: 4\n"
     assert not list(tmp_path.glob(".unfinished-*"))
 
 
@@ -100,11 +104,11 @@ def test_shards_past_a_size_with_an_index(tmp_path: Path) -> None:
     index = json.loads((path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in tensors.values())
     assert set(index["weight_map"]) == set(tensors)
-    found = Checkpoint(path)
-    found.verify()
-    assert all(found.tensor("model", name).equal(tensor) for name, tensor in tensors.items())
+    loaded = Checkpoint(path)
+    loaded.verify()
+    assert all(loaded.tensor("model", name).equal(tensor) for name, tensor in tensors.items())
     flip(path / shards[2])
-    assert shards[2] in str(refusal_of(Checkpoint(path).verify))
+    assert shards[2] in str(error_of(Checkpoint(path).verify))
 
 
 def test_shared_and_tied_tensors_are_written(tmp_path: Path) -> None:
@@ -121,13 +125,14 @@ def test_shared_and_tied_tensors_are_written(tmp_path: Path) -> None:
             self.register_buffer("forgotten", storage[:2], persistent=False)
 
     network = Tied()
-    state = PlainState(network, torch.optim.AdamW(network.parameters()), ("exp_avg", "exp_avg_sq"))
-    both = {"model": state.model_entries(), "optimizer": state.optimizer_entries()}
-    found = Checkpoint(checkpoint.write(tmp_path, f"{PREFIX}1", both, {}, ALONE))
-    assert found.names("model") == {"embedding.weight", "first", "second", "table"}  # the tied weight once
-    assert found.tensor("model", "first").equal(network.first)
-    assert found.tensor("model", "second").equal(network.second)
-    assert found.tensor("model", "table").equal(network.table)
+    backend = PlainBackend(connect("cpu", 1), "no", "no", Optimisation())
+    backend.prepare(network, network, lambda: torch.optim.AdamW(network.parameters()))
+    both = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
+    loaded = Checkpoint(checkpoint.write(tmp_path, f"{PREFIX}1", both, {}, ALONE))
+    assert loaded.names("model") == {"embedding.weight", "first", "second", "table"}  # the tied weight once
+    assert loaded.tensor("model", "first").equal(network.first)
+    assert loaded.tensor("model", "second").equal(network.second)
+    assert loaded.tensor("model", "table").equal(network.table)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -183,28 +188,28 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(tmp_path: Path, name: str) -> None:
-    spoil, file = DAMAGE[name]
+    damage, file = DAMAGE[name]
     for step in (4, 8, 12):
         write(tmp_path, step)
-    spoil(tmp_path / f"{PREFIX}12")
-    said: list[str] = []
-    found = newest_good(tmp_path, PREFIX, said.append)
-    assert found is not None
-    assert found.path.name == f"{PREFIX}8"
-    assert len(said) == 1
-    assert "WARNING" in said[0]
-    assert f"{PREFIX}12" in said[0]
-    assert file in said[0]
-    assert (tmp_path / f"{PREFIX}12").is_dir()  # nothing is deleted: a person may still save something
+    damage(tmp_path / f"{PREFIX}12")
+    messages: list[str] = []
+    loaded = newest_good(tmp_path, PREFIX, messages.append)
+    assert loaded is not None
+    assert loaded.path.name == f"{PREFIX}8"
+    assert len(messages) == 1
+    assert "WARNING" in messages[0]
+    assert f"{PREFIX}12" in messages[0]
+    assert file in messages[0]
+    assert (tmp_path / f"{PREFIX}12").is_dir()  # nothing is deleted: the user may still recover something
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_none_good_is_refused_not_started_anew(tmp_path: Path, name: str) -> None:
     write(tmp_path, 4)
     DAMAGE[name][0](tmp_path / f"{PREFIX}4")
-    refusal = refusal_of(lambda: newest_good(tmp_path, PREFIX, lambda _: None))
-    assert "none of the 1 checkpoints" in str(refusal)
-    assert str(tmp_path) in str(refusal)
+    error = error_of(lambda: newest_good(tmp_path, PREFIX, lambda _: None))
+    assert "none of the 1 checkpoints" in str(error)
+    assert str(tmp_path) in str(error)
 
 
 def test_every_byte_of_a_manifest_may_flip(tmp_path: Path) -> None:
@@ -216,8 +221,8 @@ def test_every_byte_of_a_manifest_may_flip(tmp_path: Path) -> None:
         flip(path / "manifest.json", position, bit=2)
         try:
             Checkpoint(path).verify()
-        except Refusal as refusal:
-            codes.append(refusal.exit_code)
+        except UserError as error:
+            codes.append(error.exit_code)
         (path / "manifest.json").write_bytes(good)
     assert set(codes) == {CHECKPOINT}
     assert len(codes) > len(good) / 2  # the rest is white space
@@ -226,10 +231,10 @@ def test_every_byte_of_a_manifest_may_flip(tmp_path: Path) -> None:
 def test_half_written_folders_do_not_count_and_are_cleared(tmp_path: Path) -> None:
     write(tmp_path, 4)
     shutil.copytree(tmp_path / f"{PREFIX}4", tmp_path / f".unfinished-{PREFIX}8")
-    said: list[str] = []
-    found = newest_good(tmp_path, PREFIX, said.append)
-    assert found is not None
-    assert (found.path.name, said) == (f"{PREFIX}4", [])
+    messages: list[str] = []
+    loaded = newest_good(tmp_path, PREFIX, messages.append)
+    assert loaded is not None
+    assert (loaded.path.name, messages) == (f"{PREFIX}4", [])
     outside = tmp_path / "outside"
     (outside / "precious").mkdir(parents=True)
     (tmp_path / ".unfinished-link").symlink_to(outside)
@@ -247,12 +252,13 @@ def test_links_and_other_names_are_no_step_checkpoints(tmp_path: Path) -> None:
     assert retention.step_folders(tmp_path, PREFIX) == [(4, tmp_path / f"{PREFIX}4")]
 
 
-def test_a_newer_format_is_refused_with_both_versions(tmp_path: Path) -> None:
+def test_another_format_is_refused_with_both_versions(tmp_path: Path) -> None:
     path = write(tmp_path, 4)
-    rewrite_manifest(path, format=checkpoint.FORMAT + 6)
-    refusal = refusal_of(lambda: Checkpoint(path))
-    assert f"format {checkpoint.FORMAT + 6}" in str(refusal)
-    assert f"up to {checkpoint.FORMAT};" in str(refusal)
+    for newer in (checkpoint.FORMAT + 1, checkpoint.FORMAT + 6, checkpoint.FORMAT - 1):
+        rewrite_manifest(path, format=newer)
+        error = error_of(lambda: Checkpoint(path))
+        assert f"format {newer}" in str(error)
+        assert f"reads {checkpoint.FORMAT};" in str(error)
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "a/../../outside.json", "..", ".", "", "sub/file"])
@@ -264,7 +270,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path, name: str) 
     described = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     files = json.loads((path / "manifest.json").read_text())["files"]
     rewrite_manifest(path, files={**files, name: described})
-    refusal_of(lambda: Checkpoint(path).verify())
+    error_of(lambda: Checkpoint(path).verify())
 
 
 @pytest.mark.parametrize("target", ["../model.safetensors", "absolute", "not-in-the-manifest.safetensors"])
@@ -278,9 +284,9 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, target: str) 
     index["weight_map"] = dict.fromkeys(index["weight_map"], target)
     file.write_text(json.dumps(index))
     rewrite_manifest(path)
-    found = Checkpoint(path)
-    found.verify()  # every hash is right
-    assert target in str(refusal_of(lambda: found.names("model")))
+    loaded = Checkpoint(path)
+    loaded.verify()  # every hash is right
+    assert target in str(error_of(lambda: loaded.names("model")))
 
 
 # No code in data
@@ -298,12 +304,12 @@ class Bomb:
 
 def pickles(marker: Path) -> list[bytes]:
     """The same bomb as a plain pickle, and as torch saves it in both of its forms."""
-    made = [pickle.dumps(Bomb(marker))]
+    contents = [pickle.dumps(Bomb(marker))]
     for zipped in (True, False):
         buffer = io.BytesIO()
         torch.save({"weight": Bomb(marker)}, buffer, _use_new_zipfile_serialization=zipped)
-        made.append(buffer.getvalue())
-    return made
+        contents.append(buffer.getvalue())
+    return contents
 
 
 def test_the_bombs_go_off_when_they_are_opened(tmp_path: Path) -> None:
@@ -327,14 +333,14 @@ def test_a_pickle_renamed_to_a_file_of_a_checkpoint_is_never_opened(tmp_path: Pa
         rewrite_manifest(path)
 
     def read_all() -> None:
-        found = Checkpoint(path)
-        found.verify()
-        assert isinstance(found.state, dict)
+        loaded = Checkpoint(path)
+        loaded.verify()
+        assert isinstance(loaded.state, dict)
         for stem in ("model", "optimizer"):
-            for name in found.names(stem):
-                found.tensor(stem, name)
+            for name in loaded.names(stem):
+                loaded.tensor(stem, name)
 
-    assert file in str(refusal_of(read_all))
+    assert file in str(error_of(read_all))
     assert not marker.exists()
 
 
@@ -345,15 +351,15 @@ def test_no_source_reads_or_writes_pickles() -> None:
         r"torch\.(load|save)\b|\b(c?pickle|dill|cloudpickle|joblib|marshal|shelve)\b(?!d|r)|allow_pickle\s*=\s*True"
         r"|from torch(\.serialization)? import .*\b(load|save)\b|yaml\.(unsafe_|full_)load|save_state\(|load_state\("
     )
-    found = []
+    violations = []
     for path in sources:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             code = re.sub(r'"[^"]*"', '""', line).partition("#")[0]
             if forbidden.search(code) and not re.search(r"[Pp]ickl(e|ing) .*(is|one|a) ", line):  # prose of a docstring
-                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
-    assert found == []
+                violations.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert violations == []
     pattern = "import pickle", "torch.load(path)", "from torch import load", "np.load(f, allow_pickle=True)"
-    assert all(forbidden.search(line) for line in pattern)  # the scan itself can find something
+    assert all(forbidden.search(line) for line in pattern)  # the pattern does match such code
 
 
 # A save that fails, or is killed
@@ -392,14 +398,14 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path, keep_last: int
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
-        said: list[str] = []
-        found = newest_good(folder, PREFIX, said.append)
-        assert found is not None
-        assert said == [], "a half-written folder passes for a checkpoint"
-        assert found.state["step"] in (8, 12)
+        messages: list[str] = []
+        loaded = newest_good(folder, PREFIX, messages.append)
+        assert loaded is not None
+        assert messages == [], "a half-written folder passes for a checkpoint"
+        assert loaded.state["step"] in (8, 12)
         assert Checkpoint(folder / "best_model").state["step"] in (4, 12)
-        assert float(found.tensor("model", "a.weight")[0, 0]) == found.state["step"]
-        seen.add(found.state["step"])
+        assert float(loaded.tensor("model", "a.weight")[0, 0]) == loaded.state["step"]
+        seen.add(loaded.state["step"])
         retention.clear_unfinished(folder)  # and the next launch can save again
         if not os.WIFSIGNALED(status):
             break
@@ -416,11 +422,11 @@ def test_a_file_too_large_removes_what_was_begun(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        refusal = refusal_of(lambda: write(tmp_path, 8, w=torch.zeros(100, 100)))
+        error = error_of(lambda: write(tmp_path, 8, w=torch.zeros(100, 100)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"{PREFIX}8" in str(refusal)
-    assert "could not be written" in str(refusal)
+    assert f"{PREFIX}8" in str(error)
+    assert "could not be written" in str(error)
     assert [p.name for p in tmp_path.iterdir()] == [f"{PREFIX}4"]
     Checkpoint(tmp_path / f"{PREFIX}4").verify()
     write(tmp_path, 8, w=torch.zeros(100, 100))
@@ -496,21 +502,20 @@ TINY += " --max_steps 12 --save_every 4 --eval_every 0 --log_every 2 --num_worke
 
 
 class Quiet(Gpt2Wikitext):
-    def after_training(self, *_: object) -> None:
-        pass
+    report_class = Report
 
 
-def launch(*words: str) -> str:
-    """One launch in this process; what it said. Raises its Refusal."""
-    recipe, said = Quiet(), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        parsed = configuration.parse(recipe.Config, recipe.presets, words, recipe.name)
-        train(recipe, parsed, words, connect("cpu", 1), Console(None, True))
-    return said.getvalue()
+def launch(*flags: str) -> str:
+    """One launch in this process; its output. Raises its UserError."""
+    recipe, output = Quiet(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        parsed = configuration.parse(recipe.config_class, recipe.presets, flags, recipe.name)
+        train(recipe, parsed, flags, connect("cpu", 1), Console(None, True))
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The flags of a tiny run on a text written here, all but its directory."""
     folder = tmp_path_factory.mktemp("text")
     speech = "now is the winter of our discontent made glorious summer by this sun and all clouds that loured"
@@ -523,9 +528,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def original(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("original") / "run"
-    launch(*words, "--output_dir", str(run))
+    launch(*flags, "--output_dir", str(run))
     assert steps(run / "checkpoints") == [12, 8, 4]
     return run
 
@@ -537,15 +542,15 @@ def run_directory(original: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["weights-byte", "manifest-missing", "empty-folder"])
 def test_auto_takes_the_newest_good_one_and_goes_on_to_the_same_end(
-    words: list[str], run_directory: Path, original: Path, name: str
+    flags: list[str], run_directory: Path, original: Path, name: str
 ) -> None:
     folder = run_directory / "checkpoints"
     DAMAGE[name][0](folder / f"{PREFIX}12")
     flip(folder / f"{PREFIX}8" / "optimizer.safetensors")
     shutil.copytree(folder / f"{PREFIX}4", folder / f".unfinished-{PREFIX}12")
-    said = launch(*words, "--output_dir", str(run_directory))
-    assert said.count("WARNING: skipping a damaged checkpoint") == 2
-    assert "Resumed from step 4" in said
+    output = launch(*flags, "--output_dir", str(run_directory))
+    assert output.count("WARNING: skipping a damaged checkpoint") == 2
+    assert "Resumed from step 4" in output
     assert steps(folder) == [12, 8, 4]
     old, new = Checkpoint(original / "checkpoints" / f"{PREFIX}12"), Checkpoint(folder / f"{PREFIX}12")
     new.verify()
@@ -556,26 +561,26 @@ def test_auto_takes_the_newest_good_one_and_goes_on_to_the_same_end(
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_an_explicit_checkpoint_that_is_damaged_is_refused(words: list[str], run_directory: Path, name: str) -> None:
-    spoil, file = DAMAGE[name]
+def test_an_explicit_checkpoint_that_is_damaged_is_refused(flags: list[str], run_directory: Path, name: str) -> None:
+    damage, file = DAMAGE[name]
     path = run_directory / "checkpoints" / f"{PREFIX}8"
-    spoil(path)
-    refusal = refusal_of(lambda: launch(*words, "--output_dir", str(run_directory), "--resume_from", str(path)))
-    assert file in str(refusal)
-    assert str(path) in str(refusal)
+    damage(path)
+    error = error_of(lambda: launch(*flags, "--output_dir", str(run_directory), "--resume_from", str(path)))
+    assert file in str(error)
+    assert str(path) in str(error)
     assert steps(run_directory / "checkpoints") == [12, 8, 4]  # nothing was rolled back
 
 
-def test_a_run_without_a_good_checkpoint_is_refused(words: list[str], run_directory: Path) -> None:
+def test_a_run_without_a_good_checkpoint_is_refused(flags: list[str], run_directory: Path) -> None:
     for step in (4, 8, 12):
         flip(run_directory / "checkpoints" / f"{PREFIX}{step}" / "model.safetensors")
     before = (run_directory / "metrics.jsonl").read_bytes()
-    refusal = refusal_of(lambda: launch(*words, "--output_dir", str(run_directory)))
-    assert "none of the 3 checkpoints" in str(refusal)
+    error = error_of(lambda: launch(*flags, "--output_dir", str(run_directory)))
+    assert "none of the 3 checkpoints" in str(error)
     assert (run_directory / "metrics.jsonl").read_bytes() == before
 
 
-def test_pickles_beside_and_in_a_checkpoint_are_never_opened(words: list[str], run_directory: Path, tmp_path: Path) -> None:
+def test_pickles_beside_and_in_a_checkpoint_are_never_opened(flags: list[str], run_directory: Path, tmp_path: Path) -> None:
     marker, folder = tmp_path / "marker", run_directory / "checkpoints"
     (folder / "checkpoint_final").unlink()
     shutil.rmtree(folder / f"{PREFIX}12")
@@ -583,15 +588,15 @@ def test_pickles_beside_and_in_a_checkpoint_are_never_opened(words: list[str], r
         for place in (run_directory, folder, folder / f"{PREFIX}8", folder / f"{PREFIX}4"):
             (place / name).write_bytes(content)
             (place / "checkpoint_step_4.pt").write_bytes(content)
-    said = launch(*words, "--output_dir", str(run_directory))
-    assert "Resumed from step 8" in said
-    said = launch(*words, "--output_dir", str(run_directory), "--resume_from", f"{PREFIX}4.pt")
-    assert "Resumed from step 4" in said
+    output = launch(*flags, "--output_dir", str(run_directory))
+    assert "Resumed from step 8" in output
+    output = launch(*flags, "--output_dir", str(run_directory), "--resume_from", f"{PREFIX}4.pt")
+    assert "Resumed from step 4" in output
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])
-def test_init_from_opens_no_pickle(words: list[str], run_directory: Path, tmp_path: Path, kind: int) -> None:
+def test_init_from_opens_no_pickle(flags: list[str], run_directory: Path, tmp_path: Path, kind: int) -> None:
     """A folder of transformers' may hold its weights as a pickle; so may a checkpoint that lost its manifest."""
     marker, path = tmp_path / "marker", run_directory / "checkpoints" / f"{PREFIX}8"
     for name in ("manifest.json", "model.safetensors"):
@@ -606,8 +611,8 @@ def test_init_from_opens_no_pickle(words: list[str], run_directory: Path, tmp_pa
 
     sys.addaudithook(watch)
     try:
-        with pytest.raises(Refusal):
-            launch(*words, "--output_dir", str(tmp_path / "new"), "--init_from", str(path), "--max_steps", "1")
+        with pytest.raises(UserError):
+            launch(*flags, "--output_dir", str(tmp_path / "new"), "--init_from", str(path), "--max_steps", "1")
     finally:
         watching = False
     assert not marker.exists()
@@ -617,12 +622,12 @@ def test_init_from_opens_no_pickle(words: list[str], run_directory: Path, tmp_pa
 # A full disk
 
 
-def test_a_full_disk(words: list[str], tmp_path: Path) -> None:
-    """Training goes on and says so, the good checkpoint stays, nothing half-written stays, and the last save ends it: 5."""
+def test_a_full_disk(flags: list[str], tmp_path: Path) -> None:
+    """Training continues with warnings, the good checkpoint stays, nothing half-written stays, and the last save ends it: 5."""
     disk, kept, run = tmp_path / "disk", tmp_path / "kept", tmp_path / "run"
     disk.mkdir()
-    flags = [*words, "--output_dir", str(run), "--checkpoint_dir", str(disk), "--keep_last", "0", "--save_every", "2"]
-    command = [sys.executable, str(RECIPE), *flags]
+    argv = [*flags, "--output_dir", str(run), "--checkpoint_dir", str(disk), "--keep_last", "0", "--save_every", "2"]
+    command = [sys.executable, str(RECIPE), *argv]
     mount, limit, fits = f"mount -t tmpfs -o size=220k tmpfs {disk}", None, [2]
     if _may("unshare", "-rm", "sh", "-c", mount):  # a tmpfs with room for one checkpoint, in a name space of its own
         command = ["unshare", "-rm", "sh", "-c", f'{mount} && "$@"; code=$?; cp -r {disk} {kept}; exit $code', "sh", *command]
@@ -656,7 +661,7 @@ def test_a_full_disk(words: list[str], tmp_path: Path) -> None:
         Checkpoint(kept / f"{PREFIX}{step}").verify()
         # With some space again the same run goes on from there.
         shutil.copytree(kept, disk, dirs_exist_ok=True)
-        assert f"Resumed from step {step}" in launch(*flags)
+        assert f"Resumed from step {step}" in launch(*argv)
         assert (disk / "checkpoint_final").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""The Collatz recipe as a reader of its guide uses it: started, asked for its status, stopped, resumed, asked for numbers."""
+"""The Collatz recipe as it is used: started, its status requested, stopped, resumed, used for predictions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.errors import BAD_INPUT
 RECIPE = ROOT / "recipes" / "collatz.py"
 SMALL = ["--d_model", "16", "--num_layers", "1", "--nhead", "2", "--d_ff", "16", "--max_len", "90", "--prefix_len", "30"]
 SMALL += ["--val_numbers", "200", "--batch", "4", "--num_workers", "0", "--log_every", "10", "--device", "cpu", "--lr", "1e-3"]
-TRAIN = ["train", *SMALL, "--run_name", "guide"]
+TRAIN = ["train", *SMALL, "--run_name", "typed"]
 OF_TARGET = ["--model_path", "runs/collatz/target/checkpoints/best_model"]
 HUGE = str(3**7000)
 SCRIPT = {
@@ -62,15 +62,17 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A folder in which the guide's flow was typed, and then SCRIPT."""
+    """A folder in which a run was started, stopped and resumed by typing, and then SCRIPT."""
     folder = tmp_path_factory.mktemp("collatz")
     env = environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     logs = []
     for number in range(2):
         logs.append(folder / f"launch{number}.log")
         with logs[-1].open("wb") as out:
-            words = [sys.executable, "-u", str(RECIPE), *TRAIN]
-            process = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT)
+            command = [sys.executable, "-u", str(RECIPE), *TRAIN]
+            process = subprocess.Popen(
+                command, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+            )
         assert process.stdin
         try:
             wait_for(logs[-1], "Step ", process)
@@ -85,41 +87,41 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             process.wait()
     (folder / "logs").mkdir()
     commands = json.dumps(list(SCRIPT.values()))
-    words = [sys.executable, "-c", DRIVER, str(RECIPE), str(folder / "logs"), commands]
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=200)
+    command = [sys.executable, "-c", DRIVER, str(RECIPE), str(folder / "logs"), commands]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=200)
     assert (folder / "logs" / "codes.json").exists(), done.stderr.decode()[-3000:]
     codes = json.loads((folder / "logs" / "codes.json").read_text())
     outputs = [(folder / "logs" / f"{number}.log").read_text() for number in range(len(SCRIPT))]
     return SimpleNamespace(
         folder=folder,
         launches=[log.read_text() for log in logs],
-        said=dict(zip(SCRIPT, zip(codes, outputs, strict=True), strict=True)),
+        outputs=dict(zip(SCRIPT, zip(codes, outputs, strict=True), strict=True)),
     )
 
 
 def output(place: SimpleNamespace, name: str, code: int = 0) -> str:
-    found, text = place.said[name]
-    assert found == code, text[-3000:]
+    exit_code, text = place.outputs[name]
+    assert exit_code == code, text[-3000:]
     assert "Traceback" not in text
     return text
 
 
-def test_the_guides_flow_status_stop_and_resume(place: SimpleNamespace) -> None:
+def test_status_stop_and_resume(place: SimpleNamespace) -> None:
     first, second = place.launches
     steps = []
     for text in (first, second):
-        assert "of 1,000,000;" in text  # the answer to `status`
+        assert "of 1,000,000;" in text  # the output of `status`
         line = next(line for line in text.splitlines() if ": stop_typed. Checkpoint: " in line)
         steps.append(int(line.split()[3].rstrip(":").replace(",", "")))
         assert f"model_step_{steps[-1]}" in line
         assert "Loss: " in text
         assert " | LR: 1.00e-03 | Time: " in text
     assert "Loading checkpoint:" not in first
-    assert f"Loading checkpoint: runs/collatz/guide/checkpoints/model_step_{steps[0]}\nResumed from step {steps[0]}\n" in second
+    assert f"Loading checkpoint: runs/collatz/typed/checkpoints/model_step_{steps[0]}\nResumed from step {steps[0]}\n" in second
     assert steps[1] > steps[0] > 0
 
 
-def test_a_target_ends_the_run_in_the_guides_words(place: SimpleNamespace) -> None:
+def test_a_target_ends_the_run_with_a_message(place: SimpleNamespace) -> None:
     text = output(place, "target")
     assert "Target loss reached!\n" in text
     assert "Finished at step 3: target loss" in text
@@ -137,7 +139,7 @@ def test_a_finished_run_shows_its_metrics_beside_the_baselines(place: SimpleName
     assert (run / "plots" / "loss.png").stat().st_size > 1000
 
 
-def test_guide_mode_says_that_it_leaks(place: SimpleNamespace) -> None:
+def test_guide_mode_warns_that_it_leaks(place: SimpleNamespace) -> None:
     lines = [line for line in output(place, "guide mode").splitlines() if "leaks" in line]
     assert len(lines) == 1
 
@@ -196,6 +198,6 @@ def test_bad_input_is_one_line(place: SimpleNamespace, name: str, word: str) -> 
 
 def test_the_command_line_needs_no_torch() -> None:
     script = "import recipes.collatz, sys; print(sorted({'torch', 'numba', 'matplotlib'} & set(sys.modules)))"
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr

@@ -1,4 +1,4 @@
-"""The stream of Collatz numbers: what it contains, what it never does, and what a batch shows of it."""
+"""The stream of Collatz numbers: what it contains, what it never does, and the contents of a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from recipes.data.collatz import (
     CollatzStream,
     HeldOutNumbers,
     Layout,
-    is_held_out,
 )
 from recipes.data.trajectories import PADDING, from_words, trajectory
 
@@ -33,11 +32,16 @@ def numbers_of(words: Any) -> list[int]:
     return from_words(np.asarray(words))
 
 
+def is_held_out(n: int) -> bool:
+    """Whether training, counting up from n, passes over it."""
+    return numbers_of(stream(start=n, hard_fraction=0.0).draw([0])[0]) != [n]
+
+
 def test_a_sample_depends_on_seed_and_number_alone() -> None:
     batch = stream().__getitems__(range(100, 140))
     for part in (range(100, 101), range(120, 140), [133, 101]):
-        found = stream().__getitems__(part)
-        for name, tensor in found.items():
+        subset = stream().__getitems__(part)
+        for name, tensor in subset.items():
             assert torch.equal(tensor, batch[name][[number - 100 for number in part]]), name
     copy = pickle.loads(pickle.dumps(stream())).__getitems__(range(100, 140))
     assert all(torch.equal(copy[name], batch[name]) for name in batch)
@@ -45,7 +49,7 @@ def test_a_sample_depends_on_seed_and_number_alone() -> None:
     assert not torch.equal(other["kind"], batch["kind"])
 
 
-def test_a_batch_shows_each_number_as_python_walks_it() -> None:
+def test_a_batch_holds_each_trajectory_as_computed_in_python() -> None:
     batch = stream().__getitems__(range(1000, 1400))
     assert batch["tokens"].shape == (400, 500)
     for n, tokens, steps, scored in zip(
@@ -57,7 +61,7 @@ def test_a_batch_shows_each_number_as_python_walks_it() -> None:
         assert bytes(tokens.tolist()) == vector + bytes([PADDING]) * (500 - len(vector))
 
 
-def test_kinds_come_in_their_shares_and_are_what_they_say() -> None:
+def test_kinds_come_in_their_shares_and_have_their_properties() -> None:
     words, kinds = stream().draw(range(100_000))
     shares = np.bincount(kinds) / len(kinds)
     assert shares == pytest.approx([0.5, 0.15, 0.15, 0.2], abs=0.005)
@@ -93,7 +97,7 @@ def test_the_ordinary_half_is_neither_even_nor_odd() -> None:
     assert (words[kinds == NORMAL, 0] % np.uint64(2)).mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_share_of_hard_numbers_is_as_asked_and_rises_with_a_curriculum() -> None:
+def test_the_share_of_hard_numbers_is_as_configured_and_rises_with_a_curriculum() -> None:
     for share in (0.0, 0.1, 1.0):
         kinds = stream(hard_fraction=share).draw(range(10_000))[1]
         assert (kinds != NORMAL).mean() == pytest.approx(share, abs=0.002)
@@ -108,12 +112,12 @@ def test_training_never_meets_a_held_out_number_and_evaluation_only_those() -> N
     ordinary = np.array([is_held_out(n) for n in range(2, 100_000)])
     assert ordinary.mean() * HELD_OUT_ONE_IN == pytest.approx(1, abs=0.3)
     held_out = HeldOutNumbers("val", 1001, 10, 2**29, Layout())
-    found = numbers_of(held_out.words)
-    assert all(is_held_out(n) for n in found)
-    assert len(held_out) == len(set(found)) == 1001
+    numbers = numbers_of(held_out.words)
+    assert all(is_held_out(n) for n in numbers)
+    assert len(held_out) == len(set(numbers)) == 1001
     assert (held_out.kinds == NORMAL).sum() == 501
     assert set(held_out.kinds) == {NORMAL, LARGE, MOD4, DENSE}
-    normal = [n for n, kind in zip(found, held_out.kinds, strict=True) if kind == NORMAL]
+    normal = [n for n, kind in zip(numbers, held_out.kinds, strict=True) if kind == NORMAL]
     assert min(normal) < 10**4
     assert max(normal) > 10**8
 

@@ -11,16 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from recipes.collatz import Collatz, Config, OptimisationConfig, next_token_loss, stopping_loss
 from recipes.data.collatz import CollatzStream, Layout
-from recipes.models.collatz import (
-    PADDING,
-    CollatzTransformer,
-    next_token_loss,
-    read,
-    sinusoids,
-    stopping_loss,
-    training_flops_per_number,
-)
+from recipes.models.collatz import PADDING, CollatzTransformer, predict_batch, sinusoids
 
 MAX_LEN, PREFIX = 60, 20
 
@@ -120,30 +113,30 @@ def test_training_and_evaluation_mode_give_the_same(changes: dict[str, str]) -> 
     model = network(**changes)
     shown = batch(Layout(MAX_LEN, PREFIX, digits="input" in changes))
     model.train()
-    trained = read(model, shown)
+    trained = predict_batch(model, shown)
     assert trained[0].requires_grad
     model.eval()
     with torch.no_grad():
-        evaluated = read(model, shown)
+        evaluated = predict_batch(model, shown)
     for one, two in zip(trained, evaluated, strict=True):
         assert torch.equal(one.detach(), two)
     with torch.inference_mode():
-        assert torch.equal(read(model, shown)[1], evaluated[1])
+        assert torch.equal(predict_batch(model, shown)[1], evaluated[1])
 
 
 def test_dropout_is_on_in_training_only() -> None:
     model, shown = network(dropout=0.5), batch()
-    assert torch.equal(read(model, shown)[0], read(model, shown)[0])
+    assert torch.equal(predict_batch(model, shown)[0], predict_batch(model, shown)[0])
     model.train()
-    assert not torch.equal(read(model, shown)[0], read(model, shown)[0])
+    assert not torch.equal(predict_batch(model, shown)[0], predict_batch(model, shown)[0])
 
 
 def test_in_bf16_a_predicted_stopping_time_is_fine_grained() -> None:
     """bf16 itself comes in steps of 0.03 between 4 and 8: a prediction would be off by up to 1.6 % of the number."""
     model, shown = network(), batch()
-    exact = read(model, shown)[0]
+    exact = predict_batch(model, shown)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = read(model, shown)[0]
+        rounded = predict_batch(model, shown)[0]
     assert exact.min() > 4
     assert (rounded - exact).abs().max() < 5e-3
 
@@ -151,8 +144,8 @@ def test_in_bf16_a_predicted_stopping_time_is_fine_grained() -> None:
 def test_recomputing_activations_changes_no_gradient() -> None:
     gradients = []
     for recompute in (False, True):
-        model = network(recompute=recompute).train()
-        stopping, logits = read(model, batch())
+        model = network(gradient_checkpointing=recompute).train()
+        stopping, logits = predict_batch(model, batch())
         (stopping.sum() + logits.square().sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(*gradients, strict=True))
@@ -162,9 +155,20 @@ def test_every_parameter_gets_a_gradient() -> None:
     """Else DDP waits for it."""
     for changes in ({}, {"mode": "guide"}, {"input": "digits"}):
         model, shown = network(**changes).train(), batch(Layout(MAX_LEN, PREFIX, digits="input" in changes))
-        stopping, logits = read(model, shown)
+        stopping, logits = predict_batch(model, shown)
         (stopping_loss(stopping, shown).sum() + next_token_loss(logits, shown).sum()).backward()
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("input", ["parities", "digits"])
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(input: str) -> None:
+    model = network(input=input)
+    optimizer = Collatz().optimizer(model, Config(optimisation=OptimisationConfig(optimizer="muon")))
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    parts = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert by_muon == {"stopping.0.weight", *(f"layers.{i}.{part}" for i in range(2) for part in parts)}
+    assert {names[id(p)] for g in optimizer.param_groups if not g["muon"] for p in g["params"]} == set(names.values()) - by_muon
 
 
 def test_layers_start_with_weights_of_their_own() -> None:
@@ -187,7 +191,7 @@ def test_it_is_torchs_encoder_layer_by_layer() -> None:
     assert torch.allclose(model.stopping(mean)[:, 0] + math.log1p(200), outputs(model, tokens)[0], atol=1e-5)
 
 
-def test_the_guides_sizes() -> None:
+def test_the_default_sizes() -> None:
     model = CollatzTransformer(128, 4, 4, 512, 0.1, 500)
     assert (
         sum(p.numel() for p in model.layers.parameters())
@@ -213,7 +217,7 @@ def test_flops_are_those_counted() -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         stopping, logits = model.train()(tokens, tokens == PADDING)
         (stopping.sum() + logits.sum()).backward()
-    assert training_flops_per_number(model, 64) == pytest.approx(counter.get_total_flops() / 8, rel=0.1)
+    assert model.training_flops(64) == pytest.approx(counter.get_total_flops() / 8, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a person sees, in a pipe and on a terminal, and that nothing about it can end a run."""
+"""Console output, in a pipe and on a terminal, and that no failure of it ends a run."""
 
 import fcntl
 import os
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 
-import trainer.console
-from trainer.console import Console, format_duration
+import trainer.reporting.console
+from trainer.reporting.console import Console, format_duration
 
 TWO_LINES_AND_A_BAR = """
 import time
 from pathlib import Path
-from trainer.console import Console
+from trainer.reporting.console import Console
 console = Console(Path("train.log"), is_main=True)
 for step in (100, 200):
     console.progress(step, 2000, loss=3.25, units_per_sec=52_100, unit="tokens", eta_seconds=3723)
     time.sleep(0.15)
-    console.say(f"Iter {step}")
+    console.log(f"Iter {step}")
 console.close()
 """
 
@@ -92,22 +92,22 @@ def test_a_stdout_that_fails_ends_nothing(tmp_path: Path, stdout: str) -> None:
     assert (tmp_path / "train.log").read_text() == "Iter 100\nIter 200\n"
 
 
-def test_a_log_that_cannot_be_written_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_cannot_be_written_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(Path("/dev/full"), is_main=True)
-    console.say("one")
-    console.say("two")
-    said = capsys.readouterr().out
-    assert said.count("/dev/full cannot be written (No space left on device)") == 1
-    assert "one\n" in said
-    assert "two\n" in said
+    console.log("one")
+    console.log("two")
+    output = capsys.readouterr().out
+    assert output.count("/dev/full cannot be written (No space left on device)") == 1
+    assert "one\n" in output
+    assert "two\n" in output
 
 
-def test_lines_said_before_the_log_is_known_are_written_first(tmp_path: Path) -> None:
+def test_lines_before_the_log_is_open_are_written_first(tmp_path: Path) -> None:
     console = Console(None, is_main=True)
-    console.say("early")
+    console.log("early")
     console.open_log(tmp_path / "train.log")
-    console.say("late")
-    Console(tmp_path / "train.log", is_main=True).say("resumed")
+    console.log("late")
+    Console(tmp_path / "train.log", is_main=True).log("resumed")
     assert (tmp_path / "train.log").read_text() == "early\nlate\nresumed\n"
 
 
@@ -125,7 +125,7 @@ def test_a_traceback_goes_to_the_log_only(tmp_path: Path, capsys: pytest.Capture
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(tmp_path / "train.log", is_main=False)
-    console.say("hello")
+    console.log("hello")
     console.log_traceback(ValueError("boom"))
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "train.log").exists()
@@ -150,8 +150,8 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_secrets_in_urls_are_neither_shown_nor_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console, url = Console(tmp_path / "train.log", is_main=True), "http://me:hunter2@proxy:3128"
-    console.say(f"trying {url}")
-    console.complain(f"no answer from {url}")
+    console.log(f"trying {url}")
+    console.error(f"no answer from {url}")
     try:
         raise OSError(f"{url} failed")
     except OSError as error:
@@ -169,9 +169,9 @@ def test_lines_of_several_threads_are_all_logged(tmp_path: Path, monkeypatch: py
         file.write = lambda text: (write(text), time.sleep(0.001))
         return file
 
-    monkeypatch.setattr(trainer.console, "open", slow_disk, raising=False)
+    monkeypatch.setattr(trainer.reporting.console, "open", slow_disk, raising=False)
     console = Console(tmp_path / "train.log", is_main=True)
-    threads = [threading.Thread(target=lambda: [console.say("x") for _ in range(20)]) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [console.log("x") for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

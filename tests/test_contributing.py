@@ -1,4 +1,4 @@
-"""The recipe that CONTRIBUTING.md shows is one, and what is easily wrong in a recipe is told in words."""
+"""The recipe in CONTRIBUTING.md trains, and common mistakes in a recipe give a clear error."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ def test_the_example_trains(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ('return {"error": len', 'return {"mistake": len', "loss gives the terms error, items counts mistake"),
+        (
+            "    def loss(",
+            '    def measure(self, network: Any, batch: Any) -> Any:\n        return {"size": (1.0, 1.0)}\n\n    def loss(',
+            "measure gives size without error; give the loss terms as well",
+        ),
         ('{"val": Line', '{"dev": Line', "val_loss is to be watched, but the evaluation sets are called dev"),
         ('name = "line"', 'name = "line"\n    best_metric = "val_accuracy"', "eval/val_accuracy is to be watched, but"),
         ('fingerprint=f"line {x.sum()}"', 'fingerprint=""', "build_data gives no fingerprint"),
         ('if __name__ == "__main__":', "if True:", "must stand below `if __name__"),
     ],
 )
-def test_a_mistake_is_told(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_is_reported(old: str, new: str, message: str, tmp_path: Path) -> None:
     assert old in RECIPE
     done = run(tmp_path, RECIPE.replace(old, new))
     assert done.returncode != 0

@@ -23,14 +23,14 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     return message
 
 
-def documents(found: list[Unit]) -> list[str]:
+def documents(pieces: list[Unit]) -> list[str]:
     """Units put together again."""
     whole: list[str] = []
-    for unit in found:
+    for unit in pieces:
         if unit.starts:
             whole.append("")
         whole[-1] += unit.text
-    assert [unit.ends for unit in found] == [*(unit.starts for unit in found[1:]), True]
+    assert [unit.ends for unit in pieces] == [*(unit.starts for unit in pieces[1:]), True]
     return whole
 
 
@@ -41,8 +41,8 @@ def read(path: Path, content: str | bytes) -> list[Unit]:
 
 def test_a_text_file_is_its_documents_and_nothing_of_them_is_lost(tmp_path: Path) -> None:
     texts = ["One.\n", "\n Two \r\n\n", "Dreï 🙂"]
-    found = read(tmp_path / "a.txt", "\ufeff" + END_OF_TEXT.join([*texts[:2], " \n", texts[2]]) + END_OF_TEXT + "\n")
-    assert found == [Unit(text, True, True) for text in texts]
+    pieces = read(tmp_path / "a.txt", "\ufeff" + END_OF_TEXT.join([*texts[:2], " \n", texts[2]]) + END_OF_TEXT + "\n")
+    assert pieces == [Unit(text, True, True) for text in texts]
     assert read(tmp_path / "b.txt", "no separator\nat all") == [Unit("no separator\nat all", True, True)]
     assert read(tmp_path / "c.txt", " \n") == []
 
@@ -50,9 +50,9 @@ def test_a_text_file_is_its_documents_and_nothing_of_them_is_lost(tmp_path: Path
 @pytest.mark.parametrize("block", [1, 7, 64, 100_000])
 def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE", 40)
-    dice = random.Random(0)
+    rng = random.Random(0)
     words = ["a", "river", "stone.\n", "\n\n", "quietly", "é", "🙂", "<|endof", "lighthouses", "  "]
-    texts = [" ".join(dice.choices(words, k=dice.randint(1, 60))) for _ in range(60)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(60)]
     (tmp_path / "a.txt").write_bytes(END_OF_TEXT.join(texts).encode())
     expected = list(units(find_sources([str(tmp_path / "a.txt")])))
     assert documents(expected) == [text for text in texts if text.strip()]
@@ -64,9 +64,9 @@ def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: P
 
 def test_long_documents_are_cut_before_white_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE", 20)
-    found = read(tmp_path / "a.txt", "twelve words\n\n  or more " * 20)
-    assert documents(found) == ["twelve words\n\n  or more " * 20]
-    for before, after in itertools.pairwise(found):
+    pieces = read(tmp_path / "a.txt", "twelve words\n\n  or more " * 20)
+    assert documents(pieces) == ["twelve words\n\n  or more " * 20]
+    for before, after in itertools.pairwise(pieces):
         assert not before.text[-1].isspace()
         assert after.text[0].isspace()
     assert documents(read(tmp_path / "b.txt", "日" * 500)) == ["日" * 500]  # no white space at all
@@ -82,24 +82,24 @@ def test_rows_of_jsonl_and_parquet_are_documents(tmp_path: Path) -> None:
     write_table(pa.table({"story": rows, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet", row_group_size=2)
     kept = [rows[0], rows[2], rows[3]]
     assert documents(list(units([Source(str(tmp_path / "a.jsonl"))]))) == [*kept, "bare"]
-    told: list[int] = []
-    assert documents(list(units([Source(str(tmp_path / "a.parquet"))], "story", told.append))) == kept
-    assert sum(told) == (tmp_path / "a.parquet").stat().st_size
+    progress: list[int] = []
+    assert documents(list(units([Source(str(tmp_path / "a.parquet"))], "story", progress.append))) == kept
+    assert sum(progress) == (tmp_path / "a.parquet").stat().st_size
 
 
 def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def load_dataset(*names: Any, **options: Any) -> list[dict[str, str]]:
-        asked.append((names, options))
+        calls.append((names, options))
         return [{"text": "One."}, {"text": "Two."}]
 
-    monkeypatch.setattr(corpus, "hub_answers", lambda: True)
+    monkeypatch.setattr(corpus, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert documents(list(units([Source("owner/stories:small", "validation")]))) == ["One.", "Two."]
-    assert asked == [(("owner/stories", "small"), {"split": "validation", "streaming": True})]
+    assert calls == [(("owner/stories", "small"), {"split": "validation", "streaming": True})]
     with pytest.raises(ValueError, match="no text in 'story', but text; give its name with --column") as error:
         list(units([Source("owner/stories", "train")], "story"))
     one_line(error)
@@ -135,7 +135,7 @@ def test_patterns_and_names(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "READ_BYTES", 64)
-    monkeypatch.setattr(corpus, "hub_answers", lambda: False)
+    monkeypatch.setattr(corpus, "hub_is_reachable", lambda: False)
     for name, content, problem in (
         ("a.txt", b"good \xc3\xa9 " * 30 + b"caf\xe9 and on", "byte 0xe9 at offset 243"),
         ("b.txt", b"cut off \xc3", "byte 0xc3 at offset 8"),
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch
     one_line(error)
 
 
-def test_held_out_units_are_the_share_that_was_asked_for_and_never_the_first() -> None:
+def test_held_out_units_are_the_requested_share_and_never_the_first() -> None:
     stream = [Unit("x" * (10 + n % 7), True, True) for n in range(3000)]
     parts = list(hold_out(stream, 0.05))
     assert "".join(part.text for part in parts) == "".join(unit.text for unit in stream)

@@ -30,14 +30,14 @@ def ids(encoder: Encoder, text: str) -> list[int]:
 
 
 def test_it_gives_the_ids_of_the_library_on_any_text(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "MOST_WORDS", 2000)  # so that the cache is emptied on the way
-    encoder, dice = Encoder(trained.to_str(), "uint16"), random.Random(0)
+    monkeypatch.setattr(encoding, "MAX_WORDS", 2000)  # so that the cache is emptied on the way
+    encoder, rng = Encoder(trained.to_str(), "uint16"), random.Random(0)
     every = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x11000), 0x1F642, 0x1D7D8)]
     simple = [char for char in every if SIMPLE.fullmatch(char)]
     common = list(" '\n\tstrelaZ09.\r  \u00a0")
     for _ in range(3000):
-        kind = dice.choice((common, simple, every))
-        text = "".join(dice.choice(kind if dice.random() < 0.7 else common) for _ in range(dice.randrange(40)))
+        kind = rng.choice((common, simple, every))
+        text = "".join(rng.choice(kind if rng.random() < 0.7 else common) for _ in range(rng.randrange(40)))
         assert ids(encoder, text) == library(trained, text), ascii(text)
     assert len(encoder.words) < 2000
 
@@ -56,7 +56,7 @@ def test_words_are_met_once(trained: Tokenizer) -> None:
     encoder = Encoder(trained.to_str(), "uint32")
     assert ids(encoder, TEXT * 5) == library(trained, TEXT * 5)
     assert encoder.words.keys() <= set(WORD.findall(TEXT * 2))
-    encoder.words.tokenizer = None  # type: ignore[assignment] # it is not asked again
+    encoder.words.tokenizer = None  # type: ignore[assignment] # it is not called again
     assert ids(encoder, TEXT * 7) == library(trained, TEXT * 7)
 
 

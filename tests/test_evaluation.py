@@ -1,4 +1,4 @@
-"""Property 7, evaluation is exact: 9 samples give the same numbers on any number of processes and in batches of any size; and
+"""Evaluation is exact: 9 samples give the same numbers on any number of processes and in batches of any size; and
 neither evaluating nor saving more often changes what is trained."""
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from scenarios import TOY, Finished, launch
 from torch import nn
 from toy_recipe import ToyRecipe
 
-from trainer import config, setup
-from trainer.evaluation import Objective
+from trainer.checkpoints.network import build_network
+from trainer.command_line import config
+from trainer.evaluation.objective import Objective
 from trainer.recipe import Batch
 
 KINDS = ("one", "ddp", "zero3")
@@ -36,9 +37,9 @@ def test_terms_meet_their_own_counts_in_whatever_order_loss_gives_them() -> None
         def loss(self, network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             return dict(reversed(super().loss(network, batch).items()))
 
-    settings = config.parse(ToyRecipe.Config, {}, COMMON, "toy").config
+    settings = config.parse(ToyRecipe.config_class, {}, COMMON, "toy").config
     data = ToyRecipe().build_data(settings)
-    network, batch = setup.build_network(ToyRecipe(), settings, data), data.train.__getitems__(range(4))
+    network, batch = build_network(ToyRecipe(), settings, data), data.train.__getitems__(range(4))
     terms = list(ToyRecipe().items(batch))
     sums = [Objective(network, recipe, terms)(batch) for recipe in (ToyRecipe(), Reversed())]
     assert len(terms) == 2
@@ -53,11 +54,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Fi
 
 
 def measured_by_hand(run: Finished) -> dict[str, float]:
-    """What evaluation should say of a run's last weights: the plain network, each sample on its own."""
+    """The metrics that evaluation should give for a run's last weights: the plain network, each sample on its own."""
     recipe = ToyRecipe()
-    settings = config.parse(recipe.Config, {}, COMMON, recipe.name).config
+    settings = config.parse(recipe.config_class, {}, COMMON, recipe.name).config
     data = recipe.build_data(settings)
-    network = setup.build_network(recipe, settings, data).eval()
+    network = build_network(recipe, settings, data).eval()
     network.load_state_dict(run.tensors("model", STEPS), strict=False)
     network.head.weight = network.embed.weight  # saved once, under the first name
     sums: dict[str, float] = {}
@@ -70,8 +71,8 @@ def measured_by_hand(run: Finished) -> dict[str, float]:
     means = {name: sums[name] / counts[name] for name in sums}
     weights = recipe.loss_weights(settings)
     loss = sum(weights.get(term, 1.0) * means[term] for term in ("token", "value"))
-    found = {"loss": loss, "accuracy": means["accuracy"], "loss_token": means["token"], "loss_value": means["value"]}
-    return {f"eval/val_{name}": value for name, value in found.items()}
+    metrics = {"loss": loss, "accuracy": means["accuracy"], "loss_token": means["token"], "loss_value": means["value"]}
+    return {f"eval/val_{name}": value for name, value in metrics.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

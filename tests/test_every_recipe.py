@@ -22,12 +22,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         return [*TINY[name][1](folder), *COMMON, "--stop_at_step", str(step)]
 
     runs = {f"{name} whole": (TINY[name][0], argv(name, STEPS)) for name in TINY}
-    found = launch("one", runs, tmp_path_factory.mktemp("whole"))
+    results = launch("one", runs, tmp_path_factory.mktemp("whole"))
     directories = tmp_path_factory.mktemp("parts")
     for step in (*PARTS, STEPS):
         runs = {f"{name} in parts": (TINY[name][0], argv(name, step)) for name in TINY}
-        found |= launch("one", runs, tmp_path_factory.mktemp(f"to_{step}"), directories)
-    return found
+        results |= launch("one", runs, tmp_path_factory.mktemp(f"to_{step}"), directories)
+    return results
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -35,9 +35,9 @@ def test_stopped_twice_it_ends_with_the_same_bits(name: str, finished: dict[str,
     whole, parts = finished[f"{name} whole"], finished[f"{name} in parts"]
     assert parts.steps() == [*PARTS, STEPS], parts.outcomes
     for stem in ("model", "optimizer"):
-        right, mine = whole.tensors(stem, STEPS), parts.tensors(stem, STEPS)
-        assert right.keys() == mine.keys()
-        assert [key for key in right if not right[key].equal(mine[key])] == []
+        expected, actual = whole.tensors(stem, STEPS), parts.tensors(stem, STEPS)
+        assert expected.keys() == actual.keys()
+        assert [key for key in expected if not expected[key].equal(actual[key])] == []
     for key in ("train/loss", "train/grad_norm", "train/learning_rate"):
         assert len(whole.curve(key)) == STEPS
         assert parts.curve(key) == whole.curve(key)

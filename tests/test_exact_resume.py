@@ -1,4 +1,4 @@
-"""Property 2: killed with SIGKILL at any moment and started again by the same command, a run ends with the same bits.
+"""Exact resume: killed with SIGKILL at any moment and started again by the same command, a run ends with the same bits.
 
 Each test ends with a count of what it injected: one that killed nothing fails.
 """
@@ -18,13 +18,13 @@ from fault_injector import (
     different_tensors,
     inside_a_save,
     inside_an_evaluation,
+    kill_at_moment,
     reached,
     rows,
-    strike,
 )
 from launching import RECIPE, Started, command, environment, run
 
-from trainer.retention import newest_good
+from trainer.checkpoints.retention import newest_good
 
 LAST_STEP = 40
 TINY = "--tokenizer train --vocab_size 300 --d_model 32 --num_layers 2 --num_heads 2 --max_length 32 --dropout 0.1"
@@ -38,7 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exact")
     (folder / "text").mkdir()
     words = "a rose by any other name would smell as sweet so romeo were he not called retain that dear perfection"
-    for name, number in (("train", 70), ("validation", 6), ("test", 6)):
+    # Validation is large enough for an evaluation to be met.
+    for name, number in (("train", 70), ("validation", 60), ("test", 6)):
         lines = (" ".join(words.split()[(i * i + 5 * k) % 20] for k in range(12)) for i in range(number))
         (folder / "text" / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder
@@ -61,21 +62,23 @@ def uninterrupted(place: Path, env: dict[str, str]) -> Path:
     return directory
 
 
-def kill_at(moment: Moment, kind: str, words: list[str], directory: Path, env: dict[str, str], rank: int | None = None) -> bool:
-    """Start a run and SIGKILL it, or one of its ranks, at `moment`; whether that was injected. Nobody may outlive it."""
-    process = Started(command(kind, RECIPE, *words), directory.with_suffix(".log"), env)
+def start_and_kill(
+    moment: Moment, kind: str, argv: list[str], directory: Path, env: dict[str, str], rank: int | None = None
+) -> bool:
+    """Start a run and SIGKILL it, or one of its ranks, at `moment`; whether that was injected. No process may outlive it."""
+    process = Started(command(kind, RECIPE, *argv), directory.with_suffix(".log"), env)
     try:
-        struck = strike(process, directory, moment, SECONDS, rank)
-        assert (process.wait(timeout=60) != 0) == struck
+        killed = kill_at_moment(process, directory, moment, SECONDS, rank)
+        assert (process.wait(timeout=60) != 0) == killed
         assert process.orphans(10) == []
     except subprocess.TimeoutExpired:
         raise AssertionError(f"the other rank went on:\n{process.log.read_text(errors='replace')[-3000:]}") from None
     finally:
         process.kill_all()
-    return struck
+    return killed
 
 
-# What must hold afterwards
+# Comparison with the uninterrupted run
 
 
 def assert_same_run(directory: Path, expected: Path) -> None:
@@ -130,14 +133,15 @@ def test_killed_again_and_again_in_one_process(
     place: Path, env: dict[str, str], uninterrupted: Path, workers: int, moments: dict[str, Moment]
 ) -> None:
     directory = place / f"killed-{workers}"
-    words = arguments(place, directory, "--num_workers", str(workers))
-    injected = [name for name, moment in moments.items() if kill_at(moment, "one", words, directory, env)]
+    argv = arguments(place, directory, "--num_workers", str(workers))
+    injected = [name for name, moment in moments.items() if start_and_kill(moment, "one", argv, directory, env)]
     assert injected == list(moments)
 
-    run("one", RECIPE, *words, log=directory.with_suffix(".log"), env=env)
+    run("one", RECIPE, *argv, log=directory.with_suffix(".log"), env=env)
     assert_same_run(directory, uninterrupted)
     resumed = resume_lines(directory)
-    assert len(resumed) == len(injected) - ("inside the first save" in injected) - ("at start" in injected)
+    without_checkpoint = {"inside the first save", "at start"} & set(injected)
+    assert len(resumed) == len(injected) - len(without_checkpoint)
     assert resumed == sorted(resumed)
     if moments is TWICE_IN_ONE_EPOCH:
         assert all(18 <= step <= 27 for step in resumed[:2])
@@ -152,14 +156,14 @@ def test_killed_under_a_launcher(place: Path, env: dict[str, str], kind: str, ra
     """
     expected, directory = place / kind, place / f"{kind}-killed"
     run(kind, RECIPE, *arguments(place, expected, "--num_workers", "0"), log=expected.with_suffix(".log"), env=env)
-    words = arguments(place, directory, "--num_workers", "0")
-    assert kill_at(later(inside_a_save, 8), kind, words, directory, env, rank)
+    argv = arguments(place, directory, "--num_workers", "0")
+    assert start_and_kill(later(inside_a_save, 8), kind, argv, directory, env, rank)
     assert max(row["step"] for row in rows(directory)) < LAST_STEP
-    said: list[str] = []
-    kept = newest_good(directory / "checkpoints", "checkpoint_step_", said.append)
+    messages: list[str] = []
+    kept = newest_good(directory / "checkpoints", "checkpoint_step_", messages.append)
     assert kept is not None
-    assert said == []  # nothing half-written passes for a checkpoint
-    step = kept.state["progress"]["step"]
-    run(kind, RECIPE, *words, log=directory.with_suffix(".log"), env=env)
+    assert messages == []  # nothing half-written passes for a checkpoint
+    step = kept.state["train_state"]["step"]
+    run(kind, RECIPE, *argv, log=directory.with_suffix(".log"), env=env)
     assert resume_lines(directory) == [step]
     assert_same_run(directory, expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,26 @@ from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 from recipes.gpt2_wikitext import Config as Gpt2Config
 from recipes.models.gpt2 import build_gpt2
 from recipes.models.transformer_lm import TransformerLM
-from recipes.studies.story_config import Config, Model
-from trainer import checkpoint
-from trainer.config import to_yaml
+from recipes.tinystories_lm import Config, ModelConfig
+from trainer.backends.tensors import TensorEntry
+from trainer.checkpoints import checkpoint
+from trainer.command_line.config import to_yaml
+from trainer.distributed.control import Control
 from trainer.errors import BAD_INPUT, CHECKPOINT
-from trainer.launch import Control
-from trainer.portable_state import Entry
+from trainer.state import TrainState
 
-SMALL = Model(vocab_size=320, context_length=32, d_model=32, num_heads=4, d_ff=48, num_layers=3, rope_theta=500.0)
+SMALL = ModelConfig(vocab_size=320, context_length=32, d_model=32, num_heads=4, d_ff=48, num_layers=3, rope_theta=500.0)
 TOKENIZER = train_tokenizer(["Once upon a time there was a cat.", "It slept in the sun, she said."], 320)
 
 
 def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[str, str] | None = None) -> Path:
     """A checkpoint of step 20 in a run that measured itself at that step, as the trainer writes it."""
-    progress = {"step": 20, "best": 1.25, "best_step": 10, "train_loss": 1.5}
-    state = {"recipe": recipe, "progress": progress}
+    measured = TrainState(20, evaluated_step=20, evaluated_metric=1.3333, best_metric=1.25, best_step=10, train_loss=1.5)
+    state = {"recipe": recipe, "train_state": asdict(measured)}
     written = {"trainer_state.json": json.dumps(state), "config.yaml": to_yaml(config), **(documents or {})}
-    entries = [Entry(n, tuple(p.shape), torch.float32, lambda p=p: p.detach().clone()) for n, p in network.named_parameters()]
+    entries = [
+        TensorEntry(n, tuple(p.shape), torch.float32, lambda p=p: p.detach().clone()) for n, p in network.named_parameters()
+    ]
     control = Control(0, 1, timedelta(minutes=1))
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rows = [{"step": 10, "eval/val_loss": 1.25}, {"step": 20, "eval/val_loss": 1.3333, "eval/train_loss": 1.1111}]
@@ -41,7 +44,7 @@ def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[
     return checkpoint.write(folder / "checkpoints", "checkpoint_iter_20", {"model": entries}, written, control)
 
 
-def story_checkpoint(folder: Path, model: Model = SMALL, **documents: str) -> tuple[Path, TransformerLM]:
+def story_checkpoint(folder: Path, model: ModelConfig = SMALL, **documents: str) -> tuple[Path, TransformerLM]:
     torch.manual_seed(0)
     network = TransformerLM(**vars(model)).eval()
     for p in network.parameters():
@@ -73,8 +76,8 @@ def test_a_llama_from_the_folder_has_the_same_logits(tied: bool, tmp_path: Path)
         tokenizer = kind.from_pretrained(tmp_path / "out")
         assert tokenizer(text).input_ids == TOKENIZER.encode(text).ids
         assert tokenizer.eos_token == END_OF_TEXT
-    made = theirs.generate(torch.tensor([TOKENIZER.encode(text).ids]), max_new_tokens=3)
-    assert made.shape[1] > len(TOKENIZER.encode(text).ids)
+    generated = theirs.generate(torch.tensor([TOKENIZER.encode(text).ids]), max_new_tokens=3)
+    assert generated.shape[1] > len(TOKENIZER.encode(text).ids)
     assert theirs.generation_config.eos_token_id == TOKENIZER.token_to_id(END_OF_TEXT)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 500.0
     assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {oct(path.stat().st_mode & 0o666)}
@@ -84,7 +87,7 @@ def test_without_the_permutation_the_logits_would_differ(tmp_path: Path, monkeyp
     from transformers import AutoModelForCausalLM
 
     path, ours = story_checkpoint(tmp_path)
-    monkeypatch.setattr(export_hf, "_paired_by_halves", lambda found, name, heads: found.tensor("model", name))
+    monkeypatch.setattr(export_hf, "_paired_by_halves", lambda loaded, name, heads: loaded.tensor("model", name))
     export_hf.main([str(path), "--out", str(tmp_path / "out")])
     tokens = torch.randint(320, (2, 32))
     with torch.no_grad():
@@ -108,6 +111,13 @@ def test_the_model_card_holds_the_loss_of_this_very_step(tmp_path: Path) -> None
     assert "1.25" not in card  # the best loss of the run is another step's
     assert str(tmp_path) not in card
     assert "/somewhere" not in card
+
+
+def test_a_checkpoint_that_left_its_run_remembers_its_loss(tmp_path: Path) -> None:
+    path, _ = story_checkpoint(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    assert "| validation loss | 1.3333 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,7 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     other = saved(tmp_path / "other", "collatz", torch.nn.Linear(2, 2), Config())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for words, code, problem in (
+    for argv, code, problem in (
         ([tmp_path / "nowhere", "--out", tmp_path / "out"], BAD_INPUT, "no checkpoint folder"),
         ([damaged, "--out", tmp_path / "out"], CHECKPOINT, "damaged"),
         ([other, "--out", tmp_path / "out"], BAD_INPUT, "'collatz'"),
@@ -167,7 +177,7 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([path, "--out", tmp_path / "out", "--tokenizer", tmp_path / "none.json"], BAD_INPUT, "does not exist"),
     ):
         with pytest.raises(SystemExit) as end:
-            export_hf.main([str(word) for word in words])
+            export_hf.main([str(argument) for argument in argv])
         assert end.value.code == code, problem
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert problem in line

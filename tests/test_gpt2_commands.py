@@ -1,4 +1,4 @@
-"""Every command of the GPT-2 guide, with only the program's name changed, and what a trained run is then good for."""
+"""Every documented command of the GPT-2 recipe, and the use of a trained run."""
 
 import json
 import math
@@ -20,22 +20,22 @@ from launching import RECIPE, environment, run_in_turn
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recipes.commands.text_language_model import Evaluate, Generate, generate
 from recipes.data.text import Text, TokenSplit
 from recipes.data.token_samples import TokenBlocks
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
-from recipes.studies.language_model import Evaluate, Generate, generate
-from trainer import config as configuration
-from trainer.checkpoint import Checkpoint
-from trainer.config import Parsed
-from trainer.errors import BAD_INPUT, Refusal
-from trainer.inference import evaluate_trained
-from trainer.launch import Control, Launch
-from trainer.main import _command_line
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.network import evaluate_network
+from trainer.command_line import config as configuration
+from trainer.command_line.config import Parsed
+from trainer.distributed.control import Control
+from trainer.distributed.launch import Launch
+from trainer.errors import BAD_INPUT, UserError
+from trainer.main import read_command_line
 from trainer.setup import load_weights
 
-# The guide's own words; `python -m generative-pretrained-transformer-2.src.main` is `python recipes/gpt2_wikitext.py` here.
-GUIDE = r"""
+DOCUMENTED = r"""
 python recipes/gpt2_wikitext.py train --max_training_hours 8.0
 python recipes/gpt2_wikitext.py train --max_training_hours 2.0
 python recipes/gpt2_wikitext.py train \
@@ -65,7 +65,7 @@ python recipes/gpt2_wikitext.py train \
 python recipes/gpt2_wikitext.py evaluate \
     --model_path checkpoints/best_model.pth
 """
-COMMANDS = [shlex.split(line)[2:] for line in GUIDE.replace("\\\n", " ").strip().splitlines()]
+COMMANDS = [shlex.split(line)[2:] for line in DOCUMENTED.replace("\\\n", " ").strip().splitlines()]
 TRAIN = [argv for argv in COMMANDS if argv[0] == "train"]
 SMALL = next(argv for argv in TRAIN if "512" in argv)
 
@@ -90,12 +90,12 @@ SCRIPT: dict[str, list[str]] = {
     "generate": SAMPLED,
     "generate again": SAMPLED,
     "generate greedily": [*SAMPLED, "--temperature", "0", "--top_k", "0", "--repetition_penalty", "1"],
-    "generate wrongly": [*SAMPLED, "--top_p", "0"],
+    "generate with top_p 0": [*SAMPLED, "--top_p", "0"],
     "resume": ["train", "--resume_from", "checkpoints/checkpoint_epoch_5.pth"],
     "again": ["train", "--run_name", "default"],
     "short": ["train", *TINY, *MODEL, "--max_length", "8", "--max_steps", "1", "--run_name", "short"],
     **{
-        f"guide {number}": [*argv, *TINY, *([] if argv == SMALL else MODEL), "--stop_at_step", "1"]
+        f"documented {number}": [*argv, *TINY, *([] if argv == SMALL else MODEL), "--stop_at_step", "1"]
         for number, argv in enumerate(TRAIN)
         if any(flag in argv for flag in ("--batch_size", "--max_training_hours"))
     },
@@ -103,19 +103,36 @@ SCRIPT: dict[str, list[str]] = {
 
 
 def parsed(argv: list[str]) -> Any:
-    return _command_line(Gpt2Wikitext(), argv)
+    return read_command_line(Gpt2Wikitext(), argv)
 
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
-def test_every_command_parses_to_what_it_says(argv: list[str]) -> None:
+def test_every_documented_command_sets_its_values(argv: list[str]) -> None:
     command, flags = parsed(argv)
     assert command == argv[0]
     values = configuration.values(flags.config if isinstance(flags, Parsed) else flags)
     before = configuration.values(Config()) if command == "train" else vars(Evaluate(""))
-    typed = {name.lstrip("-"): value for name, value in zip(argv[1::2], argv[2::2], strict=True)}
-    for name, value in typed.items():
+    given = {name.lstrip("-"): value for name, value in zip(argv[1::2], argv[2::2], strict=True)}
+    for name, value in given.items():
         assert str(values[name]) == value or float(values[name]) == float(value)
-    assert {name for name, value in values.items() if value != before[name]} <= set(typed)
+    assert {name for name, value in values.items() if value != before[name]} <= set(given)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "--batch_size", "0"], "batch_size 0 must be above 0"),
+        (["evaluate", "--stride", "-1"], "stride -1 must be above 0"),
+        (["generate", "--max_new_tokens", "0"], "max_new_tokens 0 must be above 0"),
+        (["generate", "--temperature", "-0.5"], "temperature -0.5 must not be negative"),
+        (["generate", "--top_k", "-1"], "top_k -1 must not be negative"),
+        (["generate", "--repetition_penalty", "0"], "repetition_penalty 0.0 must be above 0"),
+        (["generate", "--repetition_penalty", "inf"], "repetition_penalty inf is not a finite number"),
+    ],
+)
+def test_numbers_that_no_command_can_mean(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        parsed(argv)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +145,7 @@ def test_every_command_parses_to_what_it_says(argv: list[str]) -> None:
     ],
     ids=["default", "custom", "small", "large"],
 )
-def test_the_guides_models_can_be_built_as_typed(argv: list[str], parameters: int | None, heads: int) -> None:
+def test_the_documented_models_can_be_built(argv: list[str], parameters: int | None, heads: int) -> None:
     config = parsed(argv)[1].config
     data = SimpleNamespace(extra={"text": SimpleNamespace(vocab_size=50257, end_of_text=50256)})
     with torch.device("meta"):
@@ -160,14 +177,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         HF_HUB_OFFLINE="1",
         CUDA_VISIBLE_DEVICES="",
     )
-    yield SimpleNamespace(folder=folder, said=run_in_turn(RECIPE, SCRIPT, folder, env))
+    yield SimpleNamespace(folder=folder, outputs=run_in_turn(RECIPE, SCRIPT, folder, env))
     for checkpoints in ("runs", "my_checkpoints"):  # a quarter of a gigabyte
         shutil.rmtree(folder / checkpoints, ignore_errors=True)
 
 
 def output(place: SimpleNamespace, name: str, code: int = 0) -> str:
-    found, text = place.said[name]
-    assert found == code, text[-3000:]
+    exit_code, text = place.outputs[name]
+    assert exit_code == code, text[-3000:]
     assert "Traceback" not in text
     return text
 
@@ -196,7 +213,7 @@ def test_without_a_network_the_first_command_names_the_ways_out(place: SimpleNam
         assert way in lines[0]
 
 
-def test_it_trains_and_leaves_what_the_guide_lists(place: SimpleNamespace) -> None:
+def test_it_trains_and_leaves_checkpoints_metrics_and_a_plot(place: SimpleNamespace) -> None:
     text = output(place, "base")
     for part in ("Loss:", "LR:", "Parameters:", "Warm-up cut from 2000", "Sample:"):
         assert part in text, part
@@ -224,7 +241,7 @@ def test_it_trains_and_leaves_what_the_guide_lists(place: SimpleNamespace) -> No
     assert metrics(place)["final/val_loss"] < math.log(300) - 1
 
 
-def test_the_guides_resume_goes_on_from_epoch_5_and_ends_where_it_did(place: SimpleNamespace) -> None:
+def test_resuming_goes_on_from_epoch_5_and_ends_where_the_run_did(place: SimpleNamespace) -> None:
     text = output(place, "resume")
     folder = run_folder(place) / "checkpoints"
     step = int((folder / "checkpoint_epoch_5").resolve().name.removeprefix("checkpoint_step_"))
@@ -238,7 +255,7 @@ def test_the_guides_resume_goes_on_from_epoch_5_and_ends_where_it_did(place: Sim
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_same_command_again_says_it_has_finished(place: SimpleNamespace) -> None:
+def test_the_same_command_again_reports_that_it_has_finished(place: SimpleNamespace) -> None:
     assert "Already finished" in output(place, "again")
 
 
@@ -251,7 +268,7 @@ def test_a_model_that_reads_few_tokens_finishes_too(place: SimpleNamespace) -> N
     assert status["state"] == "finished"
 
 
-def test_the_guides_evaluate_measures_the_test_split(place: SimpleNamespace) -> None:
+def test_evaluate_measures_the_test_split(place: SimpleNamespace) -> None:
     text = output(place, "evaluate")
     loss, tokens = scored(text, "test")
     assert 1 < loss < math.log(300)
@@ -283,7 +300,7 @@ class KnowsThePast(torch.nn.Module):
 def test_a_smaller_stride_gives_every_token_more_context() -> None:
     ids = np.tile(np.arange(12), 40).astype(np.uint16)
     split = TokenSplit(ids, np.array([len(ids)]), 1, "")
-    launch = Launch(0, 1, 0, torch.device("cpu"), False, Control(0, 1, timedelta(minutes=1)))
+    launch = Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta(minutes=1)))
     config = parsed(["train", "--num_workers", "0"])[1].config
     losses, guessed = [], []
     for stride in (32, 20, 5, 1):
@@ -292,7 +309,7 @@ def test_a_smaller_stride_gives_every_token_more_context() -> None:
         assert int((batch["labels"] != -100).sum()) == len(ids) - 1
         # Every block guesses at its first 11 tokens, unless the block before it has scored them.
         guessed.append(11 + (len(dataset) - 1) * max(0, 11 - (32 - stride)))
-        result = evaluate_trained(Gpt2Wikitext(), KnowsThePast(), config, dataset, launch, 8)
+        result = evaluate_network(Gpt2Wikitext(), KnowsThePast(), config, dataset, launch, 8)
         losses.append(result["loss"])
     assert losses == sorted(losses, reverse=True)
     for loss, number in zip(losses, guessed, strict=True):
@@ -321,12 +338,12 @@ def test_generate_continues_the_prompt_the_same_way_for_a_seed(place: SimpleName
     assert one == two
     assert len(one.partition("The value of")[2].strip()) > 0
     assert "The value of" in output(place, "generate greedily")
-    assert "top_p" in output(place, "generate wrongly", BAD_INPUT)
+    assert "top_p" in output(place, "generate with top_p 0", BAD_INPUT)
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPT if name.startswith("guide ")])
-def test_the_guides_training_commands_start(place: SimpleNamespace, name: str) -> None:
-    """As typed, plus a small text (and small sizes, but for the guide's own small model), stopped after one step."""
+@pytest.mark.parametrize("name", [name for name in SCRIPT if name.startswith("documented ")])
+def test_the_documented_training_commands_start(place: SimpleNamespace, name: str) -> None:
+    """As documented, plus a small text (and small sizes, but for the command that has some), stopped after one step."""
     text = output(place, name)
     if "Already finished" not in text:
         assert "Stopped at step 1: stop_at_step" in text
@@ -342,19 +359,19 @@ def test_the_guides_training_commands_start(place: SimpleNamespace, name: str) -
 
 def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_read() -> None:
     prompt = os.fsdecode(b"na\xefve")  # Latin-1, as it comes from the command line
-    with pytest.raises(Refusal, match="the prompt is not UTF-8 from character 3 on"):
-        generate(Gpt2Wikitext(), Generate("nowhere", prompt=prompt), Launch(0, 1, 0, torch.device("cpu"), False, None), print)
+    with pytest.raises(UserError, match="the prompt is not UTF-8 from character 3 on"):
+        generate(Gpt2Wikitext(), Generate("nowhere", prompt=prompt), Launch(0, 1, 0, torch.device("cpu"), None), print)
 
 
 def test_transformers_opens_a_checkpoint_and_gives_the_same_logits(place: SimpleNamespace) -> None:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
     folder = run_folder(place) / "checkpoints" / "best_model"
-    found = Checkpoint(folder.resolve())
-    text = Text.without_data(found.text("tokenizer.json"))
+    checkpoint = Checkpoint(folder.resolve())
+    text = Text.without_data(checkpoint.text("tokenizer.json"))
     m = parsed(SCRIPT["base"])[1].config.model
     ours = build_gpt2(text.vocab_size, text.end_of_text, **vars(m)).eval()
-    load_weights(ours, found)
+    load_weights(ours, checkpoint)
     theirs, info = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in info)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""GPT-2 and its loss against transformers' own, and what the design promises of it."""
+"""GPT-2 and its loss against transformers' own, and its guaranteed properties."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from recipes.commands.language_model import perplexity
 from recipes.data.text import TokenSplit
 from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
-from recipes.models.gpt2 import build_gpt2, loss_sum, perplexity, training_flops_per_token
-from trainer.evaluation import Objective
+from recipes.models.gpt2 import build_gpt2, training_flops_per_token
+from trainer.evaluation.objective import Objective
 
 RECIPE = Gpt2Wikitext()
 END = 0
@@ -78,7 +79,7 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("cut", [TokenBlocks, TokenRows])
 def test_position_t_is_trained_on_token_t_plus_1(cut: type) -> None:
-    """In the text 1 2 3 4 ... the model that says "one more" is right, and the one that copies its input is wrong."""
+    """In the text 1 2 3 4 ... the model that predicts "one more" is right, and the one that copies its input is wrong."""
     ids = np.tile(np.arange(1, 41), 3)
     data = TokenSplit(ids.astype(np.uint16), np.array([40, 80, 120]), 120, "")
     batch = cut(data, 12, 50, END).__getitems__([0, 1, 2])
@@ -155,10 +156,11 @@ def test_a_batch_without_labels_has_loss_0_and_finite_gradients() -> None:
 
 def test_the_loss_is_summed_in_fp32_whatever_the_logits_are() -> None:
     logits = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(16).reshape(2, 8)
-    low = loss_sum(logits.bfloat16(), labels)
+    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "labels": torch.arange(16).reshape(2, 8)}
+    low = RECIPE.loss(lambda input_ids: SimpleNamespace(logits=logits.bfloat16()), batch)["next_token"]
     assert low.dtype == torch.float32
-    assert low.item() == pytest.approx(loss_sum(logits.bfloat16().double(), labels).item(), rel=1e-6)
+    exact = -logits.bfloat16().double().log_softmax(-1).gather(-1, batch["labels"][..., None]).sum()
+    assert low.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_what_leaves_the_objective_is_scalars() -> None:
@@ -176,6 +178,15 @@ def test_perplexity() -> None:
     assert perplexity(np.log(50)) == pytest.approx(50)
     assert perplexity(1e4) == float("inf")
     assert RECIPE.derive({"loss": 0.0}) == {"perplexity": 1.0}
+
+
+def test_console_lines() -> None:
+    metrics = {"train/loss": 6.95566, "train/learning_rate": 4e-5, "train/grad_norm": 2.2264, "train/perplexity": 1049.0}
+    metrics |= {"train/iter_time_ms": 143.49, "train/tokens_per_sec": 7138.4, "train/data_wait_fraction": 0.0}
+    line = "Step    100 | Loss: 6.9557 | LR: 4.00e-05 | Grad norm: 2.226 | Time: 143.5ms | Tokens/sec: 7138"
+    assert RECIPE.report.log_line(100, metrics) == line
+    evaluated = RECIPE.report.evaluation_line(500, {"eval/val_loss": 4.25, "eval/val_perplexity": 70.10541})
+    assert evaluated == "Evaluating at step 500... val_loss: 4.2500 | val_perplexity: 70.1054"
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -211,7 +222,7 @@ def test_the_first_loss_is_that_of_guessing() -> None:
     assert loss == pytest.approx(np.log(50), abs=0.1)
 
 
-def test_heads_of_64_unless_told() -> None:
+def test_heads_of_64_by_default() -> None:
     with torch.device("meta"):
         for width, heads in ((64, 1), (512, 8), (768, 12), (1024, 16)):
             assert tiny(d_model=width, num_heads=None, num_layers=1).config.n_head == heads
@@ -219,9 +230,9 @@ def test_heads_of_64_unless_told() -> None:
         assert tiny(d_model=32, num_heads=None, num_layers=1).config.n_head == 1
 
 
-@pytest.mark.parametrize(("width", "heads", "told"), [(1024, 12, 12), (200, None, 3)])
-def test_a_width_that_does_not_divide_is_refused(width: int, heads: int | None, told: int) -> None:
-    with pytest.raises(ValueError, match=rf"d_model {width} does not divide into {told} heads.*--num_heads"):
+@pytest.mark.parametrize(("width", "heads", "expected"), [(1024, 12, 12), (200, None, 3)])
+def test_a_width_that_does_not_divide_is_refused(width: int, heads: int | None, expected: int) -> None:
+    with pytest.raises(ValueError, match=rf"d_model {width} does not divide into {expected} heads.*--num_heads"):
         tiny(d_model=width, num_heads=heads)
 
 

@@ -1,4 +1,4 @@
-"""Which interface gloo is told to use. That it works is shown in test_two_hosts.py; here are the hosts it must leave alone."""
+"""The interface that is set for gloo. test_two_hosts.py shows that it works; here are the hosts where none may be set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from trainer import hosts
+from trainer.distributed import hosts
 
 Address = namedtuple("Address", "address")
 SEVERAL = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "first"}
@@ -26,8 +26,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
         monkeypatch.setattr(hosts.socket, "gethostname", lambda: "me")
         monkeypatch.setattr(hosts, "_address_of", names.get)
         monkeypatch.setattr(hosts, "_source_towards", ours.get)
-        found = {"lo": [Address("127.0.0.1")], "eth0": [Address("172.16.0.2")], "ib0": [Address("10.0.0.2")]}
-        monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+        interfaces = {"lo": [Address("127.0.0.1")], "eth0": [Address("172.16.0.2")], "ib0": [Address("10.0.0.2")]}
+        monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
 
     become(NAMES, OURS)
     return become

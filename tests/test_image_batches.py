@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from recipes.data.image_batches import Augmentation, ImageBatches
-from trainer.batches import TrainingOrder, close, read
-from trainer.sections import Run
+from trainer.command_line.sections import Run
+from trainer.data.loader import close, read
+from trainer.data.stream import TrainingOrder
 
 SHAPE = (2, 6, 5)
 
@@ -29,12 +30,14 @@ class Ramps:
         return image, i % 4
 
 
-def made(numbers: int = 12, mean: tuple[float, ...] = (0.0,), std: tuple[float, ...] = (1.0,), **what: Any) -> ImageBatches:
-    return ImageBatches(Ramps(), np.arange(numbers), 4, mean, std, Augmentation(**what) if what else None, seed=3)
+def make_batches(
+    numbers: int = 12, mean: tuple[float, ...] = (0.0,), std: tuple[float, ...] = (1.0,), **what: Any
+) -> ImageBatches:
+    return ImageBatches((Ramps(), np.arange(numbers)), 4, mean, std, Augmentation(**what) if what else None, seed=3)
 
 
 def test_without_augmentation_a_sample_is_its_normalised_item() -> None:
-    batch = made(mean=(0.5, 0.1), std=(0.5, 2.0)).__getitems__([5, 12 + 7])
+    batch = make_batches(mean=(0.5, 0.1), std=(0.5, 2.0)).__getitems__([5, 12 + 7])
     assert set(batch) == {"images", "labels"}
     assert batch["labels"].tolist() == [1, 3]
     assert batch["images"].shape == (2, *SHAPE)
@@ -42,13 +45,13 @@ def test_without_augmentation_a_sample_is_its_normalised_item() -> None:
 
 
 def test_only_the_items_that_belong_to_it() -> None:
-    part = ImageBatches(Ramps(), np.array([9, 2]), 4)
+    part = ImageBatches((Ramps(), np.array([9, 2])), 4)
     assert len(part) == 2
     assert part.__getitems__([0, 1, 2])["labels"].tolist() == [1, 2, 1]
 
 
 def test_a_sample_is_the_same_alone_in_any_batch_and_in_another_process() -> None:
-    batches = made(crop_padding=2, flip=True, mixup=0.4, label_smoothing=0.1)
+    batches = make_batches(crop_padding=2, flip=True, mixup=0.4, label_smoothing=0.1)
     whole = batches.__getitems__([3, 30, 17, 3])
     copy = pickle.loads(pickle.dumps(batches))
     for place, number in enumerate([3, 30, 17, 3]):
@@ -61,7 +64,7 @@ def test_two_processes_read_the_halves_of_what_one_reads_with_and_without_worker
 
     def first(rank: int, processes: int, workers: int) -> list[dict[str, Tensor]]:
         order = TrainingOrder(4, rank, processes, seed=5, length=12, first_micro_batch=2)
-        reader = read(made(crop_padding=1, flip=True, mixup=0.4), order, Run(num_workers=workers), cpu)
+        reader = read(make_batches(crop_padding=1, flip=True, mixup=0.4), order, Run(num_workers=workers), cpu)
         try:
             return list(itertools.islice(reader, 3))
         finally:
@@ -75,32 +78,32 @@ def test_two_processes_read_the_halves_of_what_one_reads_with_and_without_worker
 
 
 def test_every_epoch_augments_anew() -> None:
-    batches = made(crop_padding=2, flip=True)
+    batches = make_batches(crop_padding=2, flip=True)
     seen = {tuple(batches.__getitems__([5 + 12 * epoch])["images"].flatten().tolist()) for epoch in range(20)}
     assert len(seen) > 10
 
 
 def test_flipping_mirrors_half_of_them() -> None:
-    images = made(flip=True).__getitems__(range(1200))["images"]
+    images = make_batches(flip=True).__getitems__(range(1200))["images"]
     left, right = (images[:, 0, 0, 0] == 1), (images[:, 0, 0, -1] == 1)
     assert bool((left ^ right).all())
     assert 0.45 < right.float().mean() < 0.55
 
 
 def test_cropping_moves_by_at_most_the_padding_which_is_grey() -> None:
-    images = made(mean=(0.25,), crop_padding=1).__getitems__(range(300))["images"]
+    images = make_batches(mean=(0.25,), crop_padding=1).__getitems__(range(300))["images"]
     columns = {int(row.argmax()) if row.max() == 0.75 else -1 for row in images[:, 0, 3]}
     assert columns == {-1, 0, 1}  # the bright column out of sight, where it was, one to the right
     assert 0.0 in images[:, 0, 0].unique()  # grey is zero once normalised
 
 
 def test_smoothing_spreads_probability_over_all_classes() -> None:
-    targets = made(label_smoothing=0.2).__getitems__([6])["targets"]
+    targets = make_batches(label_smoothing=0.2).__getitems__([6])["targets"]
     torch.testing.assert_close(targets, torch.tensor([[0.05, 0.05, 0.85, 0.05]]))
 
 
 def test_mixing_takes_another_item_with_the_weight_of_its_label() -> None:
-    batches = made(mixup=1.0)
+    batches = make_batches(mixup=1.0)
     batch = batches.__getitems__(range(400))
     torch.testing.assert_close(batch["targets"].sum(1), torch.ones(400))
     mixed = 0
@@ -108,8 +111,8 @@ def test_mixing_takes_another_item_with_the_weight_of_its_label() -> None:
         own = number % 12
         if target.count_nonzero() == 2:  # with an item of another label
             mixed += 1
-            weight, found = float(target[own % 4]), float(image[0, 0, 2])
-            other = (found - weight * own / 100) / (1 - weight) * 100
+            weight, pixel = float(target[own % 4]), float(image[0, 0, 2])
+            other = (pixel - weight * own / 100) / (1 - weight) * 100
             if weight < 0.95:
                 assert abs(other - round(other)) < 1e-2
                 assert float(target[round(other) % 4]) > 0
@@ -117,5 +120,5 @@ def test_mixing_takes_another_item_with_the_weight_of_its_label() -> None:
     assert mixed > 250
 
 
-def test_plain_forgets_the_augmentation() -> None:
-    assert set(made(mixup=0.4).plain().__getitems__([0])) == {"images", "labels"}
+def test_without_augmentation_there_are_no_targets() -> None:
+    assert set(make_batches(mixup=0.4).without_augmentation().__getitems__([0])) == {"images", "labels"}

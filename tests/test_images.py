@@ -1,4 +1,4 @@
-"""Labelled images: the same at every access and in every process, split as said; what the synthetic ones have to teach."""
+"""Labelled images: the same at every access and in every process, split as configured; the structure of synthetic ones."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_an_item_is_the_same_at_every_access_and_depends_on_seed_and_number() ->
         one[30]
 
 
-def test_the_guides_loader_reads_it_in_any_number_of_workers() -> None:
+def test_a_dataloader_reads_it_in_any_number_of_workers() -> None:
     dataset = SyntheticImageDataset(num_samples=12, img_size=32, patch_size=16, in_channels=3, num_classes=8)
-    found = []
+    batches = []
     for workers in (0, 2):
         loader = DataLoader(
             dataset, batch_size=5, num_workers=workers, multiprocessing_context="forkserver" if workers else None
         )
-        found.append([part for batch in loader for part in batch])
-        assert found[-1][0].shape == (5, 3, 32, 32)
-        assert found[-1][1].dtype == torch.int64
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+        batches.append([part for batch in loader for part in batch])
+        assert batches[-1][0].shape == (5, 3, 32, 32)
+        assert batches[-1][1].dtype == torch.int64
+    assert all(torch.equal(one, two) for one, two in zip(*batches, strict=True))
 
 
 def kinds(dataset: SyntheticImageDataset, image: torch.Tensor) -> np.ndarray:
@@ -67,12 +67,12 @@ def test_every_a_has_a_b_at_the_offset_of_the_label_and_the_bag_is_always_the_sa
     labels, everywhere = Counter(), np.zeros(dataset.grid)
     for i in range(300):
         image, label = dataset[i]
-        found = kinds(dataset, image)
-        a, b = np.argwhere(found == 1), {tuple(place) for place in np.argwhere(found == 2)}
+        patterns = kinds(dataset, image)
+        a, b = np.argwhere(patterns == 1), {tuple(place) for place in np.argwhere(patterns == 2)}
         assert (len(a), len(b)) == (pairs, pairs)
         assert {tuple(place + dataset.offsets[label]) for place in a} == b
         labels[label] += 1
-        everywhere += found > 0
+        everywhere += patterns > 0
     assert everywhere.min() > 0
     assert min(labels[k] for k in range(classes)) > 300 / classes * 0.5
 
@@ -83,13 +83,13 @@ def test_the_offsets_are_the_shortest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"num_classes": 81}, ["81", "80"]), ({"num_classes": 1}, ["1 "]), ({"img_size": 21}, ["21", "4"])]
+    ("changes", "parts"), [({"num_classes": 81}, ["81", "80"]), ({"num_classes": 1}, ["1 "]), ({"img_size": 21}, ["21", "4"])]
 )
-def test_a_synthetic_set_that_cannot_be(changes: dict[str, int], words: list[str]) -> None:
+def test_a_synthetic_set_that_cannot_be(changes: dict[str, int], parts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\S") as caught:
         SyntheticImageDataset(**{**SIZES, **changes})
-    for word in words:
-        assert word in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
@@ -100,9 +100,9 @@ def test_synthetic_and_digits_splits_have_no_image_in_common() -> None:
     assert (len(synthetic.train[1]), len(synthetic.validation[1]), len(synthetic.classes)) == (1000, 200, 10)
     digits = sets("digits", img_size=(8, 8), in_channels=1)
     assert (len(digits.train[1]), len(digits.validation[1])) == (1438, 359)
-    for found in (synthetic, digits):
-        assert not set(found.train[1]) & set(found.validation[1])
-        assert found.train[0] is found.validation[0]
+    for splits in (synthetic, digits):
+        assert not set(splits.train[1]) & set(splits.validation[1])
+        assert splits.train[0] is splits.validation[0]
     assert len(set(digits.train[0].labels[digits.validation[1]])) == 10
 
 
@@ -127,17 +127,17 @@ def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
         write(tmp_path / "red" / f"{i}.png", (255, 0, 0))
         write(tmp_path / "blue" / f"{i}.jpg", (0, 0, 255))
     (tmp_path / "red" / "notes.txt").write_text("no image")
-    found = sets("folder", tmp_path)
-    assert found.classes == ["blue", "red"]
-    assert (len(found.train[1]), len(found.validation[1]), found.test) == (16, 4, None)
-    items = found.train[0]
+    splits = sets("folder", tmp_path)
+    assert splits.classes == ["blue", "red"]
+    assert (len(splits.train[1]), len(splits.validation[1]), splits.test) == (16, 4, None)
+    items = splits.train[0]
     assert [items[i][1] for i in range(20)] == [0] * 10 + [1] * 10
     image, _ = items[15]
     assert image.shape == (3, 16, 16)
     assert image.mean((1, 2)).tolist() == [1, 0, 0]
     assert sets("folder", tmp_path, in_channels=1).train[0][0][0].shape == (1, 16, 16)
     write(tmp_path / "red" / "more.png", (0, 0, 0))
-    assert sets("folder", tmp_path).fingerprint != found.fingerprint
+    assert sets("folder", tmp_path).fingerprint != splits.fingerprint
 
 
 def test_a_folder_with_splits_keeps_them(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def test_a_folder_with_splits_keeps_them(tmp_path: Path) -> None:
         for name in ("a", "b"):
             for i in range(number):
                 write(tmp_path / split / name / f"{i}.png", (i, i, i))
-    found = sets("folder", tmp_path)
-    assert found.test is not None
-    assert [len(part[1]) for part in (found.train, found.validation, found.test)] == [6, 4, 2]
-    assert not set(found.train[0].files) & set(found.validation[0].files)
+    splits = sets("folder", tmp_path)
+    assert splits.test is not None
+    assert [len(part[1]) for part in (splits.train, splits.validation, splits.test)] == [6, 4, 2]
+    assert not set(splits.train[0].files) & set(splits.validation[0].files)
     with pytest.raises(ValueError, match="validation split of its own"):
         sets("folder", tmp_path, val_samples=2)
     write(tmp_path / "val" / "c" / "0.png", (0, 0, 0))
@@ -160,9 +160,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a" / "0.png", (0, 0, 0))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "bad.png").write_bytes(b"\x89PNG not really")
-    found = sets("folder", tmp_path)
+    splits = sets("folder", tmp_path)
     with pytest.raises(OSError, match=r"bad\.png"):
-        found.train[0][1]
+        splits.train[0][1]
 
 
 def test_a_hub_set_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,17 +174,17 @@ def test_a_hub_set_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
         rows = {"img": [Image.new("L", (8, 8), 255 * (i % 2)) for i in range(number)], "label": [i % 2 for i in range(number)]}
         (tmp_path / "data").mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / f"{split}-00000.parquet")
-    found = sets(str(tmp_path / "data"), img_size=(4, 4))
-    assert found.classes == ["dark", "bright"]
-    assert (len(found.train[1]), len(found.validation[1]), found.test) == (6, 4, None)
-    image, label = found.train[0][1]
+    splits = sets(str(tmp_path / "data"), img_size=(4, 4))
+    assert splits.classes == ["dark", "bright"]
+    assert (len(splits.train[1]), len(splits.validation[1]), splits.test) == (6, 4, None)
+    image, label = splits.train[0][1]
     assert image.shape == (3, 4, 4)
     assert (image.mean(), label) == (1.0, 1)
-    assert torch.equal(pickle.loads(pickle.dumps(found.train[0]))[3][0], image)
+    assert torch.equal(pickle.loads(pickle.dumps(splits.train[0]))[3][0], image)
 
 
 @pytest.mark.parametrize(
-    ("dataset", "data_dir", "changes", "words"),
+    ("dataset", "data_dir", "changes", "parts"),
     [
         ("digts", None, {}, ["digts", "digits"]),
         ("folder", None, {}, ["--data_dir"]),
@@ -195,11 +195,11 @@ def test_a_hub_set_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("digits", None, {"num_classes": 5}, ["num_classes 5", "10"]),
     ],
 )
-def test_what_is_refused(dataset: str, data_dir: str | None, changes: dict[str, int], words: list[str]) -> None:
+def test_what_is_refused(dataset: str, data_dir: str | None, changes: dict[str, int], parts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\S") as caught:
         sets(dataset, data_dir, **{"img_size": (8, 8), "in_channels": 1, **changes})
-    for word in words:
-        assert word in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def test_without_the_hub_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

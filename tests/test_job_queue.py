@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-from trainer import job_queue
-from trainer.errors import INTERRUPTED, Refusal
-from trainer.job_queue import Job
-from trainer.signals import leaving_at_signals
+from recipes.experiments import job_queue
+from recipes.experiments.job_queue import Job
+from trainer.distributed.signals import leaving_at_signals
+from trainer.errors import INTERRUPTED, UserError
 
 SHELL = "/bin/sh"
 
@@ -28,9 +28,9 @@ def job(name: str, folder: Path, script: str) -> Job:
 
 
 def run(jobs: list[Job], queues: int = 1, **options: object) -> tuple[dict[str, job_queue.State], list[str]]:
-    said: list[str] = []
-    states = job_queue.run(jobs, [{"DEVICE": str(i)} for i in range(queues)], said.append, **options)  # type: ignore[arg-type]
-    return states, said
+    messages: list[str] = []
+    states = job_queue.run(jobs, [{"DEVICE": str(i)} for i in range(queues)], messages.append, **options)  # type: ignore[arg-type]
+    return states, messages
 
 
 def test_eight_jobs_on_three_devices_go_round(tmp_path: Path) -> None:
@@ -57,11 +57,11 @@ def test_one_failing_job_is_reported_and_does_not_stop_the_rest(tmp_path: Path) 
     fails = "echo something; echo 'error: no such thing'; exit 3"
     jobs = [job("bad", tmp_path, fails), job("good", tmp_path, "touch HERE/done"), job("idle", tmp_path, "true")]
     jobs.insert(1, Job("absent", ["/no/such/program"], tmp_path / "absent", lambda: False))
-    ended: list[str] = []
-    states, said = run(jobs, ended=lambda job: ended.append(job.name))
+    finished: list[str] = []
+    states, messages = run(jobs, on_done=lambda job: finished.append(job.name))
     assert states == {"bad": "failed", "absent": "failed", "good": "done", "idle": "stopped"}
-    assert ended == ["good"]
-    assert any("bad: FAILED" in line and "exit code 3" in line and "error: no such thing" in line for line in said)
+    assert finished == ["good"]
+    assert any("bad: FAILED" in line and "exit code 3" in line and "error: no such thing" in line for line in messages)
     assert (tmp_path / "bad" / "job.log").read_text() == "something\nerror: no such thing\n"
     line = job_queue.summary(states)
     assert line is not None
@@ -77,10 +77,10 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     assert run(jobs)[0] == {"job0": "done", "job1": "failed", "job2": "failed"}
     (tmp_path / "broken").unlink()
-    ended: list[str] = []
-    states, _ = run(jobs, ended=lambda job: ended.append(job.name))
+    finished: list[str] = []
+    states, _ = run(jobs, on_done=lambda job: finished.append(job.name))
     assert set(states.values()) == {"done"}
-    assert ended == ["job0", "job1", "job2"]
+    assert finished == ["job0", "job1", "job2"]
     assert [line[-1] for line in (tmp_path / "order").read_text().splitlines()] == ["0", "1", "2", "1", "2"]
 
 
@@ -99,37 +99,37 @@ def test_a_signal_reaches_the_running_jobs_and_nothing_is_started_after_it(numbe
     with leaving_at_signals():  # as in a command: it would end this very process
         before = signal.getsignal(number)
         thread.start()
-        states, said = run(jobs, queues=2)
+        states, messages = run(jobs, queues=2)
         thread.join()
         assert signal.getsignal(number) == before
     assert states == {"job0": "stopped", "job1": "stopped", "job2": "not started", "job3": "not started"}
     assert (tmp_path / "job0" / "saved").exists()
     assert (tmp_path / "job1" / "saved").exists()
-    assert any("asking 2 running jobs to save" in line for line in said)
+    assert any("asking 2 running jobs to save" in line for line in messages)
 
 
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
-    deaf = "trap '' TERM INT; touch HERE/begun; echo $$ > HERE/pid; while true; do sleep 0.05; done"
+    ignoring = "trap '' TERM INT; touch HERE/begun; echo $$ > HERE/pid; while true; do sleep 0.05; done"
 
     def send() -> None:
-        _wait_for(tmp_path / "deaf" / "pid")
+        _wait_for(tmp_path / "ignoring" / "pid")
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=send)
     thread.start()
-    with pytest.raises(Refusal, match="interrupted twice") as refusal:
-        run([job("deaf", tmp_path, deaf)])
-    assert refusal.value.exit_code == INTERRUPTED
+    with pytest.raises(UserError, match="interrupted twice") as caught:
+        run([job("ignoring", tmp_path, ignoring)])
+    assert caught.value.exit_code == INTERRUPTED
     thread.join()
-    assert not Path("/proc", (tmp_path / "deaf" / "pid").read_text().strip()).exists()
+    assert not Path("/proc", (tmp_path / "ignoring" / "pid").read_text().strip()).exists()
 
 
-def test_jobs_of_a_killed_driver_are_told_to_leave(tmp_path: Path) -> None:
+def test_jobs_of_a_killed_driver_get_sigterm(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
-from trainer import job_queue
+from recipes.experiments import job_queue
 directory = Path({str(tmp_path)!r})
 command = ["/bin/sh", "-c", {SAVES.replace("HERE", str(tmp_path))!r}]
 job_queue.run([job_queue.Job("job", command, directory, lambda: False)], [{{}}], print)
@@ -142,7 +142,7 @@ job_queue.run([job_queue.Job("job", command, directory, lambda: False)], [{{}}],
 
 
 def _wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, f"{paths} did not appear"
         time.sleep(0.02)
@@ -171,7 +171,7 @@ def test_queues_have_a_gpu_each_or_a_share_of_the_cores(monkeypatch: pytest.Monk
         (True, 0, 3, "gpus 0"),
         (True, -1, 0, "gpus -1"),
     ):
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             environments(parallel, count, gpus, 5, {})
 
 
@@ -181,15 +181,15 @@ def test_a_job_is_a_launch_of_its_own(tmp_path: Path) -> None:
     assert job_queue.without_launcher(launched | kept) == kept
 
 
-def test_only_this_starts_own_error_is_told(tmp_path: Path) -> None:
+def test_only_the_error_of_this_start_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "job.log").write_text("error: the disk was full then\n")
-    _, said = run([job("bad", tmp_path, "echo 'a new bug'; exit 1")])
-    assert any("exit code 1: a new bug" in line for line in said)
-    assert not any("disk" in line for line in said)
+    _, messages = run([job("bad", tmp_path, "echo 'a new bug'; exit 1")])
+    assert any("exit code 1: a new bug" in line for line in messages)
+    assert not any("disk" in line for line in messages)
 
 
-def test_a_job_that_cannot_save_when_told_to_stop_has_failed(tmp_path: Path) -> None:
+def test_a_job_that_cannot_save_on_sigterm_has_failed(tmp_path: Path) -> None:
     script = "trap 'echo \"error: no space left\"; exit 5' TERM; touch HERE/begun; while true; do sleep 0.05; done"
 
     def send() -> None:
@@ -198,10 +198,10 @@ def test_a_job_that_cannot_save_when_told_to_stop_has_failed(tmp_path: Path) -> 
 
     thread = threading.Thread(target=send)
     thread.start()
-    states, said = run([job("full", tmp_path, script)])
+    states, messages = run([job("full", tmp_path, script)])
     thread.join()
     assert states == {"full": "failed"}
-    assert any("exit code 5: error: no space left" in line for line in said)
+    assert any("exit code 5: error: no space left" in line for line in messages)
 
 
 def test_a_job_keeps_the_users_variables_and_loses_the_launchers() -> None:

@@ -9,51 +9,52 @@ import pytest
 import torch
 from launching import ROOT, environment, free_port
 
-from trainer import launch as launching
-from trainer.errors import BAD_INPUT, Refusal
-from trainer.launch import Control, Launch, _check_world, connect, precision
+from trainer.distributed import launch as launching
+from trainer.distributed.control import Control
+from trainer.distributed.launch import Launch, _check_world, connect, resolve_precision
+from trainer.errors import BAD_INPUT, UserError
 
-# Two processes: what each finds goes to FOLDER/{rank}.json, and it leaves as a recipe does.
+# Two processes: each writes its results to FOLDER/{rank}.json, and exits as a recipe does.
 TWO = """
 import json, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from trainer.errors import CHECKPOINT, Refusal
-from trainer.launch import connect, shut_down
+from trainer.errors import CHECKPOINT, UserError
+from trainer.distributed.launch import connect, shut_down, resolve_precision
 
 folder = Path(sys.argv[1])
 launch = connect("cpu", 1.0)
 control, rank = launch.control, launch.rank
-found = {"rank": rank, "processes": launch.processes, "local_rank": launch.local_rank, "main": launch.is_main}
-found |= {"device": launch.device.type, "backend": dist.get_backend(), "deepspeed": launch.deepspeed}
+results = {"rank": rank, "processes": launch.processes, "local_rank": launch.local_rank, "main": launch.is_main}
+results |= {"device": launch.device.type, "backend": dist.get_backend()}
 
 def refused(action):
     try:
         return ["passed", action()]
-    except Refusal as refusal:
-        return ["refused", str(refusal), refusal.exit_code]
+    except UserError as error:
+        return ["refused", str(error), error.exit_code]
 
-on_the_way = [control.sum([rank + 1, 0.1, 2.0**53]), control.sum([1.0])]
-found["sums"] = [s.wait() for s in on_the_way]
+pending = [control.sum([rank + 1, 0.1, 2.0**53]), control.sum([1.0])]
+results["sums"] = [s.wait() for s in pending]
 value = {"text": "ünï\\n", "numbers": [1, 2.5, None, True], "long": "x" * 100_000}
-got = control.broadcast(value if rank == 0 else None)
-found["broadcast"] = got == value
-found["from_1"] = control.broadcast(rank, source=1)
-found["agreed"] = refused(lambda: control.agree(None))
-found["one"] = refused(lambda: control.agree(Refusal("disk of rank 1 is full", CHECKPOINT) if rank == 1 else None))
-found["both"] = refused(lambda: control.agree(Refusal(f"rank {rank} speaks")))
+received = control.broadcast(value if rank == 0 else None)
+results["broadcast"] = received == value
+results["from_1"] = control.broadcast(rank, source=1)
+results["agreed"] = refused(lambda: control.raise_if_any(None))
+results["one"] = refused(lambda: control.raise_if_any(UserError("disk of rank 1 is full", CHECKPOINT) if rank == 1 else None))
+results["both"] = refused(lambda: control.raise_if_any(UserError(f"rank {rank} failed")))
 called = []
 def act():
     called.append(rank)
     return {"chosen": "checkpoint_step_7"}
-found["on_main"] = refused(lambda: control.on_main(act))
-found["called"] = called
+results["on_main"] = refused(lambda: control.on_main(act))
+results["called"] = called
 def fail():
-    raise Refusal("only rank 0 looked")
-found["on_main_refused"] = refused(lambda: control.on_main(fail))
-found["after"] = control.sum([1.0]).wait()
+    raise UserError("only rank 0 looked")
+results["on_main_refused"] = refused(lambda: control.on_main(fail))
+results["after"] = control.sum([1.0]).wait()
 control.barrier()
-(folder / f"{rank}.json").write_text(json.dumps(found))
+(folder / f"{rank}.json").write_text(json.dumps(results))
 print(f"rank {rank} is done", flush=True)
 shut_down(launch, 0)
 """
@@ -64,7 +65,7 @@ import os, sys
 from pathlib import Path
 import torch, accelerate
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer.launch import connect, shut_down
+from trainer.distributed.launch import connect, shut_down, resolve_precision
 from trainer.main import main
 
 folder, *ports = sys.argv[1:]
@@ -110,7 +111,7 @@ print("refused", *pair(ports[-1], refuse, None, os.path.join(folder, "refused.lo
 def alone() -> Launch:
     from datetime import timedelta
 
-    return Launch(0, 1, 0, torch.device("cpu"), False, Control(0, 1, timedelta(minutes=1)))
+    return Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta(minutes=1)))
 
 
 # ------------------------------------------------------------------------------------------------------ _check_world
@@ -118,7 +119,7 @@ def alone() -> Launch:
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_silent_copies_are_refused(name: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         _check_world({name: "2"}, 0, 1, on_cpu=True)
     for word in (f"{name}=2", "rank 0 of 1", "accelerate_configs/ddp.yaml"):
         assert word in str(caught.value)
@@ -143,15 +144,15 @@ def test_one_process_that_is_meant_to_be_alone_passes(environ: dict[str, str]) -
 def test_a_rank_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching.dist, "get_backend", lambda: "gloo")
     _check_world({"WORLD_SIZE": "2", "RANK": "1"}, 1, 2, on_cpu=True)
-    with pytest.raises(Refusal, match=r"RANK=1 .* rank 0"):
+    with pytest.raises(UserError, match=r"RANK=1 .* rank 0"):
         _check_world({"WORLD_SIZE": "2", "RANK": "1"}, 0, 2, on_cpu=True)
-    with pytest.raises(Refusal, match="WORLD_SIZE=4"):
+    with pytest.raises(UserError, match="WORLD_SIZE=4"):
         _check_world({"WORLD_SIZE": "4", "RANK": "0"}, 0, 2, on_cpu=True)
 
 
 def test_another_backend_than_gloo_on_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching.dist, "get_backend", lambda: "nccl")
-    with pytest.raises(Refusal, match=r"nccl.*gloo"):
+    with pytest.raises(UserError, match=r"nccl.*gloo"):
         _check_world({"WORLD_SIZE": "2", "RANK": "0"}, 0, 2, on_cpu=True)
     _check_world({"WORLD_SIZE": "2", "RANK": "0"}, 0, 2, on_cpu=False)
 
@@ -161,22 +162,22 @@ def test_another_backend_than_gloo_on_cpu_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_cuda_without_a_gpu_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Refusal, match="--device cpu") as caught:
+    with pytest.raises(UserError, match="--device cpu") as caught:
         connect("cuda", 1.0)
     assert caught.value.exit_code == BAD_INPUT
 
 
 def test_fp16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    with pytest.raises(Refusal, match=r"fp16.*bf16 or no"):
-        precision("fp16", alone())
+    with pytest.raises(UserError, match=r"fp16.*bf16 or no"):
+        resolve_precision("fp16", alone())
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(Refusal, match="fp16"):
-        precision("auto", alone())
+    with pytest.raises(UserError, match="fp16"):
+        resolve_precision("auto", alone())
 
 
 @pytest.mark.parametrize(
-    ("asked", "told", "got"),
+    ("flag", "environment_value", "expected"),
     [
         ("auto", None, "no"),
         ("auto", "no", "no"),
@@ -186,11 +187,11 @@ def test_fp16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bf16", "fp16", "bf16"),
     ],
 )
-def test_precision_on_a_cpu(asked: str, told: str | None, got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_on_a_cpu(flag: str, environment_value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if told is not None:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
-    assert precision(asked, alone()) == got
+    if environment_value is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment_value)
+    assert resolve_precision(flag, alone()) == expected
 
 
 def test_alone_every_call_returns_at_once() -> None:
@@ -199,11 +200,11 @@ def test_alone_every_call_returns_at_once() -> None:
     assert control.broadcast({"a": [1]}) == {"a": [1]}
     assert control.on_main(lambda: 7) == 7
     control.barrier()
-    control.agree(None)
-    with pytest.raises(Refusal, match="disk"):
-        control.agree(Refusal("disk", 5))
-    with pytest.raises(Refusal, match="mine"):
-        control.on_main(lambda: (_ for _ in ()).throw(Refusal("mine")))
+    control.raise_if_any(None)
+    with pytest.raises(UserError, match="disk"):
+        control.raise_if_any(UserError("disk", 5))
+    with pytest.raises(UserError, match="mine"):
+        control.on_main(lambda: (_ for _ in ()).throw(UserError("mine")))
 
 
 # ---------------------------------------------------------------------------------------------------- real processes
@@ -211,12 +212,12 @@ def test_alone_every_call_returns_at_once() -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
-    """What two processes under torchrun found, and what was printed."""
+    """The results of two processes under torchrun, and their output."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO)
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*words, str(folder / "two.py"), str(folder)],
+        [*command, str(folder / "two.py"), str(folder)],
         cwd=ROOT,
         env=environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
@@ -228,11 +229,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
 
 
 def test_torchrun_gives_two_ranks_on_gloo(two: tuple[list[dict], str]) -> None:
-    found, _ = two
-    assert [f["rank"] for f in found] == [f["local_rank"] for f in found] == [0, 1]
-    assert [f["main"] for f in found] == [True, False]
-    for f in found:
-        assert (f["processes"], f["backend"], f["device"], f["deepspeed"]) == (2, "gloo", "cpu", False)
+    results, _ = two
+    assert [f["rank"] for f in results] == [f["local_rank"] for f in results] == [0, 1]
+    assert [f["main"] for f in results] == [True, False]
+    for f in results:
+        assert (f["processes"], f["backend"], f["device"]) == (2, "gloo", "cpu")
 
 
 def test_sums_are_exact_and_may_be_on_the_way_together(two: tuple[list[dict], str]) -> None:
@@ -251,7 +252,7 @@ def test_a_refusal_of_one_is_that_of_all(two: tuple[list[dict], str]) -> None:
     for f in two[0]:
         assert f["agreed"] == ["passed", None]
         assert f["one"] == ["refused", "disk of rank 1 is full", 5]
-        assert f["both"] == ["refused", "rank 0 speaks", 2]
+        assert f["both"] == ["refused", "rank 0 failed", 2]
 
 
 def test_on_main_happens_once_and_everybody_has_the_result(two: tuple[list[dict], str]) -> None:
@@ -284,7 +285,7 @@ def test_gloo_processes_leave_cleanly_ten_times_in_a_row(pairs: tuple[list[list[
     assert "terminate" not in (folder / "clean.log").read_text()
 
 
-def test_the_exit_code_is_the_one_asked_for(pairs: tuple[list[list[str]], Path]) -> None:
+def test_the_exit_code_is_the_requested_one(pairs: tuple[list[list[str]], Path]) -> None:
     assert ["five", "5", "5"] in pairs[0]
 
 

@@ -29,18 +29,18 @@ from loops import beside_training, compiled, exact, sieve
 from loops import search as searching
 from loops.coverage import Coverage
 from loops.exact import Map
-from loops.record import Question, Record
+from loops.record import Record, SearchConfig
 
 COLLATZ = Map(3, 1)
 BITS = 10  # of the sieve
 
 
-def question(start: int, count: int, rule: Map = COLLATZ, max_steps: int = 100_000, max_bits: int = 256) -> Question:
-    return Question(rule, start, count, max_steps, max_bits)
+def config(start: int, count: int, rule: Map = COLLATZ, max_steps: int = 100_000, max_bits: int = 256) -> SearchConfig:
+    return SearchConfig(rule, start, count, max_steps, max_bits)
 
 
-def run_search(asked: Question, workers: int = 1, sieve_bits: int = BITS) -> tuple[Record, list[str]]:
-    record, finds = Record(asked), []
+def run_search(search_config: SearchConfig, workers: int = 1, sieve_bits: int = BITS) -> tuple[Record, list[str]]:
+    record, finds = Record(search_config), []
     assert searching.search(record, sieve_bits, workers, lambda: None, finds.append) is None
     return record, finds
 
@@ -59,7 +59,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("rule", "start", "count", "lengths"), KNOWN, ids=lambda v: str(v) if isinstance(v, Map) else None)
 def test_known_cycles_are_found(rule: Map, start: int, count: int, lengths: dict[int, int]) -> None:
-    record, finds = run_search(question(start, count, rule))
+    record, finds = run_search(config(start, count, rule))
     assert {cycle.smallest: cycle.length for cycle in record.tally.reached} == lengths
     ends = {n: plain_cycle(rule.multiplier, rule.addend, n) for n in range(start, start + count)}
     reached = Counter({cycle.smallest: n for cycle, n in record.tally.reached.items()})
@@ -101,14 +101,14 @@ def test_every_number_is_covered_once(start: int, count: int, workers: int, monk
     lock = threading.Lock()
     cover = Coverage.cover
 
-    def noted(self: Coverage, first: int, stop: int) -> object:
+    def recorded(self: Coverage, first: int, stop: int) -> object:
         with lock:
             seen.extend(range(first, stop))
         return cover(self, first, stop)
 
-    monkeypatch.setattr(Coverage, "cover", noted)
+    monkeypatch.setattr(Coverage, "cover", recorded)
     monkeypatch.setattr(searching, "STRETCH_SECONDS", 1e-3)  # many stretches
-    record, _ = run_search(question(start, count), workers)
+    record, _ = run_search(config(start, count), workers)
     assert sorted(seen) == list(range(start, start + count))
     tally = record.tally
     assert (tally.by_sieve, tally.by_predecessor, tally.followed) == brute_counts(start, count, start <= 2**71)
@@ -120,7 +120,7 @@ def test_counts_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     follow = compiled.follow_block
     monkeypatch.setattr(compiled, "follow_block", lambda *a: (follow(*a)[0] - 1, *follow(*a)[1:]))
     with pytest.raises(RuntimeError, match="were seen"):
-        run_search(question(2**71, 1 << BITS))
+        run_search(config(2**71, 1 << BITS))
 
 
 # --------------------------------------------------------------------------------------------------- overflow and limits
@@ -128,10 +128,10 @@ def test_counts_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_overflow_is_redone_in_python_integers() -> None:
     start = 2**112 - (1 << BITS)
-    record, _ = run_search(question(start, 1 << BITS))
+    record, _ = run_search(config(start, 1 << BITS))
     assert record.tally.redone_exactly > 0
     assert not record.tally.unresolved
-    narrow, finds = run_search(question(start, 1 << BITS, max_bits=128))  # 2^112 - 1 rises to 178 bits
+    narrow, finds = run_search(config(start, 1 << BITS, max_bits=128))  # 2^112 - 1 rises to 178 bits
     assert narrow.tally.unresolved_numbers[-1] == 2**112 - 1
     assert narrow.tally.unresolved == {"too many bits": len(narrow.tally.unresolved_numbers)}
     assert f"if the {len(narrow.tally.unresolved_numbers)} unresolved" not in narrow.conclusion()  # above 2^71 no claim about 1
@@ -144,36 +144,36 @@ def test_no_size_at_which_a_step_would_wrap_is_taken_for_less() -> None:
     """Numbers that rise furthest for their size, at every size: a check against overflow that is one bit late shows."""
     for bits in range(60, 112):
         n = -(2**bits + 1)
-        record, _ = run_search(question(n, 1, max_bits=1000))
+        record, _ = run_search(config(n, 1, max_bits=1000))
         assert {cycle.smallest for cycle in record.tally.reached} == {plain_cycle(3, 1, n, 1000)}, bits
         for lower in (5, 7, 9):
             n = 2**bits - 1 - 2 ** (bits - lower)
-            record, _ = run_search(question(n, 1, max_bits=128))
+            record, _ = run_search(config(n, 1, max_bits=128))
             stuck = exact.follow(COLLATZ, n, 100_000, 128, below=n)[0] == "too many bits"
             assert bool(record.tally.unresolved) == stuck, (bits, lower)
 
 
 def test_the_limit_of_steps_is_reported() -> None:
-    negative, _ = run_search(question(-(2**111), 50, max_steps=1000))
+    negative, _ = run_search(config(-(2**111), 50, max_steps=1000))
     slow = [n for n in range(-(2**111), -(2**111) + 50) if exact.follow(COLLATZ, n, 1000, 256)[0] == "too many steps"]
     assert 0 < len(slow) < 50
     assert negative.tally.unresolved_numbers == slow
-    huge, _ = run_search(question(2**300 - 2, 2, max_steps=1000, max_bits=1000))
+    huge, _ = run_search(config(2**300 - 2, 2, max_steps=1000, max_bits=1000))
     assert huge.tally.unresolved == {"too many steps": 1}
     assert huge.tally.unresolved_numbers == [2**300 - 1]
 
 
 def test_the_conclusion_says_what_it_rests_on() -> None:
-    assert "reaches 1, as all below the start do (verified below 2^71" in run_search(question(2**71, 5000))[0].conclusion()
-    assert "rests on the numbers from 2^71" in run_search(question(2**71 + 1, 5000))[0].conclusion()
-    assert run_search(question(1, 5000))[0].conclusion() == "every number of the range reaches 1"
-    assert "or is positive and reaches 1" in run_search(question(-9, 5000))[0].conclusion()
-    assert "followed into a cycle, except for" in run_search(question(1, 50, Map(5, 1)))[0].conclusion()
+    assert "reaches 1, as all below the start do (verified below 2^71" in run_search(config(2**71, 5000))[0].conclusion()
+    assert "rests on the numbers from 2^71" in run_search(config(2**71 + 1, 5000))[0].conclusion()
+    assert run_search(config(1, 5000))[0].conclusion() == "every number of the range reaches 1"
+    assert "or is positive and reaches 1" in run_search(config(-9, 5000))[0].conclusion()
+    assert "followed into a cycle, except for" in run_search(config(1, 50, Map(5, 1)))[0].conclusion()
     other = exact.Cycle(2**80 + 1, 999, 400, False)
-    found = Record(question(2**71, 10))
-    found.tally.covered, found.tally.reached[other] = 10, 1
-    assert "another cycle" in found.conclusion()
-    assert "until" not in found.conclusion()
+    record = Record(config(2**71, 10))
+    record.tally.covered, record.tally.reached[other] = 10, 1
+    assert "another cycle" in record.conclusion()
+    assert "until" not in record.conclusion()
 
 
 # ----------------------------------------------------------------------------------------------------------- the command
@@ -192,16 +192,16 @@ def covered(state: Path) -> int:
     return json.loads(state.read_text())["covered"] if state.exists() else 0
 
 
-def start_tool(*words: str, **streams: object) -> subprocess.Popen[bytes]:
+def start_tool(*arguments: str, **streams: object) -> subprocess.Popen[bytes]:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **streams}
-    command = [sys.executable, TOOL, *words]
+    command = [sys.executable, TOOL, *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, **streams)  # type: ignore[call-overload]
 
 
 def test_interrupted_and_killed_it_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
     state, report = tmp_path / "state.json", tmp_path / "report.json"
     bits, blocks = 16, 1 << 18  # seconds of work
-    words = [
+    arguments = [
         "--workers",
         "2",
         "--count",
@@ -216,7 +216,7 @@ def test_interrupted_and_killed_it_goes_on_and_counts_nothing_twice(tmp_path: Pa
 
     terminal, inside = pty.openpty()  # the bar, where stderr is a terminal
     termios.tcsetwinsize(inside, (24, 100))
-    process = start_tool(*words, stderr=inside)
+    process = start_tool(*arguments, stderr=inside)
     os.close(inside)
     wait_for(lambda: covered(state) > 0)
     assert b"numbers/s" in os.read(terminal, 1 << 16)
@@ -228,7 +228,7 @@ def test_interrupted_and_killed_it_goes_on_and_counts_nothing_twice(tmp_path: Pa
     first = covered(state)
     assert json.loads(report.read_text())["covered"] == first < blocks << bits
 
-    process = start_tool(*words)
+    process = start_tool(*arguments)
     wait_for(lambda: covered(state) > first)
     process.kill()
     output, _ = process.communicate(timeout=30)
@@ -236,7 +236,7 @@ def test_interrupted_and_killed_it_goes_on_and_counts_nothing_twice(tmp_path: Pa
     assert b"\r" not in output
     assert covered(state) < blocks << bits
 
-    process = start_tool(*words)
+    process = start_tool(*arguments)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     result = json.loads(state.read_text())
@@ -285,9 +285,9 @@ def test_a_find_is_alerted_once_and_the_secret_is_nowhere(tmp_path: Path, capsys
         url = f"http://127.0.0.1:{server.server_port}/hooks/SECRET"
         for first in (-6, -6, -30):  # the second launch finds all done
             state = tmp_path / f"{first}.json"
-            with pytest.raises(SystemExit) as left:
+            with pytest.raises(SystemExit) as caught:
                 loop_search.main(["--start", str(first), "--count", "5", "--state", str(state), "--alert_webhook", url])
-            assert left.value.code == 0
+            assert caught.value.code == 0
         server.shutdown()
     texts = [body["text"] for body in bodies]
     assert sum("cycle of -5, length 5" in text for text in texts) == 2  # once for each search
@@ -295,31 +295,31 @@ def test_a_find_is_alerted_once_and_the_secret_is_nowhere(tmp_path: Path, capsys
     assert "SECRET" not in capsys.readouterr().out + "".join(p.read_text() for p in tmp_path.iterdir())
 
 
-def test_a_training_is_waited_for_and_its_death_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside_training, "LOOK_SECONDS", 0.0)
+def test_a_training_is_waited_for_and_its_death_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside_training, "POLL_SECONDS", 0.0)
     assert beside_training.training_ended(tmp_path, 60.0)() is None
     ended = beside_training.training_ended(tmp_path, 0.0)
     assert "not there" in str(ended())
     gone = subprocess.Popen(["true"])
     gone.wait()
     status = {"state": "running", "pid": os.getpid(), "host": os.uname().nodename}
-    for found, answer in [({}, None), ({"host": "another", "pid": gone.pid}, None), ({"pid": gone.pid}, "killed")]:
-        (tmp_path / "status.json").write_text(json.dumps(status | found))
-        assert ended() is None if answer is None else answer in str(ended())
+    for changes, reason in [({}, None), ({"host": "another", "pid": gone.pid}, None), ({"pid": gone.pid}, "killed")]:
+        (tmp_path / "status.json").write_text(json.dumps(status | changes))
+        assert ended() is None if reason is None else reason in str(ended())
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as left:
-        loop_search.main(list(words))
-    assert left.value.code in (2, 5)
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        loop_search.main(list(arguments))
+    assert caught.value.code in (2, 5)
     return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--multiplier", "0", "--addend", "2"], "0n+2"),
         (["--addend", "2"], "odd both"),
@@ -338,24 +338,26 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, "--state", str(tmp_path / "state.json"), *words).splitlines()[-1]
+    assert message in refused(capsys, "--state", str(tmp_path / "state.json"), *arguments).splitlines()[-1]
     assert not list(tmp_path.glob("state.json"))
 
 
-@pytest.mark.parametrize("words", [["--alert_webhok", "{url}"], ["--alert-webhook", "{url}", "{url}"], ["--start", "{url}"]])
-def test_a_complaint_does_not_repeat_a_webhook(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, *(word.format(url="https://hooks.example.org/S3CRET") for word in words))
-    assert "S3CRET" not in said
-    assert "example.org" not in said
+@pytest.mark.parametrize(
+    "arguments", [["--alert_webhok", "{url}"], ["--alert-webhook", "{url}", "{url}"], ["--start", "{url}"]]
+)
+def test_an_error_does_not_repeat_a_webhook(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, *(word.format(url="https://hooks.example.org/S3CRET") for word in arguments))
+    assert "S3CRET" not in error
+    assert "example.org" not in error
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--state", str(tmp_path / "s.json"), "--report", "/proc/x/y.json", "--count", "2^60"]
-    assert "cannot write /proc/x/y.json" in refused(capsys, *words)
+    arguments = ["--state", str(tmp_path / "s.json"), "--report", "/proc/x/y.json", "--count", "2^60"]
+    assert "cannot write /proc/x/y.json" in refused(capsys, *arguments)
 
 
 def test_integers_are_read_as_people_write_them() -> None:
@@ -365,21 +367,21 @@ def test_integers_are_read_as_people_write_them() -> None:
 
 def test_a_state_of_another_search_damaged_or_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "state.json"
-    words = ["--start", "5", "--state", str(state)]
-    with pytest.raises(SystemExit) as left:
-        loop_search.main([*words, "--count", "300"])
-    assert left.value.code == 0
-    assert "count 300, not 301" in refused(capsys, *words, "--count", "301")
+    arguments = ["--start", "5", "--state", str(state)]
+    with pytest.raises(SystemExit) as caught:
+        loop_search.main([*arguments, "--count", "300"])
+    assert caught.value.code == 0
+    assert "count 300, not 301" in refused(capsys, *arguments, "--count", "301")
     good = json.loads(state.read_text())
     too_many = {"covered": 301, "followed": 301, "next": "306"}
     for damage in (too_many, {"covered": 299}, {"followed": 7}, {"cycles": [{}]}, {"seconds": None}, {"next": "x"}):
         state.write_text(json.dumps(good | damage))
-        assert "is damaged" in refused(capsys, *words, "--count", "300")
+        assert "is damaged" in refused(capsys, *arguments, "--count", "300")
     state.write_text(json.dumps(good)[:-9])
-    assert "cannot read the state" in refused(capsys, *words, "--count", "300")
+    assert "cannot read the state" in refused(capsys, *arguments, "--count", "300")
     state.write_text(json.dumps(good))
     with open(tmp_path / ".state.json.lock") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another search is working" in refused(capsys, *words, "--count", "300")
+        assert "another search is working" in refused(capsys, *arguments, "--count", "300")
     (tmp_path / "a file").write_text("")
     assert "cannot write" in refused(capsys, "--state", str(tmp_path / "a file" / "state.json"))

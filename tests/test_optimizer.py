@@ -1,6 +1,6 @@
-"""Optimizers by name: they learn, keep the state they say they keep, and go on from it bit for bit."""
+"""Optimizers by name: they learn, list their whole state, and resume from it bit for bit."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import get_args, get_type_hints
 
 import pytest
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
-from trainer import optimizer
-from trainer.optimizer import MuonAndAdamW
-from trainer.portable_state import STEP, PlainState
-from trainer.sections import Optimisation
-from trainer.update import PlainUpdate
+from trainer.backends.plain import PlainBackend
+from trainer.backends.tensors import elementwise_initial_state
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.launch import connect
+from trainer.errors import UserError
+from trainer.optimisation import optimizers as optimizer
+from trainer.optimisation.optimizers import MuonAndAdamW
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
 RATES = {"adamw": 0.02, "adam": 0.02, "sgd": 0.3, "muon": 0.02}
@@ -32,6 +34,9 @@ class Tied(nn.Module):
         self.lm_head = nn.Linear(8, 11, bias=False)
         self.lm_head.weight = self.embed.weight
         self.register_buffer("offset", torch.zeros(3))
+
+    def embeddings_and_heads(self) -> list[nn.Parameter]:
+        return [self.embed.weight]
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -53,13 +58,24 @@ def groups(net: nn.Module, weight_decay: float = 0.1) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def made(name: str, **changes: float) -> tuple[Tied, PlainUpdate, PlainState]:
+class Saved(dict[str, Tensor]):
+    """A checkpoint's optimizer tensors."""
+
+    def names(self, stem: str) -> set[str]:
+        return set(self)
+
+    def tensor(self, stem: str, name: str) -> Tensor:
+        return self[name]
+
+
+def make_backend(name: str, **changes: float) -> tuple[Tied, PlainBackend]:
     net, chosen = network(), settings(name, **changes)
-    built = optimizer.build(groups(net), net, chosen)
-    return net, PlainUpdate(net, built, None, 1, 1.0), PlainState(net, built, optimizer.moments(name, chosen.beta1))
+    backend = PlainBackend(connect("cpu", 1.0), "no", "no", chosen)
+    backend.prepare(net, net, lambda: optimizer.build(groups(net), net, chosen))
+    return net, backend
 
 
-def train(net: nn.Module, update: PlainUpdate, rate: float, steps: Iterable[int]) -> list[float]:
+def train(net: nn.Module, update: PlainBackend, rate: float, steps: Iterable[int]) -> list[float]:
     losses = []
     for step in steps:
         ids = torch.randint(0, 11, (16,), generator=torch.Generator().manual_seed(step))
@@ -72,14 +88,14 @@ def train(net: nn.Module, update: PlainUpdate, rate: float, steps: Iterable[int]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns(name: str) -> None:
-    net, update, _ = made(name)
+    net, update = make_backend(name)
     losses = train(net, update, RATES[name], range(60))
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_updates_every_parameter_with_the_learning_rate_it_is_given(name: str) -> None:
-    net, update, _ = made(name)
+    net, update = make_backend(name)
     before = {key: p.detach().clone() for key, p in net.named_parameters()}
     train(net, update, 0.0, range(2))
     assert all(torch.equal(before[key], p) for key, p in net.named_parameters())
@@ -120,7 +136,7 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else() -> None:
 
 
 def test_muon_takes_the_hidden_matrices_of_gpt2() -> None:
-    """Its matrices are transformers' Conv1D, not nn.Linear: they must be found all the same."""
+    """Its matrices are transformers' Conv1D, not nn.Linear: they must be recognised too."""
     net = build_gpt2(50, 0, max_length=8, d_model=16, num_layers=2, num_heads=2, d_ff=32, dropout=0.0)
     built = optimizer.build(Gpt2Wikitext().parameter_groups(net, Config()), net, settings("muon"))
     inner = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -129,7 +145,7 @@ def test_muon_takes_the_hidden_matrices_of_gpt2() -> None:
 
 def test_a_muon_step_is_orthogonal() -> None:
     """What makes it Muon: all singular values of the update are about the same (Jordan et al. 2024)."""
-    net, update, _ = made("muon", weight_decay=0.0)
+    net, update = make_backend("muon", weight_decay=0.0)
     for group in update.optimizer.param_groups:
         group["weight_decay"] = 0.0
     before = net.hidden.weight.detach().clone()
@@ -141,36 +157,40 @@ def test_a_muon_step_is_orthogonal() -> None:
 # --------------------------------------------------------------------------------------------------------------- state
 
 
-@pytest.mark.parametrize(("name", "beta1"), [*((name, 0.9) for name in NAMES), ("sgd", 0.0)])
-def test_moments_names_all_that_is_kept(name: str, beta1: float) -> None:
-    net, update, _ = made(name, beta1=beta1)
+@pytest.mark.parametrize(("name", "beta1"), [*((name, 0.9) for name in NAMES if name != "muon"), ("sgd", 0.0)])
+def test_the_state_of_an_optimizer_is_known_before_its_first_step(name: str, beta1: float) -> None:
+    net, update = make_backend(name, beta1=beta1)
+    initial = elementwise_initial_state(update.optimizer, net.gain)
     train(net, update, RATES[name], range(2))
-    kept = {key for state in update.optimizer.state.values() for key, value in state.items() if isinstance(value, Tensor)}
-    assert kept - {"step"} == set(optimizer.moments(name, beta1))
+    for p, state in update.optimizer.state.items():
+        kept = {key: value for key, value in state.items() if value is not None}
+        assert initial.keys() == kept.keys()
+        assert all((initial[key].shape == ()) == (value.shape != p.shape) for key, value in kept.items())
+        assert not any(value.any() for value in initial.values())
 
 
 @pytest.mark.parametrize(("name", "beta1"), [*((name, 0.9) for name in NAMES), ("sgd", 0.0)])
 def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> None:
-    net, update, _ = made(name, beta1=beta1)
+    net, update = make_backend(name, beta1=beta1)
     train(net, update, RATES[name], range(6))
     straight = {key: value.clone() for key, value in net.state_dict().items()}
 
-    net, update, state = made(name, beta1=beta1)
+    net, update = make_backend(name, beta1=beta1)
     train(net, update, RATES[name], range(3))
-    weights = {entry.name: entry.read().clone() for entry in state.model_entries()}
-    saved = {entry.name: entry.read().clone() for entry in state.optimizer_entries()}
-    for entry in [*state.model_entries(), *state.optimizer_entries()]:
+    weights = {entry.name: entry.read().clone() for entry in update.model_tensors()}
+    saved = {entry.name: entry.read().clone() for entry in update.optimizer_tensors()}
+    for entry in [*update.model_tensors(), *update.optimizer_tensors()]:
         tensor = {**weights, **saved}[entry.name]
         assert entry.shape == tuple(tensor.shape)
         assert entry.dtype == tensor.dtype
         assert entry.size_bytes == tensor.numel() * tensor.element_size()
     train(net, update, RATES[name], range(3, 6))
 
-    net, update, state = made(name, beta1=beta1)
+    net, update = make_backend(name, beta1=beta1)
     with torch.no_grad():
         for key, p in net.named_parameters():
             p.copy_(weights[key])
-    state.restore_optimizer(set(saved), saved.__getitem__)
+    update.restore(Saved(saved))
     train(net, update, RATES[name], range(3, 6))
     for key, value in net.state_dict().items():
         assert torch.equal(value, straight[key]), key
@@ -178,11 +198,10 @@ def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_checkpoint(name: str) -> None:
-    net, update, state = made(name)
-    assert STEP in {entry.name for entry in state.optimizer_entries()}
-    assert not any(entry.read().any() for entry in state.optimizer_entries())
+    net, update = make_backend(name)
+    assert not any(entry.read().any() for entry in update.optimizer_tensors())
     train(net, update, RATES[name], range(2))
-    names = [entry.name for entry in state.optimizer_entries()]
+    names = [entry.name for entry in update.optimizer_tensors()]
     parameters = [key for key, _ in net.named_parameters()]
     assert "lm_head.weight" not in parameters
     assert len(names) == len(set(names))
@@ -191,17 +210,129 @@ def test_names_in_a_checkpoint(name: str) -> None:
         own = {n.partition(".")[0] for n in names if n.partition(".")[2] == key}
         adam = {"exp_avg", "exp_avg_sq"}
         assert own == ({"momentum_buffer"} if name == "sgd" or (name == "muon" and key in muon) else adam), key
-    assert [entry.name for entry in state.model_entries()] == [*parameters, "offset"]
+    assert [entry.name for entry in update.model_tensors()] == [*parameters, "offset"]
 
 
 def test_the_step_count_is_the_optimizers_own() -> None:
-    net, update, state = made("adamw")
+    net, update = make_backend("adamw")
     train(net, update, 0.01, range(3))
     update.backward(net(torch.arange(4)).sum() * float("nan"))
     update.step(0.01)
-    counts = {entry.name: entry for entry in state.optimizer_entries()}
-    assert counts[STEP].read() == 3.0
-    net, update, state = made("adamw")
+    counts = {entry.name: entry for entry in update.optimizer_tensors()}
+    assert counts["step"].read() == 3.0
+    net, update = make_backend("adamw")
     saved = {name: entry.read() for name, entry in counts.items()}
-    state.restore_optimizer(set(saved), saved.__getitem__)
+    update.restore(Saved(saved))
     assert {float(own["step"]) for own in update.optimizer.state.values()} == {3.0}
+
+
+# ----------------------------------------------------------------------------------------------- a recipe's own optimizer
+
+
+def test_any_optimizer_goes_on_from_saved_state_bit_for_bit() -> None:
+    """Any kind of state is saved: tensors of other shapes, counts that are numbers, and counts that are tensors."""
+
+    class Odd(torch.optim.Optimizer):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    if not state:
+                        state |= {"taken": 0, "decay": 1.0, "seen": torch.tensor(0.0), "row": torch.zeros(p.shape[0])}
+                    state["taken"] += 1
+                    state["decay"] *= 0.9
+                    state["seen"] += 1
+                    state["row"] += p.grad.flatten(1).sum(1) if p.ndim > 1 else p.grad
+                    row = state["row"].view(-1, *[1] * (p.ndim - 1))
+                    p.data -= group["lr"] * state["decay"] / (state["taken"] + state["seen"]) * (p.grad + row)
+
+    def make_odd_backend() -> tuple[Tied, PlainBackend]:
+        net = network()
+        backend = PlainBackend(connect("cpu", 1.0), "no", "no", settings("sgd"))
+        backend.prepare(net, net, lambda: Odd(net.parameters(), {"lr": 0.1}))
+        return net, backend
+
+    net, backend = make_odd_backend()
+    train(net, backend, 0.1, range(6))
+    straight = {key: value.clone() for key, value in net.state_dict().items()}
+    net, backend = make_odd_backend()
+    train(net, backend, 0.1, range(3))
+    weights = {entry.name: entry.read().clone() for entry in backend.model_tensors()}
+    saved = {entry.name: entry.read().to(entry.dtype).clone() for entry in backend.optimizer_tensors()}
+    assert {"taken", "decay", "seen", "row.embed.weight"} <= set(saved)
+    net, backend = make_odd_backend()
+    with torch.no_grad():
+        for key, p in net.named_parameters():
+            p.copy_(weights[key])
+    backend.restore(Saved(saved))
+    assert all(isinstance(own["taken"], int) and isinstance(own["decay"], float) for own in backend.optimizer.state.values())
+    train(net, backend, 0.1, range(3, 6))
+    assert all(torch.equal(value, straight[key]) for key, value in net.state_dict().items())
+
+
+def reloaded(backend: PlainBackend, make: Callable[[], PlainBackend], kept: bool = True) -> PlainBackend:
+    """Another backend that goes on from this one's state, optimizer and weights."""
+    weights = {entry.name: entry.read().clone() for entry in backend.model_tensors()}
+    saved = {entry.name: entry.read().to(entry.dtype).clone() for entry in backend.optimizer_tensors()}
+    other = make()
+    with torch.no_grad():
+        for key, p in other.network.named_parameters():
+            p.copy_(weights[key])
+    assert (other.restore(Saved(saved)) is None) == kept
+    return other
+
+
+class Scaled(nn.Module):
+    """With a parameter that has no dimension, as a logit scale has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.layer = nn.Parameter(torch.tensor(1.5)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_parameter_without_dimensions_keeps_its_own_state(name: str) -> None:
+    def make() -> PlainBackend:
+        net, chosen = Scaled(), settings(name)
+        backend = PlainBackend(connect("cpu", 1.0), "no", "no", chosen)
+        backend.prepare(net, net, lambda: optimizer.build(optimizer.decay_groups(net, 0.1), net, chosen))
+        return backend
+
+    def steps(backend: PlainBackend, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+            backend.backward(backend.model(x).square().mean())
+            backend.step(0.05)
+
+    straight, halfway = make(), make()
+    steps(straight, range(6))
+    steps(halfway, range(3))
+    resumed = reloaded(halfway, make)
+    steps(resumed, range(3, 6))
+    for one, two in zip(straight.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"), [("sgd", "adamw", False), ("muon", "adam", False), ("adam", "adamw", True)]
+)
+def test_the_state_of_another_optimizer_is_left_out(before: str, after: str, kept: bool) -> None:
+    net, first = make_backend(before)
+    train(net, first, RATES[before], range(2))
+    second = reloaded(first, lambda: make_backend(after)[1], kept)
+    hidden = second.network.hidden.weight
+    assert (hidden in second.optimizer.state) == kept
+    train(second.network, second, RATES[after], range(2))
+    keys = {entry.name.partition(".")[0] for entry in second.optimizer_tensors()}
+    assert keys == {"exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("name", ["NAdam", "Rprop", "ASGD", "Adafactor"])
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_for_sharding(name: str) -> None:
+    net = network()
+    with pytest.raises(UserError, match=rf"optimizer {name} .*DDP"):
+        elementwise_initial_state(getattr(torch.optim, name)(net.parameters(), lr=0.01), net.gain)

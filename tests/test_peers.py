@@ -1,4 +1,4 @@
-"""What befalls one process of two: all end the same way, the guilty one is named, nothing good is lost and nobody hangs."""
+"""Faults in one of two processes: all end the same way, the failing one is named, no good checkpoint is lost, none hangs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,15 +16,15 @@ import torch
 from launching import FAULTY, Started, command
 from scenarios import Finished, launch
 
-from trainer import peers
-from trainer.batches import sample_numbers
-from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, Refusal
+from trainer.data.stream import sample_numbers
+from trainer.distributed import peers
+from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, UserError
 
 RECIPE = "faulty_recipe:FaultyRecipe"
 STEPS = 6
 COMMON = ["--batch_size", "4", "--gradient_accumulation_steps", "1", "--max_steps", str(STEPS), "--learning_rate", "1e-2"]
 COMMON += ["--warmup_steps", "0", "--save_every", "1", "--keep_last", "0", "--no_use_tensorboard"]
-# Nothing to learn for rank 1 at step 2, for nobody at step 4.
+# No labels for rank 1 at step 2, and for no rank at step 4.
 UNLABELLED = [str(number) for number in sample_numbers([6, 7, 12, 13, 14, 15], 42, 64)]
 RUNS = {
     "data": ["--fault", "data"],
@@ -39,9 +40,9 @@ RUNS = {
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finished]]:
     """{backend: {fault: run}}, one launch for each backend."""
     runs = {name: (RECIPE, [*COMMON, *flags]) for name, flags in RUNS.items()}
-    found = {kind: launch(kind, runs, tmp_path_factory.mktemp(kind)) for kind in ("ddp", "zero3")}
+    runs_by_kind = {kind: launch(kind, runs, tmp_path_factory.mktemp(kind)) for kind in ("ddp", "zero3")}
     alone = {"unlabelled": (RECIPE, [*COMMON, *RUNS["unlabelled"]])}
-    return {**found, "one": launch("one", alone, tmp_path_factory.mktemp("one"))}
+    return {**runs_by_kind, "one": launch("one", alone, tmp_path_factory.mktemp("one"))}
 
 
 BACKENDS = pytest.mark.parametrize("kind", ["ddp", "zero3"])
@@ -113,12 +114,12 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_good_ones_stay(
 
 
 def started(kind: str, directory: Path, *flags: str) -> Started:
-    words = [*COMMON, "--max_steps", "1000000", "--save_every", "50", "--keep_last", "2", "--log_every", "10", *flags]
-    return Started(command(kind, FAULTY, *words, "--output_dir", str(directory)), directory.with_suffix(".log"))
+    argv = [*COMMON, "--max_steps", "1000000", "--save_every", "50", "--keep_last", "2", "--log_every", "10", *flags]
+    return Started(command(kind, FAULTY, *argv, "--output_dir", str(directory)), directory.with_suffix(".log"))
 
 
 def ended(process: Started, seconds: float) -> str:
-    """What a launch said that had to fail by itself, and left nobody."""
+    """The output of a launch that fails by itself and leaves no process."""
     try:
         assert process.wait(timeout=seconds) != 0
         assert process.orphans(10) == []
@@ -132,17 +133,17 @@ def test_one_rank_fails_and_all_end_with_its_message_and_status(fault: str, tmp_
     """Out of memory: one message for the launch, with the arithmetic and the remedies. A bug: one traceback."""
     kind = "ddp" if fault == "memory" else "zero3"
     directory = tmp_path / "run"
-    said = ended(started(kind, directory, "--fault", fault), 90)
+    output = ended(started(kind, directory, "--fault", fault), 90)
     status = json.loads((directory / "status.json").read_text())
     assert status["state"] == "failed"
-    ours = said.partition("elastic")[0]  # the launcher adds its own report
+    ours = output.partition("elastic")[0]  # the launcher adds its own report
     if fault == "memory":
         message = "out of memory with batch_size 4 x 1 accumulation = 4 samples a step; try, in this order: half --batch_size"
         assert re.findall("^error: .*", ours, re.MULTILINE) == [f"error: {status['reason'].removeprefix('rank 1: ')}"]
         assert f"rank 1: {message}" in status["reason"]
         remedies = ["--gradient_accumulation_steps", "shorter", "--gradient_checkpointing", "expandable_segments:True"]
         assert [part for part in remedies if part in status["reason"]] == remedies
-        assert set(re.findall(r"exitcode *: (-?\d+)", said)) == {str(OUT_OF_MEMORY)}
+        assert set(re.findall(r"exitcode *: (-?\d+)", output)) == {str(OUT_OF_MEMORY)}
         assert "Traceback" not in ours
     else:
         assert status["reason"] == "rank 1: KeyError: 'weights_of_nothing'"
@@ -154,43 +155,42 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     process = started("ddp", directory, "--timeout_minutes", "0.1")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while "Step     50" not in process.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
         hung = process.rank(1)
         os.kill(hung, signal.SIGSTOP)
         since = time.monotonic()
-        while json.loads((directory / "status.json").read_text())["state"] == "running" and time.monotonic() < since + 60:
+        while json.loads((directory / "status.json").read_text())["state"] == "running" and time.monotonic() < since + 200:
             time.sleep(0.05)
-        assert time.monotonic() - since > 5.5
+        assert time.monotonic() - since > 4  # six seconds, but for what it had waited before: no other reason ended it
         os.kill(hung, signal.SIGKILL)  # as torchrun does 30 s after the other has failed
-        said = ended(process, 30)
+        output = ended(process, 30)
     finally:
         process.kill_all()
     status = json.loads((directory / "status.json").read_text())
     assert status["state"] == "failed"
     assert "rank 1 of 2 gave no answer: killed, or hung" in status["reason"]
-    assert f"error: {status['reason']}" in said
-    assert "same command" in said
+    assert f"error: {status['reason']}" in output
+    assert "same command" in output
 
 
 class Cut:
     """A store behind a cut cable."""
 
     def set(self, *_: object) -> None:
-        time.sleep(60)
+        threading.Event().wait()
 
 
+@pytest.mark.timeout(60)
 def test_a_store_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Cut)
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234")
-    began = time.monotonic()
-    found = peers.settle(broken, 0, 2)
-    assert time.monotonic() - began < 2
-    assert isinstance(found, Refusal)
-    assert "the first host gives no answer" in str(found)
-    assert not found.said_elsewhere
-    assert peers.settle(broken, 0, 1) is broken
-    refusal = Refusal("all know", known_to_all=True)
-    assert peers.settle(refusal, 0, 2) is refusal
+    cause = peers.root_cause(broken, 0, 2)  # comes back, though the store never does
+    assert isinstance(cause, UserError)
+    assert "the first host gives no answer" in str(cause)
+    assert not cause.printed_by_other_rank
+    assert peers.root_cause(broken, 0, 1) is broken
+    error = UserError("all know", known_to_all=True)
+    assert peers.root_cause(error, 0, 2) is error

@@ -1,4 +1,4 @@
-"""tools/plan.py: what it says is what the run then does, and what cannot be planned is refused in one line."""
+"""tools/plan.py: its plan is what the run then does, and what cannot be planned is refused in one line."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ def test_the_plan_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
     steps = ["--batch_size", "8", "--gradient_accumulation_steps", "2", "--max_steps", "50", "--save_every", "10"]
     plan.main([str(RECIPE), "--processes", "4", "--", *TINY["gpt2"][1](tmp_path), *steps])
-    said = capsys.readouterr().out
-    assert "Batch: 2 samples x 4 processes x 2 accumulation = 16 samples per optimizer step" in said
-    assert "Plan: 50 optimizer steps = 800 samples = 13.33 epochs of 60" in said
-    assert "after 5 steps" in said, "an untyped warm-up is cut to a tenth of the run"
-    assert "5 step saves, with keep_last 3 at most 4 of them" in said
-    assert "13 of epochs and the best model stay" in said
+    output = capsys.readouterr().out
+    assert "Batch: 2 samples x 4 processes x 2 accumulation = 16 samples per optimizer step" in output
+    assert "Plan: 50 optimizer steps = 800 samples = 13.33 epochs of 60" in output
+    assert "after 5 steps" in output, "an untyped warm-up is cut to a tenth of the run"
+    assert "5 step saves, with keep_last 3 at most 4 of them" in output
+    assert "13 of epochs and the best model stay" in output
 
 
 def test_memory_of_a_billion_parameters_with_adam() -> None:
     """16 bytes a parameter in one piece; ZeRO-3 splits all of it, and an fp32 master copy more."""
-    found = {name: plan.bytes_of_state(10**9, 2, name, 8) / 1e9 for name in plan.LAUNCHES}
-    assert found == pytest.approx({"one process or DDP": 16.0, "ZeRO-1": 9.5, "ZeRO-2": 6.0, "ZeRO-3": 2.5})
+    gigabytes = {name: plan.bytes_of_state(10**9, 2, name, 8) / 1e9 for name in plan.LAUNCHES}
+    assert gigabytes == pytest.approx({"one process or DDP": 16.0, "ZeRO-1": 9.5, "ZeRO-2": 6.0, "ZeRO-3": 2.5})
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["recipes/none.py"], "recipes/none.py is no file"),
-        ([str(ROOT / "trainer" / "schedule.py")], "defines 0 recipes"),
+        ([str(ROOT / "trainer" / "optimisation" / "schedule.py")], "defines 0 recipes"),
         ([str(RECIPE), "--processes", "3", "--", "--preset", "quick"], "batch_size 16 does not divide over 3 processes"),
         ([str(RECIPE), "--processes", "0", "--", "--preset", "quick"], "processes 0 must be at least 1"),
         ([str(RECIPE), "--", "--d_modle", "3"], "unknown flag --d_modle"),
     ],
 )
-def test_what_cannot_be_planned(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_planned(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        plan.main(words)
+        plan.main(argv)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1

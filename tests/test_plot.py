@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from trainer.errors import Refusal
-from trainer.plot import _running_mean, curve, plot_loss, plot_metric
+from trainer.errors import UserError
+from trainer.reporting.plot import _running_mean, curve, plot_loss, plot_metric
 
 TOOL = Path(__file__).parents[1] / "tools" / "plot_run.py"
 
@@ -64,7 +64,7 @@ def test_text_of_the_picture(tmp_path: Path) -> None:
 
 def test_a_run_without_losses_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/learning_rate": 0.1}\n')
-    with pytest.raises(Refusal, match="holds no train/loss"):
+    with pytest.raises(UserError, match="holds no train/loss"):
         plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "")
     assert not (tmp_path / "loss.png").exists()
 
@@ -110,7 +110,7 @@ def run_tool(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_tool_draws_one_run_into_its_plots_folder_and_several_where_told(tmp_path: Path) -> None:
+def test_the_tool_draws_one_run_into_its_plots_folder_and_several_to_out(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "gpt" / "a"), write_run(tmp_path / "gpt" / "b", final=2.0)
     assert run_tool(a).stdout.strip().endswith(str(a / "plots" / "loss.png"))
     assert (a / "plots" / "loss.png").stat().st_size > 10_000
@@ -131,7 +131,7 @@ def test_the_tool_draws_one_run_into_its_plots_folder_and_several_where_told(tmp
         (["{}/run", "--out", "{}/run/metrics.jsonl/x.png"], "metrics.jsonl"),
     ],
 )
-def test_the_tool_says_in_one_line_what_is_wrong(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_errors_of_the_tool_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     write_run(tmp_path / "run")
     done = run_tool(*(argument.format(tmp_path) for argument in arguments))
     assert done.returncode == 2

@@ -23,14 +23,14 @@ TOOL = ROOT / "tools" / "prepare_text.py"
 STORY = "Once upon a time {} walked quietly between the lighthouses. It was {}!\n\nThe end, she said.\n"
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, str(TOOL), *map(str, words)]
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(TOOL), *map(str, arguments)]
 
 
-def run(*words: object, expect: int = 0) -> str:
+def run(*arguments: object, expect: int = 0) -> str:
     env = environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(
-        command(*words), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        command(*arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
     )
     assert done.returncode == expect, done.stderr[-2000:]
     if expect:
@@ -41,19 +41,19 @@ def run(*words: object, expect: int = 0) -> str:
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24,000 stories of 90 bytes, a quarter of them with an accent."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     names, moods = ["Lily", "Tom", "Zoé", "a little red fox"], ["sunny", "raining", "getting late", "1999"]
     path = tmp_path_factory.mktemp("stories") / "stories.txt"
-    path.write_text(END_OF_TEXT.join(STORY.format(dice.choice(names), dice.choice(moods)) for _ in range(24_000)))
+    path.write_text(END_OF_TEXT.join(STORY.format(rng.choice(names), rng.choice(moods)) for _ in range(24_000)))
     return path
 
 
 @pytest.fixture(scope="module")
 def prepared(stories: Path) -> Path:
     """What one worker makes of them."""
-    said = run(stories, "--out", stories.parent / "one", "--vocab_size", 320, "--workers", 1)
-    assert "train.ids" in said
-    assert "--vocab_size 320" in said
+    output = run(stories, "--out", stories.parent / "one", "--vocab_size", 320, "--workers", 1)
+    assert "train.ids" in output
+    assert "--vocab_size 320" in output
     return stories.parent / "one"
 
 
@@ -64,19 +64,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_ids_are_the_text_again_with_every_document_ended(stories: Path, prepared: Path) -> None:
     tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
     end = tokenizer.token_to_id(END_OF_TEXT)
-    found = {}
+    documents = {}
     for name in ("train", "valid"):
         ids = np.fromfile(prepared / f"{name}.ids", np.uint16)
-        told = json.loads((prepared / f"{name}.ids.json").read_text())
-        assert (told["dtype"], told["vocabulary"], told["count"]) == ("uint16", 320, len(ids))
+        sidecar = json.loads((prepared / f"{name}.ids.json").read_text())
+        assert (sidecar["dtype"], sidecar["vocabulary"], sidecar["count"]) == ("uint16", 320, len(ids))
         assert ids[-1] == end
         pieces = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
-        found[name] = [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
-        expected = tokenizer.encode(END_OF_TEXT.join(found[name]), add_special_tokens=False).ids
+        documents[name] = [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
+        expected = tokenizer.encode(END_OF_TEXT.join(documents[name]), add_special_tokens=False).ids
         assert ids[:-1].tolist() == expected  # what the library makes of the whole text at once
     texts = stories.read_text().split(END_OF_TEXT)
-    assert sorted(found["train"] + found["valid"]) == sorted(texts)
-    assert 0.009 < len(found["valid"]) / len(texts) < 0.011
+    assert sorted(documents["train"] + documents["valid"]) == sorted(texts)
+    assert 0.009 < len(documents["valid"]) / len(texts) < 0.011
     streams = open_streams(str(prepared / "train.ids"), str(prepared / "valid.ids"), None, 320, 64)
     assert streams.tokenizer_json == (prepared / "tokenizer.json").read_text()
 
@@ -109,13 +109,13 @@ def test_a_single_document_gives_a_validation_part_too(tmp_path: Path) -> None:
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     words = [f"{a}{b}{c}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "ABCDEFGHIJKLMNOP" for c in range(170)]
     (tmp_path / "a.txt").write_text(END_OF_TEXT.join([" ".join(words)] * 2))
-    said = run(tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab_size", 280, "--workers", 1)
-    assert "uint16" in said
-    told = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    told["model"]["vocab"] |= {f"unused {n}": n for n in range(280, 65_600)}
-    (tmp_path / "wide.json").write_text(json.dumps(told))
-    said = run(tmp_path / "a.txt", "--out", tmp_path / "wide", "--tokenizer", tmp_path / "wide.json", "--workers", 1)
-    assert "uint32" in said
+    output = run(tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab_size", 280, "--workers", 1)
+    assert "uint16" in output
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"unused {n}": n for n in range(280, 65_600)}
+    (tmp_path / "wide.json").write_text(json.dumps(tokenizer))
+    output = run(tmp_path / "a.txt", "--out", tmp_path / "wide", "--tokenizer", tmp_path / "wide.json", "--workers", 1)
+    assert "uint32" in output
     narrow, wide = (np.fromfile(tmp_path / name / "train.ids", kind) for name, kind in (("out", "u2"), ("wide", "u4")))
     assert narrow.tolist() == wide.tolist()
     assert open_streams(*([str(tmp_path / "wide" / "train.ids")] * 2), None, 65_600, 64).train.dtype == "uint32"
@@ -125,7 +125,7 @@ def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, 
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "tiny.txt").write_text("a")
     out = tmp_path / "out"
-    for words, problem in (
+    for arguments, problem in (
         ([tmp_path / "missing.txt", "--out", out], "does not exist"),
         ([tmp_path / "latin.txt", "--out", out], "latin.txt is not UTF-8"),
         ([tmp_path / "tiny.txt", "--out", out, "--vocab_size", 300], "there is no text for valid"),
@@ -135,7 +135,7 @@ def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, 
         ([stories, "--out", prepared], "is there already"),
         ([stories, "--valid", stories, "--out", out], "is both training and validation text"),
     ):
-        assert problem in run(*words, expect=2)
+        assert problem in run(*arguments, expect=2)
     assert list(out.iterdir()) == []
     assert set(contents(prepared)) == {"tokenizer.json", "train.ids", "train.ids.json", "valid.ids", "valid.ids.json"}
 
@@ -146,17 +146,17 @@ def test_ended_in_mid_work_it_leaves_no_half_file_and_starts_again(
 ) -> None:
     text = stories.read_text() + END_OF_TEXT
     (tmp_path / "long.txt").write_text(text * 12)
-    out, words = tmp_path / "out", ["--tokenizer", prepared / "tokenizer.json", "--workers", 2]
-    started = command(tmp_path / "long.txt", "--out", out, *words)
+    out, flags = tmp_path / "out", ["--tokenizer", prepared / "tokenizer.json", "--workers", 2]
+    started = command(tmp_path / "long.txt", "--out", out, *flags)
     process = Started(started, tmp_path / "log.txt", environment(PYTHONPATH=str(ROOT)))
     unfinished = out / ".train.ids.unfinished"
     try:
         wait_until(lambda: unfinished.is_file() and unfinished.stat().st_size > 0)
         os.kill(process.pid, signal.SIGSTOP)  # so that it cannot finish meanwhile
-        assert "another prepare_text writes" in run(stories, "--out", out, *words, expect=2)
+        assert "another prepare_text writes" in run(stories, "--out", out, *flags, expect=2)
         os.kill(process.pid, number)
         os.kill(process.pid, signal.SIGCONT)
-        assert process.wait(timeout=30) == (-number if number == signal.SIGKILL else 130)
+        assert process.wait(timeout=100) == (-number if number == signal.SIGKILL else 130)
         assert process.orphans(10) == []
     finally:
         process.kill_all()
@@ -164,11 +164,11 @@ def test_ended_in_mid_work_it_leaves_no_half_file_and_starts_again(
     assert not (out / "valid.ids").exists()
     if number != signal.SIGKILL:
         assert list(out.iterdir()) == []
-    run(stories, "--out", out, *words)
+    run(stories, "--out", out, *flags)
     assert contents(out) == contents(prepared)
 
 
-def wait_until(condition: object, seconds: float = 30.0) -> None:
+def wait_until(condition: object, seconds: float = 100.0) -> None:
     began = time.monotonic()
     while not condition():  # type: ignore[operator]
         assert time.monotonic() - began < seconds
@@ -185,9 +185,9 @@ print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """300 MB, some of them one document, in a third of the memory; with one worker, which does it all in one process."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     words = ["international", "responsibility", "straightforward", "lighthouses", "notwithstanding", "a", "of", "\n"]
-    block = " ".join(dice.choices(words, weights=[10] * 7 + [1], k=100_000))
+    block = " ".join(rng.choices(words, weights=[10] * 7 + [1], k=100_000))
     separated = block.replace("\n", END_OF_TEXT)
     with (tmp_path / "large.txt").open("w") as file:
         for n in range(300_000_000 // len(block)):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trainer.redaction import redact, redact_text, without_urls
+from trainer.command_line.secrets import redact, redact_text, without_urls
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_redacted_text_stays_json() -> None:
         ("a: b//c", "a: b//c"),
     ],
 )
-def test_a_complaint_repeats_no_url(word: str, shown: str) -> None:
+def test_an_error_repeats_no_url(word: str, shown: str) -> None:
     assert without_urls(word) == shown
 
 
 def test_a_long_text_takes_no_time() -> None:
     text = "a" * 300_000 + "://x " + "b.c-d" * 100_000
-    began = time.perf_counter()
+    began = time.process_time()
     assert redact_text(text) == text
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1

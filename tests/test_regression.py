@@ -44,8 +44,8 @@ def splitmix64(state: int) -> int:
 def test_the_hash_is_splitmix64_and_the_normals_are_box_and_mullers() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF  # its published first output
     keys = sample_keys("train", 0, range(4))
-    found = normals(torch.from_numpy(keys.view("int64")), normal_columns(6))
-    for row, key in zip(found, keys.tolist(), strict=True):
+    drawn = normals(torch.from_numpy(keys.view("int64")), normal_columns(6))
+    for row, key in zip(drawn, keys.tolist(), strict=True):
         for column in range(3):
             z = splitmix64(key + column * 0x9E3779B97F4A7C15)
             signed, low = z >> 32, z & 0xFFFFFFFF
@@ -98,8 +98,8 @@ def test_a_sample_is_the_same_in_every_batch() -> None:
     data = stream([task_pool(7, 3, 0)])
     whole = data.__getitems__(range(40, 64))
     for part in (range(40, 41), range(45, 64), [63, 40, 51]):
-        mine = data.__getitems__(part)
-        for name, tensor in mine.items():
+        subset = data.__getitems__(part)
+        for name, tensor in subset.items():
             assert torch.equal(tensor, whole[name][[number - 40 for number in part]]), name
     far = data.__getitems__([5 * 10**11])
     assert torch.isfinite(far["y"]).all()

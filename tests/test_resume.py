@@ -1,4 +1,4 @@
-"""What a launch does with what it finds: the rules of resuming, each with the message a person reads."""
+"""The rules of resuming, each with the message that is printed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer import config as configuration
-from trainer.console import Console
-from trainer.errors import BAD_INPUT, CHECKPOINT, Refusal
-from trainer.launch import connect
+from trainer.command_line import config as configuration
+from trainer.distributed.launch import connect
+from trainer.errors import BAD_INPUT, CHECKPOINT, UserError
 from trainer.main import train
+from trainer.recipe import Report
+from trainer.reporting.console import Console
 from trainer.setup import load_weights
 
 TINY = "--tokenizer train --vocab_size 300 --d_model 16 --num_layers 1 --num_heads 2 --max_length 32 --dropout 0.1"
@@ -30,36 +31,35 @@ TINY += " --num_workers 0 --keep_last 0 --no_use_tensorboard --device cpu"
 class Quiet(Gpt2Wikitext):
     """Without the sample at the end, which takes longer than the training."""
 
-    def after_training(self, *_: object) -> None:
-        pass
+    report_class = Report
 
 
 def launch(*flags: str, recipe: Gpt2Wikitext | None = None) -> str:
-    """One launch in this process; what it said. Raises its Refusal, with what was said until then as `.said`."""
+    """One launch in this process; its output. Raises its UserError, with the output so far as `.output`."""
     recipe = recipe or Quiet()
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         try:
-            parsed = configuration.parse(recipe.Config, recipe.presets, flags, recipe.name)
+            parsed = configuration.parse(recipe.config_class, recipe.presets, flags, recipe.name)
             train(recipe, parsed, flags, connect("cpu", 1), Console(None, True))
-        except Refusal as refusal:
-            refusal.said = said.getvalue()  # type: ignore[attr-defined]
+        except UserError as error:
+            error.output = output.getvalue()  # type: ignore[attr-defined]
             raise
-    return said.getvalue()
+    return output.getvalue()
 
 
-def refused(*flags: str) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refused(*flags: str) -> UserError:
+    with pytest.raises(UserError) as caught:
         launch(*flags)
     assert "\n" not in str(caught.value)  # one line for a person
     return caught.value
 
 
-def write_text(folder: Path, words: str = "to be or not that is the question whether tis nobler in mind suffer") -> Path:
+def write_text(folder: Path, text: str = "to be or not that is the question whether tis nobler in mind suffer") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = words.split()
+    words = text.split()
     for name, rows in (("train", 150), ("validation", 8), ("test", 8)):
-        lines = (" ".join(vocabulary[(i * i + 3 * k) % len(vocabulary)] for k in range(12)) for i in range(rows))
+        lines = (" ".join(words[(i * i + 3 * k) % len(words)] for k in range(12)) for i in range(rows))
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -78,14 +78,14 @@ def saved_config(run: Path, step: int) -> dict[str, dict[str, object]]:
 
 
 def content(folder: Path) -> dict[str, tuple[str, int]]:
-    """{file: (what it holds, when it was written)}; the lock, which each launch takes and empties, aside."""
-    found = {}
+    """{file: (content, modification time)}, except the lock, which each launch takes and empties."""
+    contents = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            found[str(path)] = (os.readlink(path), path.lstat().st_mtime_ns)
+            contents[str(path)] = (os.readlink(path), path.lstat().st_mtime_ns)
         elif path.is_file() and path.name != ".lock":
-            found[str(path)] = (path.read_bytes().hex(), path.stat().st_mtime_ns)
-    return found
+            contents[str(path)] = (path.read_bytes().hex(), path.stat().st_mtime_ns)
+    return contents
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,8 +137,8 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_the_same_command_continues_to_the_same_weights(data: Path, halfway: Path, finished: Path) -> None:
-    said = launch(*flags(data, halfway))
-    assert "Resumed from step 8" in said
+    output = launch(*flags(data, halfway))
+    assert "Resumed from step 8" in output
     assert steps(halfway) == [4, 8, 12]
     assert same_weights(halfway / "checkpoints" / "checkpoint_final", finished / "checkpoints" / "checkpoint_final")
     assert json.loads((halfway / "status.json").read_text())["state"] == "finished"
@@ -160,29 +160,29 @@ def test_flags_of_one_launch_are_not_taken_over(data: Path, halfway: Path) -> No
 
 
 def test_flags_of_the_run_section_are_free(data: Path, halfway: Path) -> None:
-    said = launch(*flags(data, halfway, "--log_every", "1", "--save_every", "2", "--num_workers", "1", "--patience", "9"))
-    assert "Resumed from step 8" in said
+    output = launch(*flags(data, halfway, "--log_every", "1", "--save_every", "2", "--num_workers", "1", "--patience", "9"))
+    assert "Resumed from step 8" in output
     assert steps(halfway) == [4, 8, 10, 12]
-    assert "->" not in said
+    assert "->" not in output
 
 
-def test_a_finished_run_says_so_and_writes_nothing(data: Path, finished: Path) -> None:
+def test_a_finished_run_reports_it_and_writes_nothing(data: Path, finished: Path) -> None:
     before = content(finished)
-    said = launch(*flags(data, finished))
-    assert "Already finished (last step) at step 12, nothing to do" in said
-    assert "--max_steps" in said  # the way on
+    output = launch(*flags(data, finished))
+    assert "Already finished (last step) at step 12, nothing to do" in output
+    assert "--max_steps" in output  # the way on
     assert content(finished) == before
 
 
 @pytest.mark.parametrize(("flag", "reason"), [(("--target_loss", "100"), "target loss"), (("--patience", "1"), "patience")])
 def test_a_run_that_finished_early_is_finished_too(data: Path, tmp_path: Path, flag: tuple[str, str], reason: str) -> None:
     worse = ("--learning_rate", "3.0", "--warmup_steps", "0") if reason == "patience" else ()  # evaluation never improves
-    words = flags(data, tmp_path, "--eval_every", "1", *flag, *worse)
-    launch(*words)
+    argv = flags(data, tmp_path, "--eval_every", "1", *flag, *worse)
+    launch(*argv)
     reached = steps(tmp_path)[-1]
     assert reached < 12
     before = content(tmp_path)
-    assert f"Already finished ({reason}) at step {reached}" in launch(*words)
+    assert f"Already finished ({reason}) at step {reached}" in launch(*argv)
     assert content(tmp_path) == before
 
 
@@ -192,27 +192,30 @@ def test_patience_may_wait_for_another_metric_than_the_best(data: Path, tmp_path
     class Waiting(Quiet):
         patience_metric = ("val_perplexity", "higher")
 
-    words = flags(data, tmp_path, "--eval_every", "1", "--patience", "2")
-    said = launch(*words, recipe=Waiting())
-    assert "Finished at step 3: patience" in said
+    argv = flags(data, tmp_path, "--eval_every", "1", "--patience", "2")
+    output = launch(*argv, recipe=Waiting())
+    assert "Finished at step 3: patience" in output
     assert os.readlink(tmp_path / "checkpoints" / "best_model") == "checkpoint_step_3"
-    assert "Already finished (patience) at step 3" in launch(*words, recipe=Waiting())
+    assert "Already finished (patience) at step 3" in launch(*argv, recipe=Waiting())
 
 
 def test_a_finished_run_is_finished_whatever_becomes_of_its_picture(data: Path, tmp_path: Path) -> None:
-    class Unlucky(Quiet):
+    class UnluckyReport(Report):
         def baseline(self, *_: object) -> tuple[str, float]:
             raise ValueError("no baseline today")
 
-    said = launch(*flags(data, tmp_path), recipe=Unlucky())
-    assert "WARNING: no plot: no baseline today" in said
+    class Unlucky(Quiet):
+        report_class = UnluckyReport
+
+    output = launch(*flags(data, tmp_path), recipe=Unlucky())
+    assert "WARNING: no plot: no baseline today" in output
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
 def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:
-    words = flags(data, tmp_path, "--target_loss", "100", "--eval_every", "0")
-    said = launch(*words, recipe=Gpt2Wikitext())
-    assert "Finished at step 2: target loss" in said
+    argv = flags(data, tmp_path, "--target_loss", "100", "--eval_every", "0")
+    output = launch(*argv, recipe=Gpt2Wikitext())
+    assert "Finished at step 2: target loss" in output
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
@@ -223,13 +226,13 @@ def test_a_run_killed_just_before_its_last_link_is_finished_by_the_same_command(
     assert json.loads((complete / "status.json").read_text())["state"] == "finished"
 
 
-def test_a_launch_told_to_stop_at_the_last_step_finishes_the_run(data: Path, tmp_path: Path) -> None:
+def test_a_launch_with_stop_at_step_at_the_last_step_finishes_the_run(data: Path, tmp_path: Path) -> None:
     launch(*flags(data, tmp_path, "--stop_at_step", "12"))
     assert (tmp_path / "checkpoints" / "checkpoint_final").is_dir()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
-def test_a_run_stopped_as_asked_goes_on(data: Path, stopped: Path, halfway: Path) -> None:
+def test_a_run_stopped_at_a_step_goes_on(data: Path, stopped: Path, halfway: Path) -> None:
     status = json.loads((stopped / "status.json").read_text())
     assert (status["state"], status["reason"], status["step"]) == ("stopped", "stop_at_step", 8)
     assert "Finished at step 12" in launch(*flags(data, halfway))
@@ -237,22 +240,22 @@ def test_a_run_stopped_as_asked_goes_on(data: Path, stopped: Path, halfway: Path
 
 def test_resume_never_refuses_a_directory_that_holds_a_run(data: Path, halfway: Path, tmp_path: Path) -> None:
     before = content(halfway)
-    refusal = refused(*flags(data, halfway, "--resume", "never"))
-    assert refusal.exit_code == BAD_INPUT
-    assert "holds a run at step 8" in str(refusal)
-    assert "--run_name" in str(refusal)
+    error = refused(*flags(data, halfway, "--resume", "never"))
+    assert error.exit_code == BAD_INPUT
+    assert "holds a run at step 8" in str(error)
+    assert "--run_name" in str(error)
     assert content(halfway) == before
     assert "Finished at step 4" in launch(*flags(data, tmp_path / "new", "--resume", "never", "--max_steps", "4"))
 
 
 @pytest.mark.parametrize(
-    "words", [["--resume_from", "nowhere"], ["--data_dir", "nowhere"], ["--batch_size", "7", "--num_heads", "3"]]
+    "argv", [["--resume_from", "nowhere"], ["--data_dir", "nowhere"], ["--batch_size", "7", "--num_heads", "3"]]
 )
-def test_a_refused_start_leaves_no_directory_behind(data: Path, tmp_path: Path, words: list[str]) -> None:
-    refused(*flags(data, tmp_path / "runs" / "gpt2" / "run", *words))
+def test_a_refused_start_leaves_no_directory_behind(data: Path, tmp_path: Path, argv: list[str]) -> None:
+    refused(*flags(data, tmp_path / "runs" / "gpt2" / "run", *argv))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
-    refused(*flags(data, tmp_path / "mine", *words))
+    refused(*flags(data, tmp_path / "mine", *argv))
     assert (tmp_path / "mine").is_dir()
 
 
@@ -278,27 +281,27 @@ def test_changes_to_the_optimisation_need_resume_from(
     data: Path, halfway: Path, change: tuple[str, str], name: str, old: str, new: str
 ) -> None:
     before = content(halfway)
-    refusal = refused(*flags(data, halfway, *change))
-    assert refusal.exit_code == BAD_INPUT
-    assert f"{name}: the run has {old}, asked for {new}" in str(refusal)
-    assert "--resume_from" in str(refusal)
+    error = refused(*flags(data, halfway, *change))
+    assert error.exit_code == BAD_INPUT
+    assert f"{name}: the run has {old}, asked for {new}" in str(error)
+    assert "--resume_from" in str(error)
     assert content(halfway) == before
 
-    said = launch(*flags(data, halfway, *change, "--resume_from", str(halfway / "checkpoints" / "checkpoint_step_8")))
-    assert f"{name}: {old} -> {new}" in said
+    output = launch(*flags(data, halfway, *change, "--resume_from", str(halfway / "checkpoints" / "checkpoint_step_8")))
+    assert f"{name}: {old} -> {new}" in output
     last = steps(halfway)[-1]
     assert last == (int(new) if name == "max_steps" else 12)
     assert str(saved_config(halfway, last)["optimisation"][name]) == new
 
 
 def test_a_typed_default_counts_as_typed(data: Path, halfway: Path) -> None:
-    """3e-4 is the default of --learning_rate, but the run has another: asking for it is a change."""
+    """3e-4 is the default of --learning_rate, but the run has another: requesting it is a change."""
     assert "learning_rate: the run has 0.001, asked for 0.0003" in str(refused(*flags(data, halfway, "--lr", "3e-4")))
 
 
 @pytest.mark.parametrize("explicitly", [False, True])
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "parts"),
     [
         (("--d_model", "32"), ("d_model: ", "has 16, asked for 32")),
         (("--dropout", "0.2"), ("dropout: ", "has 0.1, asked for 0.2")),
@@ -309,20 +312,20 @@ def test_a_typed_default_counts_as_typed(data: Path, halfway: Path) -> None:
     ],
 )
 def test_another_model_data_seed_or_effective_batch_is_refused(
-    data: Path, halfway: Path, change: tuple[str, str], told: tuple[str, str], explicitly: bool
+    data: Path, halfway: Path, change: tuple[str, str], parts: tuple[str, str], explicitly: bool
 ) -> None:
     before = content(halfway)
     how = ("--resume_from", "checkpoint_step_8") if explicitly else ()
-    refusal = refused(*flags(data, halfway, *change, *how))
-    assert refusal.exit_code == BAD_INPUT
-    for part in (*told, "--run_name", "--init_from"):  # both values and the way out
-        assert part in str(refusal)
+    error = refused(*flags(data, halfway, *change, *how))
+    assert error.exit_code == BAD_INPUT
+    for part in (*parts, "--run_name", "--init_from"):  # both values and the way out
+        assert part in str(error)
     assert content(halfway) == before
 
 
 def test_the_same_effective_batch_may_be_split_otherwise(data: Path, halfway: Path) -> None:
-    said = launch(*flags(data, halfway, "--batch_size", "2", "--gradient_accumulation_steps", "2"))
-    assert "Resumed from step 8" in said
+    output = launch(*flags(data, halfway, "--batch_size", "2", "--gradient_accumulation_steps", "2"))
+    assert "Resumed from step 8" in output
     assert steps(halfway) == [4, 8, 12]
     assert saved_config(halfway, 12)["optimisation"]["batch_size"] == 2
 
@@ -333,35 +336,35 @@ def test_other_data_under_the_same_name_is_refused(data: Path, halfway: Path, tm
     launch(*flags(copy, run, "--stop_at_step", "4"))
     write_text(copy, "entirely different words now stand in the very same place of this disk so that")
     before = content(run)
-    refusal = refused(*flags(copy, run))
-    assert refusal.exit_code == BAD_INPUT
-    assert "data fingerprint" in str(refusal)
-    assert "--init_from" in str(refusal)
+    error = refused(*flags(copy, run))
+    assert error.exit_code == BAD_INPUT
+    assert "data fingerprint" in str(error)
+    assert "--init_from" in str(error)
     assert content(run) == before
 
 
 def test_the_same_data_may_lie_elsewhere(data: Path, halfway: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "moved"))
-    said = launch(*flags(copy, halfway), "--stop_at_step", "9")
-    assert f"data_dir: {data} -> {copy}" in said
-    assert "Resumed from step 8" in said
+    output = launch(*flags(copy, halfway), "--stop_at_step", "9")
+    assert f"data_dir: {data} -> {copy}" in output
+    assert "Resumed from step 8" in output
 
 
 def test_other_settings_of_the_data_are_refused_naming_both(data: Path, halfway: Path) -> None:
-    refusal = refused(*flags(data, halfway), "--packing", "rows")
-    assert "packing: checkpoint_step_8 has blocks, asked for rows" in str(refusal)
+    error = refused(*flags(data, halfway), "--packing", "rows")
+    assert "packing: checkpoint_step_8 has blocks, asked for rows" in str(error)
 
 
 # --resume_from
 
 
 def test_resume_from_inside_the_run_rolls_it_back(data: Path, complete: Path) -> None:
-    said = launch(*flags(data, complete, "--resume_from", str(complete / "checkpoints" / "checkpoint_step_4")))
-    assert "Resumed from step 4" in said
-    assert "Rolled back: set aside" in said
-    aside = complete / "checkpoints" / "rolled_back_1"
-    assert {p.name for p in aside.iterdir() if not p.is_symlink()} == {"checkpoint_step_8", "checkpoint_step_12"}
-    assert same_weights(aside / "checkpoint_step_12", complete / "checkpoints" / "checkpoint_step_12")
+    output = launch(*flags(data, complete, "--resume_from", str(complete / "checkpoints" / "checkpoint_step_4")))
+    assert "Resumed from step 4" in output
+    assert "Rolled back: set aside" in output
+    rolled_back = complete / "checkpoints" / "rolled_back_1"
+    assert {p.name for p in rolled_back.iterdir() if not p.is_symlink()} == {"checkpoint_step_8", "checkpoint_step_12"}
+    assert same_weights(rolled_back / "checkpoint_step_12", complete / "checkpoints" / "checkpoint_step_12")
     at = [json.loads(line) for line in (complete / "metrics.jsonl").read_text().splitlines()]
     logged = [row["step"] for row in at if "train/loss" in row]
     assert logged == [2, 4, 6, 8, 10, 12]
@@ -376,59 +379,59 @@ def test_a_roll_back_survives_a_kill_before_the_next_save(data: Path, complete: 
 
 def test_resume_from_of_the_last_checkpoint_of_a_finished_run(data: Path, complete: Path) -> None:
     before = content(complete)
-    said = launch(*flags(data, complete, "--resume_from", "checkpoint_final"), recipe=Gpt2Wikitext())
-    assert "is at step 12 of 12, nothing to do; give a larger --max_steps" in said
+    output = launch(*flags(data, complete, "--resume_from", "checkpoint_final"), recipe=Gpt2Wikitext())
+    assert "is at step 12 of 12, nothing to do; give a larger --max_steps" in output
     assert content(complete) == before
 
 
 def test_a_kill_between_the_last_save_and_its_final_link_is_made_good(data: Path, complete: Path) -> None:
     """Also where the command, given again, names a checkpoint."""
     (complete / "checkpoints" / "checkpoint_final").unlink()
-    said = launch(*flags(data, complete, "--resume_from", "checkpoint_step_12"), recipe=Gpt2Wikitext())
-    assert "Finished at step 12" in said
+    output = launch(*flags(data, complete, "--resume_from", "checkpoint_step_12"), recipe=Gpt2Wikitext())
+    assert "Finished at step 12" in output
     assert (complete / "checkpoints" / "checkpoint_final").resolve().name == "checkpoint_step_12"
 
 
 def test_a_new_run_from_a_checkpoint_past_its_last_step_is_none(data: Path, complete: Path, tmp_path: Path) -> None:
     source = str(complete / "checkpoints" / "checkpoint_final")
-    said = launch(*flags(data, tmp_path / "new", "--resume_from", source, "--max_steps", "7"), recipe=Gpt2Wikitext())
-    assert "is at step 12 of 7, nothing to do" in said
+    output = launch(*flags(data, tmp_path / "new", "--resume_from", source, "--max_steps", "7"), recipe=Gpt2Wikitext())
+    assert "is at step 12 of 7, nothing to do" in output
     assert not (tmp_path / "new").exists()
 
 
 def test_resume_from_another_run_starts_a_new_run_directory(data: Path, finished: Path, tmp_path: Path) -> None:
     before = content(finished)
     source = finished / "checkpoints" / "checkpoint_step_8"
-    words = flags(data, tmp_path / "branch", "--resume_from", str(source))
-    said = launch(*words, "--stop_at_step", "10")
-    assert "Resumed from step 8" in said
+    argv = flags(data, tmp_path / "branch", "--resume_from", str(source))
+    output = launch(*argv, "--stop_at_step", "10")
+    assert "Resumed from step 8" in output
     assert content(finished) == before
     # The very same command again, as a scheduler would: it goes on from its own checkpoint.
-    said = launch(*words)
-    assert "already holds a run" in said
-    assert "Resumed from step 10" in said
+    output = launch(*argv)
+    assert "already holds a run" in output
+    assert "Resumed from step 10" in output
     assert same_weights(tmp_path / "branch" / "checkpoints" / "checkpoint_final", finished / "checkpoints" / "checkpoint_final")
 
 
 @pytest.mark.parametrize("ending", ["", ".pt", ".pth"])
 @pytest.mark.parametrize("below", ["", "checkpoints/", "absolute"])
-def test_the_endings_of_the_guides_are_ignored(data: Path, halfway: Path, ending: str, below: str) -> None:
+def test_file_endings_of_checkpoints_are_ignored(data: Path, halfway: Path, ending: str, below: str) -> None:
     below = f"{halfway}/checkpoints/" if below == "absolute" else below
-    said = launch(*flags(data, halfway, "--resume_from", f"{below}checkpoint_step_4{ending}", "--stop_at_step", "5"))
-    assert "Resumed from step 4" in said
+    output = launch(*flags(data, halfway, "--resume_from", f"{below}checkpoint_step_4{ending}", "--stop_at_step", "5"))
+    assert "Resumed from step 4" in output
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(data: Path, halfway: Path) -> None:
-    refusal = refused(*flags(data, halfway, "--resume_from", "checkpoint_step_999"))
-    assert "checkpoint_step_999" in str(refusal)
-    assert str(halfway / "checkpoints" / "checkpoint_step_8") in str(refusal)
+    error = refused(*flags(data, halfway, "--resume_from", "checkpoint_step_999"))
+    assert "checkpoint_step_999" in str(error)
+    assert str(halfway / "checkpoints" / "checkpoint_step_8") in str(error)
 
 
 def test_another_recipes_checkpoint_is_refused(data: Path, halfway: Path) -> None:
     class Other(Quiet):
         name = "another_recipe"
 
-    with pytest.raises(Refusal, match="was written by recipe 'gpt2_wikitext', not 'another_recipe'"):
+    with pytest.raises(UserError, match="was written by recipe 'gpt2_wikitext', not 'another_recipe'"):
         launch(*flags(data, halfway), recipe=Other())
 
 
@@ -437,9 +440,9 @@ def test_another_recipes_checkpoint_is_refused(data: Path, halfway: Path) -> Non
 
 def test_init_from_takes_the_weights_only(data: Path, finished: Path, tmp_path: Path) -> None:
     source = finished / "checkpoints" / "checkpoint_step_8"
-    words = flags(data, tmp_path, "--init_from", str(source), "--seed", "7")
-    said = launch(*words, "--learning_rate", "1e-30", "--weight_decay", "0", "--max_steps", "1", "--warmup_steps", "0")
-    assert "Resumed" not in said
+    argv = flags(data, tmp_path, "--init_from", str(source), "--seed", "7")
+    output = launch(*argv, "--learning_rate", "1e-30", "--weight_decay", "0", "--max_steps", "1", "--warmup_steps", "0")
+    assert "Resumed" not in output
     assert steps(tmp_path) == [1]
     assert same_weights(tmp_path / "checkpoints" / "checkpoint_step_1", source)
     moments = load_file(tmp_path / "checkpoints" / "checkpoint_step_1" / "optimizer.safetensors")
@@ -447,29 +450,29 @@ def test_init_from_takes_the_weights_only(data: Path, finished: Path, tmp_path: 
 
 
 def test_a_run_begun_by_init_from_resumes_with_the_same_command(data: Path, finished: Path, tmp_path: Path) -> None:
-    words = flags(data, tmp_path, "--init_from", str(finished / "checkpoints" / "checkpoint_final"))
-    launch(*words, "--stop_at_step", "4")
-    assert "Resumed from step 4" in launch(*words, "--stop_at_step", "5")
+    argv = flags(data, tmp_path, "--init_from", str(finished / "checkpoints" / "checkpoint_final"))
+    launch(*argv, "--stop_at_step", "4")
+    assert "Resumed from step 4" in launch(*argv, "--stop_at_step", "5")
 
 
 def test_another_models_weights_are_refused_with_each_difference(data: Path, finished: Path, tmp_path: Path) -> None:
     source = finished / "checkpoints" / "checkpoint_final"
-    refusal = refused(*flags(data, tmp_path / "run", "--init_from", str(source), "--d_model", "32", "--num_layers", "2"))
-    assert refusal.exit_code == CHECKPOINT
-    assert "holds another model" in str(refusal)
-    assert "(300, 16) instead of (300, 32)" in str(refusal)
-    assert " more" in str(refusal)
+    error = refused(*flags(data, tmp_path / "run", "--init_from", str(source), "--d_model", "32", "--num_layers", "2"))
+    assert error.exit_code == CHECKPOINT
+    assert "holds another model" in str(error)
+    assert "(300, 16) instead of (300, 32)" in str(error)
+    assert " more" in str(error)
     assert steps(tmp_path / "run") == []
 
 
 def test_weights_that_do_not_fit_change_nothing(finished: Path) -> None:
     import torch
 
-    from trainer.checkpoint import Checkpoint
+    from trainer.checkpoints.checkpoint import Checkpoint
 
     network = torch.nn.Linear(3, 3)
     before = network.weight.detach().clone()
-    with pytest.raises(Refusal, match="weight: missing instead of"):
+    with pytest.raises(UserError, match="weight: missing instead of"):
         load_weights(network, Checkpoint(finished / "checkpoints" / "checkpoint_step_8"))
     assert network.weight.equal(before)
 
@@ -489,7 +492,7 @@ def test_init_from_a_damaged_checkpoint_is_refused(data: Path, complete: Path, t
 
 
 @pytest.mark.parametrize(
-    ("words", "name"),
+    ("argv", "name"),
     [
         ([], "default"),
         (["--preset", "quick"], "quick"),
@@ -500,9 +503,9 @@ def test_init_from_a_damaged_checkpoint_is_refused(data: Path, complete: Path, t
         (["--d_model", "768"], "default"),  # the default, typed
     ],
 )
-def test_default_run_names(words: list[str], name: str) -> None:
+def test_default_run_names(argv: list[str], name: str) -> None:
     recipe = Gpt2Wikitext()
-    assert configuration.run_name(configuration.parse(recipe.Config, recipe.presets, words, recipe.name)) == name
+    assert configuration.run_name(configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)) == name
 
 
 def test_without_a_name_the_same_command_finds_its_run_and_another_gets_its_own(
@@ -520,11 +523,11 @@ def test_without_a_name_the_same_command_finds_its_run_and_another_gets_its_own(
 
 def test_a_yaml_file_names_the_run_and_flags_win_over_it(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = iter(TINY.replace("--no_use_tensorboard", "--use_tensorboard false").split())
-    pairs = {flag.removeprefix("--"): next(words) for flag in words}
+    argv = iter(TINY.replace("--no_use_tensorboard", "--use_tensorboard false").split())
+    pairs = {flag.removeprefix("--"): next(argv) for flag in argv}
     (tmp_path / "mine.yaml").write_text("\n".join(f"{k}: {v}" for k, v in {**pairs, "data_dir": data}.items()))
-    said = launch("--config", "mine.yaml", "--stop_at_step", "2")
-    assert str(Path("runs", "gpt2_wikitext", "mine")) in said
+    output = launch("--config", "mine.yaml", "--stop_at_step", "2")
+    assert str(Path("runs", "gpt2_wikitext", "mine")) in output
     assert "Resumed from step 2" in launch("--config", "mine.yaml", "--stop_at_step", "3")
     assert "max_steps: the run has 12, asked for 20" in str(
         refused("--config", "mine.yaml", "--max_steps", "20", "--run_name", "mine")
@@ -535,7 +538,7 @@ def test_a_yaml_file_names_the_run_and_flags_win_over_it(data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00garbage"),
         lambda run: (run / "config.yaml").write_text("run: [unclosed"),
@@ -547,10 +550,10 @@ def test_a_yaml_file_names_the_run_and_flags_win_over_it(data: Path, tmp_path: P
     ids=["config-bytes", "config-yaml", "config-missing", "status", "metrics-cut", "metrics-missing"],
 )
 def test_a_damaged_file_of_the_run_directory_does_not_stop_a_resume(
-    data: Path, halfway: Path, spoil: Callable[[Path], object]
+    data: Path, halfway: Path, damage: Callable[[Path], object]
 ) -> None:
     """Kills and full disks leave such files; the checkpoint alone decides."""
-    spoil(halfway)
+    damage(halfway)
     assert "Resumed from step 8" in launch(*flags(data, halfway))
     rows = [json.loads(line) for line in (halfway / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 12

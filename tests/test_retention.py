@@ -10,11 +10,13 @@ from pathlib import Path
 
 from toy_recipe import ToyRecipe
 
-from trainer import config, retention
-from trainer.checkpoint import Checkpoint
-from trainer.console import Console
-from trainer.launch import connect
+from trainer.checkpoints import retention
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.command_line import config
+from trainer.distributed.launch import connect
 from trainer.main import train
+from trainer.recipe import Report
+from trainer.reporting.console import Console
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
@@ -30,26 +32,26 @@ def test_what_is_kept(tmp_path: Path) -> None:
         assert {step for step, _ in retention.step_folders(folder, "step_")} == kept
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_training_goes_on(tmp_path: Path) -> None:
+def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_training_goes_on(tmp_path: Path) -> None:
     """A file stands where checkpoint 3 has to be moved to before it is deleted; all others still go."""
     folder = tmp_path / "checkpoints"
 
-    class Obstructed(ToyRecipe):
+    class ObstructedReport(Report):
         def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
             if step == 4:  # after the save of step 3, which clears that name
                 (folder / ".unfinished-checkpoint_step_3").touch()
             return super().log_line(step, metrics)
 
-        def after_training(self, *_: object) -> None:
-            pass
+    class Obstructed(ToyRecipe):
+        report_class = ObstructedReport
 
-    words = ["--max_steps", "7", "--save_every", "1", "--keep_last", "2", "--train_rows", "640", "--output_dir", str(tmp_path)]
-    recipe, said = Obstructed(), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        parsed = config.parse(recipe.Config, recipe.presets, words, recipe.name)
-        assert train(recipe, parsed, words, connect("cpu", 1), Console(None, True)) == "last step"
-    assert said.getvalue().count("an old checkpoint not removed") == 3  # after steps 5, 6 and 7
-    assert ".unfinished-checkpoint_step_3" in said.getvalue()
+    argv = ["--max_steps", "7", "--save_every", "1", "--keep_last", "2", "--train_rows", "640", "--output_dir", str(tmp_path)]
+    recipe, output = Obstructed(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        parsed = config.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+        assert train(recipe, parsed, argv, connect("cpu", 1), Console(None, True)) == "last step"
+    assert output.getvalue().count("an old checkpoint not removed") == 3  # after steps 5, 6 and 7
+    assert ".unfinished-checkpoint_step_3" in output.getvalue()
     assert sorted(path.name for path in folder.glob("checkpoint_step_*")) == [f"checkpoint_step_{n}" for n in (3, 6, 7)]
     for path in folder.glob("checkpoint_step_*"):
         Checkpoint(path).verify()

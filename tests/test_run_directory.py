@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer import run_directory
-from trainer.errors import BAD_INPUT, CHECKPOINT, Refusal
-from trainer.run_directory import Lock, RunDirectory, write_text_atomic
+from trainer.errors import BAD_INPUT, CHECKPOINT, UserError
+from trainer.reporting import lock as locking
+from trainer.reporting import run_directory
+from trainer.reporting.lock import Lock
+from trainer.reporting.run_directory import RunDirectory, write_text_atomic
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.run_directory import Lock
+from trainer.reporting.lock import Lock
 Lock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -42,9 +44,9 @@ def elsewhere(path: Path, age: float, **changes: object) -> None:
     (path / ".lock").write_text(json.dumps({**content, "heartbeat": int(time.time() - age), **changes}))
 
 
-def test_second_process_is_refused_and_told_who_holds_the_lock(tmp_path: Path, holder: subprocess.Popen) -> None:
+def test_a_second_process_is_refused_and_the_holder_is_named(tmp_path: Path, holder: subprocess.Popen) -> None:
     for _ in range(2):  # being refused does not harm the holder's lock
-        with pytest.raises(Refusal, match=rf"process {holder.pid} on .*started 20.*--run_name") as refused:
+        with pytest.raises(UserError, match=rf"process {holder.pid} on .*started 20.*--run_name") as refused:
             Lock(tmp_path).acquire()
         assert refused.value.exit_code == BAD_INPUT
 
@@ -52,12 +54,12 @@ def test_second_process_is_refused_and_told_who_holds_the_lock(tmp_path: Path, h
 def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path, holder: subprocess.Popen) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    said: list[str] = []
-    lock = Lock(tmp_path, said.append)
+    messages: list[str] = []
+    lock = Lock(tmp_path, messages.append)
     lock.acquire()
     lock.release()
-    assert len(said) == 1
-    assert f"process {holder.pid}" in said[0]
+    assert len(messages) == 1
+    assert f"process {holder.pid}" in messages[0]
 
 
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_one_process_cannot_hold_it_twice_and_trying_does_not_drop_it(tmp_path: 
     lock = Lock(tmp_path)
     lock.acquire()
     try:
-        with pytest.raises(Refusal, match=f"process {os.getpid()}"):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"):
             Lock(tmp_path / ".." / tmp_path.name).acquire()
         tried = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True, check=False)
         assert f"process {os.getpid()}" in tried.stderr
@@ -91,46 +93,46 @@ def test_one_process_cannot_hold_it_twice_and_trying_does_not_drop_it(tmp_path: 
 
 
 def test_release_leaves_no_stale_name_and_lets_the_next_in(tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     for _ in range(2):
-        lock = Lock(tmp_path, said.append)
+        lock = Lock(tmp_path, messages.append)
         lock.acquire()
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
         lock.release()
         assert (tmp_path / ".lock").read_bytes() == b""
         lock.release()  # twice is no error
-    assert said == []
+    assert messages == []
 
 
 def test_heartbeat_of_another_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     elsewhere(tmp_path, age=60)
-    with pytest.raises(Refusal, match=r"process 4711 on node7, job 12, started 2024.*last seen 6\d s ago"):
-        Lock(tmp_path, said.append).acquire()
+    with pytest.raises(UserError, match=r"process 4711 on node7, job 12, started 2024.*last seen (6|7|8|9)\d s ago"):
+        Lock(tmp_path, messages.append).acquire()
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 4711
     elsewhere(tmp_path, age=121)
-    lock = Lock(tmp_path, said.append)
+    lock = Lock(tmp_path, messages.append)
     lock.acquire()
     lock.release()
-    assert "node7" in said[0]
+    assert "node7" in messages[0]
     # Without locks in the kernel the heartbeat decides on one machine too.
-    monkeypatch.setattr(run_directory.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks")))
-    elsewhere(tmp_path, age=5, machine=run_directory._machine())
-    with pytest.raises(Refusal, match="node7"):
-        Lock(tmp_path, said.append).acquire()
+    monkeypatch.setattr(locking.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks")))
+    elsewhere(tmp_path, age=0, machine=locking._machine())
+    with pytest.raises(UserError, match="node7"):
+        Lock(tmp_path, messages.append).acquire()
 
 
 def test_heartbeat_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locking, "HEARTBEAT_SECONDS", 0.1)
     lock = Lock(tmp_path)
     lock.acquire()
     os.pwrite(lock._descriptor, b"x" * 500, 0)
-    deadline = time.monotonic() + 5
+    began, deadline = time.time(), time.monotonic() + 60
     while b"x" in os.pread(lock._descriptor, 500, 0) and time.monotonic() < deadline:
         time.sleep(0.02)
     content = json.loads(os.pread(lock._descriptor, 500, 0))
     lock.release()
-    assert abs(content["heartbeat"] - time.time()) < 5
+    assert int(began) <= content["heartbeat"] <= time.time()
     time.sleep(0.3)
     assert (tmp_path / ".lock").read_bytes() == b""  # it ended with the lock
 
@@ -150,7 +152,7 @@ def test_odd_lock_file_is_refused_and_nothing_outside_is_written(tmp_path: Path,
     }
     make[odd](directory / ".lock")
     threads = threading.active_count()
-    with pytest.raises(Refusal, match=r"\.lock") as refused:
+    with pytest.raises(UserError, match=r"\.lock") as refused:
         Lock(directory).acquire()
     assert refused.value.exit_code == CHECKPOINT
     assert outside.read_text() == "precious"
@@ -219,7 +221,7 @@ def test_a_directory_that_another_run_holds_is_not_removed(tmp_path: Path, holde
     run = RunDirectory(tmp_path, tmp_path / "big")
     run.prepare()
     run._made.append(tmp_path)  # as if it had been made by us a moment before the holder locked it
-    with pytest.raises(Refusal, match="in use"):
+    with pytest.raises(UserError, match="in use"):
         run.lock(print)
     run.release(used=False)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -230,9 +232,9 @@ def test_a_lock_file_that_is_removed_in_this_moment_is_no_lock(tmp_path: Path, m
         (tmp_path / ".lock").unlink()
         return kernel(descriptor)
 
-    kernel = run_directory._record_lock
-    monkeypatch.setattr(run_directory, "_record_lock", removed_first)
-    with pytest.raises(Refusal, match="try again"):
+    kernel = locking._record_lock
+    monkeypatch.setattr(locking, "_record_lock", removed_first)
+    with pytest.raises(UserError, match="try again"):
         Lock(tmp_path).acquire()
 
 
@@ -243,12 +245,12 @@ def test_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
         (RunDirectory(blocked / "run"), "--output_dir"),
         (RunDirectory(tmp_path / "run", blocked), "--checkpoint_dir"),
     ):
-        with pytest.raises(Refusal, match=f"{blocked}.*{flag}") as refused:
+        with pytest.raises(UserError, match=f"{blocked}.*{flag}") as refused:
             run.prepare()
         assert refused.value.exit_code == CHECKPOINT
     (tmp_path / "run2").mkdir()
     (tmp_path / "run2" / "checkpoints").write_text("")
-    with pytest.raises(Refusal, match=r"checkpoints.*--output_dir"):
+    with pytest.raises(UserError, match=r"checkpoints.*--output_dir"):
         RunDirectory(tmp_path / "run2").prepare()
 
 

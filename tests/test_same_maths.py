@@ -1,4 +1,4 @@
-"""Property 1, the launch never changes the maths: the same losses and gradient norms under every backend and every way to cut
+"""The launch never changes the maths: the same losses and gradient norms under every backend and every way to cut
 a step into micro-batches; and with them clipping, and what happens to a step whose gradient is not finite.
 
 One launch a backend trains all runs. What they should give comes from a loop in plain PyTorch below, which knows no
@@ -18,7 +18,9 @@ from launching import run
 from scenarios import TOY, Finished, launch, recipe_of
 from tiny_runs import TINY
 
-from trainer import batches, config, setup
+from trainer.checkpoints.network import build_network
+from trainer.command_line import config
+from trainer.data import stream
 from trainer.recipe import Recipe
 
 BACKENDS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
@@ -55,7 +57,7 @@ CLIP = 0.01
 def sample(step: int, place: int) -> str:
     """The number of the sample that optimizer step `step` (from 1) of the toy meets at `place` of its EFFECTIVE_BATCH."""
     position = (step - 1) * EFFECTIVE_BATCH + place
-    return str(batches.sample_numbers(range(position, position + 1), SEED, TOY_ROWS)[0])
+    return str(stream.sample_numbers(range(position, position + 1), SEED, TOY_ROWS)[0])
 
 
 # At 4x2 on two processes, rank 0 reads places 0, 1, 4, 5 and rank 1 the others: one rank alone meets each of these.
@@ -75,28 +77,31 @@ NAN_FLAGS = [
 
 def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """{name: (recipe, command line)}: what each launch trains."""
-    made = {f"toy {cut}": (TOY, [*COMMON, *flags]) for cut, flags in CUTS.items()}
+    command_lines = {f"toy {cut}": (TOY, [*COMMON, *flags]) for cut, flags in CUTS.items()}
     for name, (recipe, argv) in TINY.items():
-        made |= {f"{name} {cut}": (recipe, [*argv(folder), *COMMON, *CUTS[cut]]) for cut in ("2x4", "8x1")}
-    made["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
+        command_lines |= {f"{name} {cut}": (recipe, [*argv(folder), *COMMON, *CUTS[cut]]) for cut in ("2x4", "8x1")}
+    command_lines["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
     # A lower learning rate: at 1e-2 twenty steps of Adam make 2e-3 of what bf16 rounds differently in another summation order.
     bf16 = ["--mixed_precision", "bf16", "--learning_rate", "3e-4"]
     for name in RECIPES:
-        recipe, argv = made[f"{name} 8x1"]
-        made[f"{name} bf16"] = (recipe, [*argv, *bf16])
-    made["clipped"] = (TOY, [*DESCENT, "--grad_clip", str(CLIP)])
-    made["unclipped"] = (TOY, [*DESCENT, "--grad_clip", "0"])
-    made["nan adamw"] = (TOY, [*COMMON, *NAN_FLAGS])
-    made["nan sgd"] = (TOY, [*COMMON, *NAN_FLAGS, "--optimizer", "sgd", "--grad_clip", "0.1"])
+        recipe, argv = command_lines[f"{name} 8x1"]
+        command_lines[f"{name} bf16"] = (recipe, [*argv, *bf16])
+    command_lines["clipped"] = (TOY, [*DESCENT, "--grad_clip", str(CLIP)])
+    command_lines["unclipped"] = (TOY, [*DESCENT, "--grad_clip", "0"])
+    command_lines["nan adamw"] = (TOY, [*COMMON, *NAN_FLAGS])
+    command_lines["nan sgd"] = (TOY, [*COMMON, *NAN_FLAGS, "--optimizer", "sgd", "--grad_clip", "0.1"])
     bad = [sample(step, 3) for step in (2, *range(5, 13))]  # a single one first, which must not count
     # As many bad steps as are allowed, the last of them where the run would save and finish.
     last = [sample(step, 3) for step in (10, 11, 12)]
-    made["gives up at the end"] = (
+    command_lines["gives up at the end"] = (
         TOY,
         [*COMMON, *CUTS["4x2"], "--max_steps", "12", "--save_every", "4", "--max_bad_steps", "3", "--nan_samples", *last],
     )
-    made["gives up"] = (TOY, [*COMMON, *CUTS["4x2"], "--save_every", "2", "--max_bad_steps", "3", "--nan_samples", *bad])
-    return made
+    command_lines["gives up"] = (
+        TOY,
+        [*COMMON, *CUTS["4x2"], "--save_every", "2", "--max_bad_steps", "3", "--nan_samples", *bad],
+    )
+    return command_lines
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Launches(dict[str, dict[str, Finished]]):
-    """{backend: {name: run}}; a backend is launched when it is first asked for, so that each test's time-out is its own."""
+    """{backend: {name: run}}; a backend is launched when it is first needed, so that each test's time-out is its own."""
 
     def __init__(self, launch_of: Callable[[str], dict[str, Finished]]) -> None:
         super().__init__()
@@ -128,22 +133,23 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
 
     With `mean_of_means` N, wrongly: the step is cut into N micro-batches, each divided by its own counts, and averaged.
     """
-    settings = config.parse(recipe.Config, recipe.presets, argv, recipe.name).config
+    settings = config.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
     o, data = settings.optimisation, recipe.build_data(settings)
-    length = batches.length_of(data.train)
-    network = setup.build_network(recipe, settings, data)
+    length = stream.length_of(data.train)
+    network = build_network(recipe, settings, data)
     optimizer = torch.optim.AdamW(recipe.parameter_groups(network, settings), betas=(o.beta1, o.beta2), eps=o.eps)
     curves: dict[str, list[float]] = {"train/loss": [], "train/grad_norm": []}
     for step in range(1, steps + 1):
         positions = range((step - 1) * EFFECTIVE_BATCH, step * EFFECTIVE_BATCH)
-        numbers = batches.sample_numbers(positions, o.seed, length)
+        numbers = stream.sample_numbers(positions, o.seed, length)
         parts = mean_of_means or 1
         part, loss = len(numbers) // parts, torch.zeros(())
         for i in range(parts):
             batch = data.train.__getitems__(numbers[i * part : (i + 1) * part])
             counts, weights = recipe.items(batch), recipe.loss_weights(settings)
             for term, total in recipe.loss(network, batch).items():
-                loss = loss + weights.get(term, 1.0) * total / max(counts[term], 1) / parts
+                weight = 0.0 if term in recipe.monitored else weights.get(term, 1.0)
+                loss = loss + weight * total / max(counts[term], 1) / parts
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip or math.inf)
         for group in optimizer.param_groups:
@@ -160,22 +166,22 @@ def references(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The right curves of every recipe."""
     patch = pytest.MonkeyPatch()
     patch.setenv("SAMECURVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    made = {name: runs(folder)[f"{name} 8x1"] for name in RECIPES}
-    found = {name: reference(recipe_of(recipe), argv) for name, (recipe, argv) in made.items()}
+    command_lines = {name: runs(folder)[f"{name} 8x1"] for name in RECIPES}
+    curves = {name: reference(recipe_of(recipe), argv) for name, (recipe, argv) in command_lines.items()}
     patch.undo()
-    return found
+    return curves
 
 
-def apart(run: Finished, right: dict[str, list[float]]) -> float:
+def max_difference(run: Finished, right: dict[str, list[float]]) -> float:
     """The largest relative difference from `right` over all steps, of losses and gradient norms."""
     worst = 0.0
     for name, values in right.items():
         curve = run.curve(name)
         assert list(curve) == list(range(1, len(values) + 1)), run.outcomes
-        for mine, value in zip(curve.values(), values, strict=True):
-            assert mine is not None
-            assert math.isfinite(mine)
-            worst = max(worst, abs(mine - value) / abs(value))
+        for ours, value in zip(curve.values(), values, strict=True):
+            assert ours is not None
+            assert math.isfinite(ours)
+            worst = max(worst, abs(ours - value) / abs(value))
     return worst
 
 
@@ -185,9 +191,9 @@ def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
 ) -> None:
     names = [name for name in finished[kind] if name.endswith(tuple(CUTS))]
     assert len(names) == len(CUTS) + 2 * len(TINY)
-    found = {name: apart(finished[kind][name], references[name.split()[0]]) for name in names}
-    print(kind, found)
-    assert max(found.values()) < 1e-5, found
+    differences = {name: max_difference(finished[kind][name], references[name.split()[0]]) for name in names}
+    print(kind, differences)
+    assert max(differences.values()) < 1e-5, differences
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -195,9 +201,9 @@ def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dic
     for name in RECIPES:
         alone = finished["one"][f"{name} bf16"]
         right = {key: [v or math.nan for v in alone.curve(key).values()] for key in ("train/loss", "train/grad_norm")}
-        found = apart(finished[kind][f"{name} bf16"], right)
-        print(kind, name, found)
-        assert found < 1e-3
+        difference = max_difference(finished[kind][f"{name} bf16"], right)
+        print(kind, name, difference)
+        assert difference < 1e-3
         fp32 = finished[kind][f"{name} 8x1"]
         first = [abs(fp32.curve(key)[1] / values[0] - 1) for key, values in right.items()]
         assert max(first) > 1e-5, "bf16 was not on"
@@ -217,7 +223,7 @@ def test_a_mean_of_means_would_not_pass(
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_clipping_bounds_the_step_and_only_if_asked(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+def test_clipping_bounds_the_step_and_only_if_enabled(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
     def change(run: Finished) -> float:
         before, after = run.tensors("model", 1), run.tensors("model", 2)
         return math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in after))

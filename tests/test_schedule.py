@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
-from trainer.schedule import cosine_annealing, one_cycle, ramp_cosine, warmup_cosine, warmup_for
+from trainer.optimisation.schedule import one_cycle, ramp_cosine, warmup_cosine, warmup_for
 
 TOTAL, WARMUP, PEAK, FLOOR = 10_000, 2_000, 6e-4, 6e-5
 
@@ -19,7 +19,7 @@ def rate(step: int, floor: float = FLOOR, total: int = TOTAL, warmup: int = WARM
     return warmup_cosine(step, total, warmup, PEAK, floor)
 
 
-def test_the_guides_line_at_iteration_100() -> None:
+def test_the_rate_at_step_100_as_it_is_logged() -> None:
     assert f"{rate(100):.2e}" == "3.00e-05"
 
 
@@ -50,7 +50,7 @@ def test_it_rises_to_the_peak_and_falls_from_it() -> None:
     assert max(rates) == PEAK
 
 
-def test_the_guides_formula() -> None:
+def test_the_cosine_formula() -> None:
     for step in (2_500, 4_000, 9_999):
         progress = (step - WARMUP) / (TOTAL - WARMUP)
         assert rate(step, 0.0) == pytest.approx(PEAK * 0.5 * (1 + math.cos(math.pi * progress)), rel=1e-12)
@@ -67,8 +67,8 @@ def test_an_untyped_warmup_is_cut_to_a_tenth_with_a_message() -> None:
     cut, message = warmup_for(2000, 3000)
     assert cut == 300
     assert message is not None
-    for word in ("2000", "300", "3000", "--warmup_steps"):
-        assert word in message
+    for part in ("2000", "300", "3000", "--warmup_steps"):
+        assert part in message
     assert "\n" not in message
     assert warmup_for(2000, 5)[0] == 1
 
@@ -100,8 +100,8 @@ def torchs(make: Callable[[torch.optim.Optimizer], Any], steps: int, peak: float
 def test_one_cycle_is_torchs_value_by_value(total: int) -> None:
     factor = total / 2 - 1
     options = {"pct_start": 0.5, "anneal_strategy": "linear", "div_factor": factor, "final_div_factor": factor}
-    right = torchs(lambda o: OneCycleLR(o, PEAK, total, cycle_momentum=False, **options), total, PEAK)
-    assert [one_cycle(step, total, PEAK) for step in range(1, total + 1)] == pytest.approx(right, rel=1e-9)
+    expected = torchs(lambda o: OneCycleLR(o, PEAK, total, cycle_momentum=False, **options), total, PEAK)
+    assert [one_cycle(step, total, PEAK) for step in range(1, total + 1)] == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_cycle_by_the_values_of_its_paper_experiment() -> None:
@@ -118,11 +118,14 @@ def test_one_cycle_refuses_runs_too_short_for_it(total: int) -> None:
         one_cycle(1, total, 1e-3)
 
 
-def test_cosine_annealing_is_torchs_value_by_value() -> None:
-    right = torchs(lambda o: CosineAnnealingLR(o, 200, eta_min=1e-6), 200, 1e-4)
-    assert [cosine_annealing(step, 200, 1e-4, 1e-6) for step in range(1, 201)] == pytest.approx(right, rel=1e-9)
-    assert f"{cosine_annealing(100_000, 1_000_000, 1e-4, 1e-6):.2e}" == "9.76e-05"
-    assert cosine_annealing(10**7, 10**6, 1e-4, 1e-6) == pytest.approx(1e-6)
+def test_without_warmup_the_ramp_and_cosine_are_torchs_cosine_annealing() -> None:
+    def annealed(step: int, total_steps: int) -> float:
+        return ramp_cosine(step, total_steps, 0, 1e-4, 1e-6, start_factor=1.0)
+
+    expected = torchs(lambda o: CosineAnnealingLR(o, 200, eta_min=1e-6), 200, 1e-4)
+    assert [annealed(step, 200) for step in range(1, 201)] == pytest.approx(expected, rel=1e-9)
+    assert f"{annealed(100_000, 1_000_000):.2e}" == "9.76e-05"
+    assert annealed(10**7, 10**6) == pytest.approx(1e-6)
 
 
 def test_a_ramp_and_a_cosine_are_torchs_two_schedulers_at_the_start_of_each_epoch() -> None:
@@ -130,6 +133,6 @@ def test_a_ramp_and_a_cosine_are_torchs_two_schedulers_at_the_start_of_each_epoc
         ramp = LinearLR(optimizer, start_factor=0.1, total_iters=10)
         return SequentialLR(optimizer, [ramp, CosineAnnealingLR(optimizer, T_max=90)], milestones=[10])
 
-    right, steps = torchs(both, 100, 1e-3), 7
-    mine = [ramp_cosine(1 + epoch * steps, 100 * steps, 10 * steps, 1e-3, 0.0, 0.1) for epoch in range(100)]
-    assert mine == pytest.approx(right, rel=1e-6)
+    expected, steps = torchs(both, 100, 1e-3), 7
+    ours = [ramp_cosine(1 + epoch * steps, 100 * steps, 10 * steps, 1e-3, 0.0, 0.1) for epoch in range(100)]
+    assert ours == pytest.approx(expected, rel=1e-6)

@@ -23,8 +23,8 @@ import yaml
 from fault_injector import curve, environment, free_port, reached, send
 from launching import ROOT, run
 
-from trainer.checkpoint import Checkpoint
-from trainer.run_directory import write_text_atomic
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.reporting.run_directory import write_text_atomic
 
 TOY = ROOT / "tests" / "toy_recipe.py"
 SCRIPTS = ROOT / "tools" / "slurm"
@@ -86,21 +86,23 @@ class Cluster:
         self._daemon("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self._daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
-        self.until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T", fails="").split() == ["idle", "idle"], 60, "no nodes")
+        self.until(
+            lambda: self.run_command("sinfo", "-h", "-N", "-o", "%T", fails="").split() == ["idle", "idle"], 60, "no nodes"
+        )
 
-    def _daemon(self, name: str, *words: str) -> None:
+    def _daemon(self, name: str, *argv: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            subprocess.Popen(words, env=self.env, cwd=self.folder, start_new_session=True, **quiet)  # type: ignore[call-overload]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            subprocess.Popen(argv, env=self.env, cwd=self.folder, start_new_session=True, **streams)  # type: ignore[call-overload]
 
     def stop(self) -> None:
         """Kill whatever knows this cluster: daemons, jobs and what they started."""
         for _ in range(50):
-            mine = f"SLURM_CONF={self.conf}".encode()
+            mark = f"SLURM_CONF={self.conf}".encode()
             pids = []
             for entry in filter(str.isdigit, os.listdir("/proc")):
                 try:
-                    if mine in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+                    if mark in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
                         pids.append(int(entry))
                 except OSError:
                     continue
@@ -109,21 +111,21 @@ class Cluster:
             send(pids, signal.SIGKILL)
             time.sleep(0.1)
 
-    def ask(self, *words: str, fails: str | None = None) -> str:
-        """What a command of Slurm says; `fails` if it fails."""
-        done = subprocess.run(words, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    def run_command(self, *argv: str, fails: str | None = None) -> str:
+        """The output of a Slurm command; `fails` if it fails."""
+        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
         if done.returncode and fails is not None:
             return fails
-        assert done.returncode == 0, f"{words}: {done.stderr}"
+        assert done.returncode == 0, f"{argv}: {done.stderr}"
         return done.stdout
 
     def until(self, holds: Callable[[], bool], seconds: float, otherwise: str) -> None:
         end = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < end, f"{otherwise} within {seconds} s\n{self.said()}"
+            assert time.monotonic() < end, f"{otherwise} within {seconds} s\n{self.log_ends()}"
             time.sleep(0.2)
 
-    def said(self) -> str:
+    def log_ends(self) -> str:
         """The ends of all logs."""
         logs = [*self.jobs.glob("*.out"), *self.folder.glob("*.log")]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
@@ -131,10 +133,10 @@ class Cluster:
     def submit(self, script: str, name: str, *arguments: str, options: tuple[str, ...] = (), pace: float = 0.0) -> str:
         """The job's number. Its log is `log(name)`, its pace can be changed later."""
         self.pace(name, pace)
-        words = ["sbatch", "--parsable", f"--job-name={name}", "--gpus-per-node=0", "--cpus-per-task=1", *options]
-        words += [f"--output={self.jobs / name}.out", str(SCRIPTS / script), *arguments]
+        argv = ["sbatch", "--parsable", f"--job-name={name}", "--gpus-per-node=0", "--cpus-per-task=1", *options]
+        argv += [f"--output={self.jobs / name}.out", str(SCRIPTS / script), *arguments]
         self.env["TOY_PACE"] = str(self.folder / f"{name}.pace")
-        return self.ask(*words).strip()
+        return self.run_command(*argv).strip()
 
     def pace(self, name: str, seconds: float) -> None:
         write_text_atomic(self.folder / f"{name}.pace", str(seconds))
@@ -143,8 +145,10 @@ class Cluster:
         return (self.jobs / f"{name}.out").read_text(errors="replace")
 
     def job(self, number: str) -> dict[str, str]:
-        """scontrol's facts."""
-        return dict(word.split("=", 1) for word in self.ask("scontrol", "-o", "show", "job", number).split() if "=" in word)
+        """The fields that scontrol shows."""
+        return dict(
+            word.split("=", 1) for word in self.run_command("scontrol", "-o", "show", "job", number).split() if "=" in word
+        )
 
     def wait_for(self, number: str, state: str, seconds: float, restarts: int) -> dict[str, str]:
         """Until the job has been requeued so often and is in this state; at once if it ends otherwise."""
@@ -155,13 +159,13 @@ class Cluster:
             return job["JobState"], job["Restarts"]
 
         self.until(lambda: now() == wanted or now()[0] in OVER, seconds, f"job {number} not {wanted}")
-        assert now() == wanted, self.said()
+        assert now() == wanted, self.log_ends()
         return self.job(number)
 
     def start_now(self, number: str) -> None:
         """A requeued job waits for two minutes otherwise. A node refuses one that begins in the second in which it ended."""
         time.sleep(2)
-        self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+        self.run_command("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def seconds(self, number: str, fact: str) -> float:
         """A time of a job, in seconds since 1970."""
@@ -180,12 +184,12 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(f"no {', '.join(missing)} here; on Debian: apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # sockets have short names, and munged wants every user to get to its own
     folder.chmod(0o755)
-    made = Cluster(folder)
+    new_cluster = Cluster(folder)
     try:
-        made.start()
-        yield made
+        new_cluster.start()
+        yield new_cluster
     finally:
-        made.stop()
+        new_cluster.stop()
         shutil.rmtree(folder)
 
 
@@ -225,21 +229,21 @@ def jobs(cluster: Cluster) -> dict[str, Job]:
     cluster.until(lambda: reached(3)(cluster.run_directory("wide"), 0.0), START_SECONDS, "wide does not train")
     # Now that it trains, however long that took to begin: a limit that Slurm has to signal when it looks next.
     minutes = int(time.time() - cluster.seconds(numbers["wide"], "StartTime")) // 60 + 2
-    cluster.ask("scontrol", "update", f"JobId={numbers['wide']}", f"TimeLimit={minutes}")
+    cluster.run_command("scontrol", "update", f"JobId={numbers['wide']}", f"TimeLimit={minutes}")
     return {name: Job(number, cluster.seconds(number, "EndTime")) for name, number in numbers.items()}
 
 
-def test_a_run_asks_slurm_for_its_limit_obeys_it_and_is_requeued(cluster: Cluster, jobs: dict[str, Job]) -> None:
+def test_a_run_reads_its_limit_from_slurm_stops_before_it_and_is_requeued(cluster: Cluster, jobs: dict[str, Job]) -> None:
     cluster.wait_for(jobs["alone"].number, "PENDING", 120, restarts=1)
-    cluster.ask("scancel", jobs["alone"].number)
+    cluster.run_command("scancel", jobs["alone"].number)
     directory = cluster.run_directory("alone")
     step = check_stopped(directory, "time_limit", jobs["alone"].end)
     assert (directory / "checkpoints" / "checkpoint_time_limit").is_symlink()
-    assert "The time is nearly up" not in cluster.log("alone")  # nobody told it
+    assert "The time is nearly up" not in cluster.log("alone")  # it was not signalled
     assert f"Requeued at step {step} of {directory}" in cluster.log("alone")
 
 
-def test_a_run_on_two_nodes_is_told_of_its_limit_saved_requeued_and_finished(
+def test_a_run_on_two_nodes_is_signalled_before_its_limit_saved_requeued_and_finished(
     cluster: Cluster, jobs: dict[str, Job], tmp_path: Path
 ) -> None:
     number, directory = jobs["wide"].number, cluster.run_directory("wide")
@@ -247,11 +251,11 @@ def test_a_run_on_two_nodes_is_told_of_its_limit_saved_requeued_and_finished(
     step = check_stopped(directory, "stop_file", jobs["wide"].end)
     assert step < STEPS
     assert not (directory / "stop").exists()
-    for words in ("The time is nearly up: asked to stop", f"Requeued at step {step} of {directory}"):
-        assert words in cluster.log("wide")
+    for message in ("The time is nearly up: asked to stop", f"Requeued at step {step} of {directory}"):
+        assert message in cluster.log("wide")
 
     cluster.pace("wide", 0)
-    cluster.ask("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    cluster.run_command("scontrol", "update", f"JobId={number}", "TimeLimit=10")
     cluster.start_now(number)
     assert cluster.wait_for(number, "COMPLETED", START_SECONDS, restarts=1)["ExitCode"] == "0:0"
     assert f"Resumed from step {step}\n" in cluster.log("wide")
@@ -259,15 +263,15 @@ def test_a_run_on_two_nodes_is_told_of_its_limit_saved_requeued_and_finished(
     assert json.loads((directory / "environment.json").read_text())["processes"] == len(NODES)
 
     run("one", TOY, *FLAGS, "--max_steps", str(STEPS), "--output_dir", str(tmp_path / "run"), log=tmp_path / "log")
-    expected, found = curve(tmp_path / "run"), curve(directory)
-    assert list(found["train/loss"]) == list(range(1, STEPS + 1))
+    expected, actual = curve(tmp_path / "run"), curve(directory)
+    assert list(actual["train/loss"]) == list(range(1, STEPS + 1))
     for name in ("train/loss", "train/grad_norm", "eval/val_loss"):
-        assert found[name] == {step: pytest.approx(value, rel=1e-5) for step, value in expected[name].items()}, name
+        assert actual[name] == {step: pytest.approx(value, rel=1e-5) for step, value in expected[name].items()}, name
 
 
 def test_a_finished_run_ends_at_once_when_requeued(cluster: Cluster, jobs: dict[str, Job]) -> None:
     number = jobs["wide"].number
-    cluster.ask("scontrol", "requeue", number)
+    cluster.run_command("scontrol", "requeue", number)
     cluster.wait_for(number, "PENDING", 30, restarts=2)
     cluster.start_now(number)
     assert cluster.wait_for(number, "COMPLETED", START_SECONDS, restarts=2)["ExitCode"] == "0:0"
@@ -278,23 +282,23 @@ def test_a_finished_run_ends_at_once_when_requeued(cluster: Cluster, jobs: dict[
 def test_an_array_trains_a_run_for_each_line_of_a_file(cluster: Cluster, tmp_path: Path) -> None:
     lines = tmp_path / "rates.txt"
     lines.write_text("--learning_rate 1e-3\n--learning_rate 2e-3 --seed 7\n")
-    words = [str(TOY), str(lines), "--device", "cpu", "--max_steps", "3"]
-    number = cluster.submit("array_sweep.sbatch", "rates", *words, options=("--array=1-3", "--time=5", "--signal=B:USR1@0"))
+    argv = [str(TOY), str(lines), "--device", "cpu", "--max_steps", "3"]
+    number = cluster.submit("array_sweep.sbatch", "rates", *argv, options=("--array=1-3", "--time=5", "--signal=B:USR1@0"))
 
     def states() -> dict[str, str]:
-        told = cluster.ask("scontrol", "-o", "show", "job", number).splitlines()
-        facts = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in told]
+        job_lines = cluster.run_command("scontrol", "-o", "show", "job", number).splitlines()
+        facts = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in job_lines]
         return {job.get("ArrayTaskId", ""): f"{job['JobState']} {job['ExitCode']}" for job in facts}
 
     cluster.until(lambda: len(states()) == 3 and all(s.split()[0] in OVER for s in states().values()), 150, "array not over")
     assert states() == {"1": "COMPLETED 0:0", "2": "COMPLETED 0:0", "3": "FAILED 2:0"}
-    found = {}
+    settings = {}
     for index in ("1", "2"):
         directory = cluster.run_directory("rates", index)
         assert status(directory)["state"] == "finished"
         optimisation = yaml.safe_load((directory / "config.yaml").read_text())["optimisation"]
-        found[index] = (optimisation["learning_rate"], optimisation["seed"])
-    assert found == {"1": (1e-3, 42), "2": (2e-3, 7)}
+        settings[index] = (optimisation["learning_rate"], optimisation["seed"])
+    assert settings == {"1": (1e-3, 42), "2": (2e-3, 7)}
     assert f"error: {lines} has no flags in line 3" in cluster.log("rates")
 
 

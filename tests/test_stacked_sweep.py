@@ -1,4 +1,4 @@
-"""A stack of models beside models trained one by one: the same numbers, and run directories that cannot be told apart."""
+"""A stack of models beside models trained one by one: the same numbers, and run directories that cannot be distinguished."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from launching import environment
 from safetensors.torch import load_file
 
 from recipes.data.regression import task_pool
+from recipes.experiments.stacked_sweep import unstack
+from recipes.experiments.task_diversity import collect_results, plan, sweep
 from recipes.pfn_raventos import PFNRaventos
-from recipes.studies.stacked_sweep import unstack
-from recipes.studies.task_diversity import gather, plan, sweep
-from trainer.console import Console
-from trainer.errors import Refusal
-from trainer.launch import Control, Launch
-from trainer.main import _command_line, train
-from trainer.metrics import read_metrics
+from trainer.distributed.control import Control
+from trainer.distributed.launch import Launch
+from trainer.errors import UserError
+from trainer.main import read_command_line, train
+from trainer.reporting.console import Console
+from trainer.reporting.trackers import read_metrics
 
 POOLS = (1, 4, 0, 33)
 SETTINGS = ["--d_model", "16", "--num_heads", "2", "--d_vocab", "32", "--val_sequences", "16", "--task_size", "3"]
 SETTINGS += ["--examples", "8", "--batch_size", "8", "--learning_rate", "3e-3", "--device", "cpu", "--log_every", "10"]
 SETTINGS += ["--checkpoints", "4", "--eval_sequences", "0"]
-ALONE = Launch(0, 1, 0, torch.device("cpu"), False, Control(0, 1, timedelta(minutes=1)))
+ALONE = Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta(minutes=1)))
 
 
 def parsed(*argv: str) -> Any:
-    return _command_line(PFNRaventos(), list(argv))[1]
+    return read_command_line(PFNRaventos(), list(argv))[1]
 
 
 def run(folder: Path, *more: str, steps: int = 100) -> str:
@@ -66,17 +67,17 @@ def test_after_a_hundred_steps_the_stack_has_the_weights_of_separate_training(tr
     alone, apart = trained.folder / f"alone{pool}", trained.folder / f"apart{pool}"
     for name in ("model_checkpoint_25", "model_checkpoint_75", "checkpoint_final"):
         for stem in ("model", "optimizer", "tasks"):
-            mine, theirs = (load_file(r / "checkpoints" / name / f"{stem}.safetensors") for r in (apart, alone))
-            assert mine.keys() == theirs.keys()
+            ours, theirs = (load_file(r / "checkpoints" / name / f"{stem}.safetensors") for r in (apart, alone))
+            assert ours.keys() == theirs.keys()
             for key, tensor in theirs.items():
-                assert mine[key].shape == tensor.shape
-                assert mine[key].dtype == tensor.dtype
-                difference = (mine[key] - tensor).abs()
+                assert ours[key].shape == tensor.shape
+                assert ours[key].dtype == tensor.dtype
+                difference = (ours[key] - tensor).abs()
                 if key.endswith("qkv.bias"):
                     # Softmax does not see the bias of keys: its gradient is rounding, which Adam makes steps of.
                     difference[16:32] = 0
                 assert not difference.numel() or float(difference.max()) < 1e-5, (name, key)
-    assert torch.equal(mine["model_1"], task_pool(pool, 3, 0))
+    assert torch.equal(ours["model_1"], task_pool(pool, 3, 0))
 
 
 def test_decay_spares_in_a_stack_what_it_spares_in_a_model(tmp_path: Path) -> None:
@@ -85,8 +86,8 @@ def test_decay_spares_in_a_stack_what_it_spares_in_a_model(tmp_path: Path) -> No
     run(tmp_path / "alone", "--num_tasks", "4", *decay, steps=10)
     config = parsed("train", *SETTINGS, *decay, "--max_steps", "10", "--num_tasks", "4").config
     unstack(PFNRaventos(), tmp_path / "stack", config, tmp_path / "apart")
-    mine, theirs = (load_file(tmp_path / f"{r}/checkpoints/checkpoint_final/model.safetensors") for r in ("apart", "alone"))
-    assert max(float((mine[key] - theirs[key]).abs().max()) for key in theirs if not key.endswith("qkv.bias")) < 1e-5
+    ours, theirs = (load_file(tmp_path / f"{r}/checkpoints/checkpoint_final/model.safetensors") for r in ("apart", "alone"))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs if not key.endswith("qkv.bias")) < 1e-5
 
 
 def test_the_models_have_learned_different_things(trained: SimpleNamespace) -> None:
@@ -109,9 +110,9 @@ def test_its_run_directory_is_an_ordinary_one(trained: SimpleNamespace, pool: in
     assert {p.name for p in ours["checkpoint_final"].iterdir()} == {p.name for p in theirs["checkpoint_final"].iterdir()}
     states = [json.loads((p["checkpoint_final"] / "trainer_state.json").read_text()) for p in (ours, theirs)]
     for state in states:
-        state["progress"].pop("hours")
-    for key in ("best", "train_loss", "watched_best", "evaluated"):
-        values = [state["progress"].pop(key) for state in states]
+        state["train_state"].pop("hours")
+    for key in ("best_metric", "train_loss", "patience_best", "evaluated_metric"):
+        values = [state["train_state"].pop(key) for state in states]
         assert values[0] == pytest.approx(values[1], abs=1e-5), key
     assert states[0] == states[1]
     assert json.loads((apart / "status.json").read_text())["state"] == "finished"
@@ -138,7 +139,7 @@ def test_a_stack_is_not_evaluated_as_one_model(trained: SimpleNamespace) -> None
     recipe = PFNRaventos()
     final = str(trained.folder / "stack" / "checkpoints" / "checkpoint_final")
     for argv in (["evaluate"], ["predict", "--observed", "2"]):
-        with pytest.raises(Refusal, match="4 stacked models"):
+        with pytest.raises(UserError, match="4 stacked models"):
             recipe.commands[argv[0]].run(recipe, parsed(*argv, "--model_path", final), ALONE, print)
 
 
@@ -155,10 +156,10 @@ def test_a_stacked_sweep_trains_a_stack_measures_its_models_and_draws(
     sweep(PFNRaventos(), parsed(*argv), ALONE, print)
     text = capsys.readouterr().out
     assert "2 models are in run directories of their own" in text
-    assert [row["num_tasks"] for row in gather(tmp_path / "runs" / "results.jsonl")] == [4, 16]
+    assert [row["num_tasks"] for row in collect_results(tmp_path / "runs" / "results.jsonl")] == [4, 16]
     assert (tmp_path / "picture.png").is_file()
     for model in plan(PFNRaventos(), parsed(*argv)):
-        assert model.trained()
+        assert model.is_trained()
         assert (model.directory / "command.txt").read_text().count("stack2-size3") == 1
         assert "train" not in (model.directory / "job.log").read_text().split()
     sweep(PFNRaventos(), parsed(*argv), ALONE, print)

@@ -1,4 +1,4 @@
-"""The experiment around the regression PFN: the guide's commands, the sweep and its interruptions, the picture, `predict`."""
+"""The experiment around the regression PFN: its commands, the sweep and its interruptions, the plot, `predict`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ import torch
 from launching import ROOT, Started, environment
 from safetensors.torch import load_file
 
+from recipes.commands.predictive_resampling import posterior, resample
+from recipes.commands.regression_evaluation import _statistics, compare_with_baselines, results_table
 from recipes.data.regression import task_pool
+from recipes.experiments import task_diversity
+from recipes.experiments.task_diversity import collect_results, plan, sweep
+from recipes.experiments.task_diversity_plot import plot_experiment, threshold
 from recipes.pfn_raventos import PFNRaventos
-from recipes.studies import task_diversity
-from recipes.studies.predictive_resampling import posterior, resample
-from recipes.studies.regression_evaluation import _statistics, measure, table
-from recipes.studies.task_diversity import gather, plan, sweep
-from recipes.studies.task_diversity_plot import plot_experiment, threshold
-from trainer import config as configuration
-from trainer.checkpoint import Checkpoint
-from trainer.console import Console
-from trainer.errors import Refusal
-from trainer.launch import Control, Launch
-from trainer.main import _command_line, train
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.command_line import config as configuration
+from trainer.distributed.control import Control
+from trainer.distributed.launch import Launch
+from trainer.errors import UserError
+from trainer.main import read_command_line, train
+from trainer.reporting.console import Console
 
 RECIPE = ROOT / "recipes" / "pfn_raventos.py"
-# The guide's own words: `python raventos_train.py` is `python recipes/pfn_raventos.py sweep` here.
-GUIDE = """
+# What follows `python recipes/pfn_raventos.py sweep`.
+COMMANDS = """
 --tasks 4 16 64 256 1024
 --task_size 8 16
 --parallel --tasks 4 16 64 256
@@ -46,17 +47,17 @@ GUIDE = """
 --tasks 8 32 128 512 --task_size 16 --steps 100000 --batch 512 --examples 32 --lr 2e-3 --parallel --gpus 4 --out ./c.png
 --eval_batch 256 --noise 0.25 --checkpoints 10
 """
-COMMANDS = [line.split() for line in GUIDE.strip().splitlines()]
+COMMANDS = [line.split() for line in COMMANDS.strip().splitlines()]
 TINY = ["--d_model", "16", "--n_layers", "1", "--n_heads", "2", "--d_vocab", "16", "--val_sequences", "8", "--device", "cpu"]
-ALONE = Launch(0, 1, 0, torch.device("cpu"), False, Control(0, 1, timedelta(minutes=1)))
+ALONE = Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta(minutes=1)))
 
 
 def parsed(*argv: str) -> Any:
-    return _command_line(PFNRaventos(), list(argv))[1]
+    return read_command_line(PFNRaventos(), list(argv))[1]
 
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
-def test_every_command_of_the_guide_means_the_jobs_it_says(argv: list[str]) -> None:
+def test_a_sweep_has_the_jobs_that_its_flags_name(argv: list[str]) -> None:
     flags = parsed("sweep", *argv)
     models = plan(PFNRaventos(), flags)
 
@@ -80,14 +81,14 @@ def test_every_command_of_the_guide_means_the_jobs_it_says(argv: list[str]) -> N
         assert [c.run.eval_batch] == [256]
         assert (c.optimisation.optimizer, c.optimisation.weight_decay, c.optimisation.grad_clip) == ("adam", 0, 0)
         assert (c.model.d_model, c.model.num_layers, c.model.num_heads, c.model.d_ff, c.model.d_vocab) == (128, 2, 2, 256, 128)
-    # What a job is told on its command line is what was planned.
+    # The command line of a job gives what was planned.
     assert parsed(*models[-1].job().command[2:]).config.data == models[-1].config.data
     assert len({model.directory for model in models}) == len(models)
     assert (flags.parallel, flags.gpus) == ("--parallel" in argv, 4 if "--gpus" in argv else None)
     assert flags.out == (argv[argv.index("--out") + 1] if "--out" in argv else "plots/raventos_experiment.png")
 
 
-def test_the_learning_rate_is_the_guides_one_cycle() -> None:
+def test_the_learning_rate_follows_one_cycle() -> None:
     recipe = PFNRaventos()
     rates = {}
     for steps in (10, 1000):
@@ -103,7 +104,7 @@ def test_another_number_of_checkpoints_acts_when_a_run_is_resumed() -> None:
     saved = parsed("train", "--max_steps", "600", "--checkpoints", "3").config
     assert (saved.run.save_every, saved.run.eval_every) == (200, 200)
     for typed, expected in (([], (200, 200)), (["--checkpoints", "6"], (100, 100)), (["--save_every", "50"], (50, 200))):
-        run = configuration.parse(PFNRaventos.Config, {}, typed, "pfn_raventos", default=saved).config.run
+        run = configuration.parse(PFNRaventos.config_class, {}, typed, "pfn_raventos", default=saved).config.run
         assert (run.save_every, run.eval_every) == expected, typed
 
 
@@ -129,7 +130,7 @@ def test_another_number_of_checkpoints_acts_when_a_run_is_resumed() -> None:
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(argv: list[str], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         parsed(*argv)
 
 
@@ -150,14 +151,14 @@ def test_values_that_cannot_be_meant_are_refused(argv: list[str], message: str) 
     ],
 )
 def test_a_sweep_refuses_before_it_starts_anything(argv: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         sweep(PFNRaventos(), parsed("sweep", "--output_dir", str(tmp_path / "s"), *argv), ALONE, print)
     assert not (tmp_path / "s").exists()
 
 
 def test_a_sweep_in_several_processes_names_the_plain_command(tmp_path: Path) -> None:
-    two = Launch(0, 2, 0, torch.device("cpu"), False, ALONE.control)
-    with pytest.raises(Refusal, match=r"started in 2; start it plainly: python recipes/pfn_raventos.py sweep"):
+    two = Launch(0, 2, 0, torch.device("cpu"), ALONE.control)
+    with pytest.raises(UserError, match=r"started in 2; start it plainly: python recipes/pfn_raventos.py sweep"):
         sweep(PFNRaventos(), parsed("sweep"), two, print)
 
 
@@ -169,7 +170,7 @@ def test_the_preset_of_a_sweep_sets_its_list_and_that_of_its_models() -> None:
     assert {m.config.model for m in models} == {quick.model}
     fewer = plan(PFNRaventos(), parsed("sweep", "--preset", "quick", "--tasks", "3", "5", "--steps", "77"))
     assert [(m.config.data.num_tasks, m.config.optimisation.max_steps) for m in fewer] == [(3, 77), (5, 77)]
-    with pytest.raises(Refusal, match="unknown preset 'quik'"):
+    with pytest.raises(UserError, match="unknown preset 'quik'"):
         parsed("sweep", "--preset", "quik")
 
 
@@ -178,7 +179,7 @@ def test_the_preset_of_a_sweep_sets_its_list_and_that_of_its_models() -> None:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The guide's command, made small, interrupted after its first job, and given again."""
+    """A small sweep, interrupted after its first job, and given again."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "tiny.yaml").write_text("".join(f"{k.lstrip('-')}: {v}\n" for k, v in zip(TINY[::2], TINY[1::2], strict=True)))
     argv = ["sweep", "--tasks", "4", "0", "--task_size", "3", "--steps", "400", "--batch", "16", "--examples", "5"]
@@ -209,7 +210,7 @@ def _wait_for(path: Path, process: Any) -> None:
         time.sleep(0.05)
 
 
-def test_an_interrupted_sweep_saves_and_says_how_to_go_on(swept: SimpleNamespace) -> None:
+def test_an_interrupted_sweep_saves_and_prints_how_to_go_on(swept: SimpleNamespace) -> None:
     assert swept.codes == [0, 0], swept.outputs
     first = swept.outputs[0]
     assert "tasks4-size3: done after" in first
@@ -237,10 +238,10 @@ def test_it_ends_with_the_results_of_training_each_model_by_itself(swept: Simple
         arguments = [*model.arguments, "--output_dir", str(folder)]
         console = Console(None, False)
         assert train(PFNRaventos(), parsed("train", *arguments), ["train", *arguments], ALONE, console) == "last step"
-        mine, theirs = (
+        ours, theirs = (
             load_file(p / "checkpoints" / "checkpoint_final" / "model.safetensors") for p in (folder, model.directory)
         )
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         alone = json.loads((folder / "evaluation.json").read_text())
         for name in ("pretraining", "true"):
             for kind, whose in row[name].items():
@@ -249,7 +250,7 @@ def test_it_ends_with_the_results_of_training_each_model_by_itself(swept: Simple
     torch.set_num_threads(threads)
 
 
-def test_a_run_keeps_its_tasks_and_as_many_checkpoints_as_asked(swept: SimpleNamespace) -> None:
+def test_a_run_keeps_its_tasks_and_as_many_checkpoints_as_requested(swept: SimpleNamespace) -> None:
     checkpoints = swept.runs / "tasks4-size3" / "checkpoints"
     steps = sorted(int(p.name.rpartition("_")[2]) for p in checkpoints.glob("model_checkpoint_*"))
     assert steps == [134, 268, 400]
@@ -264,26 +265,26 @@ def test_the_picture_is_there_and_can_be_drawn_again(swept: SimpleNamespace, tmp
     assert (swept.folder / "picture.png").stat().st_size > 20_000
     for source in (swept.runs / "results.jsonl", swept.runs):
         out = tmp_path / f"{source.name}.png"
-        said: list[str] = []
-        task_diversity.plot(PFNRaventos(), parsed("plot", "--results", str(source), "--out", str(out)), ALONE, said.append)
+        messages: list[str] = []
+        task_diversity.plot(PFNRaventos(), parsed("plot", "--results", str(source), "--out", str(out)), ALONE, messages.append)
         assert out.stat().st_size == pytest.approx((swept.folder / "picture.png").stat().st_size, rel=0.02)
-        assert "M* cannot be estimated" in said[0]
+        assert "M* cannot be estimated" in messages[0]
     lines = (swept.runs / "results.jsonl").read_text().splitlines()
-    for other, words in (({"examples": 7}, "examples 5 and 7"), ({}, "two models of 4 tasks of size 3")):
+    for other, message in (({"examples": 7}, "examples 5 and 7"), ({}, "two models of 4 tasks of size 3")):
         (tmp_path / "mixed.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | other)]))
-        with pytest.raises(Refusal, match=words):
-            gather(tmp_path / "mixed.jsonl")
-    with pytest.raises(Refusal, match="no results"):
-        gather(tmp_path)
-    with pytest.raises(Refusal, match="cannot be read"):
-        gather(tmp_path / "nothing.jsonl")
+        with pytest.raises(UserError, match=message):
+            collect_results(tmp_path / "mixed.jsonl")
+    with pytest.raises(UserError, match="no results"):
+        collect_results(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        collect_results(tmp_path / "nothing.jsonl")
     (tmp_path / "other.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(Refusal, match="something else"):
-        gather(tmp_path / "other.jsonl")
+    with pytest.raises(UserError, match="something else"):
+        collect_results(tmp_path / "other.jsonl")
 
 
 def test_other_settings_are_refused_in_the_same_directory(swept: SimpleNamespace) -> None:
-    with pytest.raises(Refusal, match=r"max_steps: .*tasks4-size3 holds a run with 400, asked for 500; choose another"):
+    with pytest.raises(UserError, match=r"max_steps: .*tasks4-size3 holds a run with 400, asked for 500; choose another"):
         plan(PFNRaventos(), parsed(*swept.argv, "--steps", "500"))
 
 
@@ -299,35 +300,35 @@ def test_one_job_of_a_slurm_array_does_its_part(
     assert f"plot --results {swept.runs}" in text
 
 
-def test_a_model_is_measured_again_where_more_sequences_are_asked_for(swept: SimpleNamespace) -> None:
+def test_a_model_is_measured_again_where_more_sequences_are_requested(swept: SimpleNamespace) -> None:
     model = plan(PFNRaventos(), parsed(*swept.argv, "--eval_sequences", "60"))[0]
-    assert model.trained()
-    assert not model.evaluated()
+    assert model.is_trained()
+    assert not model.is_evaluated()
     assert model.job().command[2] == "evaluate"
     command = model.job().command[2:]
-    assert "60 fresh sequences" in _said(command)
-    assert model.evaluated()
-    _said([*command, "--eval_sequences", "40"])
-    assert not model.evaluated()
+    assert "60 fresh sequences" in run_and_collect(command)
+    assert model.is_evaluated()
+    run_and_collect([*command, "--eval_sequences", "40"])
+    assert not model.is_evaluated()
 
 
-def _said(argv: list[str]) -> str:
-    said: list[str] = []
+def run_and_collect(argv: list[str]) -> str:
+    messages: list[str] = []
     recipe = PFNRaventos()
-    recipe.commands[argv[0]].run(recipe, parsed(*argv), ALONE, said.append)
-    return "\n".join(said)
+    recipe.commands[argv[0]].run(recipe, parsed(*argv), ALONE, messages.append)
+    return "\n".join(messages)
 
 
 def test_predict_and_a_longer_context(swept: SimpleNamespace) -> None:
     final = str(swept.runs / "tasks4-size3" / "checkpoints" / "checkpoint_final")
     argv = ["predict", "--model_path", final, "--observed", "2", "--paths", "20"]
-    text = _said(argv)
-    assert text == _said(argv)
+    text = run_and_collect(argv)
+    assert text == run_and_collect(argv)
     assert "2 pairs of a new task given; 20 continuations of 3 pairs" in text
     assert text.count("±") == 2 + 3 * 3
-    with pytest.raises(Refusal, match="future 0"):
-        _said(["predict", "--model_path", final, "--observed", "5"])
-    longer = _said(["evaluate", "--model_path", final, "--examples", "12", "--eval_sequences", "30"])
+    with pytest.raises(UserError, match="future 0"):
+        run_and_collect(["predict", "--model_path", final, "--observed", "5"])
+    longer = run_and_collect(["evaluate", "--model_path", final, "--examples", "12", "--eval_sequences", "30"])
     assert "12 examples (trained on 5)" in longer
     assert "beyond the trained length" in longer
 
@@ -356,7 +357,7 @@ def test_the_threshold_is_where_the_model_is_as_far_from_both() -> None:
     assert threshold(rows) == pytest.approx(64)
     assert threshold(rows[::-1]) == pytest.approx(64)
     assert threshold([*rows, row(0, 0.01, 0.0)]) == pytest.approx(64)
-    # It cannot be told: never crossed, crossed back and forth, from ridge to dMMSE, or not beyond what chance gives.
+    # No estimate: never crossed, crossed back and forth, from ridge to dMMSE, or not beyond what chance gives.
     assert threshold(rows[:2]) is None
     assert threshold(rows[2:]) is None
     assert threshold([*rows, row(4096, 0.4, 0.1)]) is None
@@ -367,7 +368,7 @@ def test_the_threshold_is_where_the_model_is_as_far_from_both() -> None:
 
 def test_the_picture_has_six_panels_with_labels_and_marks_only_what_was_estimated(monkeypatch: Any, tmp_path: Path) -> None:
     figures = []
-    monkeypatch.setattr("trainer.plot.save_figure", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr("trainer.reporting.plot.save_figure", lambda figure, out: figures.append(figure))
     crossing = [row(4, 0.8, 0.1), row(16, 0.4, 0.1), row(256, 0.1, 0.4), row(0, 0.05, 0.0)]
     assert plot_experiment(crossing, tmp_path / "a.png") == {8: pytest.approx(64)}
     assert plot_experiment([*crossing, row(4, 0.8, 0.1, size=16)], tmp_path / "b.png")[16] is None
@@ -385,7 +386,7 @@ def test_the_picture_has_six_panels_with_labels_and_marks_only_what_was_estimate
         assert len(figure.axes[0].containers) >= 3, "error bars"
     assert {"D = 8", "D = 16"} <= {text.get_text() for text in figures[1].legends[0].get_texts()}
     markers = {line.get_marker() for container in figures[1].axes[0].containers for line in container.lines[:1]}
-    assert markers == {"o", "s"}, "sizes are told apart where there is no line"
+    assert markers == {"o", "s"}, "sizes differ in their markers, even where there is no line"
     ticks = [text.get_text() for text in figures[0].axes[3].get_xticklabels()]
     assert ticks == ["4", "16", "256", "∞"]
 
@@ -394,13 +395,13 @@ class ExactPosterior(torch.nn.Module):
     """Predicts as the posterior for w ~ N(0, I) does: what a perfect model would give."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        made = []
+        predictions = []
         for i in range(x.shape[1]):
             mean, covariance = posterior(x[:, :i], y[:, :i], 0.25)
             query = x[:, i].double()
             spread = (0.25 + torch.einsum("bi,bij,bj->b", query, covariance, query)).sqrt()
-            made.append(torch.stack([(mean * query).sum(-1), spread], -1))
-        return torch.stack(made, 1)
+            predictions.append(torch.stack([(mean * query).sum(-1), spread], -1))
+        return torch.stack(predictions, 1)
 
     def sample(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         mean, spread = logits.unbind(-1)
@@ -425,21 +426,21 @@ def test_resampling_an_exact_model_gives_the_exact_posterior() -> None:
 
 def test_a_standard_error_is_that_of_sequences_averaged_over_their_positions() -> None:
     values = torch.tensor([[1.0, 3.0], [2.0, 8.0], [6.0, 4.0]], dtype=torch.float64)
-    found = _statistics([values[:2], values[2:]])
-    assert found["mean"] == pytest.approx(4)
-    assert found["se"] == pytest.approx(np.std([2, 5, 5], ddof=1) / math.sqrt(3))
-    assert found["by_position"]["mean"] == pytest.approx([3, 5])
-    assert found["by_position"]["se"] == pytest.approx([np.std(c, ddof=1) / math.sqrt(3) for c in ([1, 2, 6], [3, 8, 4])])
+    result = _statistics([values[:2], values[2:]])
+    assert result["mean"] == pytest.approx(4)
+    assert result["se"] == pytest.approx(np.std([2, 5, 5], ddof=1) / math.sqrt(3))
+    assert result["by_position"]["mean"] == pytest.approx([3, 5])
+    assert result["by_position"]["se"] == pytest.approx([np.std(c, ddof=1) / math.sqrt(3) for c in ([1, 2, 6], [3, 8, 4])])
 
 
-def test_what_is_measured_is_on_the_scale_it_says(swept: SimpleNamespace) -> None:
+def test_what_is_measured_is_on_its_documented_scale(swept: SimpleNamespace) -> None:
     """Of a trained run: identities between its numbers that hold whatever the model is."""
     recipe = PFNRaventos()
-    found = Checkpoint((swept.runs / "tasks4-size3" / "checkpoints" / "checkpoint_final").resolve())
+    checkpoint = Checkpoint((swept.runs / "tasks4-size3" / "checkpoints" / "checkpoint_final").resolve())
     config = plan(recipe, parsed(*swept.argv))[0].config
     with torch.no_grad():
-        results = measure(recipe, found, config, torch.device("cpu"), 1500, 500)
-        split = measure(recipe, found, config, torch.device("cpu"), 1500, 700)
+        results = compare_with_baselines(recipe, checkpoint, config, torch.device("cpu"), 1500, 500)
+        split = compare_with_baselines(recipe, checkpoint, config, torch.device("cpu"), 1500, 700)
     for name in ("pretraining", "true"):
         part = results[name]
         for who in ("model", "ridge", "dmmse"):
@@ -453,5 +454,5 @@ def test_what_is_measured_is_on_the_scale_it_says(swept: SimpleNamespace) -> Non
         assert own[kind]["dmmse"]["mean"] < min(own[kind]["ridge"]["mean"], own[kind]["model"]["mean"])
         assert new[kind]["ridge"]["mean"] < min(new[kind]["dmmse"]["mean"], new[kind]["model"]["mean"])
     assert new["error_y"]["ridge"]["by_position"]["mean"][0] == pytest.approx((3 + 0.25) / 3, abs=0.25)
-    lines = table(results)
+    lines = results_table(results)
     assert any("(prediction - w.x)² / D" in line for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from datetime import timedelta
@@ -13,23 +14,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from trainer import checkpoint
-from trainer.launch import Control
-from trainer.portable_state import Entry
-from trainer.tensor_file import TYPES, TensorFile, in_file_order
+from trainer.backends.tensors import TensorEntry
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.tensor_file import TYPES, TensorFile, in_file_order
+from trainer.distributed.control import Control
 
 
-def entries(tensors: dict[str, torch.Tensor]) -> list[Entry]:
-    return [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
+def entries(tensors: dict[str, torch.Tensor]) -> list[TensorEntry]:
+    return [TensorEntry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
     file = TensorFile(path, in_file_order(entries(tensors)))
     for entry in in_file_order(entries(tensors)):
         file.add(entry, entry.read())
-    told = file.finish()
+    summary = file.finish()
     file.close()
-    return told
+    return summary
 
 
 def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
@@ -44,14 +45,14 @@ def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
         "turned": torch.rand(3, 5).t(),
         "ünïcode": torch.ones(1),
     }
-    told = write(tmp_path / "file", tensors)
+    summary = write(tmp_path / "file", tensors)
     content = (tmp_path / "file").read_bytes()
-    assert told == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    found = load_file(tmp_path / "file")
-    assert found.keys() == tensors.keys()
+    assert summary == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    loaded = load_file(tmp_path / "file")
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].equal(tensor), name
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].equal(tensor), name
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     assert length % 8 == 0
@@ -65,9 +66,25 @@ def test_it_is_the_librarys_own_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == save(tensors, metadata={"format": "pt"})
 
 
+class Slow(io.FileIO):
+    """Takes at most seven bytes of a write, as a file may."""
+
+    def write(self, content: memoryview) -> int:  # type: ignore[override]
+        return super().write(content[:7])
+
+
+def test_what_a_write_does_not_take_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"one": torch.rand(3, 5), "two": torch.arange(40)}
+    quick = write(tmp_path / "quick", tensors)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Slow(path, mode.replace("b", "")))
+        assert write(tmp_path / "slow", tensors) == quick
+    assert (tmp_path / "slow").read_bytes() == (tmp_path / "quick").read_bytes()
+
+
 def test_a_tensor_becomes_what_was_announced(tmp_path: Path) -> None:
     """bf16 weights stand in a checkpoint as fp32; another shape would shift all that follows."""
-    announced = Entry("w", (4,), torch.float32, lambda: torch.arange(4).bfloat16())
+    announced = TensorEntry("w", (4,), torch.float32, lambda: torch.arange(4).bfloat16())
     file = TensorFile(tmp_path / "file", [announced])
     with pytest.raises(AssertionError, match="w: "):
         file.add(announced, torch.zeros(5))
@@ -89,15 +106,15 @@ def test_an_unfinished_file_is_no_safetensors_file(tmp_path: Path) -> None:
 def test_a_save_takes_one_tensor_of_memory_not_a_second_model(tmp_path: Path) -> None:
     """64 MB of live bf16 weights, each 1 MB: as fp32 a copy of all would be 128 MB."""
     weights = {f"layer{i}": torch.zeros(500_000, dtype=torch.bfloat16) + i for i in range(64)}
-    made = [Entry(name, (500_000,), torch.float32, lambda t=t: t) for name, t in weights.items()]
+    tensor_entries = [TensorEntry(name, (500_000,), torch.float32, lambda t=t: t) for name, t in weights.items()]
 
     def peak_megabytes() -> float:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        return int(found[1]) / 1000
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert match is not None
+        return int(match[1]) / 1000
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = peak_megabytes()
-    path = checkpoint.write(tmp_path, "step_1", {"model": made}, {}, Control(0, 1, timedelta(minutes=1)))
+    path = checkpoint.write(tmp_path, "step_1", {"model": tensor_entries}, {}, Control(0, 1, timedelta(minutes=1)))
     assert peak_megabytes() - before < 16
     assert (path / "model.safetensors").stat().st_size > 128e6

@@ -1,4 +1,4 @@
-"""Every command of the guide of the Transformer language model, and what a trained run is then good for."""
+"""Every documented command of the Transformer on token ids, and the use of a trained run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from tokenizers import Tokenizer
 
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 from recipes.tinystories_lm import Config, TinyStoriesLM
-from trainer import config as configuration
+from trainer.command_line import config as configuration
 from trainer.errors import BAD_INPUT
-from trainer.main import _command_line
+from trainer.main import read_command_line
 
 RECIPE = ROOT / "recipes" / "tinystories_lm.py"
 DATA = "--train_data_path data/TinyStoriesV2-GPT4-train.ids --val_data_path data/TinyStoriesV2-GPT4-valid.ids"
-# The guide's own words; `python -m cs336_basics.training_together` is `python recipes/tinystories_lm.py` here.
-GUIDE = {
+DOCUMENTED = {
     "basic": "--vocab_size 10000 --max_iters 10000",
     "full": """--vocab_size 10000 --context_length 512 --d_model 768 --num_heads 12 --d_ff 3072 --num_layers 12
         --lr 3e-4 --min_lr 3e-5 --weight_decay 0.1 --batch_size 32 --max_iters 100000
@@ -40,47 +39,47 @@ GUIDE = {
         --use_wandb --wandb_project cs336-final --wandb_run_name large-model-v1""",
 }
 FILES = ("basic", "full", "quick_test", "production")  # those that are YAML files here too
-# The guide's tables: flag -> default.
+# Flag and default, by turns.
 DEFAULTS = """vocab_size 10000 context_length 256 d_model 512 num_heads 8 d_ff 2048 num_layers 6 rope_theta 10000.0
     lr 6e-4 min_lr 6e-5 weight_decay 0.1 beta1 0.9 beta2 0.95 eps 1e-8 batch_size 64 max_iters 100000 warmup_iters 2000
     grad_clip 1.0 checkpoint_interval 5000 eval_interval 500 log_interval 100 eval_iters 100 resume_from None device auto
     seed 42 use_wandb False wandb_project transformer-lm wandb_run_name None"""
 
 
-def guide(name: str) -> list[str]:
-    return [*DATA.split(), *shlex.split(GUIDE[name])]
+def documented(name: str) -> list[str]:
+    return [*DATA.split(), *shlex.split(DOCUMENTED[name])]
 
 
 def parsed(argv: list[str]) -> Any:
-    return _command_line(TinyStoriesLM(), argv)[1]
+    return read_command_line(TinyStoriesLM(), argv)[1]
 
 
 def alias(name: str) -> str:
     return configuration.flag_names(Config)[name]
 
 
-@pytest.mark.parametrize("name", GUIDE)
-def test_every_command_parses_to_what_it_says(name: str) -> None:
-    argv = guide(name)
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_documented_command_sets_its_values(name: str) -> None:
+    argv = documented(name)
     values = configuration.values(parsed(argv).config)
     for flag, value in zip(argv, [*argv[1:], "--"], strict=True):
         if flag.startswith("--"):
-            found = values[alias(flag.removeprefix("--"))]
-            assert found is True if value.startswith("--") else str(found) == value or float(found) == float(value)
+            actual = values[alias(flag.removeprefix("--"))]
+            assert actual is True if value.startswith("--") else str(actual) == value or float(actual) == float(value)
 
 
-def test_defaults_are_the_guides() -> None:
+def test_defaults() -> None:
     values = configuration.values(Config())
-    words = DEFAULTS.split()
-    for flag, default in zip(words[::2], words[1::2], strict=True):
-        found = values[alias(flag)]
-        assert str(found) == default or float(found) == float(default), flag
+    pairs = DEFAULTS.split()
+    for flag, default in zip(pairs[::2], pairs[1::2], strict=True):
+        actual = values[alias(flag)]
+        assert str(actual) == default or float(actual) == float(default), flag
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_guides_runs_as_yaml_files_say_the_same(name: str) -> None:
+def test_yaml_files_are_the_same_runs_as_the_commands(name: str) -> None:
     file = ROOT / "recipes" / "configs" / f"tinystories_{name}.yaml"
-    ours, theirs = (configuration.values(parsed(argv).config) for argv in (["--config", str(file)], guide(name)))
+    ours, theirs = (configuration.values(parsed(argv).config) for argv in (["--config", str(file)], documented(name)))
     differ = {key for key in ours if ours[key] != theirs[key]}
     assert differ == {"config", "train_data_path", "val_data_path"} | ({"keep_last"} if name == "production" else set())
 
@@ -118,10 +117,10 @@ SCRIPT: dict[str, list[str]] = {
     "generate the likeliest": [*PROMPT, "--temperature", "0", "--max_new_tokens", "60"],
     "generate from a tiny nucleus": [*PROMPT, "--top_p", "1e-9", "--max_new_tokens", "60"],
     "generate from nothing": ["generate", "--model_path", MODEL, "--device", "cpu"],
-    "generate wrongly": [*PROMPT, "--top_p", "1.5"],
+    "generate with top_p 1.5": [*PROMPT, "--top_p", "1.5"],
     "evaluated in between": [*WHOLE, "--eval_interval", "4", "--max_iters", "40", "--run_name", "between"],
     "from one in between": ["--resume_from", "runs/tinystories_lm/between/checkpoints/checkpoint_iter_20.pt", *NEXT],
-    # The guide's: no flag of the model; fewer steps than the run had; then twice more, and raised.
+    # No flag of the model; fewer steps than the run had; then twice more, and raised.
     "lowered": [*IDS, "--resume_from", RESUMED, "--max_iters", "50", "--stop_at_step", "30", "--device", "cpu"],
     "lowered, to the end": [*IDS, "--resume_from", RESUMED, "--max_iters", "50", "--device", "cpu"],
     "raised": [
@@ -168,8 +167,8 @@ SCRIPT: dict[str, list[str]] = {
     "moved data": [*COMMON, "--train_data_path", "copy.ids", "--max_iters", "60", "--run_name", "base"],
     "other data": [*COMMON, "--train_data_path", "data/valid.ids", "--run_name", "base"],
     **{
-        f"guide's {name}": [*argv, *IDS, *SIZES, "--stop_at_step", "1", "--batch_size", "2", "--device", "cpu"]
-        for name, argv in ((name, shlex.split(GUIDE[name].replace("--use_wandb", ""))) for name in FILES)
+        f"documented {name}": [*argv, *IDS, *SIZES, "--stop_at_step", "1", "--batch_size", "2", "--device", "cpu"]
+        for name, argv in ((name, shlex.split(DOCUMENTED[name].replace("--use_wandb", ""))) for name in FILES)
     },
 }
 
@@ -185,7 +184,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     streams["train"].tofile(folder / "copy.ids")
     (folder / "data" / "text.ids").write_text("1 2 3 4 5 6 7 8 9\n" * 90)
     tokenizer.save(str(folder / "data" / "tokenizer.json"))
-    return SimpleNamespace(folder=folder, said=run_in_turn(RECIPE, SCRIPT, folder, ENVIRONMENT))
+    return SimpleNamespace(folder=folder, outputs=run_in_turn(RECIPE, SCRIPT, folder, ENVIRONMENT))
 
 
 def stories() -> tuple[Tokenizer, dict[str, np.ndarray]]:
@@ -205,8 +204,8 @@ def stories() -> tuple[Tokenizer, dict[str, np.ndarray]]:
 
 
 def output(place: SimpleNamespace, name: str, code: int = 0) -> str:
-    found, text = place.said[name]
-    assert found == code, text[-3000:]
+    exit_code, text = place.outputs[name]
+    assert exit_code == code, text[-3000:]
     assert "Traceback" not in text
     return text
 
@@ -229,7 +228,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "parts"),
     [
         ("no data", ["train_data_path is missing", "--train_data_path FILE.ids", "embedded"]),
         ("no validation data", ["val_data_path is missing", "--val_data_path FILE.ids"]),
@@ -239,18 +238,18 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
         ("no context", ["context_length 0 must be above 0"]),
         ("no theta", ["rope_theta -1.0 must be above 0"]),
         ("heads", ["d_model 32 does not divide into 3 heads"]),
-        ("generate wrongly", ["top_p"]),
+        ("generate with top_p 1.5", ["top_p"]),
         ("other data", ["data fingerprint"]),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(name: str, words: list[str], place: SimpleNamespace) -> None:
+def test_what_cannot_work_is_refused_in_one_line(name: str, parts: list[str], place: SimpleNamespace) -> None:
     lines = [line for line in output(place, name, BAD_INPUT).splitlines() if line.startswith("error:")]
     assert len(lines) == 1
-    for word in words:
-        assert word in lines[0]
+    for part in parts:
+        assert part in lines[0]
 
 
-def test_it_trains_and_prints_the_guides_lines(place: SimpleNamespace) -> None:
+def test_it_trains_and_prints_its_lines(place: SimpleNamespace) -> None:
     text = output(place, "base")
     count = len(np.fromfile(place.folder / "data" / "train.ids", np.uint16))
     assert f"Train data size: {count:,} tokens\n" in text
@@ -319,11 +318,11 @@ def test_generate_continues_a_prompt_to_the_end_of_its_text(place: SimpleNamespa
     assert len(output(place, "generate from nothing").strip()) > 5
 
 
-def test_the_same_command_again_says_it_has_finished(place: SimpleNamespace) -> None:
+def test_the_same_command_again_reports_that_it_has_finished(place: SimpleNamespace) -> None:
     assert "Already finished" in output(place, "again")
 
 
-def test_the_guides_resume_needs_no_model_flags_and_may_change_the_number_of_steps(place: SimpleNamespace) -> None:
+def test_resuming_needs_no_model_flags_and_may_change_the_number_of_steps(place: SimpleNamespace) -> None:
     text = output(place, "lowered")
     assert "max_steps: 60 -> 50" in text
     assert "Resumed from step 20" in text
@@ -351,10 +350,11 @@ def test_new_bests_push_no_checkpoint_of_the_interval_out(place: SimpleNamespace
 
 
 def test_two_processes_resume_what_one_began(place: SimpleNamespace) -> None:
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml")]
-    words += ["--num_processes", "2", "--main_process_port", str(free_port()), str(RECIPE)]
+    config = ROOT / "accelerate_configs" / "ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--main_process_port", str(free_port()), str(RECIPE)]
     argv = ["--resume_from", RESUMED, "--run_name", "two", "--device", "cpu"]
-    done = subprocess.run([*words, *argv], cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, *argv], cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Resumed from step 20" in done.stdout
     assert "4 samples x 2 processes" in done.stdout
@@ -419,9 +419,9 @@ def test_clipping_acts(place: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_guides_training_commands_start(name: str, place: SimpleNamespace) -> None:
-    text = output(place, f"guide's {name}")
+def test_the_documented_training_commands_start(name: str, place: SimpleNamespace) -> None:
+    text = output(place, f"documented {name}")
     assert "Stopped at step 1: stop_at_step" in text
-    if "--checkpoint_dir" in GUIDE[name]:
+    if "--checkpoint_dir" in DOCUMENTED[name]:
         folder = place.folder / "checkpoints" / ("my_run" if name == "full" else "large_model")
         assert (folder / "checkpoint_iter_1" / "manifest.json").is_file()

@@ -75,12 +75,12 @@ def test_large_vocabularies_and_the_json_beside_a_file_decide_its_type(tmp_path:
     assert np.array_equal(TokenFile.open(tmp_path / "a.ids", 70_000).ids(), ids)
     (tmp_path / "a.ids.json").write_text(json.dumps({"dtype": "uint32", "count": 500, "vocabulary": VOCABULARY}))
     assert np.array_equal(TokenFile.open(tmp_path / "a.ids", VOCABULARY).ids(), ids)
-    for told, problem in (
+    for sidecar, problem in (
         ({"dtype": "uint32", "count": 501}, "holds 500 ids, its .json says 501"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
         ([1], "no JSON object"),
     ):
-        (tmp_path / "a.ids.json").write_text(json.dumps(told))
+        (tmp_path / "a.ids.json").write_text(json.dumps(sidecar))
         with pytest.raises(ValueError, match=re.escape(problem)) as error:
             TokenFile.open(tmp_path / "a.ids", VOCABULARY)
         one_line(error)
@@ -181,8 +181,8 @@ def test_the_fingerprint_follows_the_ids_of_both(tmp_path: Path) -> None:
     one, two = (str(tmp_path / name) for name in ("a.ids", "b.ids"))
     ids_file(Path(one), 200)
     ids_file(Path(two), 201)
-    found = {open_streams(*pair, None, VOCABULARY, 8).fingerprint for pair in itertools.product((one, two), repeat=2)}
-    assert len(found) == 4
+    fingerprints = {open_streams(*pair, None, VOCABULARY, 8).fingerprint for pair in itertools.product((one, two), repeat=2)}
+    assert len(fingerprints) == 4
 
 
 def test_a_tokenizer_that_did_not_make_the_ids_is_refused(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_a_tokenizer_that_did_not_make_the_ids_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "a.ids"
     ids_file(path)
     (tmp_path / "tokenizer.json").write_text(tokenizers[0])
-    told = {"dtype": "uint16", "tokenizer_sha256": hashlib.sha256(tokenizers[0].encode()).hexdigest()}
-    (tmp_path / "a.ids.json").write_text(json.dumps(told))
+    sidecar = {"dtype": "uint16", "tokenizer_sha256": hashlib.sha256(tokenizers[0].encode()).hexdigest()}
+    (tmp_path / "a.ids.json").write_text(json.dumps(sidecar))
     assert open_streams(str(path), str(path), None, VOCABULARY, 8).tokenizer_json == tokenizers[0]
     with pytest.raises(ValueError, match=r"tokenizer\.json has 259 entries, vocab_size is 200"):
         open_streams(str(path), str(path), None, 200, 8)
@@ -216,8 +216,8 @@ def test_windows_predict_every_id_but_the_first_exactly_once(count: int, tmp_pat
     assert tokens.shape == (len(windows), 9)
     labels = tokens[:, 1:]
     assert int((labels != IGNORED).sum()) == count - 1
-    found = sorted(tuple(row[row != IGNORED].tolist()) for row in tokens)
-    assert found == sorted(tuple(ids[start : start + 9].tolist()) for start in range(0, count - 1, 8))
+    contents = sorted(tuple(row[row != IGNORED].tolist()) for row in tokens)
+    assert contents == sorted(tuple(ids[start : start + 9].tolist()) for start in range(0, count - 1, 8))
     again = windows.__getitems__([n + 5 * len(windows) for n in range(len(windows))])["tokens"]
     assert torch.equal(again, tokens)
 
@@ -312,6 +312,6 @@ def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.ids").open("wb") as file:
         np.arange(1, 5000, dtype=np.uint16).tofile(file)
         file.truncate(4 * 10**8)
-    words = [sys.executable, "-c", MEMORY, str(tmp_path / "a.ids")]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "a.ids")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100

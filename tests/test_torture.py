@@ -1,4 +1,4 @@
-"""The kill campaign itself: it injects what it says, and it would notice."""
+"""The kill campaign itself: it injects what it reports, and detects each kind of damage."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 import torture
 from launching import FAULTY, ROOT, environment
 
-from trainer import checkpoint
-from trainer.launch import Control
-from trainer.portable_state import Entry
+from trainer.backends.tensors import TensorEntry
+from trainer.checkpoints import checkpoint
+from trainer.distributed.control import Control
 
 
-def run(*words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "torture.py"), *words]
+def run(*argv: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "torture.py"), *argv]
     env = environment(PYTHONPATH=str(ROOT))
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
@@ -41,40 +41,40 @@ def test_a_small_campaign_on_any_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("argv", "message"),
     [
         (["no_such_recipe"], "no_such_recipe.py"),
         (["gpt2_wikitext", "--kills", "0"], "--kills 0"),
         ([str(FAULTY)], "after `--`"),
     ],
 )
-def test_what_it_cannot_do_is_said(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert torture.main(words) == 2
-    assert told in capsys.readouterr().out
+def test_invalid_arguments_are_reported(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert torture.main(argv) == 2
+    assert message in capsys.readouterr().out
 
 
 def write(directory: Path, step: int, value: float = 0.0) -> Path:
     tensor = torch.full((8,), float(step) + value)
-    entry = Entry("w", (8,), torch.float32, lambda: tensor)
+    entry = TensorEntry("w", (8,), torch.float32, lambda: tensor)
     tensors = {"model": [entry], "optimizer": [entry]}
     control = Control(0, 1, timedelta(minutes=1))
     return checkpoint.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {}, control)
 
 
-def test_damage_and_rolled_back_checkpoints_are_noticed(tmp_path: Path) -> None:
+def test_damage_and_rolled_back_checkpoints_are_detected(tmp_path: Path) -> None:
     paths = [write(tmp_path, step) for step in (4, 8)]
     (tmp_path / "checkpoints" / "best_model").symlink_to("checkpoint_step_4")
-    good, wrong = torture.look_at(tmp_path)
-    assert (sorted(good), wrong) == ([4, 8], [])
+    good, problems = torture.inspect_checkpoints(tmp_path)
+    assert (sorted(good), problems) == ([4, 8], [])
     content = (paths[0] / "model.safetensors").read_bytes()
     (paths[0] / "model.safetensors").write_bytes(content[:-1] + b"\x77")
     (tmp_path / "checkpoints" / "rolled_back_1").mkdir()
-    good, wrong = torture.look_at(tmp_path)
+    good, problems = torture.inspect_checkpoints(tmp_path)
     assert sorted(good) == [8]
-    assert len(wrong) == 3  # the checkpoint, the link to it, and what was set aside
+    assert len(problems) == 3  # the checkpoint, the link to it, and what was set aside
 
 
-def test_one_bit_in_the_end_and_a_step_logged_twice_are_noticed(tmp_path: Path) -> None:
+def test_one_different_bit_and_a_step_logged_twice_are_detected(tmp_path: Path) -> None:
     campaign = torture.Campaign(FAULTY, "one", [], tmp_path, 0)
     for name, value in (("uninterrupted", 0.0), ("run_1", 0.0), ("run_2", 1e-6), ("run_3", 0.0), ("run_4", 0.0)):
         write(tmp_path / name, 8, value)
@@ -85,12 +85,12 @@ def test_one_bit_in_the_end_and_a_step_logged_twice_are_noticed(tmp_path: Path) 
     for number in (1, 2, 3, 4):
         campaign.compare(tmp_path / f"run_{number}", 0)
     assert [text.partition(":")[0] for text in campaign.tally.different] == ["run_2", "run_3", "run_4"]
-    assert campaign.tally.wrong()
+    assert campaign.tally.has_problems()
     campaign.compare(tmp_path / "run_2", 1)
     assert len(campaign.tally.failed) == 1
 
 
-def test_phases_are_told_from_what_a_run_has_written(tmp_path: Path) -> None:
+def test_phases_are_derived_from_the_files_of_a_run(tmp_path: Path) -> None:
     since = time.time() - 1
     (tmp_path / "checkpoints").mkdir()
     assert torture.phase(tmp_path, since) == "start-up"

@@ -9,7 +9,7 @@ import pytest
 
 from recipes.data import trajectories
 from recipes.data.collatz import DENSE, LARGE, MOD4, CollatzStream, Layout
-from recipes.data.trajectories import PADDING, from_words, parity_vectors, to_words, trajectory, walk
+from recipes.data.trajectories import PADDING, from_words, parities_of_words, parity_vectors, to_words, trajectory
 
 MAX_LEN = 500
 LOW = 16  # shortcut steps that the reference takes at once
@@ -59,8 +59,8 @@ def reference() -> Reference:
 
 
 def check(words: np.ndarray, reference: Reference) -> None:
-    """Tokens and steps of `walk` against the reference, all of them."""
-    tokens, steps = walk(words, MAX_LEN)
+    """Tokens and steps of `parities_of_words` against the reference, all of them."""
+    tokens, steps = parities_of_words(words, MAX_LEN)
     expected = [reference(n) for n in from_words(words)]
     assert steps.tolist() == [total for _, total in expected]
     mask = (1 << MAX_LEN) - 1
@@ -71,8 +71,8 @@ def check(words: np.ndarray, reference: Reference) -> None:
 
 
 def test_the_reference_is_the_definition(reference: Reference) -> None:
-    dice = random.Random(0)
-    for n in [2, 3, 27, 2**16 - 1, 2**16, 2**16 + 1, *(dice.getrandbits(dice.randint(2, 130)) | 1 for _ in range(200))]:
+    rng = random.Random(0)
+    for n in [2, 3, 27, 2**16 - 1, 2**16, 2**16 + 1, *(rng.getrandbits(rng.randint(2, 130)) | 1 for _ in range(200))]:
         vector, total = reference(n)
         assert [vector >> place & 1 for place in range(total)] == one_by_one(n)
         assert trajectory(n) == (bytes(one_by_one(n)), total)
@@ -82,13 +82,13 @@ def test_the_reference_is_the_definition(reference: Reference) -> None:
     ("n", "steps"), [(1, 0), (2, 1), (27, 111), (703, 170), (837_799, 524), (63_728_127, 949), (2**100 - 1, 1465)]
 )
 def test_known_step_counts(n: int, steps: int) -> None:
-    tokens, found = parity_vectors([n], 2000)
-    assert found.tolist() == [steps]
+    tokens, computed = parity_vectors([n], 2000)
+    assert computed.tolist() == [steps]
     assert tokens[0, :steps].tolist() == one_by_one(n)
     assert (tokens[0, steps:] == PADDING).all()
 
 
-def test_27_starts_as_the_guide_shows_and_peaks_at_9232() -> None:
+def test_27_starts_with_its_known_parities_and_peaks_at_9232() -> None:
     tokens, _ = parity_vectors([27], 500)
     assert tokens[0, :4].tolist() == [1, 0, 1, 0]
     n = peak = 27
@@ -104,7 +104,7 @@ def test_the_steps_of_the_first_million_sum_to_131434424() -> None:
     for first in range(1, 10**6, 50_000):
         words = np.zeros((50_000, trajectories.WORDS), np.uint64)
         words[:, 0] = np.arange(first, first + 50_000)
-        total += int(walk(words, 8)[1].sum())
+        total += int(parities_of_words(words, 8)[1].sum())
     assert total == 131_434_424
 
 
@@ -121,13 +121,13 @@ def around(n: int, width: int = 40) -> list[int]:
 
 
 def test_it_is_exact_where_words_overflow(reference: Reference) -> None:
-    """Numbers, and numbers whose peaks, pass 2^63, 2^64, 2^128 and the limits in the walk itself."""
-    dice = random.Random(1)
+    """Numbers, and numbers whose peaks, pass 2^63, 2^64, 2^128 and the limits of the compiled code."""
+    rng = random.Random(1)
     numbers = [n for power in (51, 57, 58, 59, 60, 63, 64, 65, 121, 122, 123, 127, 128) for n in around(2**power)]
     numbers += around(8_528_817_511) + around(12_327_829_503)
     numbers += [2**bits - 1 for bits in range(8, 129)]  # they rise by 3^bits / 2^bits
     for bits in (119, 120, 127):
-        numbers += [dice.getrandbits(bits) | dice.getrandbits(bits) | 1 << bits - 1 for _ in range(2000)]
+        numbers += [rng.getrandbits(bits) | rng.getrandbits(bits) | 1 << bits - 1 for _ in range(2000)]
     check(to_words(numbers), reference)
 
 
@@ -141,7 +141,7 @@ def test_the_named_numbers_do_pass_64_bits() -> None:
         assert peak >= limit
 
 
-def test_what_outgrows_three_words_is_walked_in_python(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_outgrows_three_words_is_computed_in_python(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     outgrown: list[int] = []
     in_python = trajectories.trajectory
     monkeypatch.setattr(trajectories, "trajectory", lambda n, max_len: outgrown.append(n) or in_python(n, max_len))

@@ -9,21 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.models.gpt2 import loss_sum
 from recipes.models.transformer_lm import (
     TransformerLM,
     causal_attention,
-    decay_groups,
     generate,
     nucleus,
     rms_norm,
     rope_angles,
     rotate,
-    training_flops_per_token,
 )
-from trainer import sections
-from trainer.optimizer import MuonAndAdamW
+from recipes.tinystories_lm import Config, OptimisationConfig, TinyStoriesLM
 
+RECIPE = TinyStoriesLM()
 SIZES = {"vocab_size": 50, "context_length": 16, "d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 2}
 
 
@@ -94,7 +91,7 @@ def test_the_network_is_its_formula() -> None:
         ({"d_model": 512, "num_heads": 8, "d_ff": 2048, "num_layers": 6}, 35_412_480),
         ({"d_model": 512, "num_heads": 16, "d_ff": 1344, "num_layers": 4}, 22_696_448),
     ],
-    ids=["the guide's default", "the course's"],
+    ids=["default", "CS336"],
 )
 def test_parameter_counts(sizes: dict[str, int], parameters: int) -> None:
     with torch.device("meta"):
@@ -102,7 +99,7 @@ def test_parameter_counts(sizes: dict[str, int], parameters: int) -> None:
     assert sum(p.numel() for p in network.parameters()) == parameters
     d, layers = sizes["d_model"], sizes["num_layers"]
     products = layers * (4 * d * d + 3 * d * sizes["d_ff"]) + 10_000 * d
-    assert training_flops_per_token(network) == 6 * products + 12 * layers * d * 256
+    assert network.training_flops_per_token() == 6 * products + 12 * layers * d * 256
 
 
 def test_fresh_weights_are_truncated_normals() -> None:
@@ -148,7 +145,7 @@ def test_an_ablation_changes_what_it_names(name: str) -> None:
     expected = {"post-norm": {"ln_final.weight"}, "silu": {"ffn.w3.weight"}}.get(name, set())
     assert gone == expected
     assert new == ({"attn.q_norm.weight", "attn.k_norm.weight"} if name == "qk norm" else set())
-    if name == "no rope":  # the same token everywhere: without positions nothing tells one place from another
+    if name == "no rope":  # the same token everywhere: without positions all places give the same
         same = network(torch.full((1, 16), 7))
         assert torch.allclose(same[:, :1].expand_as(same), same, atol=1e-5)
         turned = plain(torch.tensor([[3, 7, 7, 7]]))[0, 1:]
@@ -170,7 +167,7 @@ def test_recomputing_activations_changes_no_gradient() -> None:
     grads = []
     for recompute in (False, True):
         network = small(gradient_checkpointing=recompute).train()
-        loss_sum(network(tokens[:, :-1]), tokens[:, 1:]).backward()
+        RECIPE.loss(network, {"tokens": tokens})["next_token"].backward()
         grads.append([p.grad for p in network.parameters()])
     assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*grads, strict=True))
 
@@ -183,10 +180,11 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     small(num_heads=32, rope=False)
 
 
-def test_decay_spares_norms_and_embeddings_unless_all_are_asked_for() -> None:
+def test_decay_spares_norms_and_embeddings_unless_decay_all() -> None:
     def decayed(network: TransformerLM, decay_all: bool) -> set[str]:
         names = {id(p): name for name, p in network.named_parameters()}
-        groups = decay_groups(network, 0.1, decay_all)
+        config = Config(optimisation=OptimisationConfig(weight_decay=0.1, decay_all=decay_all))
+        groups = RECIPE.parameter_groups(network, config)
         assert sorted(id(p) for g in groups for p in g["params"]) == sorted(names)
         return {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
 
@@ -196,25 +194,29 @@ def test_decay_spares_norms_and_embeddings_unless_all_are_asked_for() -> None:
     assert "token_embeddings.weight" not in decayed(small(tie_embeddings=True), False)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(tied: bool) -> None:
+    network = small(tie_embeddings=tied, qk_norm=True)
+    optimizer = RECIPE.optimizer(network, Config(optimisation=OptimisationConfig(optimizer="muon")))
+    names = {id(p): name for name, p in network.named_parameters()}
+    by_muon = {names[id(p)] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    parts = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ffn.w1", "ffn.w2", "ffn.w3")
+    assert by_muon == {f"layers.{i}.{part}.weight" for i in range(2) for part in parts}
+    assert {names[id(p)] for g in optimizer.param_groups if not g["muon"] for p in g["params"]} == set(names.values()) - by_muon
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_it_learns_a_batch_by_heart(optimizer: str) -> None:
     network = small().train()
     torch.manual_seed(1)
     tokens = torch.randint(50, (4, 17))
-    settings = sections.Optimisation(optimizer=optimizer, learning_rate=1e-2)
-    groups = decay_groups(network, 0.0, False)
-    if optimizer == "muon":
-        made = MuonAndAdamW(groups, network, settings)
-        names = {id(p): name for name, p in network.named_parameters()}
-        by_muon = {names[id(p)] for g in made.param_groups if g["muon"] for p in g["params"]}
-        assert by_muon == {n for n, p in network.named_parameters() if p.ndim == 2 and n.startswith("layers.")}
-    else:
-        made = torch.optim.AdamW(groups, lr=1e-2)
+    settings = OptimisationConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.0)
+    built = RECIPE.optimizer(network, Config(optimisation=settings))
     for _ in range(60):
-        loss = loss_sum(network(tokens[:, :-1]), tokens[:, 1:]) / 64
-        made.zero_grad()
+        loss = RECIPE.loss(network, {"tokens": tokens})["next_token"] / 64
+        built.zero_grad()
         loss.backward()
-        made.step()
+        built.step()
     assert loss.item() < 0.05
 
 
@@ -247,7 +249,7 @@ def test_the_nucleus_of_many_distributions_is_minimal() -> None:
 
 
 class CountsUp(nn.Module):
-    """Says that the token after n is n + 1, and remembers how much it has been shown."""
+    """Predicts n + 1 after n, and records its inputs."""
 
     context_length = 4
 

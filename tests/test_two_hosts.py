@@ -17,8 +17,8 @@ import pytest
 from fault_injector import curve, reached
 from launching import ROOT, Started, environment, run
 
-from trainer.checkpoint import Checkpoint
-from trainer.run_directory import write_text_atomic
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.reporting.run_directory import write_text_atomic
 
 TOY = ROOT / "tests" / "toy_recipe.py"
 KINDS = ("multi_node_ddp", "multi_node_zero3")
@@ -30,8 +30,8 @@ RUN += ["--timeout_minutes", str(TIMEOUT_MINUTES)]
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+def ip(*argv: str) -> None:
+    subprocess.run(["ip", *argv], check=True, capture_output=True, text=True, timeout=30)
 
 
 class Hosts:
@@ -65,7 +65,7 @@ class Hosts:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{kind}.yaml"]
         launcher += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", ADDRESSES[0]]
         launcher += ["--main_process_port", str(29500 + KINDS.index(kind))]
-        words = [str(TOY), *RUN, "--output_dir", str(directory)]
+        argv = [str(TOY), *RUN, "--output_dir", str(directory)]
         env = {
             k: v
             for k, v in environment(TOY_PACE=str(directory.with_suffix(".pace"))).items()
@@ -73,7 +73,7 @@ class Hosts:
         }
         return [
             Started(
-                ["ip", "netns", "exec", name, *launcher, "--machine_rank", str(rank), *words],
+                ["ip", "netns", "exec", name, *launcher, "--machine_rank", str(rank), *argv],
                 directory.with_suffix(f".{rank}.log"),
                 env,
             )
@@ -83,14 +83,14 @@ class Hosts:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    made = Hosts()
+    new_hosts = Hosts()
     try:
-        made.build()
+        new_hosts.build()
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        made.remove()
+        new_hosts.remove()
         pytest.skip(f"network namespaces are not permitted here: {getattr(error, 'stderr', '') or error}")
-    yield made
-    made.remove()
+    yield new_hosts
+    new_hosts.remove()
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def wait(launches: list[Started], seconds: float) -> list[int]:
         assert not [pid for each in launches for pid in each.orphans(5)]
         return codes
     except subprocess.TimeoutExpired:
-        said = "\n".join(each.log.read_text(errors="replace")[-3000:] for each in launches)
-        raise AssertionError(f"not ended within {seconds} s:\n{said}") from None
+        output = "\n".join(each.log.read_text(errors="replace")[-3000:] for each in launches)
+        raise AssertionError(f"not ended within {seconds} s:\n{output}") from None
     finally:
         for each in launches:
             each.kill_all()
@@ -142,29 +142,29 @@ def cut(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut
         for kind in reversed(KINDS):  # DeepSpeed takes longer to start
             set_pace(folder / kind, 0.1)
             launches[kind] = hosts.launch(kind, folder / kind)
-        everybody = [each for pair in launches.values() for each in pair]
+        processes = [each for pair in launches.values() for each in pair]
         end, waiting = time.monotonic() + 150, set(KINDS)
         while waiting:
             for kind in [kind for kind in waiting if reached(CUT_AT)(folder / kind, 0.0)]:
-                set_pace(folder / kind, 2.0)  # it waits for the other, and for its fate
+                set_pace(folder / kind, 2.0)  # it must not finish before the cable is cut
                 waiting.remove(kind)
-            for each in everybody:
+            for each in processes:
                 assert each.poll() is None, each.log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < end, "no training"
             time.sleep(0.02)
         hosts.cable("down")
         since = time.monotonic()
         # The time-out, the look around for who is gone, and the launchers' own leaving.
-        wait(everybody, 60 * TIMEOUT_MINUTES + 40)
+        wait(processes, 60 * TIMEOUT_MINUTES + 40)
         assert time.monotonic() - since >= 60 * TIMEOUT_MINUTES, "something else than the cut cable ended them"
     finally:
         for each in (each for pair in launches.values() for each in pair):
             each.kill_all()
         hosts.cable("up")
-    found = {}
+    cuts = {}
     for kind, pair in launches.items():
         checkpoints = folder / kind / "checkpoints"
-        found[kind] = Cut(
+        cuts[kind] = Cut(
             folder / kind,
             [each.returncode for each in pair],
             [each.log.read_text() for each in pair],
@@ -172,7 +172,7 @@ def cut(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut
             [path for path in checkpoints.glob("checkpoint_step_*") if not path.is_symlink()],
             list(checkpoints.glob(".unfinished-*")),
         )
-    return found
+    return cuts
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def resumed(hosts: Hosts, cut: dict[str, Cut]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cut_cable_ends_both_hosts_and_they_say_why(kind: str, cut: dict[str, Cut]) -> None:
+def test_a_cut_cable_ends_both_hosts_and_they_report_why(kind: str, cut: dict[str, Cut]) -> None:
     run = cut[kind]
     assert all(run.codes), run.codes
     assert run.status["state"] == "failed"
@@ -211,7 +211,7 @@ def test_the_same_commands_then_follow_the_curve_of_one_process(
     assert resumed[kind] == [0, 0]
     assert "Resumed from step " in directory.with_suffix(".0.log").read_text()
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"
-    found = curve(directory)
-    assert list(found["train/loss"]) == list(range(1, STEPS + 1))
+    actual = curve(directory)
+    assert list(actual["train/loss"]) == list(range(1, STEPS + 1))
     for name in ("train/loss", "train/grad_norm", "eval/val_loss"):
-        assert found[name] == {step: pytest.approx(value, rel=1e-5) for step, value in alone[name].items()}, name
+        assert actual[name] == {step: pytest.approx(value, rel=1e-5) for step, value in alone[name].items()}, name

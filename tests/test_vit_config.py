@@ -1,4 +1,4 @@
-"""The configuration of the Vision Transformer recipe: the guide's YAML files, sizes that must agree, the schedule."""
+"""The configuration of the Vision Transformer recipe: YAML files in sections, sizes that must agree, the schedule."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from recipes.vit_relpos import VitRelpos
-from trainer import config as configuration
-from trainer.errors import Refusal
+from trainer.command_line import config as configuration
+from trainer.errors import UserError
 
 RECIPE = VitRelpos()
-# The guide's two files, word for word.
+# Two files with sections of their own.
 RPB_CONFIG = """
 project:
   name: "relative_position_bias"
@@ -66,7 +66,7 @@ relative_position_bias:
 
 
 def parse(*argv: str) -> Any:
-    return configuration.parse(RECIPE.Config, RECIPE.presets, argv, RECIPE.name).config
+    return configuration.parse(RECIPE.config_class, RECIPE.presets, argv, RECIPE.name).config
 
 
 def from_yaml(tmp_path: Path, text: str, *argv: str) -> Any:
@@ -76,13 +76,13 @@ def from_yaml(tmp_path: Path, text: str, *argv: str) -> Any:
 
 def build(config: Any) -> Any:
     with torch.device("meta"):
-        return RECIPE.build_model(config, SimpleNamespace(extra={"sets": SimpleNamespace(classes=["a"] * 10)}))
+        return RECIPE.build_model(config, SimpleNamespace(extra={"classes": ["a"] * 10}))
 
 
 # ---------------------------------------------------------------------------------------------------------------- YAML
 
 
-def test_the_guides_first_file(tmp_path: Path) -> None:
+def test_a_file_in_sections(tmp_path: Path) -> None:
     config = from_yaml(tmp_path, RPB_CONFIG)
     assert (config.run.run_name, config.run.device, config.optimisation.seed) == ("relative_position_bias", "cuda", 42)
     model = build(config)
@@ -97,7 +97,7 @@ def test_the_guides_first_file(tmp_path: Path) -> None:
     assert sets.train.__getitems__([0])["images"].shape == (1, 3, 112, 112)
 
 
-def test_the_guides_second_file_takes_defaults_for_what_it_lacks(tmp_path: Path) -> None:
+def test_a_file_takes_defaults_for_what_it_lacks(tmp_path: Path) -> None:
     config = from_yaml(tmp_path, MY_EXPERIMENT)
     assert (config.optimisation.batch_size, config.optimisation.seed, config.model.d_model) == (64, 123, 192)
     assert config.optimisation.learning_rate == 1e-3
@@ -105,13 +105,13 @@ def test_the_guides_second_file_takes_defaults_for_what_it_lacks(tmp_path: Path)
     assert RECIPE.build_data(config).train.__getitems__([0])["images"].shape == (1, 3, 224, 224)
 
 
-def test_the_shipped_files_are_the_guides(tmp_path: Path) -> None:
+def test_the_shipped_files_mean_the_same(tmp_path: Path) -> None:
     for name, text in (("rpb_config", RPB_CONFIG), ("my_experiment", MY_EXPERIMENT)):
-        shipped, guides = parse("--config", f"recipes/configs/{name}.yaml"), from_yaml(tmp_path, text)
-        assert shipped.model == guides.model
-        differs = configuration.changed(shipped, guides, ("data", "optimisation", "run"))
+        shipped, plain = parse("--config", f"recipes/configs/{name}.yaml"), from_yaml(tmp_path, text)
+        assert shipped.model == plain.model
+        differs = configuration.changed(shipped, plain, ("data", "optimisation", "run"))
         del differs["config"]
-        # Named in full in ours; a device that every machine has; and the guide's early stopping, which its file lacks.
+        # The shipped files name the number of samples, a device that every machine has, and one of them early stopping.
         ours = {"num_samples", "val_samples", "patience"} if name == "rpb_config" else set()
         assert set(differs) == ours | {"device"}
     assert parse("--config", "recipes/configs/rpb_config.yaml").run.patience == 10
@@ -139,7 +139,7 @@ def test_every_key_acts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "parts"),
     [
         ("head_dim", "head_dims", ["'head_dims'", "'head_dim'", "attention"]),
         ("  type:", "  tpye:", ["'tpye'", "'type'"]),
@@ -155,17 +155,17 @@ def test_every_key_acts(tmp_path: Path) -> None:
         ("input:", "data: {image_size: 224}\ninput:", ["7 x 7", "14 x 14"]),
     ],
 )
-def test_a_wrong_file_is_refused_in_one_line(old: str, new: str, words: list[str], tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused_in_one_line(old: str, new: str, parts: list[str], tmp_path: Path) -> None:
     assert old in RPB_CONFIG
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         from_yaml(tmp_path, RPB_CONFIG.replace(old, new))
     assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "parts"),
     [
         (["--num_heads", "5"], ["96", "5", "--head_dim"]),
         (["--image_size", "100"], ["100", "16"]),
@@ -179,11 +179,11 @@ def test_a_wrong_file_is_refused_in_one_line(old: str, new: str, words: list[str
         (["--num_samples", "0"], ["num_samples 0"]),
     ],
 )
-def test_flags_that_no_run_can_mean(argv: list[str], words: list[str]) -> None:
-    with pytest.raises(Refusal) as caught:
+def test_flags_that_no_run_can_mean(argv: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
         parse(*argv)
-    for word in words:
-        assert word in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def test_a_resolved_configuration_stays_as_it_is() -> None:
@@ -205,7 +205,7 @@ def test_help_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(("epochs", "per_epoch"), [(100, 31), (50, 4)])
-def test_the_first_step_of_each_epoch_has_the_guides_rate(epochs: int, per_epoch: int) -> None:
+def test_the_first_step_of_each_epoch_has_the_rate_of_torchs_schedulers(epochs: int, per_epoch: int) -> None:
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     tenth = epochs // 10
     warmup = LinearLR(optimizer, start_factor=0.1, total_iters=tenth)
@@ -213,8 +213,8 @@ def test_the_first_step_of_each_epoch_has_the_guides_rate(epochs: int, per_epoch
     schedule = SequentialLR(optimizer, schedulers=parts, milestones=[tenth])
     config = parse()
     for epoch in range(epochs):
-        mine = RECIPE.learning_rate(epoch * per_epoch + 1, epochs * per_epoch, config)
-        assert mine == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15), epoch
+        ours = RECIPE.learning_rate(epoch * per_epoch + 1, epochs * per_epoch, config)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15), epoch
         optimizer.step()
         schedule.step()
 
@@ -223,5 +223,5 @@ def test_a_typed_warmup_decides() -> None:
     rates = [RECIPE.learning_rate(step, 100, parse("--warmup_steps", "4")) for step in (1, 3, 5, 101)]
     assert rates == pytest.approx([1e-4, 5.5e-4, 1e-3, 0.0])
     assert RECIPE.learning_rate(1, 100, parse("--warmup_fraction", "0")) == 1e-3
-    assert "10% of the run" in RECIPE.schedule_text(parse())
-    assert "4 steps" in RECIPE.schedule_text(parse("--warmup_steps", "4"))
+    assert "10% of the run" in RECIPE.report.schedule(parse())
+    assert "4 steps" in RECIPE.report.schedule(parse("--warmup_steps", "4"))

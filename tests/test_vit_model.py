@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.models.patch_grid import patch_grid
-from recipes.models.vit import RelativePositionBias, VisionTransformer, training_flops_per_image, weight_decay_groups
+from recipes.models.vit import RelativePositionBias, VisionTransformer
+from recipes.vit_relpos import VitRelpos
+from trainer.command_line import config as configuration
 
 SMALL = {"img_size": (12, 20), "patch_size": 4, "in_channels": 1, "num_classes": 6, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
-def made(**changes: Any) -> VisionTransformer:
+def make_model(**changes: Any) -> VisionTransformer:
     torch.manual_seed(0)
     return VisionTransformer(**{**SMALL, **changes})
 
@@ -77,7 +79,7 @@ def test_by_offset_has_the_middle_of_the_table_in_the_middle() -> None:
     assert torch.equal(by_offset[:, 2 + 1, 4 - 2], layer()[:, 1 + 5, 1 + 2])  # one below, two to the left: query - key
 
 
-def test_tables_start_with_the_standard_deviation_that_was_asked_for() -> None:
+def test_tables_start_with_the_given_standard_deviation() -> None:
     torch.manual_seed(0)
     assert RelativePositionBias(8, (14, 14), init_std=0.1).relative_position_bias_table.std().item() == pytest.approx(
         0.1, rel=0.05
@@ -99,28 +101,28 @@ def by_hand(attention: Any, x: Tensor, bias: Tensor | None, scale: float) -> Ten
 @pytest.mark.parametrize("bias_on", [True, False])
 @pytest.mark.parametrize("scale", [True, False])
 def test_attention_adds_the_bias_to_the_scaled_logits(bias_on: bool, scale: bool) -> None:
-    attention = made(use_relative_position=bias_on, scale=scale).eval().blocks[1].attn
+    attention = make_model(use_relative_position=bias_on, scale=scale).eval().blocks[1].attn
     x = torch.randn(2, 16, 24)
     bias = attention.relative_position_bias() * 1.0 if bias_on else None
     expected = by_hand(attention, x, bias, 1 / math.sqrt(8) if scale else 1.0)
     torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
     assert hasattr(attention, "relative_position_bias") == bias_on
-    weights = attention.weights(x)
+    weights = attention.attention_weights(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 16))
 
 
 def test_in_bf16_attention_with_the_bias_equals_fp32_to_bf16_tolerance() -> None:
-    attention = made().eval().blocks[0].attn
+    attention = make_model().eval().blocks[0].attn
     with torch.no_grad():
         attention.relative_position_bias.relative_position_bias_table.mul_(50)  # of size 1: it must matter
         x = torch.randn(4, 16, 24)
         right = by_hand(attention, x, attention.relative_position_bias(), 8**-0.5)
         without = by_hand(attention, x, None, 8**-0.5)
         with torch.autocast("cpu", torch.bfloat16):
-            found = attention(x)
-    assert found.dtype == torch.bfloat16
+            result = attention(x)
+    assert result.dtype == torch.bfloat16
     size = float(right.abs().max())
-    assert float((found.float() - right).abs().max()) < 0.02 * size
+    assert float((result.float() - right).abs().max()) < 0.02 * size
     assert float((without - right).abs().max()) > 0.1 * size
 
 
@@ -134,7 +136,7 @@ def test_the_mask_is_gathered_once_in_the_dtype_of_the_queries_and_padded_to_eig
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        made(pool="mean", img_size=(12, 12))(images()[..., :12])
+        make_model(pool="mean", img_size=(12, 12))(images()[..., :12])
     assert len(masks) == 2
     for mask in masks:
         assert mask.shape == (4, 3, 9, 9)
@@ -145,7 +147,7 @@ def test_the_mask_is_gathered_once_in_the_dtype_of_the_queries_and_padded_to_eig
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def test_the_guides_example_runs_forward_and_backward_with_its_class_token() -> None:
+def test_vit_b_16_runs_forward_and_backward_with_its_class_token() -> None:
     model = VisionTransformer(
         img_size=224,
         patch_size=16,
@@ -166,44 +168,68 @@ def test_the_guides_example_runs_forward_and_backward_with_its_class_token() -> 
 
 
 def test_names() -> None:
-    names = set(dict(made(depth=1).named_parameters()))
+    names = set(dict(make_model(depth=1).named_parameters()))
     block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
     expected = {f"{part}.{kind}" for part in ("patch_embed.proj", "norm", "head") for kind in ("weight", "bias")}
     expected |= {f"blocks.0.{part}.{kind}" for part in block for kind in ("weight", "bias")}
     expected |= {"cls_token", "pos_embed", "blocks.0.attn.relative_position_bias.relative_position_bias_table"}
     assert names == expected
-    bare = set(dict(made(depth=1, pool="mean", use_absolute_position=False, use_relative_position=False).named_parameters()))
+    bare = set(
+        dict(make_model(depth=1, pool="mean", use_absolute_position=False, use_relative_position=False).named_parameters())
+    )
     assert expected - bare == {name for name in expected if "position" in name or "token" in name or "pos_embed" in name}
 
 
 def test_weight_decay_by_name() -> None:
-    model = made(depth=1, rpb_kwargs={"learnable": True})
+    model = make_model(depth=1, rpb_kwargs={"learnable": True})
     decayed, others = (
         {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
-        for group in weight_decay_groups(model, 0.05)
+        for group in model.weight_decay_groups(0.05)
     )
     maps = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
     assert decayed == {"patch_embed.proj.weight", "head.weight", *(f"blocks.0.{name}.weight" for name in maps)}
     assert decayed | others == set(dict(model.named_parameters()))
-    assert [group["weight_decay"] for group in weight_decay_groups(model, 0.05)] == [0.05, 0.0]
+    assert [group["weight_decay"] for group in model.weight_decay_groups(0.05)] == [0.05, 0.0]
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(learnable: bool) -> None:
+    recipe, model = VitRelpos(), make_model(rpb_kwargs={"learnable": learnable})
+    config = configuration.parse(recipe.config_class, {}, ["--optimizer", "muon"], recipe.name).config
+    groups = recipe.optimizer(model, config).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, adamw = ({names[id(p)] for g in groups if g["muon"] == use for p in g["params"]} for use in (True, False))
+    maps = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert muon == {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in maps}
+    tables = {f"blocks.{i}.attn.relative_position_bias.relative_position_bias_table" for i in (0, 1)}
+    assert {"patch_embed.proj.weight", "cls_token", "pos_embed", "head.weight", "norm.weight"} <= adamw
+    assert muon | adamw == set(names.values()) - (set() if learnable else tables)
 
 
 def test_a_frozen_table_is_not_trained() -> None:
-    model = made(rpb_kwargs={"learnable": False})
+    model = make_model(rpb_kwargs={"learnable": False})
     model(images()).sum().backward()
     table = model.blocks[0].attn.relative_position_bias.relative_position_bias_table
     assert table.grad is None
-    assert all(p is not table for group in weight_decay_groups(model, 0.1) for p in group["params"])
+    assert all(p is not table for group in model.weight_decay_groups(0.1) for p in group["params"])
 
 
 def test_recomputing_activations_changes_no_gradient() -> None:
     gradients = []
     for recompute in (False, True):
-        model = made(dropout=0.3, gradient_checkpointing=recompute)
+        model = make_model(dropout=0.3, gradient_checkpointing=recompute)
         torch.manual_seed(5)
         model(images()).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    """Everywhere: of attention weights too, which are dropped by a function and not by a module."""
+    model, x = make_model(dropout=0.5), images()
+    trained = model.train()(x), model(x)
+    assert not torch.equal(*trained)
+    assert torch.equal(model.eval()(x), make_model().eval()(x))
 
 
 def test_a_model_without_positions_sees_only_which_patches_there_are() -> None:
@@ -212,7 +238,7 @@ def test_a_model_without_positions_sees_only_which_patches_there_are() -> None:
     patches = F.unfold(x, 4, stride=4)[..., order]
     shuffled = F.fold(patches, (12, 20), 4, stride=4)
     for relative in (False, True):
-        model = made(use_absolute_position=False, use_relative_position=relative).eval()
+        model = make_model(use_absolute_position=False, use_relative_position=relative).eval()
         if relative:
             with torch.no_grad():
                 model.blocks[0].attn.relative_position_bias.relative_position_bias_table.mul_(50)
@@ -221,26 +247,26 @@ def test_a_model_without_positions_sees_only_which_patches_there_are() -> None:
 
 
 def test_attention_maps_are_those_of_the_forward_pass() -> None:
-    model = made().eval()
+    model = make_model().eval()
     maps = model.attention_maps(images())
     assert maps.shape == (2, 4, 3, 16, 16)
     x = model.embed(images())
     x = model.blocks[0](x)
-    torch.testing.assert_close(maps[1], model.blocks[1].attn.weights(model.blocks[1].norm1(x)))
+    torch.testing.assert_close(maps[1], model.blocks[1].attn.attention_weights(model.blocks[1].norm1(x)))
 
 
 def test_flops_of_vit_base() -> None:
     with torch.device("meta"):
         model = VisionTransformer()
     # 17.6 G multiply-adds forward is what is commonly reported for ViT-B/16 at 224; 6 FLOPs each, forward and backward.
-    assert training_flops_per_image(model) == pytest.approx(6 * 17.56e9, rel=0.01)
+    assert model.training_flops() == pytest.approx(6 * 17.56e9, rel=0.01)
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "parts"),
     [
         ({"img_size": (12, 21)}, ["12 x 21", "patch_size 4"]),
         ({"num_heads": 5}, ["24", "5 heads"]),
@@ -252,11 +278,11 @@ def test_flops_of_vit_base() -> None:
         ({"pool": "max"}, ["max"]),
     ],
 )
-def test_sizes_that_contradict_each_other(arguments: dict[str, Any], words: list[str]) -> None:
+def test_sizes_that_contradict_each_other(arguments: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\S") as caught:
-        made(**arguments)
-    for word in words:
-        assert word in str(caught.value)
+        make_model(**arguments)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("arguments", [{"bias_type": "2d", "seq_len": 4}, {"bias_type": "1d", "window_size": (2, 2)}])
@@ -274,7 +300,7 @@ def test_one_size_follows_from_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "parts"),
     [
         ({"image": 224, "window": (7, 7)}, ["7 x 7", "14 x 14"]),
         ({"image": 100}, ["100", "16"]),
@@ -284,8 +310,8 @@ def test_one_size_follows_from_the_others() -> None:
         ({"image": 224, "sequence_length": 49}, ["49", "196"]),
     ],
 )
-def test_sizes_that_leave_no_grid(given: dict[str, Any], words: list[str]) -> None:
+def test_sizes_that_leave_no_grid(given: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\S") as caught:
         patch_grid(16, 112, **given)
-    for word in words:
-        assert word in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)

@@ -1,4 +1,4 @@
-"""The commands of the Vision Transformer recipe, on small trained runs: what they log, say, draw and compare."""
+"""The commands of the Vision Transformer recipe, on small trained runs: what they log, print, plot and compare."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from launching import DRIVER, ROOT, environment
 from PIL import Image
 
+from recipes.commands.attention_visualisation import bias_statistics, visualize_relative_position_bias
+from recipes.experiments.position_encodings import Curve, accuracy_table
 from recipes.models.vit import VisionTransformer
-from recipes.studies.position_study import Curve, table
-from recipes.studies.relative_bias import bias_statistics, visualize_relative_position_bias
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoints.checkpoint import Checkpoint
 
 SMALL = ["--patch_size", "2", "--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--num_workers", "0"]
 DIGITS = ["--dataset", "digits", "--val_samples", "100", "--batch_size", "100", "--max_epochs", "3", "--lr", "4e-3", *SMALL]
@@ -61,21 +61,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         (folder / "letters" / name).mkdir(parents=True)
         for number in range(2):
             Image.new("L", (8, 8)).save(folder / "letters" / name / f"{number}.png")
-    words = [sys.executable, "-c", DRIVER, str(ROOT / "recipes" / "vit_relpos.py"), str(folder / "logs")]
-    words.append(json.dumps(list(SCRIPT.values())))
+    command = [sys.executable, "-c", DRIVER, str(ROOT / "recipes" / "vit_relpos.py"), str(folder / "logs")]
+    command.append(json.dumps(list(SCRIPT.values())))
     env = environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
     logs = sorted((folder / "logs").glob("*.log"), key=lambda path: int(path.stem))
     last = logs[-1].read_text()[-3000:] if logs else done.stderr.decode()[-3000:]
     assert (folder / "logs" / "codes.json").exists(), f"ended in {list(SCRIPT)[len(logs) - 1]}: {last}"
     codes = json.loads((folder / "logs" / "codes.json").read_text())
-    said = zip(codes, (path.read_text() for path in logs), strict=True)
-    return SimpleNamespace(folder=folder, said=dict(zip(SCRIPT, said, strict=True)))
+    outputs = zip(codes, (path.read_text() for path in logs), strict=True)
+    return SimpleNamespace(folder=folder, outputs=dict(zip(SCRIPT, outputs, strict=True)))
 
 
 def output(place: SimpleNamespace, name: str, code: int = 0) -> str:
-    found, text = place.said[name]
-    assert found == code, text[-3000:]
+    exit_code, text = place.outputs[name]
+    assert exit_code == code, text[-3000:]
     assert "Traceback" not in text
     assert "WARNING" not in text
     return text
@@ -86,7 +86,7 @@ def rows(place: SimpleNamespace, run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_it_trains_and_logs_what_the_guide_lists(place: SimpleNamespace) -> None:
+def test_it_trains_and_logs_its_metrics(place: SimpleNamespace) -> None:
     text = output(place, "train")
     assert re.search(r"top-1: \d+\.\d\d% \| top-5: \d+\.\d\d%", text)
     assert re.search(r"validation, best weights \(step \d+, best_model\): top-1 \d", text)
@@ -119,11 +119,11 @@ def test_the_best_model_is_the_most_accurate(place: SimpleNamespace) -> None:
     assert measured[best] == max(measured.values())
 
 
-def test_a_checkpoint_says_how_to_build_its_network(place: SimpleNamespace) -> None:
-    found = Checkpoint(place.folder / "runs" / "vit_relpos" / "digits" / "checkpoints" / "best_model")
-    model = VisionTransformer(**json.loads(found.text("config.json")))
-    model.load_state_dict({name: found.tensor("model", name) for name in found.names("model")})
-    assert json.loads(found.text("classes.json")) == [str(digit) for digit in range(10)]
+def test_a_checkpoint_holds_the_configuration_of_its_network(place: SimpleNamespace) -> None:
+    checkpoint = Checkpoint(place.folder / "runs" / "vit_relpos" / "digits" / "checkpoints" / "best_model")
+    model = VisionTransformer(**json.loads(checkpoint.text("config.json")))
+    model.load_state_dict({name: checkpoint.tensor("model", name) for name in checkpoint.names("model")})
+    assert json.loads(checkpoint.text("classes.json")) == [str(digit) for digit in range(10)]
 
 
 def test_evaluate_gives_what_training_logged_for_any_batch_size(place: SimpleNamespace) -> None:
@@ -164,7 +164,7 @@ def test_pictures_and_statistics(place: SimpleNamespace) -> None:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 50  # something is drawn
 
 
-def test_the_guides_loop_over_blocks_draws_their_bias(tmp_path: Path) -> None:
+def test_a_loop_over_the_blocks_plots_their_bias(tmp_path: Path) -> None:
     model = VisionTransformer(img_size=(12, 8), patch_size=4, embed_dim=8, depth=2, num_heads=2)
     for i, block in enumerate(model.blocks):
         if hasattr(block.attn, "relative_position_bias"):
@@ -196,7 +196,7 @@ def test_compare_trains_each_variant_and_seed_once(place: SimpleNamespace) -> No
 
 def test_the_table_has_the_spread_over_seeds() -> None:
     curves = {"relative": [Curve([1, 2], [0.1, 0.8], 4), Curve([1, 2], [0.1, 0.6], 4)], "none": [Curve([2], [0.25], 4)]}
-    lines = table(curves)
+    lines = accuracy_table(curves)
     assert lines[1].split() == ["relative", "2", "70.00%", "14.14%", "60.00%", "80.00%"]
     assert lines[2].split() == ["none", "1", "25.00%", "-", "25.00%", "25.00%"]
     assert "25.00%" in lines[3]

@@ -1,6 +1,6 @@
 """The smallest run of each recipe that still shows everything of it, for the properties that hold for all recipes.
 
-A tiny run takes milliseconds a step: dropout off, no trackers, no data workers, no evaluation or save that is not asked for.
+A tiny run takes milliseconds a step: dropout off, no trackers, no data workers, no evaluation or save unless requested.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ QUIET = ["--num_workers", "0", "--log_every", "1", "--eval_every", "0", "--save_
 
 def text_folder(folder: Path) -> Path:
     """train, validation and test: rows of 1 to 12 words, so that micro-batches have unlike token counts."""
-    dice, folder = random.Random(0), folder / "text"
+    rng, folder = random.Random(0), folder / "text"
     folder.mkdir(exist_ok=True)
     words = ["a", "of", "river", "stone", "walked", "quietly", "between", "seventeen", "lighthouses"]
     for name, rows in (("train", 60), ("validation", 9), ("test", 3)):
-        lines = [" ".join(dice.choices(words, k=dice.randint(1, 12))) for _ in range(rows)]
+        lines = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(rows)]
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -34,10 +34,10 @@ def gpt2(folder: Path) -> Argv:
 
 def tinystories(folder: Path) -> Argv:
     """Windows at random starts of 2,000 ids in a file."""
-    dice, folder = random.Random(1), folder / "ids"
+    rng, folder = random.Random(1), folder / "ids"
     folder.mkdir(exist_ok=True)
     for name, count in (("train", 2000), ("valid", 150)):
-        ids = array("H", (min(dice.randrange(60), dice.randrange(60)) for _ in range(count)))
+        ids = array("H", (min(rng.randrange(60), rng.randrange(60)) for _ in range(count)))
         (folder / f"{name}.ids").write_bytes(ids.tobytes())
     argv = ["--train_data_path", str(folder / "train.ids"), "--val_data_path", str(folder / "valid.ids"), "--vocab_size", "60"]
     argv += ["--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--d_ff", "24", "--context_length", "12", "--qk_norm"]

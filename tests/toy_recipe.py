@@ -1,4 +1,4 @@
-"""A recipe of a few milliseconds a step with everything that goes wrong elsewhere, for the property tests.
+"""A recipe of a few milliseconds a step with everything that breaks simpler trainers, for the property tests.
 
 Two loss terms with different item counts and weights, rows of unequal length, tied weights, two parameter groups, sizes that
 no number of processes divides, a parameter of one element, and samples whose loss is NaN, so that one rank alone meets them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer import sections
+from trainer.command_line import sections
 from trainer.main import main
 from trainer.recipe import Batch, Data, Recipe
 
@@ -41,25 +41,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Run(sections.Run):
-    num_workers: int = 0
-    log_every: int = 1
-    eval_every: int = 0
-    save_every: int = 0
-
-
-@dataclass(frozen=True)
 class Config:
     """Train a toy."""
 
-    model: Model = field(default_factory=Model)
-    data: Rows = field(default_factory=Rows)
-    optimisation: sections.Optimisation = field(default_factory=sections.Optimisation)
-    run: Run = field(default_factory=Run)
+    model: Model = Model()
+    data: Rows = Rows()
+    optimisation: sections.Optimisation = sections.Optimisation()
+    run: sections.Run = sections.Run(num_workers=0, log_every=1, eval_every=0, save_every=0)
 
 
 def pace() -> float:
-    """Seconds that reading a micro-batch takes, from the file that TOY_PACE names: slow, a run can be met in the middle."""
+    """Seconds that reading a micro-batch takes, from the file that TOY_PACE names: a slow run can be interrupted."""
     file = os.environ.get("TOY_PACE")
     return float(Path(file).read_text()) if file else 0.0
 
@@ -75,13 +67,13 @@ class ToyRows:
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         time.sleep(pace())
-        made = [np.random.RandomState(self.salt + number % self.rows) for number in numbers]
-        rows = [torch.from_numpy(random.randint(0, VOCABULARY, random.randint(4, 16))) for random in made]
+        generators = [np.random.RandomState(self.salt + number % self.rows) for number in numbers]
+        rows = [torch.from_numpy(random.randint(0, VOCABULARY, random.randint(4, 16))) for random in generators]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         return {
             "tokens": padded[:, :-1].clamp_min(0),
             "labels": padded[:, 1:],
-            "value": torch.tensor([3 * random.rand() for random in made], dtype=torch.float32),
+            "value": torch.tensor([3 * random.rand() for random in generators], dtype=torch.float32),
             "has_value": torch.tensor([number % self.rows % 3 > 0 for number in numbers]),
             "health": torch.tensor([float("nan") if number in self.nan_samples else 1.0 for number in numbers]),
         }
@@ -109,11 +101,11 @@ class ToyNetwork(nn.Module):
         return self.head(hidden), self.value(hidden[:, 0])[:, 0]
 
 
-class ToyRecipe(Recipe):
-    """The contract, filled in as small as it goes."""
+class ToyRecipe(Recipe[Config]):
+    """A minimal implementation of the recipe interface."""
 
     name = "toy"
-    Config = Config
+    config_class = Config
     best_metric = "val_loss"
 
     def build_data(self, config: Config) -> Data:

@@ -1,4 +1,4 @@
-"""Measures one thing beside something to compare it with, in one interleaved run: `python tools/benchmark.py NAME [flags]`.
+"""Measures one thing against a reference, in one interleaved run: `python tools/benchmark.py NAME [flags]`.
 
 Each NAME is a file of tools/benchmarks/ with a function `main(arguments)`.
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> None:
-    """Run the benchmark that is named first. Exits with 2 and one line for a name that is none."""
+    """Run the benchmark that the first argument names. Exits with 2 and one line for an unknown name."""
     folder = Path(__file__).parent / "benchmarks"
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     if not arguments or arguments[0] not in names:
-        asked = f"unknown benchmark {arguments[0]!r}; " if arguments and arguments[0] not in ("-h", "--help") else ""
-        print(f"benchmark: {asked}there are: {', '.join(names)}", file=sys.stderr)
-        sys.exit(0 if arguments and not asked else 2)
+        unknown = f"unknown benchmark {arguments[0]!r}; " if arguments and arguments[0] not in ("-h", "--help") else ""
+        print(f"benchmark: {unknown}there are: {', '.join(names)}", file=sys.stderr)
+        sys.exit(0 if arguments and not unknown else 2)
     importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
 
 

@@ -1,4 +1,4 @@
-"""Real launches with real faults: starts the command a user types, and kills it at a moment that can be seen from outside.
+"""Fault injection into real launches: starts a training command, and kills it at a moment that shows in its files.
 
 Used by tools/torture.py and by the tests.
 """
@@ -6,6 +6,7 @@ Used by tools/torture.py and by the tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -16,16 +17,18 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 MARK = "SAMECURVE_STARTED_AS"
-LOOK_SECONDS = 0.0002  # a save of a tiny model takes a few milliseconds
+GUARD = f"SAMECURVE_GUARDED_BY_{uuid.uuid4().hex}"  # unique, because guarded processes may guard others
+POLL_SECONDS = 0.0002  # a save of a tiny model takes a few milliseconds
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -41,9 +44,9 @@ def command(kind: str, script: Path, *arguments: str) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what a launcher around it may have set.
+    """This process's environment without the variables of an outer launcher.
 
-    One thread each: tiny steps spend their time waiting for a second thread that another process keeps from running.
+    One thread each: with more, tiny steps mostly wait for threads that are not scheduled.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "PET_", "WANDB_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -51,20 +54,44 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **extra}
 
 
-class Started(subprocess.Popen[bytes]):
-    """A command under way in a session of its own, and its family: all that carry its mark in their environment.
+@functools.cache
+def guard() -> None:
+    """Start a watchdog that kills all descendants of this process when it ends, however it ends.
 
-    Launchers give each rank a session of its own, and data workers come from a server process: neither the process group
-    nor the command line finds them all.
+    They are recognised by a variable in their environment. PR_SET_PDEATHSIG would reach direct children only.
+    """
+    os.environ[GUARD] = "1"
+    unmarked = {name: value for name, value in os.environ.items() if name != GUARD}
+    no_streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    watchdog = [sys.executable, __file__, GUARD, str(os.getpid())]
+    # In a new session: a signal to this process's group must not end it.
+    guard.watchdog = subprocess.Popen(watchdog, env=unmarked, start_new_session=True, **no_streams)  # type: ignore[attr-defined]
+
+
+def watch(mark: str, guarded: int) -> None:
+    """The watchdog: wait for the end of `guarded`, its parent; then SIGKILL every process that has the mark."""
+    while os.getppid() == guarded:
+        time.sleep(0.2)
+    while remaining := [pid for pid, values in _environments() if f"{mark}=1".encode() in values]:
+        send(remaining, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+class Started(subprocess.Popen[bytes]):
+    """A running command in a new session, and its family: all processes that have its mark in their environment.
+
+    Launchers give each rank its own session, and data workers come from a fork server: neither the process group nor the
+    command line identifies them all. None of them outlives the process that started the command.
     """
 
-    def __init__(self, words: Sequence[str], log: Path, env: Mapping[str, str] | None = None, **options: object) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None, **options: object) -> None:
+        guard()
         self.mark, self.since, self.log = uuid.uuid4().hex, time.time(), log
-        marked = {**(environment() if env is None else env), MARK: self.mark}
-        options.setdefault("stdin", subprocess.DEVNULL)
+        marked = {**(environment() if env is None else env), MARK: self.mark, GUARD: "1"}
+        options = {"stdin": subprocess.DEVNULL, "cwd": ROOT, **options}
         with log.open("ab") as out:
             super().__init__(  # type: ignore[call-overload]
-                list(words), cwd=ROOT, env=marked, stdout=out, stderr=out, start_new_session=True, **options
+                list(argv), env=marked, stdout=out, stderr=out, start_new_session=True, **options
             )
 
     def family(self) -> list[int]:
@@ -72,7 +99,7 @@ class Started(subprocess.Popen[bytes]):
         return [pid for pid, values in _environments() if f"{MARK}={self.mark}".encode() in values]
 
     def rank(self, number: int) -> int | None:
-        """The process of a rank, once it is there: the oldest with that number (its data workers inherit the number)."""
+        """The process of a rank, or None: the oldest with that number (its data workers inherit the number)."""
         marks = {f"{MARK}={self.mark}".encode(), f"RANK={number}".encode()}
         return min((pid for pid, values in _environments() if marks <= set(values)), key=_start_ticks, default=None)
 
@@ -82,31 +109,31 @@ class Started(subprocess.Popen[bytes]):
         self.wait(timeout=30)
 
     def orphans(self, seconds: float) -> list[int]:
-        """Who of the family is still there so long after the command has ended."""
+        """Processes of the family that are still alive `seconds` after the command has ended."""
         end = time.monotonic() + seconds
-        while (left := self.family()) and time.monotonic() < end:
+        while (remaining := self.family()) and time.monotonic() < end:
             time.sleep(0.02)
-        return left
+        return remaining
 
 
 def _environments() -> list[tuple[int, list[bytes]]]:
-    found = []
+    environments = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's; a zombie has none
-                found.append((int(entry), Path("/proc", entry, "environ").read_bytes().split(b"\0")))
-    return found
+                environments.append((int(entry), Path("/proc", entry, "environ").read_bytes().split(b"\0")))
+    return environments
 
 
 def _start_ticks(pid: int) -> float:
-    """When a process started. Not told by its number: numbers are used again."""
+    """When a process started. Its pid does not show it: pids are reused."""
     with contextlib.suppress(OSError):
         return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return float("inf")  # gone meanwhile
 
 
 def send(pids: Sequence[int], number: signal.Signals) -> None:
-    """A signal to each that still lives."""
+    """Send a signal to each process that still exists."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -116,7 +143,7 @@ def send(pids: Sequence[int], number: signal.Signals) -> None:
 
 
 def rows(directory: Path, since: float = 0.0) -> list[dict[str, float]]:
-    """The whole lines of metrics.jsonl, written at or after `since`."""
+    """The complete lines of metrics.jsonl, written at or after `since`."""
     try:
         lines = (directory / "metrics.jsonl").read_text().split("\n")[:-1]
     except OSError:
@@ -125,16 +152,16 @@ def rows(directory: Path, since: float = 0.0) -> list[dict[str, float]]:
 
 
 Moment = Callable[[Path, float], bool]
-"""(run directory, when this launch started) -> whether the launch is at the point where it is to be struck"""
+"""(run directory, when this launch started) -> whether to kill the launch now"""
 
 
 def after(seconds: float) -> Moment:
-    """So long after its start."""
+    """`seconds` after its start."""
     return lambda directory, since: time.time() >= since + seconds
 
 
 def before_the_first_step(seconds: float) -> Moment:
-    """So long after its start, and nothing logged yet."""
+    """`seconds` after its start, if no step is logged yet."""
     return lambda directory, since: time.time() >= since + seconds and not rows(directory, since)
 
 
@@ -144,7 +171,7 @@ def reached(step: int) -> Moment:
 
 
 def inside_a_save(directory: Path, since: float) -> bool:
-    """Between the making of a temporary folder and its renaming."""
+    """Between the creation of the temporary folder and its renaming."""
     try:
         entries = list(os.scandir(directory / "checkpoints"))
         names = (e for e in entries if e.name.startswith(".unfinished-") and not e.name.endswith(".link"))
@@ -163,16 +190,16 @@ def inside_an_evaluation(every: int) -> Moment:
     return inside
 
 
-def both(one: Moment, other: Moment) -> Moment:
-    """Where both hold."""
-    return lambda directory, since: one(directory, since) and other(directory, since)
+def both(first: Moment, second: Moment) -> Moment:
+    """Both conditions hold."""
+    return lambda directory, since: first(directory, since) and second(directory, since)
 
 
-def strike(process: Started, directory: Path, moment: Moment, seconds: float, rank: int | None = None) -> bool:
-    """SIGKILL the family (or one rank alone) at `moment`; False if the command ended by itself before.
+def kill_at_moment(process: Started, directory: Path, moment: Moment, seconds: float, rank: int | None = None) -> bool:
+    """SIGKILL the family (or one rank) at `moment`; False if the command ended by itself before.
 
-    At the moment all are stopped first and looked at again: so the kill falls inside it, or the command goes on. Raises
-    TimeoutError where neither moment nor end has come within `seconds`; then everybody has been killed.
+    All processes are stopped first and the condition is checked again, so that the kill falls inside it or is not sent.
+    Raises TimeoutError, after killing all, if neither the moment nor the end comes within `seconds`.
     """
     end = time.monotonic() + seconds
     while process.poll() is None:
@@ -183,37 +210,41 @@ def strike(process: Started, directory: Path, moment: Moment, seconds: float, ra
             family = process.family()
             send(family, signal.SIGSTOP)
             one = None if rank is None else process.rank(rank)
-            victims = [*family, *process.family()] if rank is None else [one] if one is not None else []
-            strikes = bool(victims) and moment(directory, process.since)
-            send(victims if strikes else [], signal.SIGKILL)
+            targets = [*family, *process.family()] if rank is None else [one] if one is not None else []
+            still_there = bool(targets) and moment(directory, process.since)
+            send(targets if still_there else [], signal.SIGKILL)
             send(family, signal.SIGCONT)
-            if strikes:
+            if still_there:
                 return True
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return False
 
 
-# What must hold afterwards
+# Comparison of runs
 
 
 def different_tensors(checkpoint: Path, expected: Path) -> list[str]:
-    """Names of the weights and moments of two checkpoints (in one file each) that are not the same bits, or not there."""
-    found = []
+    """Names of the weights and moments of two checkpoints (in one file each) that differ, or are in one of them only."""
+    different = []
     for file in ("model.safetensors", "optimizer.safetensors"):
-        with safe_open(checkpoint / file, "pt") as mine, safe_open(expected / file, "pt") as right:
-            names = set(mine.keys()), set(right.keys())
-            found += sorted(names[0] ^ names[1])
-            found += [n for n in sorted(names[0] & names[1]) if not mine.get_tensor(n).equal(right.get_tensor(n))]
-    return found
+        with safe_open(checkpoint / file, "pt") as ours, safe_open(expected / file, "pt") as theirs:
+            names = set(ours.keys()), set(theirs.keys())
+            different += sorted(names[0] ^ names[1])
+            different += [n for n in sorted(names[0] & names[1]) if not ours.get_tensor(n).equal(theirs.get_tensor(n))]
+    return different
 
 
 def curve(directory: Path) -> dict[str, dict[float, float]]:
-    """{metric: {step: value}} of what training and evaluation give. ValueError for a step that is there twice."""
-    found: dict[str, dict[float, float]] = {}
+    """{metric: {step: value}} of training and evaluation. ValueError for a step that is logged twice."""
+    curves: dict[str, dict[float, float]] = {}
     for row in rows(directory):
         for name, value in row.items():
             if name in ("train/loss", "train/grad_norm") or name.startswith("eval/"):
-                if row["step"] in found.setdefault(name, {}):
+                if row["step"] in curves.setdefault(name, {}):
                     raise ValueError(f"{name} of step {row['step']} is there twice")
-                found[name][row["step"]] = value
-    return found
+                curves[name][row["step"]] = value
+    return curves
+
+
+if __name__ == "__main__":
+    watch(sys.argv[1], int(sys.argv[2]))

@@ -5,7 +5,7 @@ python tools/loop_search.py --start=-1000 --count 1000              3n+1 on nega
 python tools/loop_search.py --multiplier 5 --start 1 --count 10000  another map
 python tools/loop_search.py --from-training runs/collatz/NAME &     beside a training, until it ends
 
-"Covered" means that the fate of a number is settled, not that it was followed. Of 3n+1 above 2^24, 98.3 % of all numbers
+"Covered" means that the outcome for a number is known, not that it was followed. Of 3n+1 above 2^24, 98.3 % of all numbers
 fall below themselves by a proof that reads their last 24 bits only (a sieve), and 44 % of the others come after a smaller
 number of the same path (those that are 2 mod 3 or 4 mod 9): 0.95 % are followed, until they are below themselves. The numbers
 below 2^71 all reach 1 (Barina 2025), so from a start up to 2^71 that proves that every covered number reaches 1; from a
@@ -30,16 +30,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from loops.beside_training import give_way, training_ended
+from loops.beside_training import lower_priority, training_ended
 from loops.exact import Map
-from loops.record import VERIFIED_BITS, Question, Record
+from loops.record import VERIFIED_BITS, Record, SearchConfig
 from loops.sieve import MAX_BITS
 
-from trainer.alerts import VARIABLE, find_webhook, open_alerts
-from trainer.console import Console, format_duration
-from trainer.errors import CHECKPOINT, FINISHED, Refusal
-from trainer.hardware import cores
-from trainer.redaction import without_urls
+from trainer.command_line.secrets import without_urls
+from trainer.command_line.webhook import VARIABLE, find_webhook
+from trainer.distributed.hardware import cores
+from trainer.errors import CHECKPOINT, FINISHED, UserError
+from trainer.reporting.alerts import open_alerts
+from trainer.reporting.console import Console, format_duration
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,45 +50,45 @@ MAX_SIZE_BITS = 1 << 16  # of a number to start from, and of --max_bits
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Search as the command line says. Exits with 0 when done or interrupted, else with a code of `trainer.errors`."""
+    """Run the search of the command line. Exits with 0 when done or interrupted, else with a code of `trainer.errors`."""
     options = _parser().parse_args(arguments)
     console, code = Console(None, True), FINISHED
     try:
         run(options, console)
-    except Refusal as refusal:
-        code = refusal.exit_code
-        console.complain(str(refusal))
+    except UserError as error:
+        code = error.exit_code
+        console.error(str(error))
     sys.exit(code)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """The whole search: resume, cover, report. Raises Refusal."""
-    question, beside = question_of(options), options.from_training is not None
-    workers = options.workers if options.workers is not None else 1 if beside else cores()
+    """The whole search: resume, cover, report. Raises UserError."""
+    config, beside_training = config_from_options(options), options.from_training is not None
+    workers = options.workers if options.workers is not None else 1 if beside_training else cores()
     for name, value, low, high in (("workers", workers, 1, 1024), ("sieve_bits", options.sieve_bits, 8, MAX_BITS)):
         if not low <= value <= high:
-            raise Refusal(f"{name} {value} is outside {low} to {high}")
+            raise UserError(f"{name} {value} is outside {low} to {high}")
     webhook = find_webhook(options.alert_webhook, os.environ)
-    state = options.state or default_state(question)
-    with _lock(state), _stop_signals() as asked, _Bar(question.count, shown=not beside) as bar:
-        say = bar.above(console.say)
-        record = Record.read(state, question)
+    state = options.state or default_state(config)
+    with _lock(state), _stop_signals() as stop_requested, _Bar(config.count, shown=not beside_training) as bar:
+        log = bar.above(console.log)
+        record = Record.read(state, config)
         if not record.complete:
-            for path in (state, options.report):  # a disk that refuses does so now
+            for path in (state, options.report):  # fails before the search, not after it
                 if path:
                     record.write(path)
-            say(f"{question.rule} from {question.start}, {question.count:,} numbers; workers: {workers}; state: {state}")
+            log(f"{config.rule} from {config.start}, {config.count:,} numbers; workers: {workers}; state: {state}")
             if record.tally.covered:
-                say(f"resuming at {record.next}: {record.tally.covered:,} are covered")
-            stopped = asked
-            if beside:
-                give_way()
+                log(f"resuming at {record.next}: {record.tally.covered:,} are covered")
+            stopped = stop_requested
+            if beside_training:
+                lower_priority()
                 ended = training_ended(options.from_training)
-                stopped = lambda: asked() or ended()  # noqa: E731 - two questions as one
-            alerts = open_alerts(webhook, f"loop search {question.rule}", say)
+                stopped = lambda: stop_requested() or ended()  # noqa: E731
+            alerts = open_alerts(webhook, f"loop search {config.rule}", log)
 
             def on_find(text: str) -> None:
-                say(text)
+                log(text)
                 alerts.send("found", text)
 
             try:
@@ -98,27 +99,27 @@ def run(options: argparse.Namespace, console: Console) -> None:
             finally:
                 alerts.close()
             if reason:
-                say(f"{reason}: saved; the same command goes on at {record.next}")
+                log(f"{reason}: saved; the same command goes on at {record.next}")
         for line in summary(record):
-            say(line)
+            log(line)
         if options.report:
             record.write(options.report)
 
 
 def summary(record: Record) -> Iterator[str]:
-    """The report in words."""
+    """The lines of the printed report."""
     from loops.search import describe
 
     tally = record.tally
     rate = f", {tally.covered / record.seconds:.3g} numbers/s" if record.seconds > 0 else ""
-    yield f"covered {tally.covered:,} of {record.question.count:,} numbers in {format_duration(record.seconds)}{rate}"
+    yield f"covered {tally.covered:,} of {record.config.count:,} numbers in {format_duration(record.seconds)}{rate}"
     yield (
         f"  {tally.by_sieve:,} by the sieve, {tally.by_predecessor:,} by a smaller number before them, "
         f"{tally.followed:,} followed ({tally.redone_exactly:,} in big integers)"
     )
     for cycle, reached in sorted(tally.reached.items(), key=lambda item: abs(item[0].smallest)):
-        known = " (trivial)" if cycle.trivial else ""
-        yield f"  {describe(cycle, str(record.question.rule))}{known}; {reached:,} followed numbers enter it"
+        suffix = " (trivial)" if cycle.trivial else ""
+        yield f"  {describe(cycle, str(record.config.rule))}{suffix}; {reached:,} followed numbers enter it"
     for limit, count in tally.unresolved.items():
         yield f"  unresolved, {limit}: {count:,}"
     if tally.unresolved_numbers:
@@ -127,30 +128,30 @@ def summary(record: Record) -> Iterator[str]:
     yield record.conclusion()
 
 
-def question_of(options: argparse.Namespace) -> Question:
-    """The question of a command line. Refusal if it makes no sense."""
+def config_from_options(options: argparse.Namespace) -> SearchConfig:
+    """The search that the options describe. UserError if they are invalid."""
     rule = Map(options.multiplier, options.addend)
     if rule.multiplier == 0 or (rule.multiplier + rule.addend) % 2:
-        raise Refusal(f"{rule} keeps odd numbers odd, or forgets them; multiplier and addend must be odd both, or even both")
+        raise UserError(f"{rule} keeps odd numbers odd, or forgets them; multiplier and addend must be odd both, or even both")
     if abs(rule.multiplier) >= 1 << 31 or abs(rule.addend) >= 1 << 62:
-        raise Refusal(f"{rule} is too large; multiplier must be below 2^31, addend below 2^62")
-    question = Question(rule, options.start, options.count, options.max_steps, options.max_bits)
-    if question.count < 1:
-        raise Refusal(f"count {question.count} leaves nothing to search; give at least 1")
-    if not 1000 <= question.max_steps <= 10**7:
-        raise Refusal(f"max_steps {question.max_steps} is outside 1000 to 10000000")
-    if not 128 <= question.max_bits <= MAX_SIZE_BITS:
-        raise Refusal(f"max_bits {question.max_bits} is outside 128 to {MAX_SIZE_BITS}")
-    largest = max(abs(question.start), abs(question.stop - 1)).bit_length()
-    if largest >= question.max_bits:
-        raise Refusal(f"the range has numbers of {largest} bits, max_bits is {question.max_bits}; give a higher --max_bits")
-    return question
+        raise UserError(f"{rule} is too large; multiplier must be below 2^31, addend below 2^62")
+    config = SearchConfig(rule, options.start, options.count, options.max_steps, options.max_bits)
+    if config.count < 1:
+        raise UserError(f"count {config.count} leaves nothing to search; give at least 1")
+    if not 1000 <= config.max_steps <= 10**7:
+        raise UserError(f"max_steps {config.max_steps} is outside 1000 to 10000000")
+    if not 128 <= config.max_bits <= MAX_SIZE_BITS:
+        raise UserError(f"max_bits {config.max_bits} is outside 128 to {MAX_SIZE_BITS}")
+    largest = max(abs(config.start), abs(config.stop - 1)).bit_length()
+    if largest >= config.max_bits:
+        raise UserError(f"the range has numbers of {largest} bits, max_bits is {config.max_bits}; give a higher --max_bits")
+    return config
 
 
-def default_state(question: Question) -> Path:
-    """Where the state of a question lies, if --state does not say."""
-    limits = "" if (question.max_steps, question.max_bits) == (100_000, 256) else f"_{question.max_steps}_{question.max_bits}"
-    return Path("runs", "loop_search", f"{question.rule}_from_{question.start}_count_{question.count}{limits}.json")
+def default_state(config: SearchConfig) -> Path:
+    """The state file of a search without --state."""
+    limits = "" if (config.max_steps, config.max_bits) == (100_000, 256) else f"_{config.max_steps}_{config.max_bits}"
+    return Path("runs", "loop_search", f"{config.rule}_from_{config.start}_count_{config.count}{limits}.json")
 
 
 def integer(text: str) -> int:
@@ -167,7 +168,7 @@ def integer(text: str) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without URLs: a webhook's may stand under a mistyped name."""
+        """One line, without URLs: a webhook's may follow a mistyped flag."""
         super().error(without_urls(message))
 
 
@@ -187,12 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         default=SIEVE_BITS,
         help=f"bits of the sieve for 3n+1, 8 to {MAX_BITS} (default: %(default)s)",
     )
-    add("--state", type=Path, help="cursor and report so far (default: a file in runs/loop_search, named by the question)")
+    add("--state", type=Path, help="cursor and report so far (default: a file in runs/loop_search, named after the search)")
     add(
         "--alert_webhook",
         "--alert-webhook",
         metavar="URL",
-        help=f"tell this webhook of a find (or {VARIABLE} in the environment)",
+        help=f"send finds to this webhook (or {VARIABLE} in the environment)",
     )
     add("--report", type=Path, metavar="FILE.json", help="write the report there too, at the end")
     add(
@@ -208,32 +209,32 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _lock(state: Path) -> Iterator[None]:
-    """Keep a second search off this state. The kernel gives the lock back, however this process ends."""
+    """Exclude a second search from this state. The kernel releases the lock, however this process ends."""
     path = state.with_name(f".{state.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise Refusal(f"cannot write {path}: {error.strerror}; choose another --state", CHECKPOINT) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --state", CHECKPOINT) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise Refusal(f"another search is working on {state}; wait for it, or choose another --state") from None
+        raise UserError(f"another search is working on {state}; wait for it, or choose another --state") from None
     finally:
         os.close(descriptor)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Turn Ctrl-C and SIGTERM into an answer of the function given; a second one ends the process at once."""
+    """Yield a function that returns the reason after Ctrl-C or SIGTERM, else None; a second one ends the process at once."""
     received: list[str] = []
 
-    def note(number: int, _: FrameType | None) -> None:
+    def record(number: int, _: FrameType | None) -> None:
         received.append("interrupted" if number == signal.SIGINT else "stopped by SIGTERM")
         signal.signal(number, signal.SIG_DFL)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received[0] if received else None
     finally:
@@ -256,7 +257,7 @@ class _Bar:
             self._bar.close()
 
     def show(self, record: Record) -> None:
-        """Draw the bar at where the record is. The rate is that of this launch."""
+        """Update the bar to the progress of the record. The rate is that of this launch."""
         from tqdm import tqdm
 
         covered = record.tally.covered
@@ -265,17 +266,17 @@ class _Bar:
             self._bar = tqdm(total=self._total, initial=covered, unit=" numbers", unit_scale=True, disable=disable, leave=False)
         self._bar.update(covered - self._bar.n)
 
-    def above(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """`say`, with the bar taken away while it prints."""
+    def above(self, log: Callable[[str], None]) -> Callable[[str], None]:
+        """`log`, with the bar cleared while it prints."""
 
-        def say_above(text: str) -> None:
+        def log_above(text: str) -> None:
             if self._bar is not None:
                 self._bar.clear()
-            say(text)
+            log(text)
             if self._bar is not None:
                 self._bar.refresh()
 
-        return say_above
+        return log_above
 
 
 if __name__ == "__main__":

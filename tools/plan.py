@@ -1,4 +1,4 @@
-"""Says what a run comes to before it is started: batch arithmetic, steps, parameters, memory by launch, disk.
+"""Prints what a run will take, before it is started: batch arithmetic, steps, parameters, memory by launch, disk.
 
 python tools/plan.py recipes/gpt2_wikitext.py --processes 8 -- --d_model 1024 --num_layers 24 --num_heads 16 --batch_size 32
 
@@ -14,66 +14,70 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer import config as configuration
-from trainer.errors import Refusal
+from trainer.command_line import config as configuration
+from trainer.errors import UserError, path_of
 from trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 FP32_BYTES = 4
 LAUNCHES = ("one process or DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the plan. Exits with 2 and one line for what a user can mend."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    cut = words.index("--") if "--" in words else len(words)
+    """Print the plan. Exits with 2 and one line on an error that the user can fix."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    separator = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="file of the recipe, such as recipes/gpt2_wikitext.py")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the launch")
-    options = parser.parse_args(words[:cut])
+    options = parser.parse_args(argv[:separator])
     try:
-        for line in plan(load_recipe(options.recipe), words[cut + 1 :], options.processes):
+        for line in plan(load_recipe(options.recipe), argv[separator + 1 :], options.processes):
             print(line)
-    except (Refusal, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError) as error:
         parser.exit(2, f"plan: {error}\n")
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe that a file defines. Refusal if it is no file, or defines none or several."""
+    """The recipe that a file defines. UserError if it is no file, or defines none or several."""
     if not path.is_file():
-        raise Refusal(f"{path} is no file; give a recipe's, such as recipes/gpt2_wikitext.py")
+        raise UserError(f"{path} is no file; give a recipe's, such as {path_of('recipes/gpt2_wikitext.py')}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == path.stem]
-    found = [value for value in own if issubclass(value, Recipe)]
-    if len(found) != 1:
-        raise Refusal(f"{path} defines {len(found)} recipes; give a file with one")
-    return found[0]()
+    defined = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == path.stem]
+    recipes = [value for value in defined if issubclass(value, Recipe)]
+    if len(recipes) != 1:
+        raise UserError(f"{path} defines {len(recipes)} recipes; give a file with one")
+    return recipes[0]()
 
 
 def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
-    """The lines of the plan. Raises Refusal as the run itself would."""
-    from trainer import batches, optimizer
-    from trainer.schedule import warmup_for
+    """The lines of the plan. Raises UserError as the run itself would."""
+    from trainer.data import stream
+    from trainer.optimisation.schedule import warmup_for
     from trainer.setup import build_network, total_steps
 
     if processes < 1:
-        raise Refusal(f"processes {processes} must be at least 1")
-    parsed = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name)
+        raise UserError(f"processes {processes} must be at least 1")
+    parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
     config, settings = parsed.config, parsed.config.optimisation
     data = recipe.build_data(config)
-    samples = batches.length_of(data.train)
+    samples = stream.length_of(data.train)
     steps = total_steps(config, samples)
     if "warmup_steps" not in parsed.typed:
         settings = replace(settings, warmup_steps=warmup_for(settings.warmup_steps, steps)[0])
         config = replace(config, optimisation=settings)
     network = build_network(recipe, config, data)
     parameters = sum(p.numel() for p in network.parameters())
-    moments = min(2, len(optimizer.moments(settings.optimizer, settings.beta1)))  # muon: two at most, one for each matrix
+    moments = state_share(recipe.optimizer(network, config))
     saved = FP32_BYTES * parameters * (1 + moments)
     run = config.run
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
@@ -83,8 +87,8 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     return [
         *data.notes,
         f"Parameters: {parameters:,}",
-        *batches.describe(settings.batch_size, settings.gradient_accumulation_steps, processes, steps, samples),
-        f"Optimizer: {settings.optimizer}, {recipe.schedule_text(config)}",
+        *stream.describe(settings.batch_size, settings.gradient_accumulation_steps, processes, steps, samples),
+        f"Optimizer: {settings.optimizer}, {recipe.report.schedule(config)}",
         "Memory of each process for weights, gradients and optimizer state in fp32 (activations come on top):",
         *(f"  {name:20s}{size_text(bytes_of_state(parameters, moments, name, processes)):>12s}" for name in LAUNCHES),
         f"Checkpoint: {size_text(saved)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
@@ -92,7 +96,21 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     ]
 
 
-def bytes_of_state(parameters: int, moments: int, launch: str, processes: int) -> float:
+def state_share(optimizer: Optimizer) -> float:
+    """State values per trained parameter: 2 for Adam. By a trial step for each group, as an optimizer creates its state in its
+    first step."""
+    from trainer.backends.tensors import trial_state
+
+    kept = trained = 0.0
+    for number, group in enumerate(optimizer.param_groups):
+        first, size = group["params"][0], sum(p.numel() for p in group["params"])
+        tensors = [v for v in trial_state(optimizer, number, first.ndim, first).values() if getattr(v, "ndim", 0)]
+        kept += size * sum(tensor.numel() for tensor in tensors) / 2 ** max(1, first.ndim)
+        trained += size
+    return kept / trained
+
+
+def bytes_of_state(parameters: int, moments: float, launch: str, processes: int) -> float:
     """Bytes each process holds for `parameters` in fp32 (Rajbhandari et al. 2020, section 3, with fp32 instead of fp16).
 
     ZeRO-1 and 2 keep the weights whole, with an fp32 master copy of each process's share beside its `moments` moments.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainer.errors import Refusal
-from trainer.plot import plot_loss, plot_metric
+from trainer.errors import UserError
+from trainer.reporting.plot import plot_loss, plot_metric
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,18 +22,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         print(draw(options.run_dirs, options.metric, options.out))
-    except (Refusal, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError) as error:
         parser.exit(2, f"plot_run: {error}\n")
 
 
 def draw(run_dirs: list[Path], metric: str | None, out: Path | None) -> Path:
     """Draws the picture and returns its path.
 
-    Raises Refusal if a folder is no run or lacks the metric, OSError, and ValueError for an unknown picture format.
+    Raises UserError if a folder is no run or lacks the metric, OSError, and ValueError for an unknown picture format.
     """
     for run_dir in run_dirs:
         if not (run_dir / "metrics.jsonl").is_file():
-            raise Refusal(f"{run_dir} holds no metrics.jsonl; give the folder of a run, such as runs/RECIPE/NAME")
+            raise UserError(f"{run_dir} holds no metrics.jsonl; give the folder of a run, such as runs/RECIPE/NAME")
     if len(run_dirs) == 1 and metric is None:
         out = out or run_dirs[0] / "plots" / "loss.png"
         plot_loss(run_dirs[0] / "metrics.jsonl", out, _label(run_dirs[0]), unit="")

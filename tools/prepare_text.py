@@ -5,7 +5,7 @@ python tools/prepare_text.py 'corpus/*.jsonl' --out data --tokenizer gpt2       
 
 INPUT is a text file, JSONL, parquet, a pattern in quotes, or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub. In text files
 <|endoftext|> separates documents; a file without it is one document. Every document ends in <|endoftext|> in the ids; else
-text is kept as it is. Writes train.ids, valid.ids (each with a .json beside it) and tokenizer.json, each whole or not at all.
+text is kept as it is. Writes train.ids, valid.ids (each with a .json beside it) and tokenizer.json, each atomically.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tqdm import tqdm
 from recipes.data.corpus import Part, Source, find_sources, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.tokenizer import existing_tokenizer, train_tokenizer, vocabulary_size
-from trainer.hardware import cores
+from trainer.distributed.hardware import cores
+from trainer.errors import path_of
 
 Task = list[Part]
 TASK_CHARACTERS = 1 << 20
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--workers", type=int, default=cores(), help="processes that encode (all cores)")
     add("--overwrite", action="store_true", help="replace what an earlier call left in --out")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same cleanup as after Ctrl-C
     try:
         prepare(options)
     except (ValueError, OSError) as error:
@@ -63,29 +64,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """The whole of it. Raises ValueError or OSError with one line."""
+    """Prepare all files. Raises ValueError or OSError with one line."""
     if not (0 < options.valid_percent <= 50 and options.sample_mb > 0 and options.workers > 0):
         raise ValueError("it takes 0 < valid_percent <= 50, sample_mb > 0 and workers > 0")
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # what the tokenizer's training runs on
     sources = find_sources(options.inputs)
-    apart = find_sources(options.valid, hub_split="validation")
-    if both := set(sources) & set(apart):
+    validation_sources = find_sources(options.valid, hub_split="validation")
+    if both := set(sources) & set(validation_sources):
         raise ValueError(f"{both.pop().name} is both training and validation text; give others")
     options.out.mkdir(parents=True, exist_ok=True)
     with _locked(options.out):
-        _prepare(options, sources, apart)
+        _prepare(options, sources, validation_sources)
 
 
-def _prepare(options: argparse.Namespace, sources: list[Source], apart: list[Source]) -> None:
+def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
     if (options.out / "train.ids").exists() and not options.overwrite:
         raise ValueError(f"{options.out / 'train.ids'} is there already; choose another --out, or add --overwrite")
 
     def parts(read: Callable[[int], object] = lambda count: None) -> Iterator[Part]:
         """All parts of the text, in order."""
-        share = 0.0 if apart else options.valid_percent / 100
+        share = 0.0 if validation_sources else options.valid_percent / 100
         piece = piece_size(_total(sources), share)
         yield from hold_out(units(sources, options.column, read, piece), share)
-        yield from (Part(unit.text, True, unit.ends, False) for unit in units(apart, options.column, read))
+        yield from (Part(unit.text, True, unit.ends, False) for unit in units(validation_sources, options.column, read))
 
     tokenizer_json = _tokenizer(options, sources, parts)
     target = options.out / "tokenizer.json"
@@ -98,7 +99,9 @@ def _prepare(options: argparse.Namespace, sources: list[Source], apart: list[Sou
     facts = {"dtype": dtype, "vocabulary": entries, "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()}
     files = {name: _Output(options.out / f"{name}.ids", facts) for name in ("valid", "train")}
     try:
-        with tqdm(total=_total(sources + apart), unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
+        with tqdm(
+            total=_total(sources + validation_sources), unit="B", unit_scale=True, disable=None
+        ) as bar:  # on a terminal only
             for train, valid in _encoded(_tasks(parts(bar.update)), tokenizer_json, dtype, options.workers):
                 files["train"].write(train)
                 files["valid"].write(valid)
@@ -106,17 +109,17 @@ def _prepare(options: argparse.Namespace, sources: list[Source], apart: list[Sou
             if not file.count:
                 raise ValueError(f"there is no text for {name}: give more documents, or --valid INPUT")
         _replace(target, tokenizer_json.encode())
-        for file in files.values():  # train.ids last: where it stands, all of them do
+        for file in files.values():  # train.ids last: if it exists, all of them do
             file.commit()
     finally:
         for file in files.values():
             file.discard()
-    size, ids = _total(sources + apart), sum(file.count for file in files.values())
+    size, ids = _total(sources + validation_sources), sum(file.count for file in files.values())
     for name in ("train", "valid"):
         print(f"{files[name].path}: {files[name].count:,} tokens ({dtype})")
     print(f"{entries:,} entries" + (f", {size / ids:.2f} bytes of input a token" if size else ""))
     print(
-        f"Train: accelerate launch recipes/tinystories_lm.py --train_data_path {files['train'].path} "
+        f"Train: accelerate launch {path_of('recipes/tinystories_lm.py')} --train_data_path {files['train'].path} "
         f"--val_data_path {files['valid'].path} --vocab_size {entries}"
     )
 
@@ -128,7 +131,7 @@ def _total(sources: list[Source]) -> int | None:
 
 
 def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callable[..., Iterator[Part]]) -> str:
-    """tokenizer.json: the one that was asked for, or one trained on a part of the training text that fits into memory."""
+    """tokenizer.json: the one of --tokenizer, or one trained on a part of the training text that fits into memory."""
     if options.tokenizer != "train":
         return existing_tokenizer(options.tokenizer).to_str()
     limit, size = options.sample_mb * 1e6, _total(sources)
@@ -169,7 +172,7 @@ def _encoded(tasks: Iterator[Task], tokenizer_json: str, dtype: str, workers: in
         encoder = Encoder(tokenizer_json, dtype)
         yield from (encode(encoder, task) for task in tasks)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer library's threads in mid-work
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the tokenizer library's running threads
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_json, dtype)) as pool:
         waiting: deque[Future[tuple[bytes, bytes]]] = deque()
         try:
@@ -188,8 +191,8 @@ _encoder: Encoder
 
 
 def _start_worker(tokenizer_json: str, dtype: str) -> None:
-    """In each worker: it dies with the first process and leaves Ctrl-C to it; and the encoder it uses."""
-    from trainer.signals import die_with_parent
+    """Set up a worker: it ends with the parent process, ignores Ctrl-C, and has its own encoder."""
+    from trainer.distributed.signals import die_with_parent
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -208,14 +211,15 @@ def encode(encoder: Encoder, task: Task) -> tuple[bytes, bytes]:
     valid: list[bytes] = []
     for part in task:
         ids = encoder(part.text)
-        train += [encoder.end_of_text] * part.gap
+        if part.gap:
+            train.append(encoder.end_of_text)
         (valid if part.held_out else train).extend([ids, encoder.end_of_text] if part.end else [ids])
     return b"".join(train), b"".join(valid)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """No other process writes there meanwhile; ValueError if one does. However this process ends, the kernel unlocks."""
+    """Lock the folder against other processes; ValueError if one holds it. However this process ends, the kernel unlocks it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,7 +247,7 @@ class _Output:
         self.count += len(ids) // self.width
 
     def commit(self) -> None:
-        """Give it its name, whole and on disk, after the .json beside it."""
+        """Rename it to its final name once it is on disk, after the .json beside it."""
         self.file.flush()
         os.fsync(self.file.fileno())
         _replace(self.path.with_name(f"{self.path.name}.json"), json.dumps({**self.facts, "count": self.count}).encode())
@@ -256,7 +260,7 @@ class _Output:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file atomically."""
     temporary = path.with_name(f".{path.name}.unfinished")
     with temporary.open("wb") as file:
         file.write(content)

@@ -1,9 +1,9 @@
-"""Kills a run again and again at random moments, starts it by the same command, and looks whether anything was lost.
+"""Kills a run at random moments, restarts it with the same command, and checks that nothing was lost.
 
     python tools/torture.py gpt2_wikitext --kills 100 --launch cpu
     python tools/torture.py recipes/my_recipe.py --kills 20 --launch zero3 -- --d_model 32 --max_steps 50
 
-Each run goes on until it finishes between two kills, and must then hold the same bits as one that was never interrupted.
+Each run is resumed until it finishes between two kills. It must then equal an uninterrupted run bit for bit.
 Exits with 1 if a checkpoint was lost, a bit differs, a process hung or was left behind, or nothing was killed.
 """
 
@@ -35,13 +35,13 @@ from fault_injector import (
     environment,
     inside_a_save,
     inside_an_evaluation,
+    kill_at_moment,
     rows,
-    strike,
 )
 
-from trainer.checkpoint import Checkpoint
-from trainer.errors import Refusal
-from trainer.retention import ABANDONED
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.retention import ABANDONED
+from trainer.errors import UserError
 
 LAUNCHES = {"cpu": "one", "ddp2": "ddp", "zero3": "zero3"}
 EVAL_EVERY, KEEP_LAST = 6, 2
@@ -56,7 +56,7 @@ ORPHAN_SECONDS, HANG_SECONDS = 15.0, 90.0
 
 @dataclass
 class Tally:
-    """What was injected, and what went wrong."""
+    """Kills injected, and problems found."""
 
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(phase, who): how many"""
@@ -75,12 +75,12 @@ class Tally:
         """Kills injected."""
         return sum(self.kills.values())
 
-    def wrong(self) -> bool:
-        """Whether the campaign has found something."""
+    def has_problems(self) -> bool:
+        """Whether anything was lost, differed, hung, failed or was left behind."""
         return bool(self.lost or self.different or self.hung or self.failed or self.orphans)
 
     def table(self) -> str:
-        """All of it, for a person."""
+        """The report that is printed."""
         who = sorted({who for _, who in self.kills}) or ["everyone"]
         lines = [f"{'killed':24}" + "".join(f"{name:>12}" for name in who)]
         for phase in PHASES:
@@ -88,37 +88,39 @@ class Tally:
         steps = f", from steps {min(self.resumed)} to {max(self.resumed)}" if self.resumed else ""
         lines.append(f"{self.total} kills, {self.launches} launches, {len(self.resumed)} of them resumed{steps}")
         for name in ("lost", "different", "hung", "failed", "orphans"):
-            found = getattr(self, name)
-            lines += [f"  {name:22}{len(found):12}", *(f"    {each}" for each in found)]
+            problems = getattr(self, name)
+            lines += [f"  {name:22}{len(problems):12}", *(f"    {each}" for each in problems)]
         lines.append(f"{self.runs} runs came to their end and were compared with the uninterrupted one, bit for bit")
         return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a campaign; the exit status."""
-    mine, recipe_flags = (list(argv), []) if "--" not in argv else (argv[: argv.index("--")], argv[argv.index("--") + 1 :])
+    separator = argv.index("--") if "--" in argv else len(argv)
+    recipe_flags = argv[separator + 1 :]
     parser = argparse.ArgumentParser(prog="torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a name of recipes/, or a path")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--launch", choices=LAUNCHES, default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where the runs go (default: a temporary folder, removed if all is well)")
-    flags = parser.parse_args(mine)
-    script = Path(flags.recipe) if flags.recipe.endswith(".py") else ROOT / "recipes" / f"{flags.recipe}.py"
+    flags = parser.parse_args(argv[:separator])
+    # Absolute, since the launches run in the repository's root.
+    script = Path(flags.recipe).resolve() if flags.recipe.endswith(".py") else ROOT / "recipes" / f"{flags.recipe}.py"
     if not script.is_file() or flags.kills < 1:
         print(f"torture: {script if flags.kills > 0 else '--kills ' + str(flags.kills)}: give a recipe and kills above 0")
         return 2
     if not recipe_flags and script.stem not in TINY:
         print(f"torture: {script.stem} has no tiny run here; give flags for one after `--`")
         return 2
-    folder = flags.folder or Path(tempfile.mkdtemp(prefix="torture-"))
+    folder = flags.folder.resolve() if flags.folder else Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
     campaign = Campaign(script, LAUNCHES[flags.launch], recipe_flags or TINY[script.stem].split(), folder, flags.seed)
-    began = time.monotonic()
+    started = time.monotonic()
     campaign.run(flags.kills)
-    print(f"torture {script.stem}, {flags.launch}, seed {flags.seed}: {time.monotonic() - began:.0f} s")
+    print(f"torture {script.stem}, {flags.launch}, seed {flags.seed}: {time.monotonic() - started:.0f} s")
     print(campaign.tally.table())
-    if campaign.tally.wrong() or not campaign.tally.total:
+    if campaign.tally.has_problems() or not campaign.tally.total:
         print(f"the runs are in {folder}")
         return 1
     if not flags.folder:
@@ -127,87 +129,88 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Campaign:
-    """Runs of one recipe under one launch, and what became of them."""
+    """Runs of one recipe under one launch, and their results."""
 
     def __init__(self, script: Path, kind: str, flags: Sequence[str], folder: Path, seed: int) -> None:
         self.script, self.kind, self.flags, self.folder = script, kind, flags, folder
-        self.dice, self.tally = random.Random(seed), Tally()
+        self.random, self.tally = random.Random(seed), Tally()
         self.reference, self.seconds = folder / "uninterrupted", 0.0
 
     def start(self, directory: Path) -> Started:
-        """The command, as a user types it, again and again the same."""
-        words = [*self.flags, *EVERY_RUN.split(), "--output_dir", str(directory)]
+        """Start the training command, the same one each time."""
+        arguments = [*self.flags, *EVERY_RUN.split(), "--output_dir", str(directory)]
         env = environment(SAMECURVE_CACHE=str(self.folder / "cache"), PYTHONPATH=str(ROOT))
         self.tally.launches += 1
-        return Started(command(self.kind, self.script, *words), directory.with_suffix(".log"), env)
+        return Started(command(self.kind, self.script, *arguments), directory.with_suffix(".log"), env)
 
     def run(self, kills: int) -> None:
-        """The uninterrupted run, which also tells how long one takes, and then the campaign."""
-        began = time.monotonic()
+        """The uninterrupted run, whose duration bounds the moments of the kills, and then the campaign."""
+        started = time.monotonic()
         if self.start(self.reference).wait() != 0:
             self.tally.failed.append(f"the uninterrupted run: {_tail(self.reference)}")
             return
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - started
         while self.tally.total < kills and not self.tally.hung:
-            self.torment(self.folder / f"run_{self.tally.runs + 1}", kills)
+            self.run_with_kills(self.folder / f"run_{self.tally.runs + 1}", kills)
             self.tally.runs += 1
             print(f"run {self.tally.runs}: {self.tally.total} of {kills} kills so far", file=sys.stderr)
 
-    def torment(self, directory: Path, kills: int) -> None:
-        """One run, killed until it gets to its end."""
+    def run_with_kills(self, directory: Path, kills: int) -> None:
+        """One run, killed and restarted until it finishes."""
         committed: dict[int, str] = {}
-        ever = 0
+        saved_in_all = 0
         while True:
-            already = len(_resumed(directory))
+            resumes_before = len(_resumed(directory))
             process = self.start(directory)
             moment, rank = self.choose() if self.tally.total < kills else (after(float("inf")), None)
             phases: list[str] = []
 
-            def look(place: Path, since: float, moment: Moment = moment, phases: list[str] = phases) -> bool:
+            def observed_moment(place: Path, since: float, moment: Moment = moment, phases: list[str] = phases) -> bool:
                 reached = moment(place, since)
                 if reached:
-                    phases.append(phase(place, since))  # the last look finds everybody stopped
+                    phases.append(phase(place, since))  # the last check is made while all processes are stopped
                 return reached
 
             try:
-                struck = strike(process, directory, look, self.seconds + HANG_SECONDS, rank)
+                killed = kill_at_moment(process, directory, observed_moment, self.seconds + HANG_SECONDS, rank)
                 code = process.wait(timeout=HANG_SECONDS)
             except (TimeoutError, subprocess.TimeoutExpired) as error:
                 process.kill_all()
                 self.tally.hung.append(f"{directory.name}: {type(error).__name__}: {_tail(directory)}")
                 return
-            left = process.orphans(ORPHAN_SECONDS)
-            self.tally.orphans += [f"{directory.name}: process {pid}" for pid in left]
+            orphans = process.orphans(ORPHAN_SECONDS)
+            self.tally.orphans += [f"{directory.name}: process {pid}" for pid in orphans]
             process.kill_all()
-            if struck:
+            if killed:
                 self.tally.kills[phases[-1], "everyone" if rank is None else "one rank"] += 1
-                self.tally.failed += [f"{directory.name}: killed, and yet it ended with 0"] * (code == 0)
-            resumed = _resumed(directory)[already:]
+                if code == 0:
+                    self.tally.failed.append(f"{directory.name}: killed, and yet it ended with 0")
+            resumed = _resumed(directory)[resumes_before:]
             self.tally.resumed += resumed
             if resumed and committed and resumed[0] != max(committed):
                 self.tally.lost.append(f"{directory.name}: resumed from {resumed[0]}, not from {max(committed)}")
-            now, damage = look_at(directory)
-            self.tally.lost += [f"{directory.name}: {each}" for each in damage]
-            ever += len(now.keys() - committed.keys())
-            if committed and max(now, default=0) < max(committed):
+            checkpoints, problems = inspect_checkpoints(directory)
+            self.tally.lost += [f"{directory.name}: {each}" for each in problems]
+            saved_in_all += len(checkpoints.keys() - committed.keys())
+            if committed and max(checkpoints, default=0) < max(committed):
                 self.tally.lost.append(f"{directory.name}: checkpoint {max(committed)} is gone")
-            if len(now) < min(ever, KEEP_LAST):
-                self.tally.lost.append(f"{directory.name}: {len(now)} checkpoints left of {ever}")
-            committed = now
-            if not struck:
+            if len(checkpoints) < min(saved_in_all, KEEP_LAST):
+                self.tally.lost.append(f"{directory.name}: {len(checkpoints)} checkpoints left of {saved_in_all}")
+            committed = checkpoints
+            if not killed:
                 self.compare(directory, code)
                 return
 
     def choose(self) -> tuple[Moment, int | None]:
-        """A moment, uniform over the time of a run; every third time the next save after it, at times the next evaluation.
-        And who: with two processes, every third time one rank alone."""
-        moment = after(self.dice.uniform(0, self.seconds))
-        inside = self.dice.choices([None, inside_a_save, inside_an_evaluation(EVAL_EVERY)], [50, 35, 15])[0]
-        alone = self.kind != "one" and self.dice.random() < 1 / 3
-        return (both(moment, inside) if inside else moment), (self.dice.randrange(2) if alone else None)
+        """(when to kill, the rank to kill or None for all). Uniform over the time of a run; in a third of the cases the next
+        save after it, at times the next evaluation; with two processes, in a third of the cases one rank alone."""
+        moment = after(self.random.uniform(0, self.seconds))
+        inside = self.random.choices([None, inside_a_save, inside_an_evaluation(EVAL_EVERY)], [50, 35, 15])[0]
+        alone = self.kind != "one" and self.random.random() < 1 / 3
+        return (both(moment, inside) if inside else moment), (self.random.randrange(2) if alone else None)
 
     def compare(self, directory: Path, code: int) -> None:
-        """A run that has ended by itself with the uninterrupted one."""
+        """Compare a run that has ended by itself with the uninterrupted one."""
         final = Path("checkpoints", "checkpoint_final")
         if code != 0 or not (directory / final).is_dir():
             self.tally.failed.append(f"{directory.name}: exit {code}: {_tail(directory)}")
@@ -217,13 +220,14 @@ class Campaign:
             names += [key for key, values in curve(self.reference).items() if curve(directory).get(key) != values]
         except ValueError as error:
             names.append(str(error))
-        self.tally.different += [f"{directory.name}: {', '.join(names)}"] * bool(names)
-        if not names and not self.tally.wrong():
+        if names:
+            self.tally.different.append(f"{directory.name}: {', '.join(names)}")
+        elif not self.tally.has_problems():
             shutil.rmtree(directory)
 
 
 def phase(directory: Path, since: float) -> str:
-    """Where a launch is, from what it has written."""
+    """What a launch is doing, derived from its files."""
     if inside_a_save(directory, since):
         return "inside a save"
     status = directory / "status.json"
@@ -234,30 +238,30 @@ def phase(directory: Path, since: float) -> str:
     return "inside an evaluation" if inside_an_evaluation(EVAL_EVERY)(directory, since) else "step"
 
 
-def look_at(directory: Path) -> tuple[dict[int, str], list[str]]:
-    """({step: digest of its manifest} of the committed checkpoints, what is wrong with any or with a link)."""
+def inspect_checkpoints(directory: Path) -> tuple[dict[int, str], list[str]]:
+    """({step: digest of its manifest} of the committed checkpoints, problems of checkpoints and links)."""
     folder = directory / "checkpoints"
     good: dict[int, str] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         step = re.fullmatch(r"\w+_(\d+)", path.name)
         if path.name.startswith(ABANDONED):
-            wrong.append(f"{path.name}: checkpoints were set aside")
+            problems.append(f"{path.name}: checkpoints were set aside")
         elif path.is_symlink() or step:
             try:
-                found = Checkpoint(path)
-                found.verify()
+                checkpoint = Checkpoint(path)
+                checkpoint.verify()
                 if not path.is_symlink() and step:
-                    good[int(step[1])] = found.digest
-            except Refusal as reason:
-                wrong.append(str(reason))
-    return good, wrong
+                    good[int(step[1])] = checkpoint.digest
+            except UserError as reason:
+                problems.append(str(reason))
+    return good, problems
 
 
 def _resumed(directory: Path) -> list[int]:
     log = directory.with_suffix(".log")
-    found = re.findall(r"^Resumed from step (\d+)$", log.read_text(errors="replace") if log.exists() else "", re.MULTILINE)
-    return [int(step) for step in found]
+    steps = re.findall(r"^Resumed from step (\d+)$", log.read_text(errors="replace") if log.exists() else "", re.MULTILINE)
+    return [int(step) for step in steps]
 
 
 def _tail(directory: Path) -> str:

@@ -1,6 +1,11 @@
 """How a launch ends: the exit codes, and the one exception that is a message for the user instead of a bug."""
 
-FINISHED = 0  # the last step, or stopped as asked
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+"""the folder that holds `trainer`: of an editable install the repository's root, else site-packages"""
+
+FINISHED = 0  # the last step, or stopped on request
 BAD_INPUT = 2  # a configuration, a flag, or data that cannot be used
 NOT_FINITE = 4  # too many steps in a row with a gradient that is not finite
 CHECKPOINT = 5  # a checkpoint that cannot be read, a disk that cannot be written
@@ -8,16 +13,32 @@ OUT_OF_MEMORY = 6  # the device has no memory left
 INTERRUPTED = 130  # Ctrl-C before there was anything to save, or twice
 
 
-class Refusal(Exception):  # noqa: N818 - not an error of the program
+class UserError(Exception):
     """One line for the user: what is wrong, where, and what to do next. `main` prints it without a traceback.
 
     `exit_code` is the status of the process, one of the constants above.
     """
 
     def __init__(
-        self, message: str, exit_code: int = BAD_INPUT, known_to_all: bool = False, said_elsewhere: bool = False
+        self, message: str, exit_code: int = BAD_INPUT, known_to_all: bool = False, printed_by_other_rank: bool = False
     ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-        self.known_to_all = known_to_all  # every process of the launch raises it: rank 0 speaks for all
-        self.said_elsewhere = said_elsewhere  # the process whose failure it is speaks itself
+        self.known_to_all = known_to_all
+        """every process of the launch raises it, so rank 0 alone prints it"""
+        self.printed_by_other_rank = printed_by_other_rank
+
+
+def one_line(error: BaseException, characters: int | None = None) -> str:
+    """The text of an error, its line breaks made spaces, cut to so many characters."""
+    return " ".join(str(error).split())[:characters]
+
+
+def path_of(relative_path: str) -> str:
+    """How a message names a file of the repository, which an installed package may lack: `accelerate_configs/ddp.yaml` as it
+    is where it exists in the working directory, else its absolute path beside the package, else with the words where to look.
+    """
+    if Path(relative_path).exists():
+        return relative_path
+    beside = REPOSITORY / relative_path
+    return str(beside) if beside.exists() else f"{relative_path} in samecurve's source repository"

@@ -1,6 +1,6 @@
 """The entry point of every recipe: `main(MyRecipe())`. Reads the command line, joins the launch, trains, leaves cleanly.
 
-`train` is the default sub-command. A Refusal becomes one line and its exit code; anything else is a bug, with a traceback.
+`train` is the default sub-command. A UserError becomes one line and its exit code; anything else is a bug, with a traceback.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer import config as configuration
-from trainer.config import Parsed
-from trainer.console import Console
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, Refusal
+from trainer.command_line import config as configuration
+from trainer.command_line.config import Parsed
+from trainer.command_line.secrets import redact, redact_text, without_urls
+from trainer.distributed.signals import die_with_launcher, leaving_at_signals, process_start_monotonic
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError
 from trainer.recipe import Recipe
-from trainer.redaction import redact, redact_text, without_urls
-from trainer.signals import die_with_launcher, leaving_at_signals, process_start_monotonic
+from trainer.reporting.console import Console
 
 if TYPE_CHECKING:
-    from trainer.alerts import Alerts
-    from trainer.launch import Launch
-    from trainer.resume import Plan
+    from trainer.checkpoints.resume import LaunchPlan
+    from trainer.distributed.launch import Launch
+    from trainer.distributed.stopping import StopReason, StopRequests
+    from trainer.loop import Training
+    from trainer.reporting.alerts import Alerts
+    from trainer.reporting.trackers import Trackers
     from trainer.setup import Session
-    from trainer.stopping import StopRequests
 
 
 @leaving_at_signals()
@@ -37,31 +39,33 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     if argv is None:
         argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
     argv = list(argv)
-    console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one speaks
+    console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
     launch: Launch | None = None
-    flags, code = None, FINISHED
+    code = FINISHED
     try:
-        command, flags = _command_line(recipe, argv)
-        from trainer.launch import connect
+        command, flags = read_command_line(recipe, argv)
+        from trainer.backends import backend_of
+        from trainer.distributed.launch import connect
 
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
-        launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0))
+        backend = backend_of(os.environ)
+        launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
         else:
-            from trainer.peers import explained
+            from trainer.distributed.peers import explained
 
             with explained(launch):
-                recipe.commands[command].run(recipe, flags, launch, console.say)
-    except Refusal as refusal:
-        code = refusal.exit_code
-        alone = launch is not None and not refusal.known_to_all
-        console.complain(str(refusal), everywhere=alone, aloud=not refusal.said_elsewhere)
-        console.log_traceback(refusal)
+                recipe.commands[command].run(recipe, flags, launch, console.log)
+    except UserError as error:
+        code = error.exit_code
+        print_on_this_rank = launch is not None and not error.known_to_all
+        console.error(str(error), on_any_rank=print_on_this_rank, log_only=error.printed_by_other_rank)
+        console.log_traceback(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
-        console.complain("interrupted before anything was changed")
+        console.error("interrupted before anything was changed")
     except Exception as error:
         import traceback
 
@@ -72,88 +76,70 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         console.close()
     if launch is None:
         sys.exit(code)
-    from trainer.launch import shut_down
+    from trainer.distributed.launch import shut_down
 
     shut_down(launch, code)
 
 
-def _command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
+def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
     """(sub-command, its flags): a Parsed for `train`."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     rest = argv[1:] if argv and not argv[0].startswith("-") else argv
     if command == "train":
         others = f"\nSub-commands: train (default), {', '.join(recipe.commands)}." if recipe.commands else ""
-        return command, configuration.parse(recipe.Config, recipe.presets, rest, recipe.name, description=others)
+        return command, configuration.parse(recipe.config_class, recipe.presets, rest, recipe.name, description=others)
     if command not in recipe.commands:
         known = ", ".join(["train", *recipe.commands])
-        raise Refusal(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
+        raise UserError(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
     chosen = recipe.commands[command]
     return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
 
 
-def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> str:
+def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> StopReason:
     """One launch of a training run; the reason it ended. Collective.
 
     The lock of the run directory is held, and its status.json kept, by rank 0.
     """
-    from trainer.alerts import open_alerts
-    from trainer.peers import explained
-    from trainer.resume import Plan, default_directory, make_plan
+    from trainer.checkpoints.resume import default_directory, plan_launch
+    from trainer.distributed.peers import explained
+    from trainer.reporting.alerts import open_alerts
 
     title = f"{recipe.name}/{default_directory(recipe, parsed).name}"
-    alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.say)
-    arguments = [word for i, word in enumerate(argv) if (i, word) != (0, "train")]
-    directory = None
-
-    def decide() -> dict[str, Any]:
-        nonlocal directory
-        plan = make_plan(recipe, parsed, arguments, console.say)
-        directory = plan.directory
-        return plan.to_json()
-
-    training = None
+    alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.log)
+    launched_run, plan = None, None
     try:
         with explained(launch, parsed.config.optimisation):
-            told = launch.control.on_main(decide)
-            plan, error = None, None
-            try:
-                plan = Plan.from_json(recipe, told, launch.rank)
-            except Refusal as refusal:
-                error = refusal
-            launch.control.agree(error)
-            assert plan is not None
-        training = _Launch(recipe, plan, argv, launch, console, alerts)
-        return training.run()
+            arguments = list(argv[1:]) if argv and argv[0] == "train" else list(argv)
+            plan = plan_launch(recipe, parsed, arguments, launch, console.log)
+        launched_run = LaunchedRun(recipe, plan, argv, launch, console, alerts)
+        return launched_run.run()
     except BaseException as error:
-        if training is None:
-            alerts.send("failed", f"Did not start: {_in_words(error)}")
+        if launched_run is None:
+            alerts.send("failed", f"Did not start: {_text_of(error)}")
         raise
     finally:
-        if directory is not None:
-            directory.release(used=training is not None and training.started)
+        if plan is not None and launch.is_main:
+            plan.directory.release(used=launched_run is not None and launched_run.started)
         alerts.close()
 
 
-class _Launch:
-    """What surrounds the loop: the checks before it, the files of the run directory, the words after it."""
+class LaunchedRun:
+    """What surrounds the loop: the files of the run directory before it, the report after it, the status if it fails."""
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, argv: Sequence[str], launch: Launch, console: Console, alerts: Alerts
+        self, recipe: Recipe, plan: LaunchPlan, argv: Sequence[str], launch: Launch, console: Console, alerts: Alerts
     ) -> None:
         self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
         self.alerts = alerts
-        self.started, self.loop = False, None
+        self.started = False
+        """whether the run directory has been written to"""
+        self.training: Training | None = None
 
-    @property
-    def step(self) -> int | None:
-        """The step reached."""
-        return self.loop.progress.step if self.loop is not None else None
-
-    def run(self) -> str:
-        """Assemble, train, report."""
-        from trainer.metrics import WANDB_EXIT_SECONDS
-        from trainer.peers import explained
-        from trainer.stopping import EXIT_SECONDS, StopRequests, slurm_seconds_left
+    def run(self) -> StopReason:
+        """Set up, train, report."""
+        from trainer.distributed.peers import explained
+        from trainer.distributed.stopping import EXIT_SECONDS, StopRequests, slurm_seconds_left
+        from trainer.reporting.trackers import WANDB_EXIT_SECONDS
 
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
         # From here on a signal is a request: one that comes while the data are prepared is obeyed at the first step.
@@ -161,8 +147,8 @@ class _Launch:
             self.plan.config.run.max_training_hours,
             process_start_monotonic(),
             self.plan.directory if self.launch.is_main else None,
-            lambda: self.loop.logbook.status() if self.loop else "starting",
-            self.console.say,
+            lambda: self.training.logger.status() if self.training else "starting",
+            self.console.log,
             None if left is None else time.monotonic() + left,
             EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
         ) as stops:
@@ -171,130 +157,107 @@ class _Launch:
                 with explained(self.launch, self.plan.config.optimisation):
                     return self._train(stops)
             except BaseException as error:
-                self._fail(_in_words(error))
+                self._record_failure(_text_of(error))
                 raise
             finally:
                 self.alerts.close()
 
-    def _fail(self, reason: str) -> None:
-        """Leave word of a failure: in status.json, if there is one, and to the webhook."""
-        if self.started and self.launch.is_main:
-            self.plan.directory.write_status("failed", reason, self.step)
-        beginning = f"Failed at step {self.step}" if self.loop is not None else "Did not start"
-        self.alerts.send("failed", f"{beginning}: {reason}", step=self.step)
-
-    def _train(self, stops: StopRequests) -> str:
+    def _train(self, stops: StopRequests) -> StopReason:
+        from trainer.checkpoints.resume import nothing_to_do
+        from trainer.distributed.stopping import StopReason
         from trainer.loop import Training
-        from trainer.report import report
-        from trainer.setup import assemble, describe
+        from trainer.reporting.final_report import report_end, report_finished_run
+        from trainer.setup import describe, set_up
 
-        plan, launch, say = self.plan, self.launch, self.console.say
-        session = assemble(self.recipe, plan, launch, say)
-        over = launch.control.on_main(lambda: self._already_finished(session))
-        if over:
-            say(over)
-            return "already finished"
-        metrics, error = None, None
-        if launch.is_main:
-            try:
-                self._open(session)
-                metrics = self._metrics(session)
-            except Refusal as refusal:
-                error = refusal
-            except OSError as reason:
-                error = Refusal(f"{plan.directory.path}: {reason}; choose another --output_dir", CHECKPOINT)
-        launch.control.agree(error)
-        self.started = True
-        description = describe(session, plan.checkpoint.state["progress"]["step"] if plan.checkpoint else 0)
-        for line in [f"Run directory: {plan.directory.path}", *description]:
-            say(line)
-        code = 1
+        plan, launch, log = self.plan, self.launch, self.console.log
+        session = set_up(self.recipe, plan, launch, log)
+        message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
+        if message:
+            log(message)
+            return StopReason.ALREADY_FINISHED
+        trackers = self._open_run_directory(session)
+        self.started, code = True, 1
         try:
-            self.loop = Training(session, plan, stops, metrics, self.console, self.alerts)
-            at = f"at step {self.step:,} of {session.total_steps:,} on {socket.gethostname()}"
-            self.alerts.send("started", f"Started {at}. {description[0]}", step=self.step)
-            reason = self.loop.run()
-            if metrics is not None:
-                rolled_back = plan.same_run and plan.config.run.resume_from is not None
-                report(self.loop, plan.directory, reason, metrics, stops.seconds_left(), rolled_back)
+            self.training = Training(session, plan, stops, trackers, self.console, self.alerts)
+            step = self.training.state.step
+            description = describe(session, step)
+            for line in [f"Run directory: {plan.directory.path}", *description]:
+                log(line)
+            at = f"at step {step:,} of {session.total_steps:,} on {socket.gethostname()}"
+            self.alerts.send("started", f"Started {at}. {description[0]}", step=step)
+            reason = self.training.run()
+            if launch.is_main:
+                last = plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{self.training.state.step}"
+                stays_rolled_back = plan.same_run and plan.config.run.resume_from is not None
+                report_end(self.training.logger, plan.directory, reason, last, stays_rolled_back)
+                if reason.finished:
+                    evaluation = self.training.last_evaluation
+                    report_finished_run(self.training.logger, plan.directory, evaluation, last, stops.seconds_left())
             code = FINISHED
         finally:
-            if metrics is not None:
-                metrics.close(code)
+            if trackers is not None:
+                trackers.close(code)
         return reason
 
-    def _already_finished(self, session: Session) -> str | None:
-        """A sentence if the run has nothing left to do; nothing has been written by then."""
-        from trainer import retention
-        from trainer.logbook import Progress
-        from trainer.stopping import finished_reason
+    def _open_run_directory(self, session: Session) -> Trackers | None:
+        """The files of the run directory, and the trackers, on rank 0; UserError on every rank where that fails."""
+        trackers, failure = None, None
+        if self.launch.is_main:
+            try:
+                self._write_first_files(session)
+                trackers = self._open_trackers(session)
+            except UserError as error:
+                failure = error
+            except OSError as error:
+                failure = UserError(f"{self.plan.directory.path}: {error}; choose another --output_dir", CHECKPOINT)
+        self.launch.control.raise_if_any(failure)
+        return trackers
 
-        found, run = self.plan.checkpoint, session.config.run
-        if found is None:
-            return None
-        p, folder = Progress(**found.state["progress"]), found.path.parent
-        final = retention.links(folder).get("checkpoint_final") == found.path.name
-        later = any(step > p.step for step, _ in retention.step_folders(folder, self.recipe.checkpoint_prefix))
-        # Its own newest without that link: a run killed after its last save, which has an end to report yet.
-        if run.resume_from and p.step >= session.total_steps and (final or later or not self.plan.same_run):
-            return f"{found.path} is at step {p.step:,} of {session.total_steps:,}, nothing to do; give a larger --max_steps"
-        if not self.plan.same_run or run.resume_from:
-            return None
-        reason = finished_reason(
-            p.step, session.total_steps, p.evaluations_without_better, run.patience, p.train_loss, run.target_loss
-        )
-        if reason is None or not final:
-            return None
-        change = {"patience": "--patience 0", "target loss": "a lower --target_loss"}.get(reason)
-        way_on = f"to go on: {change or f'--max_steps N --resume_from {found.path}'}"
-        return f"Already finished ({reason}) at step {p.step:,}, nothing to do; {way_on}"
+    def _write_first_files(self, session: Session) -> None:
+        from trainer.checkpoints import retention
+        from trainer.reporting.run_directory import write_text_atomic
 
-    def _open(self, session: Session) -> None:
-        """On rank 0: the files of the run directory, and the checkpoints that a roll-back sets aside."""
-        from trainer import retention
-        from trainer.run_directory import write_text_atomic
-
-        directory, found, say = self.plan.directory, self.plan.checkpoint, self.console.say
+        directory, resumed = self.plan.directory, self.plan.checkpoint
         self.console.open_log(directory.log)
         directory.write_command([self.recipe.name, *self.argv])
-        directory.write_environment(
-            {"processes": self.launch.processes, "device": str(self.launch.device), "deepspeed": self.launch.deepspeed}
-        )
+        facts = {"processes": self.launch.processes, "device": str(self.launch.device), "backend": session.backend.name}
+        directory.write_environment(facts)
         write_text_atomic(directory.config, configuration.to_yaml(session.config))
-        if found is not None:
-            step = found.state["progress"]["step"]
-            say(f"Loading checkpoint: {found.path}")
-            say(f"Resumed from step {step}")
+        step = 0
+        if resumed is not None:
+            step = resumed.train_state.step
+            self.console.log(f"Loading checkpoint: {resumed.path}")
+            self.console.log(f"Resumed from step {step}")
             if self.plan.same_run:
-                for path in retention.roll_back(directory.checkpoints, self.recipe.checkpoint_prefix, step):
-                    say(f"Rolled back: set aside {path}")
-                best = f"{self.recipe.checkpoint_prefix}{found.state['progress']['best_step']}"
-                # A kill between a save and its links leaves the old ones.
-                stale = retention.links(directory.checkpoints).get("best_model") != best
-                if stale and found.state["progress"]["best_step"] and (directory.checkpoints / best).is_dir():
-                    retention.link(directory.checkpoints, "best_model", best)
-        directory.write_status("running", None, found.state["progress"]["step"] if found else 0, found.path if found else None)
+                prefix = self.recipe.checkpoint_prefix
+                retention.resume_at(directory.checkpoints, prefix, resumed.train_state, self.console.log)
+        directory.write_status("running", None, step, resumed.path if resumed else None)
 
-    def _metrics(self, session: Session) -> Any:
-        from trainer.metrics import Metrics, WandbSettings
+    def _open_trackers(self, session: Session) -> Trackers:
+        from trainer.reporting.trackers import Trackers, WandbSettings
 
-        run, directory, found = session.config.run, self.plan.directory, self.plan.checkpoint
+        run, directory, resumed = session.config.run, self.plan.directory, self.plan.checkpoint
         wandb = None
         if run.use_wandb:
             name = run.wandb_run_name or f"{self.recipe.name}-{directory.path.name}"
             wandb = WandbSettings(run.wandb_project, name, directory.path / "wandb_run_id.txt", directory.path)
-        resumed = found.state["progress"]["step"] if found is not None and self.plan.same_run else None
-        board = directory.tensorboard if run.use_tensorboard else None
-        values = configuration.values(session.config)
-        return Metrics(
+        return Trackers(
             directory.metrics,
-            tensorboard_dir=board,
+            tensorboard_dir=directory.tensorboard if run.use_tensorboard else None,
             wandb=wandb,
-            config=values,
-            resumed_step=resumed,
-            say=self.console.say,
+            config=configuration.values(session.config),
+            resumed_step=resumed.train_state.step if resumed is not None and self.plan.same_run else None,
+            log=self.console.log,
         )
 
+    def _record_failure(self, reason: str) -> None:
+        """In status.json, if there is one, and to the webhook."""
+        step = self.training.state.step if self.training is not None else None
+        if self.started and self.launch.is_main:
+            self.plan.directory.write_status("failed", reason, step)
+        beginning = "Did not start" if step is None else f"Failed at step {step}"
+        self.alerts.send("failed", f"{beginning}: {reason}", step=step)
 
-def _in_words(error: BaseException) -> str:
-    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+
+def _text_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

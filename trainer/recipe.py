@@ -1,17 +1,54 @@
-"""The contract between a recipe and the trainer: everything the loop asks of a recipe, and nothing else."""
+"""The contract between a recipe and the trainer: everything the trainer asks of a recipe, and nothing else.
+
+`Recipe` is what is trained. `Report`, optional, is what is printed and drawn of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from trainer.command_line.sections import Optimisation, Run
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from trainer.distributed.launch import Launch
+    from trainer.reporting.run_directory import RunDirectory
 
 Batch = dict[str, "Tensor"]
+Log = Callable[[str], None]
+"""prints a line: on stdout and in train.log, on rank 0"""
+
+
+class RecipeConfig(Protocol):
+    """A recipe's configuration: a frozen dataclass of four sections, each a frozen dataclass, flat on the command line.
+
+    It may have a method `resolved() -> config` that fills in what follows from other values, with ValueError or UserError for
+    values that contradict each other; and a class attribute `yaml_sections`, see `trainer.command_line.flags.read_yaml`.
+    """
+
+    @property
+    def model(self) -> Any:
+        """The network."""
+
+    @property
+    def data(self) -> Any:
+        """The data sets."""
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """What decides the weights, beside the two."""
+
+    @property
+    def run(self) -> Run:
+        """Where and how the run happens."""
+
+
+ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 
 
 class Dataset(Protocol):
@@ -48,56 +85,112 @@ class Command:
     """A sub-command: a flat dataclass of its flags, and the function that does it, on every process of the launch."""
 
     flags: type
-    run: Callable[..., None]
+    run: Callable[[Any, Any, Launch, Log], None]
+    """called as run(recipe, flags, launch, log)"""
     presets: Mapping[str, Path] = field(default_factory=dict)
     """YAML files by short name; the flags need a field `preset`"""
 
 
-class Recipe:
-    """A model, its data and its loss. Subclass it, set the attributes, and hand an instance to `trainer.main.main`."""
+class Report(Generic[ConfigT]):
+    """What is printed and drawn of a run. Every method is optional; a recipe names its subclass as `report_class`."""
+
+    loss_unit: str = ""
+    """of the loss, in plots"""
+
+    def __init__(self, recipe: Recipe[ConfigT]) -> None:
+        self.recipe = recipe
+
+    def schedule(self, config: ConfigT) -> str:
+        """A description of the learning-rate schedule, printed at start."""
+        o = config.optimisation
+        return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
+
+    def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
+        """Lines before the first step of a launch, which is step + 1; `trained`: how many of the parameters are."""
+        return []
+
+    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The console line of a log step."""
+        rate = next(name for name in metrics if name.endswith("_per_sec"))
+        unit = rate.removeprefix("train/").removesuffix("_per_sec").capitalize()
+        return (
+            f"Step {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
+            f"Grad norm: {metrics['train/grad_norm']:.3f} | Time: {metrics['train/iter_time_ms']:.1f}ms | "
+            f"{unit}/sec: {metrics[rate]:.0f}"
+        )
+
+    def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The console line of an evaluation; `metrics` have their full names, `eval/val_loss`."""
+        return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
+
+    def warnings(self) -> list[str]:
+        """What this process saw in the last evaluation that somebody should look at, a line each; emptied by the call."""
+        return []
+
+    def baseline(self, config: ConfigT, data: Data) -> tuple[str, float] | None:
+        """(name, loss) of a trivial model on the `val` set, a line in the loss plot."""
+        return None
+
+    def after_training(self, config: ConfigT, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
+        """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one."""
+
+
+class Recipe(Generic[ConfigT]):
+    """A model, its data and its loss. Subclass it, set the attributes, and hand an instance to `trainer.main.main`.
+
+    A subclass with an `__init__` of its own calls `super().__init__()`.
+    """
 
     name: str
-    Config: type
+    config_class: type[ConfigT]
+    report_class: type[Report] = Report
     presets: Mapping[str, Path] = {}
     """YAML files by short name, for `--preset NAME`"""
     commands: Mapping[str, Command] = {}
+    checkpoint_prefix: str = "checkpoint_step_"
+    """the name of a step checkpoint, before its number"""
     best_metric: str = "val_loss"
     best_is: Literal["lower", "higher"] = "lower"
     patience_metric: tuple[str, Literal["lower", "higher"]] | None = None
     """(metric, which way is better) that `--patience` waits for; None: the best metric"""
     monitored: tuple[str, ...] = ()
-    """terms of `loss` that are no losses (an accuracy): logged under their own names. Give them the weight 0"""
-    speed: tuple[str, str] | None = None
+    """terms of `loss` that are no losses (an accuracy): logged under their own names, with weight 0 in the objective"""
+    throughput: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
     paths: tuple[str, ...] = ()
     """data flags that say where the data are, not what: a run may be resumed with others if the fingerprint is the same"""
-    loss_unit: str = ""
-    """of the loss, in plots"""
-    checkpoint_prefix: str = "checkpoint_step_"
-    """what this recipe's guide calls a step checkpoint"""
 
-    def build_model(self, config: Any, data: Data) -> nn.Module:
+    def __init__(self) -> None:
+        self.report: Report[ConfigT] = self.report_class(self)
+
+    # ---- what is trained on what
+
+    def build_data(self, config: ConfigT) -> Data:
+        """The data sets. ValueError or OSError with a one-line text for what a user can mend."""
+        raise TypeError(f"{type(self).__name__} lacks build_data")
+
+    def build_model(self, config: ConfigT, data: Data) -> nn.Module:
         """The bare network, with fresh weights from torch's (seeded) generator; `data` may decide its vocabulary."""
         raise TypeError(f"{type(self).__name__} lacks build_model")
 
-    def build_data(self, config: Any) -> Data:
-        """The data sets. ValueError or OSError with a one-line text for what a user can mend."""
-        raise TypeError(f"{type(self).__name__} lacks build_data")
+    # ---- with which loss
 
     def items(self, batch: Batch) -> dict[str, int]:
         """{loss term: how many items it averages over}, from a host batch alone."""
         raise TypeError(f"{type(self).__name__} lacks items")
 
-    def loss(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
         """{loss term: sum over its items}, scalars, under the names of `items`."""
         raise TypeError(f"{type(self).__name__} lacks loss")
 
-    def loss_weights(self, config: Any) -> dict[str, float]:
+    def loss_weights(self, config: ConfigT) -> dict[str, float]:
         """Weights of the terms in the objective, sum of weight x sum / items; a term not named has 1.0."""
         return {}
 
-    def measure(self, network: nn.Module, batch: Batch) -> dict[str, tuple[Tensor | float, float]]:
-        """{name: (sum, count)} of one evaluation batch. Default: the loss terms."""
+    # ---- measured how
+
+    def measure(self, network: Any, batch: Batch) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
+        """{name: (sum, count)} of one evaluation batch: the loss terms, which are the default, and whatever else."""
         counts = self.items(batch)
         return {term: (total, counts[term]) for term, total in self.loss(network, batch).items()}
 
@@ -105,73 +198,43 @@ class Recipe:
         """Metrics that follow from means (perplexity from a loss); for training and evaluation alike."""
         return {}
 
-    def parameter_groups(self, network: nn.Module, config: Any) -> list[dict[str, Any]]:
-        """Optimizer groups. Default: no weight decay on parameters of fewer than two dimensions (biases, norms)."""
-        decayed = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
-        others = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": config.optimisation.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+    def flops_per_item(self, config: ConfigT, network: Any) -> float | None:
+        """Training FLOPs (forward and backward) for each item of `throughput`, for MFU; None: not known."""
+        return None
 
-    def learning_rate(self, step: int, total_steps: int, config: Any) -> float:
+    # ---- updated how
+
+    def parameter_groups(self, network: Any, config: ConfigT) -> list[dict[str, Any]]:
+        """Optimizer groups. Default: no weight decay on parameters of fewer than two dimensions (biases, norms)."""
+        from trainer.optimisation.optimizers import decay_groups
+
+        return decay_groups(network, config.optimisation.weight_decay)
+
+    def optimizer(self, network: Any, config: ConfigT) -> Optimizer:
+        """Default: the one `--optimizer` names. Any torch optimizer will do: what state it keeps is read from it.
+
+        Under ZeRO, which flattens parameters and cuts them, its state must start at zero and not depend on their shapes.
+        """
+        from trainer.optimisation.optimizers import build
+
+        return build(self.parameter_groups(network, config), network, config.optimisation)
+
+    def learning_rate(self, step: int, total_steps: int, config: ConfigT) -> float:
         """Learning rate of optimizer step `step` (1 .. total_steps). Default: linear warm-up, cosine to `min_lr`."""
-        from trainer.schedule import warmup_cosine
+        from trainer.optimisation.schedule import warmup_cosine
 
         o = config.optimisation
         return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
 
-    def schedule_text(self, config: Any) -> str:
-        """The schedule in words, printed at start."""
-        o = config.optimisation
-        return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
+    # ---- kept with the weights
 
     def pretrained(self, name: str) -> dict[str, Tensor]:
         """Weights for an `--init_from` that is not a checkpoint folder. ValueError or OSError in one line if there are none."""
         raise ValueError(f"init_from {name!r} is not a checkpoint folder; give the path of one")
 
-    def documents(self, config: Any, network: nn.Module, data: Data) -> dict[str, str]:
-        """{file name: text} to be kept in every checkpoint (config.json, tokenizer.json)."""
+    def checkpoint_files(self, config: ConfigT, network: Any, data: Data) -> Mapping[str, str | Mapping[str, Tensor]]:
+        """{file name: its content} to stand beside the weights in every checkpoint.
+
+        Text (config.json, tokenizer.json), or named tensors for a name that ends in .safetensors.
+        """
         return {}
-
-    def tensors(self, config: Any, data: Data) -> dict[str, dict[str, Tensor]]:
-        """{stem: {name: tensor}} to be kept in every checkpoint as `stem.safetensors`, beside `model` and `optimizer`."""
-        return {}
-
-    def flops_per_item(self, config: Any, network: nn.Module) -> float | None:
-        """Training FLOPs (forward and backward) for each item of `speed`, for MFU; None: not known."""
-        return None
-
-    def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
-        """What the recipe itself says before the first step of a launch, which is step + 1: lines of its guide."""
-        return []
-
-    def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The console line of a log step."""
-        unit = self.speed[0] if self.speed else "samples"
-        return (
-            f"Step {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
-            f"Grad norm: {metrics['train/grad_norm']:.3f} | Time: {metrics['train/iter_time_ms']:.1f}ms | "
-            f"{unit.capitalize()}/sec: {metrics[f'train/{unit}_per_sec']:.0f}"
-        )
-
-    def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The console line of an evaluation."""
-        return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
-
-    def noticed(self) -> list[str]:
-        """What this process has seen in the last evaluation that somebody should hear of, a line each; emptied by the call."""
-        return []
-
-    def baseline(self, config: Any, data: Data) -> tuple[str, float] | None:
-        """(name, loss) of a trivial model on the first evaluation set, for the loss plot."""
-        return None
-
-    def after_training(self, config: Any, data: Data, run: Any, checkpoint: Any, say: Callable[[str], None]) -> None:
-        """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one."""
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; asynchronous from page-locked memory."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -49,7 +49,7 @@ class CacheEntry:
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise ValueError(
-                f"cannot write the token cache {self.folder} ({reason}); set SAMECURVE_CACHE to a folder with room"
+                f"cannot write the token cache {self.folder} ({reason}); set SAMECURVE_CACHE to a folder with space"
             ) from error
 
 
@@ -74,7 +74,7 @@ def _file_hash(path: Path) -> str:
 
 
 def content_hash(*parts: str) -> str:
-    """sha256 (hex) of the cache format and the parts, each behind its length so that moving a border changes it."""
+    """sha256 (hex) of the cache format and the parts, each after its length so that moving a border changes it."""
     digest = hashlib.sha256()
     for part in (CACHE_FORMAT, *parts):
         content = part.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Collatz numbers as samples: an endless training stream of ordinary and hard numbers, and held-out ones it never meets.
+"""Collatz numbers as samples: an endless training stream of ordinary and hard numbers, and held-out ones it never contains.
 
 A sample is a pure function of (seed, sample number). Ordinary numbers count up from `start`; hard ones lie above 2^68: 30 % are
 2^68 + a random number below it, 30 % the same at 3 mod 4 (they rise first), 40 % dense ones of 70 to 119 bits, each 1 with
@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recipes.data.compilation import compiled
-from recipes.data.trajectories import PADDING, WORDS, to_words, walk
+from recipes.data.trajectories import PADDING, WORDS, parities_of_words, to_words
 
 if TYPE_CHECKING:
     import torch
@@ -126,23 +126,23 @@ def _draw_held_out(key, start, span, words, kinds):  # noqa: ANN001, ANN202
             attempt += _1
 
 
-def is_held_out(n: int) -> bool:
-    """Whether training never meets n (below 2^192)."""
-    return bool(_is_held_out(*to_words([n])[0]))
-
-
 @dataclass(frozen=True)
 class Layout:
-    """What a sample shows."""
+    """The contents of a sample."""
 
     max_len: int = 500
     """parity tokens; longer vectors are cut"""
     prefix_len: int = 64
-    """parities that the stopping time is predicted from: numbers that end within them show it, and are not scored"""
+    """parities that the stopping time is predicted from; numbers that end within them reveal it, and are not scored"""
     digits: bool = False
     """it is predicted from the binary digits of n instead: they are added, and all numbers are scored"""
     whole: bool = False
     """it is predicted from all parities: all numbers are scored"""
+
+    @classmethod
+    def of(cls, model: Any) -> Layout:
+        """For the `model` section of the configuration."""
+        return cls(model.max_len, model.prefix_len, digits=model.input == "digits", whole=model.mode == "guide")
 
     def scores(self, steps: np.ndarray) -> np.ndarray:
         """Whether the stopping time of numbers with so many steps is predicted: bool [batch]."""
@@ -150,12 +150,12 @@ class Layout:
 
     def batch(self, words: np.ndarray, kinds: np.ndarray) -> dict[str, torch.Tensor]:
         """Numbers [batch, WORDS] -> tokens uint8 [batch, max_len], steps int64 [batch], scored bool [batch] (by the
-        stopping-time head), kind int64 [batch], words int64 [batch, WORDS]; digits uint8 [batch, DIGITS] if asked for."""
+        stopping-time head), kind int64 [batch], words int64 [batch, WORDS]; with `digits` also digits uint8 [batch, DIGITS]."""
         import torch
 
-        tokens, steps = walk(words, self.max_len)
+        tokens, steps = parities_of_words(words, self.max_len)
         arrays = {"tokens": tokens, "steps": steps, "scored": self.scores(steps), "kind": kinds.astype(np.int64)}
-        arrays["words"] = words.view(np.int64)  # torch has little to do with uint64: the same bits
+        arrays["words"] = words.view(np.int64)  # torch can do little with uint64: the same bits
         if self.digits:
             arrays["digits"] = binary_digits(words)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -174,7 +174,7 @@ class CollatzStream:
     def __init__(self, seed: int, start: int, hard_fraction: float, curriculum_samples: int, layout: Layout) -> None:
         """`curriculum_samples` > 0: the share of hard numbers rises evenly from 0 to `hard_fraction` over so many.
 
-        Raises ValueError for a start or a share that cannot be meant.
+        ValueError for a start or a share out of range.
         """
         limit = DIGITS - 1 if layout.digits else 64 * WORDS - 1
         if not 2 <= start < 1 << limit:
@@ -205,14 +205,15 @@ class CollatzStream:
 class HeldOutNumbers:
     """`length` distinct numbers that no training stream contains: every other one hard; the same for every seed.
 
-    `columns` are more values by number, put into each batch (what a baseline says of it).
+    `columns` are more values by number, put into each batch (what a baseline predicts of it).
     """
 
     def __init__(
-        self, name: str, length: int, start: int, span: int, layout: Layout, apart_from: np.ndarray | None = None
+        self, name: str, length: int, start: int, span: int, layout: Layout, exclude: np.ndarray | None = None
     ) -> None:
-        """`name` and `apart_from`, the `words` of another set, tell sets apart; ordinary numbers lie at most about `span` above
-        `start`, evenly by the logarithm of that distance. ValueError for a length or a span that cannot be meant."""
+        """Sets of another `name` have other hard numbers; none of `exclude`, the `words` of another set, is in this one.
+        Ordinary numbers lie at most about `span` above `start`, evenly by the logarithm of that distance. ValueError for a
+        length or span out of range."""
         if length < 2:
             raise ValueError(f"{length} held-out numbers are too few; take at least 2")
         if not 0 < span < 1 << 60:
@@ -221,9 +222,9 @@ class HeldOutNumbers:
             raise ValueError(f"{length} held-out numbers are too many for a span of {span}: 1 in {HELD_OUT_ONE_IN} is held out")
         words, kinds = np.empty((16 * length, WORDS), np.uint64), np.empty(16 * length, np.uint8)
         _draw_held_out(_key(name, 0), to_words([start])[0], float(span), words, kinds)
-        distinct = np.sort(np.unique(words, axis=0, return_index=True)[1])  # near `start` they meet
-        if apart_from is not None:
-            taken = set(map(bytes, apart_from))
+        distinct = np.sort(np.unique(words, axis=0, return_index=True)[1])  # near `start` the same one is drawn twice
+        if exclude is not None:
+            taken = set(map(bytes, exclude))
             distinct = np.array([row for row in distinct if bytes(words[row]) not in taken], dtype=np.int64)
         normal, hard = (distinct[(kinds[distinct] == NORMAL) == ordinary] for ordinary in (True, False))
         rows = np.sort(np.concatenate([normal[: length - length // 2], hard[: length // 2]]))
@@ -235,7 +236,7 @@ class HeldOutNumbers:
     def __len__(self) -> int:
         return len(self.words)
 
-    def everything(self) -> dict[str, torch.Tensor]:
+    def as_batch(self) -> dict[str, torch.Tensor]:
         """The whole set as one batch."""
         return self.__getitems__(range(len(self)))
 

@@ -1,4 +1,4 @@
-"""numba, with what it compiles kept on disk where that is possible."""
+"""numba compilation, cached on disk where possible."""
 
 from __future__ import annotations
 

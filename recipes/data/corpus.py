@@ -1,4 +1,4 @@
-"""Text of any size as a stream of documents, read a piece at a time: text files, JSONL, parquet, data sets of the hub."""
+"""Text of any size as a stream of documents, a piece at a time: text files, JSONL, parquet, data sets of the hub."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.data.hub import hub_answers, one_line
+from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.tokenizer import END_OF_TEXT
 
 PIECE = 16_384  # characters: what a longer document is cut into, so that no document has to fit into memory
 SMALLEST_PIECE, HELD_OUT_PIECES = 1024, 32
 READ_BYTES = 1 << 20
 Read = Callable[[int], object]
-"""is told of every so many bytes that have been read"""
+"""called with the number of bytes read since the last call"""
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 NOT_TEXT = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".ids", ".bin", ".npy", ".arrow", ".pdf")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What becomes of a unit."""
+    """A unit of the training or the validation stream."""
 
     text: str
     held_out: bool
@@ -60,29 +60,29 @@ class Source:
 
 
 def find_sources(inputs: Iterable[str], hub_split: str = "train") -> list[Source]:
-    """The files that paths and glob patterns mean, in their order, or data sets of the hub.
+    """The files that paths and glob patterns match, in their order, or data sets of the hub.
 
     ValueError or FileNotFoundError, in one line, for what is not there.
     """
-    found: list[Source] = []
+    sources: list[Source] = []
     for name in inputs:
         plain = str(Path(name).expanduser())
         paths = [plain] if Path(plain).is_file() else sorted(glob.glob(plain, recursive=True))
         files = [path for path in paths if Path(path).is_file()]
         if not paths and HUB_NAME.fullmatch(name) and not re.search(r"\.(txt|jsonl|ndjson|parquet)$", name):
-            found.append(Source(name, hub_split))
+            sources.append(Source(name, hub_split))
         elif not paths:
             raise FileNotFoundError(f"{name} does not exist; give a file, a pattern in quotes, or OWNER/NAME of the hub")
         elif not files:
             raise ValueError(f"{name} is a folder; give its files, such as '{name}/*.txt'")
         else:
-            found += [Source(path) for path in files]
-    for source in found:
+            sources += [Source(path) for path in files]
+    for source in sources:
         if source.name.lower().endswith(NOT_TEXT):
             raise ValueError(f"{source.name} is no text file; unpack it, or make it text, JSONL (a .jsonl) or parquet")
-        if found.count(source) > 1:
+        if sources.count(source) > 1:
             raise ValueError(f"{source.name} is given twice; give each file once")
-    return found
+    return sources
 
 
 def units(
@@ -117,16 +117,16 @@ def piece_size(total_characters: int | None, share: float) -> int:
 def hold_out(stream: Iterable[Unit], share: float) -> Iterator[Part]:
     """The units with about `share` of the text, spread evenly over it, held out; the first unit never is.
 
-    A piece that is held out stands there as a document of its own, and training goes on behind it in a new one.
+    A held-out piece becomes a document of its own, and training continues after it with a new one.
     """
     total = held = 0
     held_before = False
     for unit in stream:
-        mine = total > 0 and held < share * total
+        held_out = total > 0 and held < share * total
         total += len(unit.text)
-        held += len(unit.text) * mine
-        yield Part(unit.text, mine, mine or unit.ends, mine and not (unit.starts or held_before))
-        held_before = mine
+        held += len(unit.text) if held_out else 0
+        yield Part(unit.text, held_out, held_out or unit.ends, held_out and not (unit.starts or held_before))
+        held_before = held_out
 
 
 def _whole(documents: Iterable[str], piece: int) -> Iterator[Unit]:
@@ -177,7 +177,7 @@ def _text_file(path: Path, read: Read, piece: int) -> Iterator[Unit]:
             for document in documents:
                 yield from _pieces(document, starts, piece)
                 starts = True
-            # What stays of the last one, which may go on, holds any beginning of a separator.
+            # The rest of the last document, which may continue, includes any incomplete separator.
             text, starts = yield from _full_pieces(text, starts, piece)
     _decoded(decoder, b"", path, done)
     yield from _pieces(text, starts, piece)
@@ -209,7 +209,7 @@ def _json_rows(path: Path, column: str, read: Read) -> Iterator[str]:
                     f"{path}, line {number} has no text in {column!r} (it has {keys}); give its name with --column"
                 )
             if HALF_PAIR.search(text):
-                raise ValueError(f"{path}, line {number} holds half a surrogate pair, which is no character; mend the file")
+                raise ValueError(f"{path}, line {number} holds half a surrogate pair, which is no character; repair the file")
             yield text
 
 
@@ -220,8 +220,8 @@ def _parquet_rows(path: Path, column: str, read: Read) -> Iterator[str]:
     try:
         file = ParquetFile(path)
         if column not in file.schema_arrow.names:
-            there = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"{path} has no column {column!r} (it has {there}); give its name with --column")
+            columns = ", ".join(file.schema_arrow.names)
+            raise ValueError(f"{path} has no column {column!r} (it has {columns}); give its name with --column")
         rows = max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             read(path.stat().st_size * len(batch) // rows)
@@ -240,14 +240,14 @@ def _hub_rows(source: Source, column: str) -> Iterator[str]:
     name, _, configuration = source.name.partition(":")
     row, text = {}, ""
     try:
-        if not hub_answers():
+        if not hub_is_reachable():
             raise ConnectionError("it does not answer")
         for row in datasets.load_dataset(name, configuration or None, split=source.split, streaming=True):
             text = row.get(column)
             if not isinstance(text, str):
                 break
             yield text
-    except Exception as error:  # a library that raises a dozen kinds; each means the same to the user
+    except Exception as error:  # the library raises a dozen types; to the user all mean the same
         raise ValueError(
             f"{source.name} is no file here, and cannot be read from the hub ({one_line(error)}); give a file, or a data set"
         ) from error

@@ -19,6 +19,7 @@ SPLITS = ("train", "validation", "test")
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 UNDERLINE = re.compile(r"\s*([^\w\s])\1{2,}\s*")  # the ===== below a heading
 BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def load_embedded() -> dict[str, list[str]]:
@@ -72,17 +73,16 @@ def _docstrings(path: Path) -> Iterator[str]:
     """Yield the docstrings of a source file; nothing if it cannot be read or is not valid Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules are no concern of a reader
+            warnings.simplefilter("ignore")  # about invalid escapes in old modules
             module = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
     pending: list[ast.AST] = [module]
     while pending:
         node = pending.pop()
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and (docstring := ast.get_docstring(node)):
+        if isinstance(node, DOCUMENTED) and (docstring := ast.get_docstring(node)):
             yield docstring
-        # Definitions hide in statements only; leaving expressions out makes this several times faster than ast.walk.
+        # Only statements contain definitions; leaving expressions out makes this several times faster than ast.walk.
         children = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)]
         pending.extend(reversed(children))
 

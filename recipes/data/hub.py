@@ -3,18 +3,18 @@
 HUB_PROBE_SECONDS = 5.0
 
 
-def hub_answers() -> bool:
-    """Whether the hub can be reached at all, asked once and briefly, through the same proxies as any download."""
+def hub_is_reachable() -> bool:
+    """Whether the hub can be reached at all: one short request, through the same proxies as any download."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_PROBE_SECONDS)
-    except Exception:  # no network, no route, no name, time-out, offline mode: all are a no
+    except Exception:  # no network, no route, no name, time-out, offline mode: all mean no
         return False
     return True
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error on one line; its kind where it has none."""
+    """The text of an error on one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Training batches of labelled images: augmented, normalised, mixed, all of it from (seed, sample number) alone."""
+"""Batches of labelled images: augmented, normalised and mixed, as a function of (seed, sample number) alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.data.images import random_of
+from recipes.data.synthetic_images import generator_from
 
 if TYPE_CHECKING:
     import torch
@@ -19,56 +19,57 @@ class Augmentation:
     """What is done to a training image and its label."""
 
     crop_padding: int = 0
-    """pixels of grey put around an image before it is cut back to its size at a random place"""
+    """pixels of grey around an image before a random crop back to its size"""
     flip: bool = False
     """mirror half of the images"""
     mixup: float = 0.0
     """alpha of the Beta distribution of mixing weights (0: off)"""
     label_smoothing: float = 0.0
-    """probability that is spread over all classes"""
+    """probability spread over all classes"""
 
 
 class ImageBatches:
     """Samples of a map-style set by number: s is item s % len, and every random choice about it comes from (seed, s).
 
     mixup (Zhang et al. 2018): sample s is mixed with another item of the whole set, drawn from (seed, s) like the weight, and
-    not with a neighbour in its batch, so that a process needs no sample that another one reads. `labels` are those of the
-    image that has the larger weight.
+    not with one of its own batch, so that a process needs no sample that another one reads. `labels` are those of the image
+    with the larger weight.
     """
 
     def __init__(
         self,
-        items: Any,
-        numbers: np.ndarray,
+        part: tuple[Any, np.ndarray],
         classes: int,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        """`numbers` [length]: which items of the set belong to this one. `mean`, `std`: one for all channels, or one each."""
-        self.items, self.numbers, self.classes, self.seed = items, numbers, classes, seed
+        """`part`: a map-style set, and the numbers [length] of the items that are used. `mean`, `std`: one number for all
+        channels, or one for each.
+        """
+        self.items, self.numbers = part
+        self.classes, self.seed = classes, seed
         self.mean, self.std, self.augmentation = tuple(mean), tuple(std), augmentation
 
-    def plain(self) -> ImageBatches:
-        """The same images as they are."""
-        return ImageBatches(self.items, self.numbers, self.classes, self.mean, self.std)
+    def without_augmentation(self) -> ImageBatches:
+        """The same images, normalised only."""
+        return ImageBatches((self.items, self.numbers), self.classes, self.mean, self.std)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Samples -> `images` fp32 [batch, channels, height, width], `labels` int64 [batch]; with an augmentation also
-        `targets` fp32 [batch, classes], what the loss compares with.
+        """`images` fp32 [batch, channels, height, width] and `labels` int64 [batch]; with an augmentation also `targets` fp32
+        [batch, classes], the probabilities that the loss compares with.
         """
         import torch
 
-        made = [self._sample(int(number)) for number in numbers]
-        images = torch.stack([image for image, _, _ in made])
+        images, labels, targets = zip(*(self._sample(int(number)) for number in numbers), strict=True)
         mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
-        batch = {"images": (images - mean) / std, "labels": torch.tensor([label for _, label, _ in made])}
+        batch = {"images": (torch.stack(images) - mean) / std, "labels": torch.tensor(labels)}
         if self.augmentation:
-            batch["targets"] = torch.stack([target for _, _, target in made])
+            batch["targets"] = torch.stack(targets)
         return batch
 
     def _sample(self, number: int) -> tuple[torch.Tensor, int, Any]:
@@ -78,26 +79,25 @@ class ImageBatches:
         image, label = self.items[int(self.numbers[number % len(self)])]
         if not self.augmentation:
             return image, label, None
-        a, random = self.augmentation, random_of(self.seed, "augmentation", number)
-        image, weight = self._moved(image, random), 1.0
+        a, random = self.augmentation, generator_from(self.seed, "augmentation", number)
+        image = self._crop_and_flip(image, a, random)
         target = torch.zeros(self.classes)
         target[label] = 1.0
         if a.mixup:
             weight = float(random.beta(a.mixup, a.mixup))
             other, other_label = self.items[int(self.numbers[random.randint(len(self))])]
-            image = weight * image + (1.0 - weight) * self._moved(other, random)
+            image = weight * image + (1.0 - weight) * self._crop_and_flip(other, a, random)
             target *= weight
             target[other_label] += 1.0 - weight
             label = label if weight >= 0.5 else other_label
         return image, label, (1.0 - a.label_smoothing) * target + a.label_smoothing / self.classes
 
-    def _moved(self, image: torch.Tensor, random: np.random.RandomState) -> torch.Tensor:
-        """Cropped and mirrored at random."""
+    def _crop_and_flip(self, image: torch.Tensor, a: Augmentation, random: np.random.RandomState) -> torch.Tensor:
         import torch.nn.functional as F
 
-        pad, (height, width) = self.augmentation.crop_padding, image.shape[1:]
+        pad, (height, width) = a.crop_padding, image.shape[1:]
         if pad:
             top, left = random.randint(0, 2 * pad + 1, size=2)
-            grey = sum(self.mean) / len(self.mean)  # what normalising makes zero
+            grey = sum(self.mean) / len(self.mean)  # zero once normalised
             image = F.pad(image, (pad, pad, pad, pad), value=grey)[:, top : top + height, left : left + width]
-        return image.flip(-1) if self.augmentation.flip and random.rand() < 0.5 else image
+        return image.flip(-1) if a.flip and random.rand() < 0.5 else image

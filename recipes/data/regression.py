@@ -1,7 +1,7 @@
 """Linear regression sequences, generated on the device: tasks w, inputs x ~ N(0, I), y = w.x + N(0, noise variance).
 
 Every number is a pure function of (seed, sample number, column), by hashing a counter (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"): a whole batch takes some thirty operations, and any number of processes makes the same samples.
+numbers: as easy as 1, 2, 3"): a batch takes about thirty operations, and is the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ def sample_keys(stream: str, seed: int, numbers: Sequence[int]) -> np.ndarray:
     """64 random bits for each sample number of a named stream: uint64 [batch]."""
     root = np.frombuffer(hashlib.blake2b(f"{stream},{seed}".encode(), digest_size=8).digest(), dtype="<u8")
     with np.errstate(over="ignore"):
-        return _mixed(root + np.asarray(numbers, dtype=np.uint64) * np.uint64(INCREMENT))
+        return _splitmix64(root + np.asarray(numbers, dtype=np.uint64) * np.uint64(INCREMENT))
 
 
-def _mixed(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on uint64."""
+def _splitmix64(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, on uint64."""
     for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
     return z
@@ -41,7 +42,7 @@ def normals(keys: Tensor, columns: Tensor) -> Tensor:
     z = keys[:, None] + columns
     for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
         z ^= (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # torch shifts signed integers arithmetically
-        z *= _signed(multiplier)
+        z *= _as_int64(multiplier)
     z ^= (z >> SHIFTS[2]).bitwise_and_((1 << (64 - SHIFTS[2])) - 1)
     angle = (z >> 32).float().mul_(math.pi / 2**31)
     above_zero = z.bitwise_and_(0xFFFFFFFF).add_(1).float().mul_(2.0**-32)  # in (0, 1]: its logarithm is finite
@@ -56,33 +57,33 @@ def normal_columns(count: int) -> Tensor:
     return torch.from_numpy(steps.view(np.int64))
 
 
-def _signed(bits: int) -> int:
+def _as_int64(bits: int) -> int:
     return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
 def task_pool(num_tasks: int, task_size: int, seed: int) -> Tensor:
-    """`num_tasks` vectors w ~ N(0, I): float32 [num_tasks, task_size]. Pools of one seed and size begin with the same tasks."""
+    """`num_tasks` vectors w ~ N(0, I): float32 [num_tasks, task_size]. A larger pool begins with the tasks of a smaller one."""
     keys = torch.from_numpy(sample_keys("tasks", seed, range(num_tasks)).view(np.int64))
     return normals(keys, normal_columns(task_size))[:, :task_size].contiguous()
 
 
 class RegressionStream:
-    """Endless sequences of `examples` pairs, from pools of tasks; an empty pool stands for infinitely many, a new one each.
+    """Endless sequences of `examples` pairs from pools of tasks. An empty pool means infinitely many: each sample a new task.
 
-    With several pools a sample has one y by pool, all with the same x, the same noise and the same uniform that chooses the
-    task, so each is what a stream of that pool alone would give.
+    With several pools a sample has one y for each, all with the same x, the same noise and the same uniform number that
+    chooses the task: each is what a stream of that pool alone would give.
     """
 
     on_device = True
     VERSION = "regression 1"
-    """changes whenever the same seed gives other samples"""
+    """to be changed whenever the same seed gives other samples"""
 
     def __init__(self, stream: str, seed: int, pools: Sequence[Tensor], task_size: int, examples: int, noise: float) -> None:
-        """`noise` is the variance of y around w.x; `stream` a name: streams of other names or seeds are independent."""
+        """`noise` is the variance of y around w.x. Streams with another name (`stream`) or seed are independent."""
         self.stream, self.seed, self.task_size, self.examples = stream, seed, task_size, examples
         self.noise_std = math.sqrt(noise)
         self.sizes = np.array([[len(pool)] for pool in pools])
-        self.starts = np.cumsum(self.sizes, axis=0) - self.sizes
+        self.starts = np.cumsum(self.sizes, axis=0) - self.sizes  # of each pool in `tasks`
         self.infinite = [i for i, pool in enumerate(pools) if not len(pool)]
         self.tasks = torch.cat(list(pools))
         self.columns = normal_columns(examples * (task_size + 1) + task_size)
@@ -95,28 +96,29 @@ class RegressionStream:
         """x [batch, examples, task_size], y [batch, pools, examples] and its mean w.x [batch, pools, examples]."""
         keys = sample_keys(self.stream, self.seed, numbers)
         with np.errstate(over="ignore"):
-            uniform = (_mixed(keys - np.uint64(INCREMENT)) >> np.uint64(11)) * 2.0**-53
+            uniform = (_splitmix64(keys - np.uint64(INCREMENT)) >> np.uint64(11)) * 2.0**-53
         chosen = self.starts + (uniform * self.sizes).astype(np.int64)  # [pools, batch]
-        sent = torch.from_numpy(np.concatenate([keys.view(np.int64)[None], chosen])).to(self.columns.device)
-        z, size, pairs = normals(sent[0], self.columns), self.task_size, self.examples * self.task_size
-        x = z[:, :pairs].view(len(keys), self.examples, size)
-        noise = z[:, pairs : pairs + self.examples]
-        fresh = z[:, pairs + self.examples : pairs + self.examples + size]
+        keys_and_tasks = torch.from_numpy(np.concatenate([keys.view(np.int64)[None], chosen])).to(self.columns.device)
+        device_keys, task_numbers = keys_and_tasks[0], keys_and_tasks[1:]
+        z, size, inputs = normals(device_keys, self.columns), self.task_size, self.examples * self.task_size
+        x = z[:, :inputs].view(len(keys), self.examples, size)
+        noise = z[:, inputs : inputs + self.examples]
+        new_task = z[:, inputs + self.examples : inputs + self.examples + size]
         if len(self.infinite) == len(self.sizes):
-            w = fresh.unsqueeze(1).expand(-1, len(self.sizes), -1)
+            w = new_task.unsqueeze(1).expand(-1, len(self.sizes), -1)
         else:
-            w = self.tasks[sent[1:].clamp_(max=len(self.tasks) - 1).T]  # [batch, pools, task_size]
+            w = self.tasks[task_numbers.clamp_(max=len(self.tasks) - 1).T]  # [batch, pools, task_size]
             if self.infinite:
-                w[:, self.infinite] = fresh.unsqueeze(1)
+                w[:, self.infinite] = new_task.unsqueeze(1)
         mean = w @ x.mT
         return {"x": x, "y": torch.add(mean, noise.unsqueeze(1), alpha=self.noise_std), "mean": mean}
 
 
 class RegressionSample(RegressionStream):
-    """The first `count` sequences of a stream: a set to evaluate on."""
+    """The first `count` sequences of a stream: a finite set to evaluate on."""
 
-    def __init__(self, count: int, *stream: object) -> None:
-        super().__init__(*stream)  # type: ignore[arg-type]
+    def __init__(self, count: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.count = count
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """From text to token ids: rows -> tokenizer -> ids, cached by content.
 
 A row is one line of text: a paragraph, a heading, a story. In the stream of ids each is followed by `<|endoftext|>`.
-Whatever a user can mend raises ValueError or FileNotFoundError with one line that says what to do next.
+Errors that a user can fix are ValueError or FileNotFoundError, with one line that names the next step.
 """
 
 import io
@@ -16,8 +16,8 @@ import numpy as np
 
 from recipes.data.cache import CacheEntry, content_hash
 from recipes.data.embedded import SPLITS, load_embedded
-from recipes.data.hub import hub_answers, one_line
-from recipes.data.tokenizer import END_OF_TEXT, load_tokenizer, vocabulary_size
+from recipes.data.hub import hub_is_reachable, one_line
+from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,6 +34,13 @@ LOCAL_FILES = (
 ENCODE_ROWS = 4096  # rows tokenized at a time: enough for every core, and memory stays bounded
 
 
+def file_of(ids: np.ndarray) -> Path:
+    """The file of a memory-mapped array."""
+    assert isinstance(ids, np.memmap)
+    assert ids.filename is not None
+    return Path(ids.filename)
+
+
 @dataclass(frozen=True)
 class TokenSplit:
     """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
@@ -44,7 +51,7 @@ class TokenSplit:
     fingerprint: str  # hex; of the rows and the tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: Path(v.filename) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
+        return {k: file_of(v) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({k: _map(v) if isinstance(v, Path) else v for k, v in state.items()})
@@ -61,11 +68,11 @@ class Text:
 
     @classmethod
     def without_data(cls, tokenizer_json: str) -> "Text":
-        """Of a tokenizer alone: what is needed to encode and decode."""
+        """A tokenizer alone, to encode and decode with."""
         from tokenizers import Tokenizer
 
         encoder = Tokenizer.from_str(tokenizer_json)
-        return cls(tokenizer_json, vocabulary_size(encoder), encoder.token_to_id(END_OF_TEXT), {})
+        return cls(tokenizer_json, vocabulary_size(encoder), end_of_text_id(encoder), {})
 
     @property
     def fingerprint(self) -> str:
@@ -84,7 +91,7 @@ def prepare_text(
 ) -> Text:
     """Load rows and tokenizer and return the ids of each split, from the cache if the same rows were tokenized before.
 
-    `vocab_size` counts for `tokenizer="train"` only; `Text.vocab_size` is what came of it. The cache is `cache_dir`,
+    `vocab_size` is for `tokenizer="train"` only; `Text.vocab_size` is the actual size. The cache is `cache_dir`,
     else $SAMECURVE_CACHE, else ~/.cache/samecurve. Raises what `load_rows` and `load_tokenizer` raise.
     """
     cache = Path(cache_dir or os.environ.get("SAMECURVE_CACHE") or Path.home() / ".cache" / "samecurve").expanduser()
@@ -93,7 +100,7 @@ def prepare_text(
     return Text(
         tokenizer_json=encoder.to_str(),
         vocab_size=vocabulary_size(encoder),
-        end_of_text=encoder.token_to_id(END_OF_TEXT),
+        end_of_text=end_of_text_id(encoder),
         splits={split: _tokenize(rows[split], encoder, cache) for split in SPLITS},
     )
 
@@ -105,7 +112,7 @@ def load_rows(dataset: str, data_dir: str | None) -> dict[str, list[str]]:
     """Return the rows of train, validation and test, without blank rows and trailing white space.
 
     `data_dir`, a folder with one of the sets of files in LOCAL_FILES, wins over `dataset`: wikitext2, wikitext103 (from
-    the hub or its local cache) or embedded. Raises ValueError or FileNotFoundError; other text is never put in place.
+    the hub or its local cache) or embedded. Raises ValueError or FileNotFoundError; no other text is ever substituted.
     """
     if data_dir:
         return _load_local_rows(Path(data_dir).expanduser())
@@ -136,7 +143,7 @@ def _read_rows(path: Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 ({bad}); convert it, for example with iconv") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check what it is and its permissions") from None
-    # Not splitlines(), which also cuts at characters that stand inside a line of WikiText.
+    # Not splitlines(), which also cuts at characters that occur inside a line of WikiText.
     rows = [line.rstrip() for line in text.split("\n") if line.strip()]
     if not rows:
         state = "has only blank rows" if text else "is empty"
@@ -149,11 +156,11 @@ def _load_hub_rows(dataset: str) -> dict[str, list[str]]:
 
     config_offline = datasets.config.HF_HUB_OFFLINE
     try:
-        # Without this a machine with no network retries for half a minute or more before it looks into its own cache.
-        datasets.config.HF_HUB_OFFLINE = config_offline or not hub_answers()
+        # Without this a machine with no network retries for half a minute or more before it reads its own cache.
+        datasets.config.HF_HUB_OFFLINE = config_offline or not hub_is_reachable()
         splits = datasets.load_dataset(HUB_WIKITEXT, HUB_DATASETS[dataset])
         return {split: [row.rstrip() for row in splits[split]["text"] if row.strip()] for split in SPLITS}
-    except Exception as error:  # a library that raises a dozen kinds; each means the same to the user
+    except Exception as error:  # the library raises a dozen types; to the user all mean the same
         raise ValueError(
             f"cannot load --dataset {dataset} from the hub ({one_line(error)}); "
             "give local files with --data_dir FOLDER, or use --dataset embedded, which needs no network"
@@ -171,10 +178,10 @@ def encode_rows(tokenizer: "Tokenizer", rows: Sequence[str]) -> tuple[np.ndarray
     `ids` are uint16 if the vocabulary fits, else uint32; `row_ends` are int64. An END_OF_TEXT written out in a row
     becomes that token too. Uses every core.
     """
-    # Said aloud, the library neither warns nor switches itself off when DataLoader workers are forked later.
+    # Set explicitly, the library neither warns nor switches itself off when DataLoader workers are forked later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
-    end_of_text = [tokenizer.token_to_id(END_OF_TEXT)]
+    end_of_text = [end_of_text_id(tokenizer)]
     ids: list[np.ndarray] = []
     lengths: list[int] = []
     for start in range(0, len(rows), ENCODE_ROWS):

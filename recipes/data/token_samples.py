@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipes.data.text import END_OF_TEXT, TokenSplit
+from recipes.data.text import TokenSplit
+from recipes.data.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,12 @@ class TokenBlocks:
     and labels with IGNORED.
     """
 
+    truncated = 0  # no row is cut off: the next block goes on with it
+
     def __init__(
         self, split: TokenSplit, max_length: int, vocab_size: int, end_of_text: int, stride: int | None = None
     ) -> None:
-        """Raises ValueError if there are fewer than 2 tokens, an id is not below `vocab_size`, or the stride leaves gaps."""
+        """ValueError if there are fewer than 2 tokens, an id is not below `vocab_size`, or the stride leaves gaps."""
         _check_ids(split.ids, max_length, vocab_size)
         self.stride = max_length if stride is None else stride
         if not 1 <= self.stride <= max_length:
@@ -53,7 +56,7 @@ class TokenRows:
     """
 
     def __init__(self, split: TokenSplit, max_length: int, vocab_size: int, end_of_text: int) -> None:
-        """Raises ValueError if a row has fewer than 2 tokens or an id is not below `vocab_size`."""
+        """ValueError if a row has fewer than 2 tokens or an id is not below `vocab_size`."""
         _check_ids(split.ids, max_length, vocab_size)
         lengths = np.diff(split.row_ends, prepend=0)
         if lengths.min() < 2:

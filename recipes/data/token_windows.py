@@ -1,4 +1,4 @@
-"""Token ids in a file, read where they lie, and the windows of them that a language model is trained and measured on."""
+"""Token ids in a file, never loaded as a whole, and windows of them to train a language model on and to measure it with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.data.text import prepare_text
+from recipes.data.text import file_of, prepare_text
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path, vocab_size: int) -> TokenFile:
-        """Find out how the ids of `path` are stored. ValueError or FileNotFoundError, in one line, if they cannot be."""
+        """Detect how the ids of `path` are stored. One-line ValueError or FileNotFoundError if it holds none."""
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path} {what}; give a .ids, .bin or .npy file of token ids, or `embedded`")
         size = path.stat().st_size
         if not size:
-            raise ValueError(f"{path} is empty; make it again with tools/prepare_text.py")
+            raise ValueError(f"{path} is empty; make it again with tools/prepare_text.py of samecurve's source repository")
         if path.suffix == ".npy":
             return cls._open_npy(path)
         default = "uint16" if vocab_size <= 2**16 else "uint32"
@@ -66,17 +66,17 @@ class TokenFile:
             code = f"import numpy as np; f = {str(path)!r}; {read}.astype('{default}').tofile({new!r})"
             raise ValueError(f"{path} holds numbers written as text; convert it: python -c {shlex.quote(code)}")
         if not path.with_name(f"{path.name}.json").exists() and _is_text(head):
-            made = f"python tools/prepare_text.py {shlex.quote(str(path))} --out data"
-            raise ValueError(f"{path} is text, not ids; make them of it: {made}")
-        told = _sidecar(path)
-        dtype = str(told.get("dtype", default))
+            command = f"python tools/prepare_text.py {shlex.quote(str(path))} --out data"
+            raise ValueError(f"{path} is text, not ids; make them of it: {command} (in samecurve's source repository)")
+        sidecar = _read_sidecar(path)
+        dtype = str(sidecar.get("dtype", default))
         if dtype not in ("uint16", "uint32"):
             raise ValueError(f"{path}.json: dtype {dtype!r} is unknown; it is uint16 or uint32")
         width = np.dtype(dtype).itemsize
         if size % width:
             raise ValueError(f"{path} has {size} bytes, no whole number of {dtype} ids; it is cut off or of another kind")
-        if told.get("count", size // width) != size // width:
-            raise ValueError(f"{path} holds {size // width} ids, its .json says {told['count']}; make it again")
+        if sidecar.get("count", size // width) != size // width:
+            raise ValueError(f"{path} holds {size // width} ids, its .json says {sidecar['count']}; make it again")
         return cls(path, dtype, 0, size // width)
 
     @classmethod
@@ -85,7 +85,7 @@ class TokenFile:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path} is not a .npy array ({' '.join(str(error).split())}); save it with np.save") from None
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.memmap):
             raise ValueError(f"{path} is an archive of arrays (.npz), not one; save the ids with np.save")
         if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
             raise ValueError(f"{path} is {array.dtype} {list(array.shape)}; it must be one row of integers")
@@ -94,15 +94,15 @@ class TokenFile:
     def windows(self, length: int, starts: np.ndarray) -> np.ndarray:
         """ids[start : start + length] for each start: int32 [len(starts), length].
 
-        Read by position, not through a memory map: a map keeps all it has shown in this process, until it holds the file,
-        and giving pages back costs a page fault a window, several times what reading one takes.
+        Read by position, not through a memory map: mapped pages stay resident, until the whole file is in this process's
+        memory, and releasing them costs a page fault a window, several times what reading one takes.
         """
         width, handle = np.dtype(self.dtype).itemsize, self._file.fileno()
-        places = (self.offset + starts * width).tolist()
-        found = b"".join(map(os.pread, repeat(handle), repeat(length * width), places))
-        if len(found) != len(starts) * length * width:
+        offsets = (self.offset + starts * width).tolist()
+        content = b"".join(map(os.pread, repeat(handle), repeat(length * width), offsets))
+        if len(content) != len(starts) * length * width:
             raise ValueError(f"{self.path} has become shorter than its {self.count} ids; restore it")
-        return np.frombuffer(found, self.dtype).reshape(len(starts), length).astype(np.int32)
+        return np.frombuffer(content, self.dtype).reshape(len(starts), length).astype(np.int32)
 
     @functools.cached_property
     def _file(self) -> io.FileIO:
@@ -116,7 +116,7 @@ class TokenFile:
         return {k: v for k, v in vars(self).items() if k != "_file"}
 
     def check(self, vocab_size: int, longer_than: int) -> str:
-        """Look at every id once, a piece at a time; the SHA-256 of the ids.
+        """Check every id, a chunk at a time, and return the SHA-256 of the ids.
 
         ValueError naming the first id that is not below `vocab_size`, or if there are not more than `longer_than` ids.
         """
@@ -138,7 +138,7 @@ class TokenFile:
                         "give the --vocab_size of the tokenizer that made it"
                     )
                 wide = wide and not ids[(1 - start) % 2 :: 2].any()
-                digest.update(ids.astype("uint16" if vocab_size <= 2**16 else "uint32", copy=False))
+                digest.update(ids.astype("uint16" if vocab_size <= 2**16 else "uint32", copy=False).data)
         if wide:
             raise ValueError(
                 f"{self.path}: every second id is 0, so its ids are wider than {self.dtype}; convert it: "
@@ -160,22 +160,22 @@ def _is_text(head: bytes) -> bool:
     return len(head) >= 64 and all(character.isprintable() or character in "\t\n\r\f" for character in text)
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
+def _read_sidecar(path: Path) -> dict[str, Any]:
     """NAME.json beside a file of ids; empty if there is none."""
     try:
-        told = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+        sidecar = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}.json cannot be read ({error}); make it again, or remove it") from None
-    if not isinstance(told, dict):
+    if not isinstance(sidecar, dict):
         raise ValueError(f"{path}.json holds no JSON object; make it again, or remove it")
-    return told
+    return sidecar
 
 
 @dataclass(frozen=True)
 class Streams:
-    """What a language model is trained and measured on."""
+    """The files of ids that a language model is trained on and measured with, and their tokenizer."""
 
     train: TokenFile
     validation: TokenFile
@@ -185,32 +185,34 @@ class Streams:
 
 
 def open_streams(train: str | None, validation: str | None, tokenizer: str | None, vocab_size: int, length: int) -> Streams:
-    """Open and check both files of ids, for windows of `length` inputs. `embedded` prepares the text that Python brings along.
+    """Open and check both files of ids, for windows of `length` inputs. `embedded` prepares the text that comes with Python.
 
     `tokenizer`: a folder or tokenizer.json; None: the one beside `train`, if there is one. ValueError or OSError, in one line.
     """
     if not train or (not validation and train != "embedded"):
         name = "val_data_path" if train else "train_data_path"
         raise ValueError(
-            f"{name} is missing: give --{name} FILE.ids (tools/prepare_text.py makes one), or --train_data_path embedded"
+            f"{name} is missing: give --{name} FILE.ids (tools/prepare_text.py of samecurve's source repository makes one), "
+            "or --train_data_path embedded"
         )
-    if (train == "embedded") != ((validation or train) == "embedded"):
+    validation = validation or train
+    if (train == "embedded") != (validation == "embedded"):
         raise ValueError(
             f"train_data_path {train} and val_data_path {validation}: `embedded` has its own tokens; use it for both"
         )
     if train == "embedded":
         text = prepare_text("embedded", None, tokenizer or "train", vocab_size)
         # Memory-mapped files of the cache, all of them.
-        train, validation = (str(text.splits[split].ids.filename) for split in ("train", "validation"))
+        train, validation = (str(file_of(text.splits[split].ids)) for split in ("train", "validation"))
         tokenizer_json: str | None = text.tokenizer_json
     else:
         beside = Path(train).with_name("tokenizer.json")
         tokenizer = tokenizer or (str(beside) if beside.is_file() else None)
-        found = existing_tokenizer(tokenizer) if tokenizer else None
-        if found and (entries := vocabulary_size(found)) > vocab_size:
+        encoder = existing_tokenizer(tokenizer) if tokenizer else None
+        if encoder and (entries := vocabulary_size(encoder)) > vocab_size:
             ways_out = f"give --vocab_size {entries}, or the --tokenizer that made the ids"
             raise ValueError(f"tokenizer {tokenizer} has {entries} entries, vocab_size is {vocab_size}; {ways_out}")
-        tokenizer_json = found.to_str() if found else None
+        tokenizer_json = encoder.to_str() if encoder else None
         for path in (train, validation):
             _check_tokenizer(Path(path), tokenizer_json, tokenizer)
     files, digests = [], []
@@ -221,19 +223,19 @@ def open_streams(train: str | None, validation: str | None, tokenizer: str | Non
 
 
 def _check_tokenizer(path: Path, tokenizer_json: str | None, name: str | None) -> None:
-    """ValueError if the .json beside a file of ids tells of another tokenizer than this one."""
-    told = _sidecar(path).get("tokenizer_sha256")
-    if told and tokenizer_json and told != hashlib.sha256(tokenizer_json.encode()).hexdigest():
+    """ValueError if the .json beside a file of ids names another tokenizer than this one."""
+    expected = _read_sidecar(path).get("tokenizer_sha256")
+    if expected and tokenizer_json and expected != hashlib.sha256(tokenizer_json.encode()).hexdigest():
         raise ValueError(
             f"tokenizer {name} is not the one that made {path}; give that one with --tokenizer, or make the ids again"
         )
 
 
 class TokenWindows:
-    """Windows of `length` inputs and the id after each, one behind the other: every id but the first is predicted once.
+    """Windows of `length` inputs and the id after each, end to end: every id but the first is predicted once.
 
     The last one may be short. Windows are numbered so that the first n of them, for any n, lie evenly spread over the
-    file: an evaluation of part of them sees all of it. `limit` keeps only so many.
+    file: an evaluation of a part of them still covers the whole file. `limit` keeps only so many.
     """
 
     def __init__(self, file: TokenFile, length: int, limit: int | None = None) -> None:
@@ -258,7 +260,7 @@ class TokenWindows:
 
 
 class RandomWindows:
-    """An endless stream of windows: sample s starts where a hash of (seed, s) says, every start being equally likely.
+    """An endless stream of windows: sample s starts at a hash of (seed, s), every start being equally likely.
 
     The hash is output s of SplitMix64 (Steele, Lea & Flood 2014, figure 17) started from the mixed seed.
     """
@@ -298,8 +300,8 @@ def _spreading_stride(count: int) -> int:
     """A step that shares no factor with `count`, so that its multiples visit all, and whose ratio to it has the smallest
     largest partial quotient near the golden ratio, so that at any time they lie evenly (Niederreiter 1992, section 3.1)."""
     near = round(count * 0.6180339887498949)
-    tried = [step for step in range(max(1, near - 100), min(near + 101, count)) if math.gcd(step, count) == 1]
-    return min(tried, key=lambda step: (_largest_quotient(step, count), abs(step - near)), default=1)
+    candidates = [step for step in range(max(1, near - 100), min(near + 101, count)) if math.gcd(step, count) == 1]
+    return min(candidates, key=lambda step: (_largest_quotient(step, count), abs(step - near)), default=1)
 
 
 def _largest_quotient(step: int, count: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.data.cache import CacheEntry, content_hash
-from recipes.data.hub import hub_answers, one_line
+from recipes.data.hub import hub_is_reachable, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,9 +47,9 @@ def existing_tokenizer(tokenizer: str) -> "Tokenizer":
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """Byte-level BPE of `vocab_size` entries (fewer, if the texts are that poor) learned from `texts`; END_OF_TEXT is id 0.
+    """Byte-level BPE of `vocab_size` entries (fewer, if the texts have no more) trained on `texts`; END_OF_TEXT is id 0.
 
-    Memory grows with the number of different words, not with the text. ValueError if there is no room beside the bytes.
+    Memory grows with the number of distinct words, not with the text. ValueError if `vocab_size` does not exceed the 256 bytes.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -83,7 +83,7 @@ def _download_gpt2() -> Path:
         except FileNotFoundError:
             continue
     try:
-        if not hub_answers():
+        if not hub_is_reachable():
             raise ConnectionError("it does not answer")
         return Path(hf_hub_download(HUB_GPT2[0], "tokenizer.json"))
     except Exception as error:
@@ -126,7 +126,7 @@ def _gpt2_files(folder: Path) -> "Tokenizer":
             f"{folder} holds no readable vocab.json + merges.txt ({one_line(error)}); use another --tokenizer PATH"
         ) from None
     vocabulary = encoder.get_vocab()
-    # BPE leaves out what it does not know without a word, and an empty vocabulary "works".
+    # BPE silently drops unknown characters, and even accepts an empty vocabulary.
     if missing := set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys():
         raise ValueError(
             f"{folder}/vocab.json has {len(vocabulary)} entries and lacks {len(missing)} of the 256 bytes; "
@@ -135,13 +135,20 @@ def _gpt2_files(folder: Path) -> "Tokenizer":
     if folder.resolve().name == "gpt2":
         _check_gpt2(encoder, str(folder))
     if END_OF_TEXT in vocabulary:
-        encoder.add_special_tokens([END_OF_TEXT])  # takes the id it has
+        encoder.add_special_tokens([END_OF_TEXT])  # it keeps its id
     return encoder
 
 
 def _check_gpt2(encoder: "Tokenizer", name: str) -> None:
     if (entries := encoder.get_vocab_size()) != GPT2_VOCAB_SIZE:
         raise ValueError(f"tokenizer {name} has {entries} entries, GPT-2 has {GPT2_VOCAB_SIZE}; replace its files")
+
+
+def end_of_text_id(encoder: "Tokenizer") -> int:
+    """The id of END_OF_TEXT in a tokenizer that has it."""
+    token_id = encoder.token_to_id(END_OF_TEXT)
+    assert token_id is not None
+    return token_id
 
 
 def vocabulary_size(encoder: "Tokenizer") -> int:

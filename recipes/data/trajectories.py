@@ -1,12 +1,12 @@
 """Collatz trajectories of integers of any size, exactly: parity vectors and total step counts, a batch at a time.
 
 The map is n/2 for even n and 3n + 1 for odd n. The parity vector of n holds the parity of each number before each step until 1
-is reached; its length is the number of steps. A token is EVEN, ODD or, behind the end, PADDING.
+is reached; its length is the number of steps. A token is EVEN, ODD or, after the end, PADDING.
 
-The compiled walk takes several steps at once. With the shortcut T(n) = n/2 or (3n + 1)/2, the low B bits of n decide its next
+The compiled code takes several steps at once. With the shortcut T(n) = n/2 or (3n + 1)/2, the low B bits of n decide its next
 B parities: T^B(2^B h + b) = 3^odd(b) h + T^B(b) (Terras 1976, theorem 1.2). A table over b holds the power of 3, the addend and
 the parities, an odd shortcut step being the two steps "odd, even". Numbers have three 64-bit words while they need them and one
-afterwards; what would outgrow three is walked again in Python's integers.
+afterwards; what would outgrow three is followed again in Python's integers.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ TAIL_WORDS = 2  # no number below 2^BITS takes more than 127 steps
 def parity_vectors(numbers: Sequence[int], max_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens uint8 [batch, max_len], steps int64 [batch]) of integers of any size. ValueError for one below 1."""
     small = [n < 1 << 64 * WORDS for n in numbers]
-    tokens, steps = walk(to_words([n if fits else 1 for n, fits in zip(numbers, small, strict=True)]), max_len)
+    tokens, steps = parities_of_words(to_words([n if fits else 1 for n, fits in zip(numbers, small, strict=True)]), max_len)
     for row in np.flatnonzero(~np.array(small, dtype=bool)):
-        steps[row] = _fill(tokens[row], numbers[row])
+        steps[row] = _fill(tokens[row], numbers[int(row)])
     return tokens, steps
 
 
-def walk(words: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+def parities_of_words(words: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens uint8 [batch, max_len], steps int64 [batch]) of numbers as uint64 [batch, WORDS], each at least 1."""
     columns = np.empty((len(words), -(-max_len // 8)), np.uint64)
     steps = np.empty(len(words), np.int64)
-    _walk_all(words, columns, steps, max_len)
+    _follow_all(words, columns, steps, max_len)
     tokens = columns.view(np.uint8)[:, :max_len]
     for row in np.flatnonzero(steps < 0):
         steps[row] = _fill(tokens[row], from_words(words[row : row + 1])[0])
@@ -122,10 +122,10 @@ _PADDING8 = np.uint64(0x0101010101010101 * PADDING)
 
 
 @compiled
-def _walk(w0, w1, w2, bits):  # noqa: ANN001, ANN202 - compiled for uint64, uint64 [words]
+def _follow(w0, w1, w2, bits):  # noqa: ANN001, ANN202 - compiled for uint64, uint64 [words]
     """Steps of a number to 1, and its first parities into `bits` (64 a word); _LOST if it outgrows three words.
 
-    Parities beyond the words of `bits` are counted only. Every value is uint64: numba makes a float of uint64 and int64.
+    Parities beyond the words of `bits` are counted only. Every value is uint64: numba makes uint64 with int64 a float.
     """
     steps, pending, fill, place, places = _0, _0, _0, 0, len(bits)
     while True:
@@ -170,12 +170,12 @@ def _walk(w0, w1, w2, bits):  # noqa: ANN001, ANN202 - compiled for uint64, uint
 
 
 @compiled
-def _walk_all(words, tokens, steps, max_len):  # noqa: ANN001, ANN202
-    """`_walk` for each row of words [batch, WORDS] into tokens (uint64 [batch, ceil(max_len / 8)]) and steps (int64)."""
+def _follow_all(words, tokens, steps, max_len):  # noqa: ANN001, ANN202
+    """`_follow` for each row of words [batch, WORDS] into tokens (uint64 [batch, ceil(max_len / 8)]) and steps (int64)."""
     columns = tokens.shape[1]
     bits = np.zeros((max_len + 63) // 64 + 1, np.uint64)
     for row in range(len(words)):
-        steps[row] = np.int64(_walk(words[row, 0], words[row, 1], words[row, 2], bits))
+        steps[row] = np.int64(_follow(words[row, 0], words[row, 1], words[row, 2], bits))
         length = max(0, min(steps[row], max_len))
         whole = length // 8
         for column in range(whole):

@@ -10,7 +10,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,10 +22,12 @@ class CollatzTransformer(nn.Module):
     """tokens [batch, time] -> (log1p(steps) [batch], logits of the next token [batch, time, TOKENS]).
 
     Honest mode: attention is causal, so position t predicts token t + 1 from tokens 0 .. t, and the stopping time is predicted
-    from the mean state of the first `prefix_len` positions, which have seen nothing else; or, with `input="digits"`, from the
-    binary digits of n in a pass of their own. Guide mode: every position sees every token, and all real ones are pooled: the
-    next token and the length are then in plain sight.
+    from the mean state of the first `prefix_len` positions, which attend to nothing else; or, with `input="digits"`, from the
+    binary digits of n in a pass of their own. Guide mode: every position attends to every token, and all real ones are pooled,
+    so that the next token and the length can be read off.
     """
+
+    positions: Tensor
 
     def __init__(
         self,
@@ -39,9 +40,9 @@ class CollatzTransformer(nn.Module):
         mode: Literal["honest", "guide"] = "honest",
         input: Literal["parities", "digits"] = "parities",
         prefix_len: int = 64,
-        recompute: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        """Raises ValueError for sizes that do not fit together."""
+        """ValueError for sizes that do not fit together."""
         super().__init__()
         if d_model % num_heads or d_model % 2:
             raise ValueError(f"d_model {d_model} must be even and a multiple of num_heads {num_heads}")
@@ -52,7 +53,7 @@ class CollatzTransformer(nn.Module):
         # One path for training and evaluation: torch's fused inference layer keeps whole attention matrices, and reads weights
         # that ZeRO-3 has not gathered.
         torch.backends.mha.set_fastpath_enabled(False)
-        self.causal, self.recompute = mode == "honest", recompute
+        self.causal, self.gradient_checkpointing = mode == "honest", gradient_checkpointing
         self.prefix_len = prefix_len if self.causal else max_len
         self.embed = nn.Embedding(TOKENS, d_model)
         self.embed_digits = nn.Embedding(TOKENS, d_model) if input == "digits" else None
@@ -71,11 +72,11 @@ class CollatzTransformer(nn.Module):
     def forward(self, src: Tensor, src_key_padding_mask: Tensor, digits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`src_key_padding_mask` [batch, time] is True at padding; `digits` [batch, digits] with `input="digits"` only.
 
-        Padding stands behind the real tokens, where causal attention does not look; the mask is needed for pooling.
+        Padding stands behind the real tokens, where causal attention never reaches; the mask is needed for pooling.
         """
-        return self.everything(src, src_key_padding_mask, digits)[:2]
+        return self.forward_with_pooled(src, src_key_padding_mask, digits)[:2]
 
-    def everything(
+    def forward_with_pooled(
         self, src: Tensor, src_key_padding_mask: Tensor, digits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`forward`, and the pooled states [batch, d_model] that the stopping time is predicted from."""
@@ -88,20 +89,20 @@ class CollatzTransformer(nn.Module):
         return relative.float() + math.log1p(TYPICAL_STEPS), logits, pooled
 
     def encode(self, embedded: Tensor, padding: Tensor | None) -> Tensor:
-        """Embedded tokens [batch, time, d_model] -> states of the same shape. Causal without `padding`, masked by it else."""
+        """Embedded tokens [batch, time, d_model] -> states of the same shape. Causal without `padding`, else masked by it."""
         time, width = embedded.shape[1:]
         x = self.dropout(embedded * math.sqrt(width) + self.positions[:time])
         causal = padding is None
         mask = nn.Transformer.generate_square_subsequent_mask(time, x.device) if causal else None
         for layer in self.layers:
-            if self.recompute and self.training:
+            if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, mask, padding, causal, use_reentrant=False)
             else:
                 x = layer(x, src_mask=mask, src_key_padding_mask=padding, is_causal=causal)
         return x
 
     def pool(self, states: Tensor, padding: Tensor, digits: Tensor | None = None) -> Tensor:
-        """What the stopping-time head sees, [batch, d_model]: the mean state of real tokens, in the prefix or of the digits."""
+        """Input of the stopping-time head, [batch, d_model]: the mean state of real tokens, in the prefix or of the digits."""
         if self.embed_digits is not None:
             if digits is None:
                 raise ValueError("a model with input digits needs the digits")
@@ -112,6 +113,18 @@ class CollatzTransformer(nn.Module):
         real = (~padding).unsqueeze(-1).to(states.dtype)
         return (states * real).sum(1) / real.sum(1).clamp_min(1)
 
+    def embeddings_and_heads(self) -> list[nn.Parameter]:
+        """The parameters with a row per token or per prediction, which Muon leaves to AdamW."""
+        modules = [self.embed, self.embed_digits, self.stopping[2], self.next_token]
+        return [p for module in modules if module is not None for p in module.parameters()]
+
+    def training_flops(self, time: int) -> float:
+        """Forward and backward FLOPs of one number of `time` tokens: 6 per weight and token, and attention's two products."""
+        weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in self.named_parameters() if not name.startswith("embed"))
+        width = self.next_token.in_features
+        attention = 12 * len(self.layers) * width * time * (0.5 if self.causal else 1.0)
+        return time * (6.0 * weights + attention)
+
 
 def sinusoids(length: int, width: int) -> Tensor:
     """Positions [length, width]: sin(t / 10000^(2i / width)) and its cosine (Vaswani et al. 2017, section 3.5)."""
@@ -119,27 +132,8 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
-def read(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The network on all tokens but the last of a batch, both outputs in fp32."""
+def predict_batch(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The network on all tokens but the last of a batch: (log1p(steps) [batch], logits [batch, time - 1, TOKENS]) in fp32."""
     src = batch["tokens"][:, :-1]
     stopping, logits = network(src, src == PADDING, batch.get("digits"))
     return stopping.float(), logits.float()
-
-
-def stopping_loss(predicted: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Huber loss of log1p(steps), [batch]; 0 for numbers that are not scored."""
-    return F.huber_loss(predicted, batch["steps"].float().log1p(), reduction="none") * batch["scored"]
-
-
-def next_token_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy of each token but the first, [batch, time]; 0 at padding."""
-    targets = batch["tokens"][:, 1:].long()
-    return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=PADDING, reduction="none")
-
-
-def training_flops_per_number(network: CollatzTransformer, time: int) -> float:
-    """Forward and backward of one number of `time` tokens: 6 per weight and token, and attention's two products."""
-    weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in network.named_parameters() if not name.startswith("embed"))
-    width = network.next_token.in_features
-    attention = 12 * len(network.layers) * width * time * (0.5 if network.causal else 1.0)
-    return time * (6.0 * weights + attention)

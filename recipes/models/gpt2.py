@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,21 +69,9 @@ def pretrained_gpt2(name: str) -> dict[str, Tensor]:
 def training_flops_per_token(config: Any) -> float:
     """Forward and backward FLOPs for one token: 6 per weight in a matrix product, 12 x layers x width x length for attention.
 
-    Kaplan et al. 2020, section 2.1, with the output layer counted and embeddings' look-ups not; PaLM (2022), appendix B.
+    Kaplan et al. 2020, section 2.1, with the output layer counted and the embedding lookups not; PaLM (2022), appendix B.
     """
     width, inner = config.n_embd, config.n_inner
     per_layer = 4 * width * width + 2 * width * inner
     weights = config.n_layer * per_layer + config.vocab_size * width
     return 6.0 * weights + 12.0 * config.n_layer * width * config.n_positions
-
-
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed next-token cross entropy in nats. logits [batch, time, vocab], labels [batch, time], -100 ignored."""
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-
-
-def perplexity(nats: float) -> float:
-    """exp(nats); infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf

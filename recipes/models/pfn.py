@@ -18,7 +18,7 @@ HALF_NORMAL_MEDIAN = 0.6744897501960817
 
 
 class StackedLinear(nn.Module):
-    """`models` linear layers side by side: [models, ..., d_in] -> [models, ..., d_out]. Filled by `stack`."""
+    """`models` linear layers side by side: [models, ..., d_in] -> [models, ..., d_out]. Filled by `repeat_weights`."""
 
     def __init__(self, models: int, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedLayerNorm(nn.Module):
-    """`models` layer norms side by side over the last dimension of [models, ..., d]. Filled by `stack`."""
+    """`models` layer norms side by side over the last dimension of [models, ..., d]. Filled by `repeat_weights`."""
 
     def __init__(self, models: int, d: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class StackedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(models, d))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised together, scaled and shifted by model."""
+        """One normalisation for all models, then the scale and shift of each."""
         shape = (len(self.weight), *(1,) * (x.ndim - 2), x.shape[-1])
         return F.layer_norm(x, x.shape[-1:]) * self.weight.view(shape) + self.bias.view(shape)
 
@@ -55,12 +55,12 @@ class Block(nn.Module):
         self.up, self.down = _linear(models, d_model, d_ff), _linear(models, d_ff, d_model)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[..., tokens, d_model] -> the same; mask bool [tokens, tokens], true where a token (row) looks."""
-        # [..., tokens, 3 d] -> 3 x [sequences, heads, tokens, d_head]: attention knows no models, only sequences.
+        """[..., tokens, d_model] -> the same; mask bool [tokens, tokens], true where a token (row) attends."""
+        # [..., tokens, 3 d] -> 3 x [sequences, heads, tokens, d_head]: attention treats models as more sequences.
         qkv = self.qkv(self.norm1(x)).reshape(-1, x.shape[-2], 3, self.num_heads, x.shape[-1] // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -99,30 +99,37 @@ class AutoregressivePFN(nn.Module):
         y_max: float,
         examples: int,
         models: int | None = None,
-        recompute: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.models, self.recompute, self.width = models, recompute, (y_max - y_min) / d_vocab
+        self.models, self.gradient_checkpointing = models, gradient_checkpointing
+        self.d_x, self.d_model, self.d_ff, self.d_vocab = d_x, d_model, d_ff, d_vocab
+        self.bin_width = (y_max - y_min) / d_vocab
         self.embed_x, self.embed_y = _linear(models, d_x, d_model), _linear(models, 1, d_model)
         self.blocks = nn.ModuleList(Block(d_model, num_heads, d_ff, models) for _ in range(num_layers))
         self.head = _linear(models, d_model, d_vocab)
         edges = torch.linspace(y_min, y_max, d_vocab + 1, dtype=torch.float64)
         centres = (edges[1:] + edges[:-1]) / 2
-        self.tail_scale = self.width / HALF_NORMAL_MEDIAN
-        beyond = self.tail_scale * math.sqrt(2 / math.pi)  # mean of a half-normal
-        centres[0], centres[-1] = edges[1] - beyond, edges[-2] + beyond
+        self.tail_scale = self.bin_width / HALF_NORMAL_MEDIAN
+        tail_mean = self.tail_scale * math.sqrt(2 / math.pi)  # of a half-normal
+        centres[0], centres[-1] = edges[1] - tail_mean, edges[-2] + tail_mean
         self.register_buffer("edges", edges[1:-1].float(), persistent=False)  # between the bins
         self.register_buffer("centres", centres.float(), persistent=False)
         self.register_buffer("mask", attention_mask(examples), persistent=False)
         if models is None:
-            self._initialise()
+            self._init_weights()
 
-    def _initialise(self) -> None:
-        """Attention N(0, 0.02) with zero biases; the rest as torch has it."""
+    def _init_weights(self) -> None:
+        """Attention N(0, 0.02) with zero biases; all other layers keep torch's default."""
         for block in self.blocks:
             for layer in (block.qkv, block.out):
+                assert isinstance(layer, nn.Linear)
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
+
+    def embeddings_and_heads(self) -> list[nn.Parameter]:
+        """The maps from x and y and to the bins, which Muon leaves to AdamW."""
+        return [p for layer in (self.embed_x, self.embed_y, self.head) for p in layer.parameters()]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Logits at the queries; those at query i depend on x[: i + 1] and y[:i] alone."""
@@ -135,13 +142,13 @@ class AutoregressivePFN(nn.Module):
         if len(self.mask) < 2 * examples:
             self.mask = attention_mask(examples).to(self.mask.device)
         mask = self.mask[: 2 * examples, : 2 * examples]
+        recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            recompute = self.recompute and self.training
             hidden = checkpoint(block, hidden, mask, use_reentrant=False) if recompute else block(hidden, mask)
         return self.head(hidden[..., ::2, :])
 
-    def of_batch(self, y: Tensor) -> Tensor:
-        """The y of a batch, [batch, models, examples], as this network takes it."""
+    def per_model(self, y: Tensor) -> Tensor:
+        """The y of a batch, [batch, models, examples], in the shape that `forward` takes."""
         return y.squeeze(1) if self.models is None else y.transpose(0, 1).contiguous()
 
     def bins(self, y: Tensor) -> Tensor:
@@ -164,7 +171,7 @@ class AutoregressivePFN(nn.Module):
         into_tail = torch.where(y < low, low - y, y - high) / self.tail_scale
         tail = math.log(math.sqrt(2 / math.pi) / self.tail_scale) - into_tail.square() / 2
         inside = (y >= low) & (y < high)
-        return log_mass + torch.where(inside, -math.log(self.width), tail)
+        return log_mass + torch.where(inside, -math.log(self.bin_width), tail)
 
     def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw of y from each predicted density: [..., d_vocab] -> [...]."""
@@ -173,29 +180,30 @@ class AutoregressivePFN(nn.Module):
         uniform = torch.rand(bins.shape, device=bins.device, generator=generator)
         normal = torch.randn(bins.shape, device=bins.device, generator=generator).abs() * self.tail_scale
         last = len(self.centres) - 1
-        inside = self.centres[bins] + (uniform - 0.5) * self.width
+        inside = self.centres[bins] + (uniform - 0.5) * self.bin_width
         return torch.where(bins == 0, self.edges[0] - normal, torch.where(bins == last, self.edges[-1] + normal, inside))
+
+    def training_flops(self, examples: int) -> float:
+        """Forward and backward FLOPs of a sequence, by all models: 6 per weight and token, and for attention 12 x layers x
+        width x tokens for each token.
+        """
+        width, layers, tokens = self.d_model, len(self.blocks), 2 * examples
+        blocks = layers * (4 * width * width + 2 * width * self.d_ff)
+        per_token = 6.0 * (blocks + width) + 12.0 * layers * width * tokens
+        return (self.models or 1) * (tokens * per_token + examples * 6.0 * width * (self.d_vocab + self.d_x))
 
 
 def attention_mask(examples: int) -> Tensor:
-    """bool [2 examples, 2 examples], true where a token (row) looks: at itself, and at earlier examples (odd tokens)."""
+    """bool [2 examples, 2 examples], true where a token (row) attends: to itself and to earlier examples (odd tokens)."""
     tokens = torch.arange(2 * examples)
     earlier_example = (tokens < tokens[:, None]) & (tokens % 2 == 1)
     return earlier_example | torch.eye(2 * examples, dtype=torch.bool)
 
 
-def stack(single: AutoregressivePFN, stacked: AutoregressivePFN) -> AutoregressivePFN:
-    """`stacked`, each of its models with the weights of `single`."""
+def repeat_weights(single: AutoregressivePFN, stacked: AutoregressivePFN) -> AutoregressivePFN:
+    """`stacked`, with the weights of `single` copied into each of its models."""
     weights = dict(single.named_parameters())
     with torch.no_grad():
         for name, parameter in stacked.named_parameters():
             parameter.copy_(weights[name].expand_as(parameter))
     return stacked
-
-
-def training_flops(d_model: int, num_layers: int, d_ff: int, d_vocab: int, d_x: int, examples: int) -> float:
-    """Forward and backward FLOPs of one sequence: 6 per weight and token, 12 x layers x width x tokens per token to attend."""
-    tokens = 2 * examples
-    body = num_layers * (4 * d_model * d_model + 2 * d_model * d_ff)
-    per_token = 6.0 * (body + d_model) + 12.0 * num_layers * d_model * tokens
-    return tokens * per_token + examples * 6.0 * (d_model * d_vocab + d_x * d_model)

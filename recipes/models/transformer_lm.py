@@ -6,7 +6,7 @@ Weight names are those of Stanford's CS336 course. Each part is a plain function
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d_head)) v, each position looking at itself and before. All [..., time, d_head]."""
+    """softmax(q k^T / sqrt(d_head)) v, each position attending to itself and those before. All [..., time, d_head]."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -177,6 +177,19 @@ class TransformerLM(nn.Module):
         if tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
 
+    def embeddings_and_heads(self) -> list[nn.Parameter]:
+        """The parameters with a row per token, which Muon leaves to AdamW."""
+        return [*self.token_embeddings.parameters(), *self.lm_head.parameters()]
+
+    def training_flops_per_token(self) -> float:
+        """Forward and backward FLOPs: 6 per weight in a matrix product, 12 x layers x width x length for attention.
+
+        Kaplan et al. 2020, section 2.1; PaLM (2022), appendix B.
+        """
+        matrices = (module for module in self.modules() if isinstance(module, nn.Linear))
+        weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
+        return 6.0 * weights + 12.0 * len(self.layers) * self.lm_head.in_features * self.context_length
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: integers [batch, time], time at most `context_length`."""
         x = self.token_embeddings(tokens)
@@ -187,26 +200,6 @@ class TransformerLM(nn.Module):
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(layer, x, angles, use_reentrant=False) if recompute else layer(x, angles)
         return self.lm_head(self.ln_final(x))
-
-
-def decay_groups(network: TransformerLM, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
-    """Optimizer groups: no decay on norms and embeddings (nor on an output layer tied to them), unless `decay_all`."""
-    embedding = network.token_embeddings.weight
-    spared = [] if decay_all else [p for p in network.parameters() if p.ndim < 2 or p is embedding]
-    decayed = [p for p in network.parameters() if all(p is not other for other in spared)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def training_flops_per_token(network: TransformerLM) -> float:
-    """Forward and backward FLOPs for one token: 6 per weight in a matrix product, 12 x layers x width x length for attention.
-
-    Kaplan et al. 2020, section 2.1; PaLM (2022), appendix B.
-    """
-    matrices = (module for module in network.modules() if isinstance(module, nn.Linear))
-    weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
-    width = network.lm_head.in_features
-    return 6.0 * weights + 12.0 * len(network.layers) * width * network.context_length
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

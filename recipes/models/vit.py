@@ -1,6 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words") with relative position bias, as in Swin
-(Liu et al. 2021, eq. 4), and its class-token rows, as in BEiT (Bao et al. 2022).
-"""
+"""The Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words") with relative position bias."""
 
 from __future__ import annotations
 
@@ -12,87 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-INIT_STD = 0.02
-
-
-class RelativePositionBias(nn.Module):
-    """A learnt number per head and offset between two positions, added to the attention logits.
-
-    Parameter `relative_position_bias_table` [offsets (+ 3 with a class token), heads]; buffer `relative_position_index`
-    [N, N], the row of the table for each query and key. Two dimensions: offset (dh, dw) = query - key has row
-    (dh + Wh - 1)(2 Ww - 1) + dw + Ww - 1; one dimension: row i - j + L - 1. With a class token (`prefix_tokens` 1, the first
-    position) D offsets are followed by row D for class to patch, D + 1 for patch to class, D + 2 for class to class.
-    """
-
-    relative_position_index: Tensor
-
-    def __init__(
-        self,
-        num_heads: int,
-        window_size: tuple[int, int] | None = None,
-        seq_len: int | None = None,
-        bias_type: str = "2d",
-        init_std: float = INIT_STD,
-        prefix_tokens: int = 0,
-        learnable: bool = True,
-    ) -> None:
-        """`window_size` (patches down, across) for "2d", `seq_len` for "1d". ValueError where they do not go together."""
-        super().__init__()
-        if prefix_tokens not in (0, 1):
-            raise ValueError(f"prefix_tokens {prefix_tokens}: there is one class token or none")
-        if bias_type == "2d" and window_size is not None:
-            patches = window_size[0] * window_size[1]
-            if seq_len not in (None, patches):
-                raise ValueError(f"seq_len {seq_len} is not the {patches} patches of window_size {tuple(window_size)}")
-            self.offset_grid = (2 * window_size[0] - 1, 2 * window_size[1] - 1)
-            index = _offsets_2d(*window_size)
-        elif bias_type == "1d" and seq_len is not None:
-            self.offset_grid = (1, 2 * seq_len - 1)
-            index = _offsets_1d(seq_len)
-        elif bias_type in ("1d", "2d"):
-            raise ValueError(f"bias_type {bias_type!r} needs {'window_size' if bias_type == '2d' else 'seq_len'}")
-        else:
-            raise ValueError(f"bias_type {bias_type!r} is neither '1d' nor '2d'")
-        offsets = self.offset_grid[0] * self.offset_grid[1]
-        if prefix_tokens:
-            index = F.pad(index, (1, 0, 1, 0))
-            index[0, :], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
-        # It follows from the sizes alone: nothing to save.
-        self.register_buffer("relative_position_index", index, persistent=False)
-        table = torch.empty(offsets + 3 * prefix_tokens, num_heads)
-        self.relative_position_bias_table = nn.Parameter(table, requires_grad=learnable)
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=init_std)
-
-    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[heads, N, N]: the bias of each query (row) and key (column), in `dtype` if that is given.
-
-        A view into memory whose rows are a multiple of 8 long, which is what the attention kernels of a GPU read. Gradients
-        of the pairs at one offset are summed in the precision of the table.
-        """
-        index = self.relative_position_index
-        length = index.shape[0]
-        padded = F.pad(index, (0, -length % 8))
-        # Selected from the transposed table, the values come in the order of the result: no second copy to reorder them.
-        values = self.relative_position_bias_table.t().index_select(1, padded.flatten())
-        # Cast before it is cut: a cast packs the rows of a view.
-        return values.to(dtype or values.dtype).view(-1, *padded.shape)[..., :length]
-
-    def by_offset(self) -> Tensor:
-        """The table without its class-token rows as [heads, 2 Wh - 1, 2 Ww - 1]: offset 0 in the middle."""
-        rows, columns = self.offset_grid
-        return self.relative_position_bias_table[: rows * columns].t().reshape(-1, rows, columns)
-
-
-def _offsets_2d(height: int, width: int) -> Tensor:
-    down, across = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    down, across = down.flatten(), across.flatten()
-    dh, dw = (at[:, None] - at[None, :] for at in (down, across))
-    return (dh + height - 1) * (2 * width - 1) + dw + width - 1
-
-
-def _offsets_1d(length: int) -> Tensor:
-    at = torch.arange(length)
-    return at[:, None] - at[None, :] + length - 1
+from recipes.models.patch_grid import resolve_sizes
+from recipes.models.relative_position_bias import INIT_STD, RelativePositionBias, bias_arguments
 
 
 class Attention(nn.Module):
@@ -127,12 +46,12 @@ class Attention(nn.Module):
         q, k, v = self._query_key_value(x).unbind(0)
         dropout = self.dropout if self.training else 0.0
         mask = self._bias(len(x), q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
-        out = self.proj(mixed.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
+        out = self.proj(attended.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout, self.training)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """What each query attends to: [batch, heads, N, N], rows sum to 1. For pictures."""
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Softmax of the logits: [batch, heads, N, N], rows (queries) sum to 1. For pictures."""
         q, k, _ = self._query_key_value(x).unbind(0)
         logits = q @ k.transpose(-2, -1) * self.scale
         bias = self._bias(len(x), q.dtype)
@@ -181,6 +100,9 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Images to class logits. `pool` "cls" reads a class token, "mean" has none and reads the mean of the patches."""
 
+    arguments: dict[str, Any]
+    """of the constructor, as JSON can hold them; set by `build_vit`"""
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -200,7 +122,7 @@ class VisionTransformer(nn.Module):
         head_dim: int | None = None,
         scale: bool = True,
     ) -> None:
-        """`rpb_kwargs`: arguments of RelativePositionBias; what is missing follows from the model (2-D, the patch grid).
+        """`rpb_kwargs`: arguments of RelativePositionBias; those not given follow from the model (2-D, the patch grid).
 
         `dropout` acts on attention weights, the output of attention, and the MLP. `head_dim` None: embed_dim / num_heads.
         `scale` False: no 1 / sqrt(head_dim) in the logits. ValueError, naming both values, where sizes contradict each other.
@@ -213,14 +135,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} does not divide into {num_heads} heads; give a head_dim")
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool {pool!r} is neither 'cls' nor 'mean'")
-        self.grid, self.pool, self.gradient_checkpointing = (
-            (height // patch_size, width // patch_size),
-            pool,
-            gradient_checkpointing,
-        )
+        self.grid = (height // patch_size, width // patch_size)
+        self.pool, self.gradient_checkpointing = pool, gradient_checkpointing
         prefix_tokens, patches = int(pool == "cls"), self.grid[0] * self.grid[1]
         head_dim = head_dim or embed_dim // num_heads
-        rpb = _bias_arguments(rpb_kwargs or {}, num_heads, self.grid, prefix_tokens) if use_relative_position else None
+        rpb = bias_arguments(rpb_kwargs or {}, num_heads, self.grid, prefix_tokens) if use_relative_position else None
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         if prefix_tokens:
@@ -237,14 +156,24 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Xavier, as the paper's own code has it: a fixed standard deviation of 0.02 starves a network of small width."""
+        """Xavier, as in the paper's own code: a fixed standard deviation of 0.02 is too little for a network of small width."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
         for parameter in (self.head.weight, getattr(self, "cls_token", None), getattr(self, "pos_embed", None)):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=INIT_STD)
+
+    def embeddings_and_heads(self) -> list[nn.Parameter]:
+        """Patch embedding, class token, position embedding, bias tables and the classifier, which Muon leaves to AdamW."""
+        outside = ("patch_embed.", "cls_token", "pos_embed", "head.")
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(outside) or name.endswith("relative_position_bias_table")
+        ]
 
     def embed(self, images: Tensor) -> Tensor:
         """[batch, channels, height, width] -> the tokens before the first block: [batch, N, embed_dim], class token first."""
@@ -256,65 +185,75 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[batch, channels, height, width] -> logits [batch, num_classes]."""
         x = self.embed(images)
+        recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            recompute = self.gradient_checkpointing and self.training
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         x = self.norm(x)
         x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)
-        # Logits in the precision of the weights: bf16 keeps three digits of what softmax exponentiates, and of the gradient
-        # of the head, which is most of the gradient norm. It costs nothing beside the blocks.
+        # Logits in the precision of the weights: bf16 would round them, and the gradient of the head, which is most of the
+        # gradient norm, to three digits. The cost beside the blocks is nothing.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(x.to(self.head.weight.dtype))
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """What each token of each layer attends to: [layers, batch, heads, N, N]. For pictures, in evaluation mode."""
+        """Attention weights of every layer: [layers, batch, heads, N, N]. For pictures, in evaluation mode."""
         x, maps = self.embed(images), []
         for block in self.blocks:
-            maps.append(block.attn.weights(block.norm1(x)))
+            assert isinstance(block, Block)
+            maps.append(block.attn.attention_weights(block.norm1(x)))
             x = block(x)
         return torch.stack(maps)
 
+    def weight_decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: weight decay for the weights of linear maps and the patch embedding; none for biases, norms, bias
+        tables, class token and position embedding. (Bias tables are matrices: the number of dimensions cannot decide.)
+        """
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim >= 2 and name.endswith(".weight") else others).append(parameter)
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
-def _bias_arguments(given: Mapping[str, Any], num_heads: int, grid: tuple[int, int], prefix_tokens: int) -> dict[str, Any]:
-    """Arguments of RelativePositionBias; ValueError where those that are given do not fit the model."""
-    size = {"seq_len": grid[0] * grid[1]} if given.get("bias_type") == "1d" else {"window_size": grid}
-    made = {"num_heads": num_heads, "prefix_tokens": prefix_tokens, **size, **given}
-    window, length = made.get("window_size"), made.get("seq_len")
-    if made["num_heads"] != num_heads:
-        raise ValueError(f"rpb_kwargs num_heads {made['num_heads']} is not the model's num_heads {num_heads}")
-    if window is not None and tuple(window) != grid:
-        raise ValueError(f"rpb_kwargs window_size {tuple(window)} is not the patch grid {grid} of the images")
-    if length not in (None, grid[0] * grid[1]):
-        raise ValueError(f"rpb_kwargs seq_len {length} is not the {grid[0] * grid[1]} patches of the images")
-    if made["prefix_tokens"] != prefix_tokens:
-        raise ValueError(f"rpb_kwargs prefix_tokens {made['prefix_tokens']}: pool decides, and there are {prefix_tokens}")
-    return made
+    def training_flops(self) -> float:
+        """Forward and backward FLOPs for an image: 6 per weight of a matrix product and token, and 12 x tokens^2 x width of
+        the heads in each layer for attention (PaLM 2022, appendix B). The head reads one token.
+        """
+        patches = self.grid[0] * self.grid[1]
+        tokens = patches + int(self.pool == "cls")
+        # From the sizes of the layers, not of their weights, which ZeRO-3 partitions.
+        proj, head = self.patch_embed.proj, self.head
+        pixels = proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1]
+        flops = 6.0 * (patches * pixels * proj.out_channels + head.in_features * head.out_features)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+            flops += 6.0 * tokens * sum(m.in_features * m.out_features for m in maps)
+            flops += 12.0 * tokens * tokens * block.attn.num_heads * block.attn.head_dim
+        return flops
 
 
-def weight_decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: decay for the weights of linear maps and the patch embedding alone; none for biases, norms, bias
-    tables, class token and position embedding (two of them are matrices: the number of dimensions does not tell).
-    """
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in network.named_parameters():
-        decayed = parameter.ndim >= 2 and name.endswith(".weight")
-        if parameter.requires_grad:
-            groups[0 if decayed else 1]["params"].append(parameter)
-    return groups
-
-
-def training_flops_per_image(network: VisionTransformer) -> float:
-    """Forward and backward FLOPs for an image: 6 per weight of a matrix product and token, and 12 x tokens^2 x width of the
-    heads in each layer for attention (PaLM 2022, appendix B). The head reads one token.
-    """
-    patches = network.grid[0] * network.grid[1]
-    tokens = patches + int(network.pool == "cls")
-    # From the sizes of the maps, not of their weights, which are in pieces under ZeRO-3.
-    proj, head = network.patch_embed.proj, network.head
-    pixels = proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1]
-    flops = 6.0 * (patches * pixels * proj.out_channels + head.in_features * head.out_features)
-    for block in network.blocks:
-        maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        flops += 6.0 * tokens * sum(m.in_features * m.out_features for m in maps)
-        flops += 12.0 * tokens * tokens * block.attn.num_heads * block.attn.head_dim
-    return flops
+def build_vit(m: Any, d: Any, num_classes: int, gradient_checkpointing: bool) -> VisionTransformer:
+    """The network of the recipe's sections `model` and `data`, with its constructor's arguments as `network.arguments`."""
+    grid, in_channels = resolve_sizes(m, d)
+    window = {"window_size": grid.window} if m.bias_type == "2d" else {"seq_len": grid.window[0] * grid.window[1]}
+    arguments = {
+        "img_size": grid.image,
+        "patch_size": grid.patch,
+        "in_channels": in_channels,
+        "num_classes": num_classes,
+        "embed_dim": m.d_model,
+        "depth": m.num_layers,
+        "num_heads": m.num_heads,
+        "mlp_ratio": (m.d_ff or 4 * m.d_model) / m.d_model,
+        "dropout": m.dropout,
+        "use_relative_position": m.relative_position,
+        "use_absolute_position": m.absolute_position,
+        "rpb_kwargs": {"bias_type": m.bias_type, **window, "init_std": m.init_std, "learnable": m.learnable_bias},
+        "pool": m.pool,
+        "head_dim": m.head_dim,
+        "scale": m.attention_scale,
+    }
+    network = VisionTransformer(**arguments, gradient_checkpointing=gradient_checkpointing)
+    network.arguments = arguments
+    return network

@@ -1,9 +1,9 @@
 """Tokens per second of the language model's loader on one core, beside batches drawn slice by slice; one interleaved run.
 
-The comparison is what many small training scripts do: map the file anew for each batch (else its pages pile up in the
+The comparison is what many small training scripts do: map the file again for each batch (else its pages pile up in the
 process), draw starts with torch, and stack inputs and labels from a slice each, widened to int64. Its memory grows with what
-it has shown if the map is kept; that is measured too. Seconds are those of the processor, so that other work on the machine
-counts less.
+it has shown if the map is kept; that is measured too. Seconds are CPU time, so that other work on the machine counts
+less.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from recipes.data.token_windows import RandomWindows, TokenFile
-from trainer import batches
-from trainer.sections import Run
+from trainer.command_line.sections import Run
+from trainer.data import loader, stream
 
 
 def main(arguments: list[str]) -> None:
@@ -44,31 +44,31 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
-    """Each way in turn, round after round, so that a slow minute of the machine meets them all."""
+    """Each way in turn, round after round, so that a slow minute of the machine affects them all."""
     size, length = options.batch_size, options.context_length
     windows = RandomWindows(TokenFile.open(path, 10_000), length, seed=0)
-    kept = np.memmap(path, np.uint16, "r")
+    mapped = np.memmap(path, np.uint16, "r")
     numbers = (list(range(start, start + size)) for start in itertools.count(step=size))
-    order = batches.TrainingOrder(size, 0, 1, 0, None, 0)
-    reader = batches.read(windows, order, Run(num_workers=0), torch.device("cpu"))
+    order = stream.TrainingOrder(size, 0, 1, 0, None, 0)
+    reader = loader.read(windows, order, Run(num_workers=0), torch.device("cpu"))
     ways: dict[str, Callable[[], object]] = {
-        "sliced and stacked, map made anew": lambda: sliced_and_stacked(np.memmap(path, np.uint16, "r"), size, length),
-        "sliced and stacked, map kept": lambda: sliced_and_stacked(kept, size, length),
+        "sliced and stacked, map per batch": lambda: sliced_and_stacked(np.memmap(path, np.uint16, "r"), size, length),
+        "sliced and stacked, map kept": lambda: sliced_and_stacked(mapped, size, length),
         "RandomWindows": lambda: windows.__getitems__(next(numbers)),
         "RandomWindows in the trainer's loader": lambda: next(reader),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, draw in ways.items():
-            began = time.process_time()
+            started = time.process_time()
             for _ in range(options.batches):
                 draw()
-            speeds[name].append(options.batches * size * length / (time.process_time() - began) / 1e6)
+            speeds[name].append(options.batches * size * length / (time.process_time() - started) / 1e6)
     base = statistics.median(next(iter(speeds.values())))
     print(f"{options.tokens:,} ids; batches of {size} x {length}; {options.rounds} rounds of {options.batches}; one thread")
-    for name, found in speeds.items():
-        middle = statistics.median(found)
-        print(f"{name:40s} {middle:7.1f} M tokens/s (from {min(found):.1f} to {max(found):.1f}), {middle / base:5.1f} x")
+    for name, measured in speeds.items():
+        median = statistics.median(measured)
+        print(f"{name:40s} {median:7.1f} M tokens/s (from {min(measured):.1f} to {max(measured):.1f}), {median / base:5.1f} x")
 
 
 def sliced_and_stacked(ids: np.ndarray, batch_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,10 @@
-"""Integers of 3n+1 that the loop search covers per second, at 2^71, beside the same argument without its short cuts.
+"""Integers of 3n+1 that the loop search covers per second, at 2^71, compared with the same search without its shortcuts.
 
 python tools/benchmark.py loop_search
 
-Covered means settled, by the sieve, by a smaller number of the same path, or by following it (tools/loops/coverage.py). The
+Covered means decided, by the sieve, by a smaller number of the same path, or by following it (tools/loops/coverage.py). The
 rows run in turns, `--rounds` times; shown are the median and the extremes over them. A core's second is a second of CPU time,
-so that other work on the machine hardly counts; "followed" counts only the numbers that no short cut settles.
+so that other work on the machine hardly counts; "followed" counts only the numbers that no shortcut decides.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from statistics import median
 
 from loops.coverage import Coverage
 from loops.exact import Map, follow
-from loops.record import VERIFIED_BITS, Question, Record, Tally
+from loops.record import VERIFIED_BITS, Record, SearchConfig, Tally
 from loops.search import search
 
-from trainer.hardware import cores
+from trainer.distributed.hardware import cores
 
 START = 1 << VERIFIED_BITS
 
@@ -63,7 +63,7 @@ _coverages: dict[tuple[int, int, int], Coverage] = {}
 
 def _cover(start: int, count: int, bits: int) -> Tally:
     if (start, count, bits) not in _coverages:
-        _coverages[start, count, bits] = Coverage(_question(start, count), bits)
+        _coverages[start, count, bits] = Coverage(_config(start, count), bits)
     tally = _coverages[start, count, bits].cover(start, start + count)
     assert tally is not None
     assert tally.covered == count
@@ -71,7 +71,7 @@ def _cover(start: int, count: int, bits: int) -> Tally:
 
 
 def _search(count: int, bits: int, workers: int) -> Tally:
-    record = Record(_question(START, count))
+    record = Record(_config(START, count))
     search(record, bits, workers, lambda: None, print)
     return record.tally
 
@@ -83,5 +83,5 @@ def _in_python(count: int) -> Tally:
     return Tally(covered=count, followed=count)
 
 
-def _question(start: int, count: int) -> Question:
-    return Question(Map(3, 1), start, count, 100_000, 256)
+def _config(start: int, count: int) -> SearchConfig:
+    return SearchConfig(Map(3, 1), start, count, 100_000, 256)

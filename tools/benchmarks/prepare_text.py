@@ -1,7 +1,7 @@
 """Megabytes of text a second and core that become ids, beside the tokenizer library called directly; one interleaved run.
 
 The text is English that is on every machine (Python's documentation), in documents of a few kilobytes, or `--input`. Seconds
-are those of the processor, so that other work on the machine counts less.
+are CPU time, so that other work on the machine counts less.
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def measure(path: Path, options: argparse.Namespace) -> None:
         "Encoder": lambda: [encoder(text) for text in documents],
         "tools/prepare_text.py, one worker": whole_tool,
     }
-    size, seconds = path.stat().st_size / 1e6, {name: [] for name in ways}
+    size = path.stat().st_size / 1e6
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, way in ways.items():
-            began = time.process_time()
+            started = time.process_time()
             way()
-            seconds[name].append(time.process_time() - began)
+            seconds[name].append(time.process_time() - started)
     base = statistics.median(next(iter(seconds.values())))
     print(f"{size:.1f} MB in {len(documents):,} documents, {tokenizer.get_vocab_size():,} entries; {options.rounds} rounds")
-    for name, found in seconds.items():
-        middle, speeds = statistics.median(found), [size / value for value in found]
-        print(f"{name:38s} {size / middle:6.1f} MB/s (from {min(speeds):.1f} to {max(speeds):.1f}), {base / middle:4.1f} x")
+    for name, measured in seconds.items():
+        median, speeds = statistics.median(measured), [size / value for value in measured]
+        print(f"{name:38s} {size / median:6.1f} MB/s (from {min(speeds):.1f} to {max(speeds):.1f}), {base / median:4.1f} x")

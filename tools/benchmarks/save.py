@@ -1,4 +1,4 @@
-"""Seconds and memory of writing a checkpoint, beside the safetensors library's own way: all tensors copied, written, read again
+"""Seconds and memory of writing a checkpoint, compared with the safetensors library: all tensors copied, written, read again
 for their hashes. Each in a process of its own, the two in turn: `python tools/benchmark.py save --parameters 250000000`.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.portable_state import Entry
+    from trainer.backends.tensors import TensorEntry
 
 PIECE = 1_000_000
 
@@ -35,15 +35,15 @@ def main(arguments: Sequence[str]) -> None:
     if flags.only:
         print(*measure(flags.only, flags.parameters, flags.folder))
         return
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    results: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for _ in range(flags.rounds):
         for way in WAYS:
-            words = [sys.executable, *sys.argv[:2], "--parameters", str(flags.parameters), "--folder", str(flags.folder)]
-            said = subprocess.run([*words, "--only", way], check=True, capture_output=True, text=True).stdout
-            seconds, megabytes = map(float, said.split())
-            found[way].append((seconds, megabytes))
+            command = [sys.executable, *sys.argv[:2], "--parameters", str(flags.parameters), "--folder", str(flags.folder)]
+            output = subprocess.run([*command, "--only", way], check=True, capture_output=True, text=True).stdout
+            seconds, megabytes = map(float, output.split())
+            results[way].append((seconds, megabytes))
     size = 4 * flags.parameters / 1e9
-    for way, rounds in found.items():
+    for way, rounds in results.items():
         seconds, megabytes = (statistics.median(values) for values in zip(*rounds, strict=True))
         print(f"{way:12} {size:.2f} GB in {seconds:.2f} s ({size / seconds:.2f} GB/s), {megabytes:.0f} MB of memory more")
 
@@ -52,32 +52,36 @@ def measure(way: str, parameters: int, folder: Path) -> tuple[float, float]:
     """(seconds, peak memory above that of the tensors in MB) of one save."""
     import torch
 
-    from trainer.portable_state import Entry
+    from trainer.backends.tensors import TensorEntry
 
     sizes = [min(PIECE, parameters - start) for start in range(0, parameters, PIECE)]
     weights = {f"layer.{i}.weight": torch.randn(size) for i, size in enumerate(sizes)}
-    entries = [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in weights.items()]
+
+    def entry(name: str, tensor: torch.Tensor) -> TensorEntry:
+        return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    entries = [entry(name, tensor) for name, tensor in weights.items()]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before, began = _peak_megabytes(), time.monotonic()
+        before, started = _peak_megabytes(), time.monotonic()
         WAYS[way](Path(place), entries)
-        return time.monotonic() - began, _peak_megabytes() - before
+        return time.monotonic() - started, _peak_megabytes() - before
 
 
 def _peak_megabytes() -> float:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1000
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) / 1000
 
 
-def _samecurve(folder: Path, entries: Sequence[Entry]) -> None:
-    from trainer import checkpoint
-    from trainer.launch import Control
+def _samecurve(folder: Path, entries: Sequence[TensorEntry]) -> None:
+    from trainer.checkpoints import checkpoint
+    from trainer.distributed.control import Control
 
     checkpoint.write(folder, "checkpoint_step_1", {"model": entries}, {}, Control(0, 1, timedelta(minutes=1)))
 
 
-def _safetensors(folder: Path, entries: Sequence[Entry]) -> None:
+def _safetensors(folder: Path, entries: Sequence[TensorEntry]) -> None:
     from safetensors.torch import save_file
 
     path = folder / "model.safetensors"

@@ -2,7 +2,7 @@
 
 python tools/benchmark.py stacked [--models 16] [--batch 1024] [--examples 64] [--steps 5] [--bf16] [--compile]
 
-The default batch is the guide's on a GPU, and 32 sequences on a CPU, where 16 models at 1,024 would take over 24 GiB.
+The default batch is 1,024 sequences on a GPU and 32 on a CPU, where 16 models at 1,024 would take over 24 GiB.
 
 A step is the trainer's: data generated, forward, backward, gradient norm, Adam. Operations are those that PyTorch dispatches in
 it; views and allocations, which start nothing on a device, are counted apart. With --compile, what is timed is compiled, and
@@ -22,10 +22,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.pfn_raventos import PFNRaventos
-from trainer import config as configuration
-from trainer import optimizer, setup
-from trainer.evaluation import Objective
-from trainer.update import PlainUpdate
+from trainer.backends.plain import PlainBackend
+from trainer.checkpoints.network import build_network
+from trainer.command_line import config as configuration
+from trainer.distributed.launch import Launch, connect
+from trainer.evaluation.objective import Objective
 
 NO_KERNEL = ("detach", "_unsafe_view", "lift_fresh", "empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like")
 
@@ -39,40 +40,39 @@ class Operations(TorchDispatchMode):
         self.others: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and go on."""
+        """Count the operation, then run it."""
         name = func.overloadpacket.__name__
-        nothing = func.is_view or name in NO_KERNEL or func.namespace == "profiler"
-        (self.others if nothing else self.kernels)[name] += 1
+        no_kernel = func.is_view or name in NO_KERNEL or func.namespace == "profiler"
+        (self.others if no_kernel else self.kernels)[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-def stepper(argv: list[str], device: torch.device, bf16: bool, compiled: bool) -> Callable[[int], None]:
+def stepper(argv: list[str], launch: Launch, bf16: bool, compiled: bool) -> Callable[[int], None]:
     """A function that takes one training step of the recipe with these flags, on the sequences of that step."""
     recipe = PFNRaventos()
-    config = configuration.parse(recipe.Config, recipe.presets, argv, recipe.name).config
+    config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
     data = recipe.build_data(config)
-    network = setup.build_network(recipe, config, data).to(device)
-    data.train.to(device)
+    network = build_network(recipe, config, data)
+    data.train.to(launch.device)
     batch_size = config.optimisation.batch_size
     counts = recipe.items(data.train.__getitems__(range(batch_size)))
     objective = Objective(network, recipe, list(counts))
+    precision = "bf16" if bf16 else "no"
+    backend = PlainBackend(launch, precision, precision, config.optimisation)
     if compiled:
-        objective.compile()
-    built = optimizer.build(recipe.parameter_groups(network, config), network, config.optimisation)
-    update = PlainUpdate(objective, built, None, 1, config.optimisation.grad_clip)
-    scale = torch.tensor([1.0 / n for n in counts.values()], device=device)
+        backend.compile(objective)
+    backend.prepare(objective, network, lambda: recipe.optimizer(network, config))
+    scale = torch.tensor([1.0 / n for n in counts.values()], device=launch.device)
 
     def step(number: int) -> None:
         batch = data.train.__getitems__(range(number * batch_size, (number + 1) * batch_size))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            sums = objective(batch)
-        update.backward((sums * scale).sum())
-        update.step(1e-4)
+        backend.backward((backend.model(batch) * scale).sum())
+        backend.step(1e-4)
 
     return step
 
 
-def counted(step: Callable[[int], None]) -> Operations:
+def count_operations(step: Callable[[int], None]) -> Operations:
     """The operations of a step that is not the first."""
     step(0)
     with Operations() as operations:
@@ -90,36 +90,40 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    launch = connect("auto", timeout_minutes=1.0)
+    device = launch.device
     options.batch = options.batch or (1024 if device.type == "cuda" else 32)
     pools = [str(2**i) for i in range(options.models)]
 
-    def made(*flags: str, batch: int = options.batch, compiled: bool = False) -> Callable[[int], None]:
+    def build_step(*flags: str, batch: int = options.batch, compiled: bool = False) -> Callable[[int], None]:
         argv = [*flags, "--batch", str(batch), "--examples", str(options.examples)]
-        return stepper(argv, device, options.bf16, compiled)
+        return stepper(argv, launch, options.bf16, compiled)
 
     small = min(8, options.batch)  # the number of operations does not depend on it
-    one, all_at_once = counted(made("--num_tasks", pools[-1], batch=small)), counted(made("--stack", *pools, batch=small))
+    one, all_at_once = (
+        count_operations(build_step("--num_tasks", pools[-1], batch=small)),
+        count_operations(build_step("--stack", *pools, batch=small)),
+    )
     print(f"operations of a step that start work on the device (and views, allocations), {device.type}, bf16 {options.bf16}:")
-    for name, found, times in (
+    for name, operations, times in (
         ("one model", one, 1),
         (f"{options.models} separate", one, options.models),
         (f"{options.models} stacked", all_at_once, 1),
     ):
-        print(f"  {name:14}{times * found.kernels.total():6,} ({times * found.others.total():,})")
+        print(f"  {name:14}{times * operations.kernels.total():6,} ({times * operations.others.total():,})")
     if not options.steps:
         return
-    steps = {"one model": made("--num_tasks", pools[-1], compiled=options.compile)}
-    steps[f"{options.models} stacked"] = made("--stack", *pools, compiled=options.compile)
+    steps = {"one model": build_step("--num_tasks", pools[-1], compiled=options.compile)}
+    steps[f"{options.models} stacked"] = build_step("--stack", *pools, compiled=options.compile)
     times_ms: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(options.steps + 2):
         for name, step in steps.items():
             _wait(device)
-            began = time.perf_counter()
+            started = time.perf_counter()
             step(number)
             _wait(device)
             if number >= 2:  # the first ones compile and warm up
-                times_ms[name].append(1000 * (time.perf_counter() - began))
+                times_ms[name].append(1000 * (time.perf_counter() - started))
     medians = {name: statistics.median(values) for name, values in times_ms.items()}
     print(
         f"ms per step, {options.batch} sequences of {options.examples}, compile {options.compile}, median of {options.steps}:"

@@ -10,14 +10,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from recipes.models.vit import VisionTransformer, training_flops_per_image
-from trainer.hardware import peak_flops
+from recipes.models.vit import VisionTransformer
+from trainer.distributed.hardware import peak_flops
 
-SMALL = {"img_size": 64, "patch_size": 8, "num_classes": 10, "embed_dim": 96, "depth": 4, "num_heads": 4}
+SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 8, "num_classes": 10, "embed_dim": 96, "depth": 4, "num_heads": 4}
 KERNELS = ("flash", "efficient", "cudnn", "fmha", "_scaled_dot_product_attention_math")
 
 
@@ -41,17 +42,17 @@ def training_step(relative: bool, small: bool, batch_size: int, device: torch.de
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, training_flops_per_image(model)
+    return step, model.training_flops()
 
 
 def seconds(step: Callable, steps: int, device: torch.device) -> float:
     """Wall-clock time of one step, over `steps` of them."""
     _wait(device)
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(steps):
         step()
     _wait(device)
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - started) / steps
 
 
 def attention_kernels(step: Callable, device: torch.device) -> str:

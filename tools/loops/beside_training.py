@@ -1,4 +1,4 @@
-"""Searching on what a training run leaves of the processors, for as long as it runs."""
+"""Searching at the lowest priority for as long as a training run lasts."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.run_directory import RunDirectory
+from trainer.reporting.run_directory import RunDirectory
 
-LOOK_SECONDS = 1.0
-START_SECONDS = 120.0  # a training started by the same script takes a while to say that it runs
+POLL_SECONDS = 1.0
+START_SECONDS = 120.0  # a training started by the same script takes a while until its status is `running`
 
 
-def give_way() -> None:
-    """Take the lowest priority: this process, and the threads that it starts, run when no other wants to."""
+def lower_priority() -> None:
+    """Take the lowest priority: this process, and the threads that it starts, run when no other does."""
     os.nice(19)
 
 
 def training_ended(run_dir: Path, wait_seconds: float = START_SECONDS) -> Callable[[], str | None]:
-    """A function that says why there is no training in `run_dir` any more, or None while it runs. Looks once a second.
+    """A function that returns why there is no training in `run_dir` any more, or None while it runs. Polls once a second.
 
-    A training that does not run yet is waited for: None for the first `wait_seconds`. One that was killed and could not
-    say so is noticed on its own machine, where its process is gone.
+    A training that does not run yet is waited for: None for the first `wait_seconds`. One that was killed, and could not
+    update its status, is detected on the same machine, where its process no longer exists.
     """
     status_file = RunDirectory(run_dir).status
-    began = time.monotonic()
-    next_look, answer, seen = 0.0, None, False
+    started = time.monotonic()
+    next_poll, reason, seen = 0.0, None, False
 
     def ended() -> str | None:
-        nonlocal next_look, answer, seen
+        nonlocal next_poll, reason, seen
         now = time.monotonic()
-        if now < next_look:
-            return answer
-        next_look = now + LOOK_SECONDS
+        if now < next_poll:
+            return reason
+        next_poll = now + POLL_SECONDS
         state = _state(status_file)
         seen = seen or state == "running"
-        waiting = not seen and now - began < wait_seconds
-        answer = None if state == "running" or waiting else f"the training in {run_dir} is {state}"
-        return answer
+        waiting = not seen and now - started < wait_seconds
+        reason = None if state == "running" or waiting else f"the training in {run_dir} is {state}"
+        return reason
 
     return ended
 
 
 def _state(status_file: Path) -> str:
-    """`running`, or what it is instead."""
+    """`running`, or another state."""
     status = None
     with suppress(OSError, ValueError):
         status = json.loads(status_file.read_text(encoding="utf-8"))
@@ -65,6 +65,6 @@ def _gone(pid: object) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it is there, and another user's
+    except OSError:  # it exists, and is another user's
         return False
     return False

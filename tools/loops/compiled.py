@@ -1,11 +1,12 @@
 """What numba compiles for the loop search: 128-bit arithmetic, and the two loops that follow numbers.
 
-All of it is in this one file, because numba's cache on disk notices a change only in the file of the cached function.
+All of it is in this one file, because numba's cache on disk is invalidated only by a change to the file of the cached function.
 A 128-bit number is a pair (low, high) of uint64. No step wraps: each is taken only after a check that it fits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -24,6 +25,11 @@ _PAIR = types.UniTuple(types.uint64, 2)
 _WIDE, _WORD = ir.IntType(128), ir.IntType(64)
 
 
+def _operation(generator: Callable[..., Any]) -> Any:
+    """numba's `intrinsic`. It is called without the first argument of its generator, which its annotations do not express."""
+    return intrinsic(generator)
+
+
 def _join(builder: Any, low: Any, high: Any) -> Any:
     shifted = builder.shl(builder.zext(high, _WIDE), ir.Constant(_WIDE, 64))
     return builder.or_(shifted, builder.zext(low, _WIDE))
@@ -33,7 +39,7 @@ def _split(context: Any, builder: Any, value: Any) -> list[Any]:
     return [builder.trunc(value, _WORD), builder.trunc(builder.lshr(value, ir.Constant(_WIDE, 64)), _WORD)]
 
 
-@intrinsic
+@_operation
 def _affine(_: Any, low: Any, high: Any, factor: Any, addend: Any) -> Any:
     """x * factor + addend for unsigned x, mod 2^128: three multiplications of the machine."""
 
@@ -46,7 +52,7 @@ def _affine(_: Any, low: Any, high: Any, factor: Any, addend: Any) -> Any:
     return _PAIR(uint64, uint64, uint64, uint64), generate
 
 
-@intrinsic
+@_operation
 def _odd_step(_: Any, low: Any, high: Any, factor: Any, addend: Any) -> Any:
     """x * factor + addend for signed x, in two's complement, mod 2^128."""
 
@@ -59,7 +65,7 @@ def _odd_step(_: Any, low: Any, high: Any, factor: Any, addend: Any) -> Any:
     return _PAIR(uint64, uint64, int64, int64), generate
 
 
-@intrinsic
+@_operation
 def _make_odd(_: Any, low: Any, high: Any) -> Any:
     """(low, high, halvings) of a signed x other than 0, halved until it is odd."""
 

@@ -1,19 +1,19 @@
-"""Covering a stretch of numbers by the method that suits them, and why skipping most of them proves something.
+"""Covers a stretch of numbers by the method that suits them. Why most of them may be skipped:
 
 3n+1, for positive n of at least 2^sieve_bits. Each number is in exactly one of three parts:
 
-- by_sieve: n mod 2^sieve_bits tells that n falls below itself within sieve_bits steps (`sieve`);
+- by_sieve: n mod 2^sieve_bits shows that n falls below itself within sieve_bits steps (`sieve`);
 - by_predecessor: of the others, those that a smaller number leads to. n = 2 mod 3 comes from (2n - 1)/3, and
-  n = 4 mod 9 from (8n - 5)/9, in one and three steps of T. They are skipped only where the question rests on verified
-  numbers (start <= 2^71);
+  n = 4 mod 9 from (8n - 5)/9, in one and three steps of T. They are skipped only where the numbers below the start are
+  verified (start <= 2^71);
 - followed, until they are below themselves.
 
-So every n that is not unresolved shares its end with a smaller number, and that with a smaller one, down to an unresolved
+So every n that is not unresolved reaches 1 if a smaller number does, and that if a smaller one does, down to an unresolved
 number or one below the start. Hence: if all positive numbers below the start reach 1, and the unresolved do, all do. From a
 start above 2^71 the first "if" is open: there only falling below itself counts, and shows that n is not the smallest number of
 a cycle.
 
-Everything else (another map, negative numbers, small ones) is followed into a cycle by Brent's algorithm, and proves itself.
+Everything else (another map, negative numbers, small ones) is followed into a cycle by Brent's algorithm; nothing is skipped.
 What does not fit 128 bits is followed in Python's integers.
 """
 
@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 
 from loops import compiled, exact, sieve
-from loops.record import Question, Tally
+from loops.record import SearchConfig, Tally
 
 Method = Literal["sieve", "cycles", "exact"]
 CYCLES_BATCH = 1 << 14  # numbers of one compiled call: what Ctrl-C waits for
@@ -35,32 +35,32 @@ _WORD = (1 << 64) - 1
 
 
 class Coverage:
-    """Covers stretches for one question. Many threads may share it; compiled code runs outside Python's lock."""
+    """Covers stretches of one search. Many threads may share it; compiled code releases the GIL."""
 
-    def __init__(self, question: Question, sieve_bits: int, cancelled: threading.Event | None = None) -> None:
-        self.question, self.sieve_bits = question, sieve_bits
+    def __init__(self, config: SearchConfig, sieve_bits: int, cancelled: threading.Event | None = None) -> None:
+        self.config, self.sieve_bits = config, sieve_bits
         self._cancelled = cancelled or threading.Event()
         self._cycles: dict[int, exact.Cycle] = {}  # by each odd number on it, and 0
         bound = 1 << compiled.BOUND_BITS
         self._zones: list[tuple[int | None, Method]] = [(1 - bound, "exact"), (bound, "cycles"), (None, "exact")]
-        if question.rule.is_collatz:
+        if config.rule.is_collatz:
             self._zones[1:2] = [(1 << sieve_bits, "cycles"), (bound, "sieve")]
             self._sieve = sieve.build(sieve_bits)
             self._factors, self._addends = sieve.jump_table(compiled.JUMP_BITS)
-            self._skipped_mod_9 = np.array([question.rests_on_verified and (n % 3 == 2 or n == 4) for n in range(9)])
+            self._skipped_mod_9 = np.array([config.rests_on_verified and (n % 3 == 2 or n == 4) for n in range(9)])
             # The first sieve_bits steps and each jump count twice: all could be odd. Within the limit none needs a check.
-            self._max_jumps = (question.max_steps // 2 - sieve_bits) // compiled.JUMP_BITS
+            self._max_jumps = (config.max_steps // 2 - sieve_bits) // compiled.JUMP_BITS
 
     def zone(self, n: int) -> tuple[Method, int]:
-        """The method for `n`, and where it ends: the first number for another, or behind the range."""
-        stop = self.question.stop
+        """The method for `n`, and where it ends: the first number for another, or the end of the range."""
+        stop = self.config.stop
         for end, method in self._zones:
             if end is None or n < end:
                 return method, stop if end is None else min(end, stop)
         raise AssertionError("the last zone has no end")
 
     def cover(self, first: int, stop: int) -> Tally | None:
-        """What became of first <= n < stop, all in one zone; None if cancelled. Raises RuntimeError if the counts disagree."""
+        """The tally of first <= n < stop, all in one zone; None if cancelled. Raises RuntimeError if the counts disagree."""
         method, end = self.zone(first)
         assert first < stop <= end
         tally = Tally()
@@ -72,7 +72,7 @@ class Coverage:
             border = min(stop, (first // step + 1) * step)
             cover(first, border, tally)
             first = border
-        if self._cancelled.is_set():  # perhaps in the middle of the last batch
+        if self._cancelled.is_set():  # possibly inside the last batch
             return None
         tally.covered = tally.by_sieve + tally.by_predecessor + tally.followed
         return tally
@@ -107,10 +107,10 @@ class Coverage:
             self._redo(offset + residue, tally)
 
     def _by_cycles(self, first: int, stop: int, tally: Tally) -> None:
-        rule = self.question.rule
+        rule = self.config.rule
         ends = np.empty(stop - first, np.uint8)
         low, high = np.empty(stop - first, np.uint64), np.empty(stop - first, np.uint64)
-        compiled.find_cycles(*_pair(first), rule.multiplier, rule.addend, self.question.max_steps, ends, low, high)
+        compiled.find_cycles(*_pair(first), rule.multiplier, rule.addend, self.config.max_steps, ends, low, high)
         tally.followed += stop - first
         entered = ends == compiled.CYCLE
         members, counts = np.unique(np.stack([low[entered], high[entered]], axis=1), axis=0, return_counts=True)
@@ -120,7 +120,7 @@ class Coverage:
             if ends[i] == compiled.TOO_LONG:
                 tally.give_up(first + i, "too many steps")
             elif self._cancelled.is_set():
-                return  # `cover` throws the tally away
+                return  # `cover` discards the tally
             else:
                 self._redo(first + i, tally)
 
@@ -130,10 +130,10 @@ class Coverage:
             self._redo(n, tally)
 
     def _redo(self, n: int, tally: Tally) -> None:
-        """Follow `n` in Python's integers: what becomes of it is decided here."""
-        question = self.question
-        below = n if question.rule.is_collatz and n >= 1 << self.sieve_bits else 0
-        outcome, last = exact.follow(question.rule, n, question.max_steps, question.max_bits, below)
+        """Follow `n` in Python's integers, and count the outcome."""
+        config = self.config
+        below = n if config.rule.is_collatz and n >= 1 << self.sieve_bits else 0
+        outcome, last = exact.follow(config.rule, n, config.max_steps, config.max_bits, below)
         tally.redone_exactly += 1
         if outcome == "cycle":
             tally.reached[self._cycle(last)] += 1
@@ -142,8 +142,8 @@ class Coverage:
 
     def _cycle(self, member: int) -> exact.Cycle:
         if member not in self._cycles:
-            cycle = exact.cycle_through(self.question.rule, member)
-            self._cycles.update({n: cycle for n in exact.cycle_numbers(self.question.rule, member) if n % 2 or n == 0})
+            cycle = exact.cycle_through(self.config.rule, member)
+            self._cycles.update({n: cycle for n in exact.cycle_numbers(self.config.rule, member) if n % 2 or n == 0})
         return self._cycles[member]
 
 

@@ -1,4 +1,4 @@
-"""The map and its cycles in Python's integers: for numbers of any size, and what the compiled loops are measured against."""
+"""The map and its cycles in Python's integers: for numbers of any size, and the reference for the compiled loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked, what has been found, and both as JSON: the state to resume from and the report are the same file."""
+"""The settings and results of a search, as JSON: the state to resume from and the report are the same file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from loops.exact import Cycle, Map
-from trainer.errors import CHECKPOINT, Refusal
-from trainer.run_directory import write_text_atomic
+from trainer.errors import CHECKPOINT, UserError
+from trainer.reporting.run_directory import write_text_atomic
 
 VERIFIED_BITS = 71  # D. Barina, J. Supercomputing 81 (2025), doi 10.1007/s11227-025-07337-0: below 2^71 all reach 1
 LISTED = 1000  # numbers listed one by one in a report; all are counted
 
 
 @dataclass(frozen=True)
-class Question:
-    """The numbers start <= n < start + count of a map, and how far each is followed: what the answer depends on."""
+class SearchConfig:
+    """The numbers start <= n < start + count of a map, and the limits within which each is followed."""
 
     rule: Map
     start: int
@@ -29,12 +29,12 @@ class Question:
 
     @property
     def stop(self) -> int:
-        """The first number behind the range."""
+        """The first number after the range."""
         return self.start + self.count
 
     @property
     def rests_on_verified(self) -> bool:
-        """Whether all positive numbers below the range are known to reach 1, so that a smaller number answers for n."""
+        """Whether all positive numbers below the range are known to reach 1, so that a smaller number of its path decides n."""
         return self.rule.is_collatz and self.start <= 1 << VERIFIED_BITS
 
     def to_json(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass
 class Tally:
-    """What became of a stretch of numbers. covered = by_sieve + by_predecessor + followed, each number once.
+    """Counts for a stretch of numbers. covered = by_sieve + by_predecessor + followed, each number once.
 
     redone_exactly: of those followed, the ones that outgrew 128 bits and were followed again in Python's integers.
     """
@@ -66,7 +66,7 @@ class Tally:
             self.unresolved_numbers.append(n)
 
     def add(self, other: Tally) -> None:
-        """Count in the stretch after this one."""
+        """Add the counts of the next stretch."""
         self.covered += other.covered
         self.by_sieve += other.by_sieve
         self.by_predecessor += other.by_predecessor
@@ -79,42 +79,44 @@ class Tally:
 
 @dataclass
 class Record:
-    """The numbers up to `next` and what became of them; `seconds` over all launches."""
+    """The results for the numbers up to `next`; `seconds` over all launches."""
 
-    question: Question
+    config: SearchConfig
     tally: Tally = field(default_factory=Tally)
     seconds: float = 0.0
 
     @property
     def next(self) -> int:
         """The cursor: the first number that is not covered yet."""
-        return self.question.start + self.tally.covered
+        return self.config.start + self.tally.covered
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.tally.covered == self.question.count
+        """Whether the whole range is covered."""
+        return self.tally.covered == self.config.count
 
     def conclusion(self) -> str:
-        """What has been shown, and on what it rests."""
-        question, tally = self.question, self.tally
-        numbers = "every number of the range" if self.complete else f"every number from {question.start} to {self.next - 1}"
+        """What the search has shown, and under which assumptions."""
+        config, tally = self.config, self.tally
+        numbers = "every number of the range" if self.complete else f"every number from {config.start} to {self.next - 1}"
         unresolved = tally.unresolved.total()
         unless = f", except for {unresolved:,} unresolved (a limit was reached)" if unresolved else ""
         if not tally.covered:
             return "nothing is covered yet"
-        if not question.rule.is_collatz or self.next <= 1:
+        if not config.rule.is_collatz or self.next <= 1:
             return f"{numbers} was followed into a cycle{unless}"
         if any(cycle.smallest > 0 and not cycle.trivial for cycle in tally.reached):
             return "3n+1 has another cycle of positive numbers: see `cycles`"
-        if not question.rests_on_verified:
-            gap = f"whether it reaches 1 rests on the numbers from 2^{VERIFIED_BITS} up to the start, which are not looked at"
-            return f"{numbers} falls below itself, so none is the smallest of a cycle{unless}; {gap}"
+        if not config.rests_on_verified:
+            open_condition = (
+                f"whether it reaches 1 rests on the numbers from 2^{VERIFIED_BITS} up to the start, which are not looked at"
+            )
+            return f"{numbers} falls below itself, so none is the smallest of a cycle{unless}; {open_condition}"
         if unresolved:
             unless = f", if the {unresolved:,} unresolved (a limit was reached) do"
-        if question.start < 1:
+        if config.start < 1:
             return f"{numbers} was followed into a cycle, or is positive and reaches 1{unless}"
-        if question.start == 1:
+        if config.start == 1:
             return f"{numbers} reaches 1{unless}"
         return f"{numbers} reaches 1{unless}, as all below the start do (verified below 2^{VERIFIED_BITS}: Barina 2025)"
 
@@ -124,7 +126,7 @@ class Record:
         counts = {name: getattr(tally, name) for name in _COUNTS}
         cycles = sorted(tally.reached.items(), key=lambda item: (abs(item[0].smallest), -item[0].smallest))
         return {
-            **self.question.to_json(),
+            **self.config.to_json(),
             "complete": self.complete,
             "conclusion": self.conclusion(),
             "next": str(self.next),
@@ -136,44 +138,46 @@ class Record:
         }
 
     def write(self, path: Path) -> None:
-        """Replace `path` by this, all or nothing. Raises Refusal (exit 5) where the disk refuses."""
+        """Write `path` atomically. UserError (exit 5) if that fails."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(path, json.dumps(self.to_json(), indent=2) + "\n")
         except OSError as error:
-            raise Refusal(f"cannot write {path}: {error.strerror}; mend that, or choose another file", CHECKPOINT) from None
+            raise UserError(f"cannot write {path}: {error.strerror}; mend that, or choose another file", CHECKPOINT) from None
 
     @classmethod
-    def read(cls, path: Path, question: Question) -> Self:
-        """The record in `path`, or a new one if there is no such file. Refusal if it is damaged or answers something else."""
+    def read(cls, path: Path, config: SearchConfig) -> Self:
+        """The record in `path`, or a new one if there is no such file. UserError if it is damaged or of another search."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            saved = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return cls(question)
+            return cls(config)
         except (OSError, ValueError) as error:
-            raise Refusal(f"cannot read the state {path} ({error}); move it away to begin anew", CHECKPOINT) from None
-        if not isinstance(found, dict):
-            raise Refusal(f"{path} is no state of a loop search; choose another --state", CHECKPOINT)
-        for name, asked in question.to_json().items():
-            if found.get(name) != asked:
-                raise Refusal(f"{path} is of another search: {name} {found.get(name)}, not {asked}; choose another --state")
+            raise UserError(f"cannot read the state {path} ({error}); move it away to begin anew", CHECKPOINT) from None
+        if not isinstance(saved, dict):
+            raise UserError(f"{path} is no state of a loop search; choose another --state", CHECKPOINT)
+        for name, expected in config.to_json().items():
+            if saved.get(name) != expected:
+                raise UserError(
+                    f"{path} is of another search: {name} {saved.get(name)}, not {expected}; choose another --state"
+                )
         try:
-            record = cls(question, _tally(found), float(found["seconds"]))
+            record = cls(config, _tally(saved), float(saved["seconds"]))
             parts = record.tally.by_sieve + record.tally.by_predecessor + record.tally.followed
-            if record.next != int(found["next"]) or record.next > question.stop or record.tally.covered != parts:
+            if record.next != int(saved["next"]) or record.next > config.stop or record.tally.covered != parts:
                 raise ValueError("its counts disagree")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refusal(f"the state {path} is damaged ({error}); move it away to begin anew", CHECKPOINT) from None
+            raise UserError(f"the state {path} is damaged ({error}); move it away to begin anew", CHECKPOINT) from None
         return record
 
 
 _COUNTS = ("covered", "by_sieve", "by_predecessor", "followed", "redone_exactly")
 
 
-def _tally(found: Mapping[str, Any]) -> Tally:
+def _tally(saved: Mapping[str, Any]) -> Tally:
     reached: Counter[Cycle] = Counter()
-    for row in found["cycles"]:
+    for row in saved["cycles"]:
         reached[Cycle(int(row["smallest"]), row["length"], row["odd_steps"], row["trivial"])] = row["reached_by"]
-    numbers = [int(n) for n in found["unresolved_numbers"]]
-    counts = {name: int(found[name]) for name in _COUNTS}
-    return Tally(**counts, reached=reached, unresolved=Counter(found["unresolved"]), unresolved_numbers=numbers)
+    numbers = [int(n) for n in saved["unresolved_numbers"]]
+    counts = {name: int(saved[name]) for name in _COUNTS}
+    return Tally(**counts, reached=reached, unresolved=Counter(saved["unresolved"]), unresolved_numbers=numbers)

@@ -1,4 +1,4 @@
-"""Hands stretches of the range to threads and puts their tallies together in order, so that one number is the cursor."""
+"""Distributes stretches of the range to threads and merges their tallies in order, so that one number is the cursor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from loops.coverage import Coverage, Method
 from loops.exact import Cycle
 from loops.record import Record, Tally
 
-STRETCH_SECONDS = 0.25  # long enough to cost nothing to hand out, short enough to stop soon
-SAVE_SECONDS = 0.5  # the work that SIGKILL can cost, beside what is under way
+STRETCH_SECONDS = 0.25  # long enough that scheduling costs nothing, short enough to stop soon
+SAVE_SECONDS = 0.5  # the work that SIGKILL can lose, besides stretches in progress
 POLL_SECONDS = 0.2
 
 
@@ -35,19 +35,19 @@ def search(
     on_progress: Callable[[Record], None] = lambda _: None,
     save: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Cover the rest of the record's question; why it ended early (what `stopped` said), or None when complete.
+    """Cover the rest of the record's range; the reason given by `stopped` if it ended early, None when complete.
 
-    The stretches are cut once, in this thread, each begins where the one before ends, and a tally enters the record only
-    after all before it: the record counts exactly the numbers below its cursor, whenever it is saved. `on_find` hears of each
-    cycle that is not trivial when it is first entered, and of a positive number of 3n+1 that does not fall.
+    The stretches are cut in this thread only, each begins where the one before ends, and a tally enters the record only
+    after all before it: the record counts exactly the numbers below its cursor, whenever it is saved. `on_find` is called for
+    each non-trivial cycle when it is first entered, and for a positive number of 3n+1 that does not fall.
     """
     cancelled = threading.Event()
-    coverage = Coverage(record.question, sieve_bits, cancelled)
+    coverage = Coverage(record.config, sieve_bits, cancelled)
     units: dict[Method, int] = {"sieve": 1 << sieve_bits, "cycles": 1, "exact": 1}
     sizes = units.copy()
     waiting: deque[_Stretch] = deque()
-    position, stop = record.next, record.question.stop
-    mark = saved = time.monotonic()
+    position, stop = record.next, record.config.stop
+    last = saved = time.monotonic()
     reason = None
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -68,9 +68,9 @@ def search(
                 _report(record, tally, done.method, on_find)
                 now = time.monotonic()
                 record.tally.add(tally)
-                record.seconds, mark = record.seconds + now - mark, now
-                wanted = int((done.stop - done.first) * STRETCH_SECONDS / max(seconds, 1e-6))
-                sizes[done.method] = max(units[done.method], min(wanted, 8 * sizes[done.method]))
+                record.seconds, last = record.seconds + now - last, now
+                target = int((done.stop - done.first) * STRETCH_SECONDS / max(seconds, 1e-6))
+                sizes[done.method] = max(units[done.method], min(target, 8 * sizes[done.method]))
                 on_progress(record)
                 if now - saved > SAVE_SECONDS:
                     save()
@@ -89,7 +89,7 @@ def _timed(coverage: Coverage, first: int, stop: int) -> tuple[Tally | None, flo
 
 
 def _report(record: Record, tally: Tally, method: Method, on_find: Callable[[str], None]) -> None:
-    rule = record.question.rule
+    rule = record.config.rule
     for cycle in tally.reached:
         if not cycle.trivial and cycle not in record.tally.reached:
             on_find(describe(cycle, str(rule)))
@@ -100,5 +100,5 @@ def _report(record: Record, tally: Tally, method: Method, on_find: Callable[[str
 
 
 def describe(cycle: Cycle, rule: str) -> str:
-    """A cycle in words."""
+    """A one-line description of a cycle."""
     return f"{rule}: cycle of {cycle.smallest}, length {cycle.length} ({cycle.odd_steps} odd)"

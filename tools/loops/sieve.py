@@ -1,8 +1,8 @@
-"""Which numbers of 3n+1 need no work: residues mod 2^bits that are known to fall, found once for all numbers.
+"""Which numbers of 3n+1 need not be followed: residues mod 2^bits that are known to fall, computed once for all numbers.
 
 T(n) = n/2 or (3n+1)/2 is the map with each odd step joined to the halving after it. The parities of the first j steps of
 T depend on n mod 2^j alone, and with c odd ones among them T^j(2^j a + r) = 3^c a + T^j(r). As soon as 3^c < 2^j this is
-below 2^j a + r, for every a or from some small a on: the class r mod 2^j falls, and needs no more thought.
+below 2^j a + r, for every a or from some small a on: the class r mod 2^j falls, and need not be followed.
 (R. Terras, A stopping time problem on the positive integers, Acta Arithmetica 30, 1976.)
 """
 

@@ -19,7 +19,7 @@ status() {
 #   it stopped because its time was up (the job's,
 #     or --max_training_hours, which counts anew)   the job is requeued, and then the same command continues the run
 #   it failed                                      with its exit status; a job that fails is not requeued
-# When Slurm signals that the end is near, the run is told by its stop file. A signal would reach launchers, trackers and
+# When Slurm signals that the end is near, the run is stopped by its stop file. A signal would reach launchers, trackers and
 # compilers too, and each launcher that dies of one takes its node's processes along.
 train_until_finished() {
     local directory=$1 before near_end='' step word code=0

@@ -1,0 +1,80 @@
+"""`evaluate` of the image recipe, and its summary at the end of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from trainer.command_line.bounds import Positive
+from trainer.errors import UserError
+from trainer.recipe import Log, Recipe
+
+if TYPE_CHECKING:
+    from trainer.distributed.launch import Launch
+    from trainer.reporting.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained model: loss, top-1 and top-5 accuracy."""
+
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
+    split: Literal["train", "validation", "test"] | None = None
+    """default: test where the data have one, else validation"""
+    data_dir: str | None = None
+    """another folder of images, with the classes of the model"""
+    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
+    """samples of one forward, summed over all processes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
+    """The `evaluate` sub-command: exact on any number of processes."""
+    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_network
+    from trainer.setup import load_data
+
+    checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
+    if flags.data_dir:
+        folder = {"dataset": "folder", "data_dir": flags.data_dir, "num_samples": None, "val_samples": None}
+        config = replace(config, data=replace(config.data, **folder))
+    data = load_data(recipe, config, launch)
+    trained_classes, classes = json.loads(checkpoint.text("classes.json")), data.extra["classes"]
+    if classes != trained_classes:
+        raise UserError(
+            f"{flags.data_dir} has the classes {_names(classes)}; {checkpoint.path} was trained on {_names(trained_classes)}"
+        )
+    split = flags.split or ("test" if data.test else "validation")
+    dataset = {"train": data.train.without_augmentation(), "validation": data.evaluation["val"], "test": data.test}[split]
+    if dataset is None:
+        raise UserError(f"{config.data.dataset} has no test split; use --split validation")
+    network = load_network(recipe, checkpoint, config, data, launch)
+    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
+    result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+    log(f"{split}: {_accuracies(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")
+
+
+def _names(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:6]) + (f" and {len(classes) - 6} more" if len(classes) > 6 else "")
+
+
+def _accuracies(metrics: Mapping[str, float], prefix: str = "") -> str:
+    return f"top-1 {metrics[f'{prefix}accuracy']:.2%}, top-5 {metrics[f'{prefix}top5']:.2%}"
+
+
+def summarise_run(run: RunDirectory, log: Log) -> None:
+    """Log top-1 and top-5 of the last and the best weights of a finished run, and plot its accuracy."""
+    from trainer.reporting.plot import plot_metric
+    from trainer.reporting.trackers import read_metrics
+
+    evaluations = [row for row in read_metrics(run.metrics) if row.get("eval/val_accuracy") is not None]
+    best = max(evaluations, key=lambda row: (row["eval/val_accuracy"], -row["step"]))
+    log(f"validation, last weights: {_accuracies(evaluations[-1], 'eval/val_')}")
+    log(f"validation, best weights (step {best['step']:,}, best_model): {_accuracies(best, 'eval/val_')}")
+    plot = run.plots / "accuracy.png"
+    plot_metric({"validation top-1": run.metrics}, "eval/val_accuracy", plot)
+    log(f"Plot: {plot}")

@@ -1,0 +1,70 @@
+"""What the commands of every language model share: sampling flags, continuing a prompt, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from trainer.command_line.bounds import Bound, NotNegative
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from recipes.data.text import Text
+    from trainer.recipe import Data, Recipe
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a prompt, for any language model."""
+
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
+    prompt: str = ""
+    temperature: Annotated[float, NotNegative] = 0.8
+    """0: the likeliest token each time"""
+    top_p: Annotated[float, Bound(0, most=1, exclusive=True)] = 0.95
+    """sample from the smallest set of tokens with this mass"""
+    seed: int = 42
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def check_sampling(flags: Sampling) -> None:
+    """UserError for a prompt, seed or top_p that no generation can work with."""
+    try:
+        flags.prompt.encode()
+    except UnicodeEncodeError as reason:  # bytes of another encoding, as Python hands them on
+        raise UserError(f"the prompt is not UTF-8 from character {reason.start + 1} on; give it in UTF-8") from None
+    if not -(2**63) <= flags.seed < 2**63:
+        raise UserError(f"seed {flags.seed} does not fit into 64 bits; give a smaller one")
+
+
+def continue_prompt(network: Any, text: Text, flags: Sampling, generate: Callable[[Tensor], Tensor]) -> str:
+    """The prompt and its continuation by `generate` (ids [time] -> the same and more ids). UserError if flags do not fit."""
+    import torch
+
+    check_sampling(flags)
+    tokenizer = text.tokenizer()
+    ids = tokenizer.encode(flags.prompt, add_special_tokens=False).ids or [text.end_of_text]
+    torch.manual_seed(flags.seed)
+    output = generate(torch.tensor(ids, device=next(network.parameters()).device))
+    return tokenizer.decode(output.tolist(), skip_special_tokens=True)
+
+
+def trained_network(recipe: Recipe, config: Any, data: Data, checkpoint: Path) -> nn.Module:
+    """The plain network with a checkpoint's weights, on the CPU and in evaluation mode."""
+    from trainer.checkpoints.checkpoint import Checkpoint
+    from trainer.checkpoints.network import build_network, load_weights
+
+    network = build_network(recipe, config, data)
+    load_weights(network, Checkpoint(checkpoint))
+    return network.eval()
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats); infinite where that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,162 @@
+"""Commands for a language model of text (GPT-2): loss per token and per word beside n-gram baselines, and generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from tyro.conf import arg
+
+from recipes.baselines.ngrams import bigram_loss, unigram_loss
+from recipes.commands.language_model import Sampling, check_sampling, continue_prompt, perplexity
+from recipes.data.text import Text
+from trainer.command_line.bounds import NotNegative, Positive
+from trainer.errors import UserError
+from trainer.recipe import Data, Log, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.distributed.launch import Launch
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained model: loss, perplexity per token and per word, beside n-gram baselines on the same tokens."""
+
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
+    split: Literal["train", "validation", "test"] = "test"
+    stride: Annotated[int | None, Positive] = None
+    """tokens scored per window (default: all of it); smaller ones give each token more context"""
+    dataset: Literal["wikitext2", "wikitext103", "embedded"] | None = None
+    """another data set than the checkpoint's"""
+    data_dir: str | None = None
+    tokenizer: str | None = None
+    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
+    """samples of one micro-step, summed over all processes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Generate(Sampling):
+    """Continue a prompt with a trained model."""
+
+    max_new_tokens: Annotated[int, Positive] = 100
+    top_k: Annotated[int, NotNegative] = 50
+    """sample from so many tokens (0: all)"""
+    repetition_penalty: Annotated[float, Positive] = 1.2
+
+
+def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
+    """The `evaluate` sub-command: exact on any number of processes."""
+    from recipes.data.token_samples import TokenBlocks
+    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_network
+    from trainer.setup import load_data
+
+    checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
+    # The checkpoint's own tokenizer: one trained anew on other data would give other ids.
+    changes: dict[str, str | None] = {"tokenizer": flags.tokenizer or str(checkpoint.path / "tokenizer.json")}
+    if flags.dataset:
+        changes |= {"dataset": flags.dataset, "data_dir": None}
+    if flags.data_dir is not None:
+        changes |= {"data_dir": flags.data_dir}
+    config = replace(config, data=replace(config.data, **changes))
+    data = load_data(recipe, config, launch)
+    text, length, packing = data.extra["text"], config.model.max_length, config.data.packing
+    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[flags.split]
+    if flags.stride is not None:
+        try:
+            dataset = TokenBlocks(text.splits[flags.split], length, text.vocab_size, text.end_of_text, flags.stride)
+        except ValueError as reason:
+            raise UserError(f"--{reason}") from None
+        packing = "blocks"
+    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
+    network = load_network(recipe, checkpoint, config, data, launch)
+    result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+    if launch.is_main:
+        log_perplexities(text, flags.split, packing, length, result["loss"], log)
+
+
+def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
+    """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
+    from trainer.checkpoints.network import find_checkpoint, load_network
+
+    check_sampling(flags)
+    checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
+    text = Text.without_data(checkpoint.text("tokenizer.json"))
+    network = load_network(recipe, checkpoint, config, Data(None, {}, extra={"text": text}), launch)
+    log(f"Generating with {checkpoint.path}")
+    launch.control.on_main(lambda: log(sample(network, text, flags)))
+
+
+def sample(network: Any, text: Text, flags: Generate) -> str:
+    """Continue a prompt with `transformers`' generate. UserError if the flags do not fit the network."""
+
+    def continuation(ids: Tensor) -> Tensor:
+        free = network.config.n_positions - len(ids)
+        if free < 1:
+            raise UserError(f"the prompt has {len(ids)} tokens and the model reads {network.config.n_positions}; shorten it")
+        random = {"do_sample": True, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+        return network.generate(
+            ids[None],
+            attention_mask=ids[None].new_ones(1, len(ids)),
+            max_new_tokens=min(flags.max_new_tokens, free),
+            repetition_penalty=flags.repetition_penalty,
+            pad_token_id=text.end_of_text,
+            eos_token_id=text.end_of_text,
+            use_cache=True,
+            synced_gpus=False,  # this is a plain network on one process, even where ZeRO-3 trains in the same one
+            **(random if flags.temperature else {"do_sample": False}),
+        )[0]
+
+    return continue_prompt(network, text, flags, continuation)
+
+
+def sample_validation(network: Any, text: Text, max_length: int) -> str:
+    """The first tokens of the validation split, at most 12 and of its first row alone, as the network continues them."""
+    validation = text.splits["validation"]
+    count = min(12, max_length // 2, int(validation.row_ends[0]) - 1)
+    prompt = text.tokenizer().decode(np.asarray(validation.ids[:count]).tolist())
+    return sample(network, text, Generate(prompt=prompt))
+
+
+# ------------------------------------------------------------------------------------- losses of a split and its baselines
+
+
+def scored_tokens(text: Text, split: str, packing: str, max_length: int) -> np.ndarray:
+    """Which tokens of a split a model is scored on: bool [tokens]. All but the first, or all but the first of each row."""
+    tokens = text.splits[split]
+    mask = np.ones(len(tokens.ids), dtype=bool)
+    mask[0] = False
+    if packing == "rows":
+        starts = np.concatenate([[0], tokens.row_ends[:-1]])
+        # Position in its row, of each token: what lies beyond max_length has been cut off.
+        position = np.arange(len(mask)) - np.repeat(starts, np.diff(tokens.row_ends, prepend=0))
+        mask = (position > 0) & (position <= max_length)
+    return mask
+
+
+def ngram_losses(text: Text, split: str, packing: str, max_length: int) -> dict[str, float]:
+    """{name: nats per token} of models that only count, on the same tokens as the network."""
+    train, tokens = np.asarray(text.splits["train"].ids), np.asarray(text.splits[split].ids)
+    mask = scored_tokens(text, split, packing, max_length)
+    return {
+        "Kneser-Ney bigram": bigram_loss(train, tokens, text.vocab_size, mask),
+        "unigram": unigram_loss(train, tokens, text.vocab_size, mask),
+    }
+
+
+def log_perplexities(text: Text, split: str, packing: str, max_length: int, loss: float, log: Log) -> None:
+    """Print the loss of a model on a split in every unit, beside the baselines on the same tokens."""
+    tokens = int(scored_tokens(text, split, packing, max_length).sum())
+    words = text.splits[split].words
+    log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
+    # Where rows were cut, the words of the split are more than those that were scored.
+    uncut = tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
+    per_word = f", {perplexity(loss * tokens / words):.2f} per word" if uncut else ""
+    log(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")
+    for name, nats in ngram_losses(text, split, packing, max_length).items():
+        comparison = "the model is better" if nats > loss else "the model is still worse"
+        log(f"  for scale, {name} perplexity on the same tokens: {perplexity(nats):.2f} per token ({comparison})")

@@ -1,0 +1,120 @@
+"""Commands for a language model that was trained on files of token ids: its loss on every token of a file, and generation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from recipes.commands.language_model import Sampling, check_sampling, continue_prompt
+from trainer.command_line.bounds import Positive
+from trainer.errors import UserError
+from trainer.recipe import Data, Log, Recipe
+
+if TYPE_CHECKING:
+    from recipes.data.text import Text
+    from recipes.data.token_windows import Streams
+    from trainer.distributed.launch import Launch
+
+BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count than it is worth
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained model on every token of a file of ids."""
+
+    model_path: str = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
+    data_path: str | None = None
+    """.ids, .bin or .npy of the same tokenizer, or `embedded` (default: the checkpoint's val_data_path)"""
+    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
+    """windows of one micro-step, summed over all processes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Generate(Sampling):
+    """Continue a prompt with a trained model, up to <|endoftext|>."""
+
+    max_new_tokens: Annotated[int, Positive] = 256
+    tokenizer: str | None = None
+    """a folder or tokenizer.json (default: the checkpoint's)"""
+
+
+def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
+    """The `evaluate` sub-command: exact on any number of processes."""
+    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_network
+    from trainer.setup import load_data
+
+    checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
+    # Of `embedded` the validation part; of any other, that file alone: the training data may be elsewhere.
+    path = flags.data_path or config.data.val_data_path or "embedded"
+    tokenizer = str(checkpoint.path / "tokenizer.json") if "tokenizer.json" in checkpoint.files else None
+    if path == "embedded" and tokenizer is None:
+        raise UserError(f"{checkpoint.path} holds no tokenizer.json to read `embedded` with; give a --data_path of its own ids")
+    config = replace(config, data=replace(config.data, train_data_path=path, val_data_path=path, tokenizer=tokenizer))
+    data = load_data(recipe, config, launch)
+    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
+    network = load_network(recipe, checkpoint, config, data, launch)
+    result = evaluate_network(recipe, network, config, data.evaluation["val"], launch, flags.batch_size)
+    tokens = data.extra["streams"].validation.count - 1
+    log(f"{path}: {result['loss']:.4f} nats per token over {tokens:,} tokens, each once; perplexity {result['perplexity']:.2f}")
+
+
+def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
+    """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
+    from recipes.data.text import Text
+    from recipes.data.tokenizer import existing_tokenizer
+    from trainer.checkpoints.network import find_checkpoint, load_network
+
+    check_sampling(flags)
+    checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
+    if flags.tokenizer:
+        try:
+            text = Text.without_data(existing_tokenizer(flags.tokenizer).to_str())
+        except (ValueError, OSError) as reason:
+            raise UserError(str(reason)) from reason
+    elif "tokenizer.json" in checkpoint.files:
+        text = Text.without_data(checkpoint.text("tokenizer.json"))
+    else:
+        raise UserError(f"{checkpoint.path} holds no tokenizer.json, as there was none beside its data; give --tokenizer PATH")
+    if text.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {text.vocab_size} entries, {checkpoint.path} {config.model.vocab_size}; give the one it had"
+        )
+    network = load_network(recipe, checkpoint, config, Data(None, {}), launch)
+    log(f"Generating with {checkpoint.path}")
+    launch.control.on_main(lambda: log(sample(network, text, flags)))
+
+
+def sample(network: Any, text: Text, flags: Generate) -> str:
+    """Continue a prompt. UserError if the flags do not fit."""
+    from recipes.models import transformer_lm
+
+    settings = (flags.max_new_tokens, flags.temperature, flags.top_p, text.end_of_text)
+    return continue_prompt(network, text, flags, lambda ids: transformer_lm.generate(network, ids, *settings))
+
+
+def sample_validation(network: Any, streams: Streams) -> str:
+    """The first 8 tokens of the validation stream, as the network continues them. Needs the streams' tokenizer."""
+    from recipes.data.text import Text
+
+    assert streams.tokenizer_json is not None
+    text = Text.without_data(streams.tokenizer_json)
+    prompt = text.tokenizer().decode(streams.validation.ids()[:8].tolist())
+    return sample(network, text, Generate(prompt=prompt, max_new_tokens=100)).strip()
+
+
+@functools.lru_cache(1)  # the plot and the report want it
+def bigram(streams: Streams, vocab_size: int) -> tuple[str, float] | None:
+    """(name, nats per token) of a bigram on the whole validation stream; None if that takes long to count."""
+    import numpy as np
+
+    from recipes.baselines.ngrams import bigram_loss
+
+    if max(streams.train.count, streams.validation.count) > BIGRAM_TOKENS:
+        return None
+    predicted = np.arange(streams.validation.count) > 0
+    return "Kneser-Ney bigram", bigram_loss(streams.train.ids(), streams.validation.ids(), vocab_size, predicted)

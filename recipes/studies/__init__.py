@@ -1,1 +1,0 @@
-"""What a guide does beyond training one model: baselines, sweeps, pictures."""

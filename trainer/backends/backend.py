@@ -1,0 +1,148 @@
+"""The contract of a backend: everything that differs between one process, DDP and sharding a model.
+
+The loop and the checkpoints know this class alone. The gradient of the objective is a sum over all samples of a step, each
+divided by a global count; so averages that a backend takes by itself (over ranks, over micro-batches) are multiplied back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.launch import Launch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AFRESH = "The optimizer of the checkpoint kept another state: this one starts afresh"
+Layers = Mapping[str, Sequence[nn.Parameter]]
+
+
+class StepResult(NamedTuple):
+    """What became of a step. Device scalars: reading them waits for the device."""
+
+    grad_norm: Tensor
+    """global gradient norm before clipping"""
+    bad: Tensor
+    """1.0 if the norm was not finite, so no weight was changed, and a loss scale on its way down does not explain it"""
+
+
+class Backend(ABC):
+    """A model over the processes of a launch. All methods are called on every process.
+
+    After `prepare`: `network` is the bare module, whose names checkpoints use; `model` the prepared objective, to be called;
+    `optimizer` has the parameter groups.
+    """
+
+    supports_layer_norms: ClassVar[bool] = False
+    accelerator: Accelerator
+    network: nn.Module
+    model: Any
+    optimizer: Optimizer
+
+    def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
+        """`precision` is no, bf16 or fp16; `precision_flag` the value of `--mixed_precision` that it came from."""
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()  # a process may train several times; the process group stays
+        self.launch, self.precision, self.settings = launch, precision, settings
+
+    @staticmethod
+    @abstractmethod
+    def requested(environ: Mapping[str, str]) -> bool:
+        """Whether the launcher asked for this backend."""
+
+    @staticmethod
+    def before_connect(on_cpu: bool) -> None:
+        """What has to happen before the process group is made; by default nothing."""
+        return
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As it is printed at start."""
+
+    @abstractmethod
+    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
+        """Spread the model and its optimizer over the processes. `network` is the part of `objective` that is saved."""
+
+    def compile(self, objective: nn.Module) -> str | None:
+        """`torch.compile` network and loss as one graph: in place, before `prepare`, so that names stay bare.
+
+        Returns a warning for the user, if there is one.
+        """
+        objective.compile()
+        return None
+
+    def notes(self) -> list[str]:
+        """What the user should know of the prepared model, a line each."""
+        return []
+
+    # ---- a step: micro_step around each forward and backward, then step
+
+    @abstractmethod
+    def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch; `last`: of the step's, after which gradients are complete."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`, this process's part of the objective."""
+
+    def layer_norms(self, layers: Layers) -> dict[str, Tensor]:
+        """Gradient norms of some layers before clipping, between the last backward and `step`."""
+        raise TypeError(f"{self.name} has no gradient norms of layers")
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update, clear. A step with a non-finite gradient norm changes no weight and no moment."""
+
+    # ---- a checkpoint: named tensors out and in
+
+    # Entries are taken anew for every checkpoint; they are read after the optimizer step, on every process if `collective`.
+
+    @abstractmethod
+    def model_tensors(self) -> list[TensorEntry]:
+        """Parameters (fp32, tied ones once) and buffers, under the names of the bare network."""
+
+    @abstractmethod
+    def optimizer_tensors(self) -> list[TensorEntry]:
+        """Everything the optimizer keeps: `{key}.{parameter}` for tensors of a parameter, `{key}` for a count."""
+
+    @abstractmethod
+    def restore(self, saved: TensorSource) -> str | None:
+        """Continue with a checkpoint's optimizer state; its weights were in the bare network before `prepare`.
+
+        State that this optimizer does not keep is another's: then all of it starts afresh. Returns that warning, if so.
+        """
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """Scale and growth count of fp16, for `restore_loss_scale` of any backend; empty otherwise."""
+        return {}
+
+    def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
+        """Continue with a saved loss scale, if there is one and this run has one."""
+        return
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the rate of every group; `lr_scale` of a group, where it has one, multiplies it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
+def layers(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """{layer: its trained parameters}. A name is cut after its first number (`blocks.0`), else before its last part."""
+    grouped: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        parts = name.split(".")
+        end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), max(1, len(parts) - 1))
+        if parameter.requires_grad:
+            grouped.setdefault(".".join(parts[:end]), []).append(parameter)
+    return grouped

@@ -1,0 +1,136 @@
+"""One process, or DDP: weights, gradients and moments are whole on every process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from trainer.backends import tensors
+from trainer.backends.backend import AFRESH, Backend, Layers, StepResult, set_learning_rate
+from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.launch import Launch
+from trainer.optimisation.finite import LossScale
+
+
+class PlainBackend(Backend):
+    """The network itself, or torch's DistributedDataParallel around it."""
+
+    supports_layer_norms = True
+
+    def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        super().__init__(launch, precision, precision_flag, settings)
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        on_cpu = launch.device.type == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        self.scale = LossScale(launch.device) if precision == "fp16" else None
+
+    @staticmethod
+    def requested(environ: Mapping[str, str]) -> bool:
+        """What is left when no other backend was asked for."""
+        return True
+
+    @property
+    def name(self) -> str:
+        """As it is printed at start."""
+        return "DDP" if self.launch.processes > 1 else "one process"
+
+    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
+        """Accelerate's `prepare`, on the model alone: the wrapped optimizer would cost a tenth of a millisecond a step."""
+        self.network = network
+        self.model = self.accelerator.prepare(objective)
+        self.optimizer = make_optimizer()  # now that the weights are where they stay
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.skips_on_device = all(group.get("fused") for group in self.optimizer.param_groups)
+
+    def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are reduced with the last micro-batch only."""
+        no_sync = getattr(self.model, "no_sync", None)
+        return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """DDP averages over processes, hence the factor."""
+        loss = loss * self.launch.processes
+        (loss if self.scale is None else loss * self.scale.scale).backward()
+
+    def layer_norms(self, layers: Layers) -> dict[str, Tensor]:
+        """By layer."""
+        norms = {name: get_total_norm([p.grad for p in own if p.grad is not None]) for name, own in layers.items()}
+        return norms if self.scale is None else {name: norm / self.scale.scale for name, norm in norms.items()}
+
+    def step(self, learning_rate: float) -> StepResult:
+        """The optimizer skips a bad step by itself where it is fused; for any other the host reads the norm."""
+        set_learning_rate(self.optimizer, learning_rate)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scale is not None:
+            torch._foreach_mul_(gradients, 1.0 / self.scale.scale)
+        norm = get_total_norm(gradients)
+        not_finite = (~torch.isfinite(norm)).float()
+        if self.settings.grad_clip:
+            clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
+        if self.skips_on_device:
+            self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not float(not_finite):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scale is None:
+            return StepResult(norm, not_finite)
+        bad = not_finite * (self.scale.scale <= 1.0)
+        self.scale.update(not_finite)
+        return StepResult(norm, bad)
+
+    def model_tensors(self) -> list[TensorEntry]:
+        """Parameters and buffers."""
+        parameters = [tensors.whole_entry(name, p, torch.float32) for name, p in self.network.named_parameters()]
+        return parameters + tensors.buffer_entries(self.network)
+
+    def optimizer_tensors(self) -> list[TensorEntry]:
+        """Whatever tensors the optimizer keeps for each parameter (none before its first step), and its counts."""
+        state = self.optimizer.state
+        counts = tensors.count_keys(state)
+        named = self.network.named_parameters()
+        entries = [entry for name, p in named for entry in tensors.state_entries(name, state.get(p, {}), counts)]
+        return entries + tensors.count_entries(state.values(), counts)
+
+    def restore(self, saved: TensorSource) -> str | None:
+        """Give each parameter the state it had, read when its turn comes."""
+        keys_of, counts = tensors.split_names(saved.names("optimizer"))
+        names = {p: name for name, p in self.network.named_parameters()}
+        restored: list[tuple[nn.Parameter, torch.device, list[str], set[str]]] = []
+        for number, group in enumerate(self.optimizer.param_groups):
+            # torch's rule (Optimizer.load_state_dict): only these forms keep their count on the device.
+            on_device = group.get("fused") or group.get("capturable")
+            layouts: dict[int, set[str]] = {}
+            for p in group["params"]:
+                if p.ndim not in layouts:
+                    layouts[p.ndim] = set(tensors.trial_state(self.optimizer, number, p.ndim, p))
+                keys, layout = keys_of.get(names[p], []), layouts[p.ndim]
+                own_counts = layout.intersection(counts)
+                if keys and layout != own_counts.union(keys):
+                    return AFRESH
+                if keys:
+                    restored.append((p, p.device if on_device else torch.device("cpu"), keys, own_counts))
+        for p, device, keys, own_counts in restored:
+            state = {key: saved.tensor("optimizer", f"{key}.{names[p]}").to(p.device) for key in keys}
+            for key in own_counts:
+                state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
+            self.optimizer.state[p] = state
+        return None
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """Scale and growth count."""
+        return {} if self.scale is None else {"scale": float(self.scale.scale), "growth": int(self.scale.growth)}
+
+    def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
+        """From any backend's."""
+        if self.scale is not None and state:
+            self.scale = LossScale(self.launch.device, state["scale"], int(state["growth"]))

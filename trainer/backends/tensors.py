@@ -1,0 +1,163 @@
+"""Named tensors, as a checkpoint keeps them: independent of the backend that holds them.
+
+Names are those of the bare network. An optimizer's tensor is called `{key}.{parameter}` (`exp_avg.blocks.0.weight`); what it
+counts for all parameters together (`step`) has its key alone for a name. Which keys there are is read from the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.errors import UserError
+
+WHOLE = "parameters are flattened and cut here, so use another optimizer, or DDP"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint; `read` gives it in full, on any device: the live one where it is whole anyway."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """of the file, which `read` may differ from"""
+    read: Callable[[], Tensor]
+    collective: bool = False
+    """whether every process has to call `read`"""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes it takes in a file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Where saved tensors are read from: a checkpoint."""
+
+    def names(self, stem: str) -> set[str]:
+        """Names of the tensors of `model` or `optimizer`."""
+
+    def tensor(self, stem: str, name: str) -> Tensor:
+        """One tensor, on the host."""
+
+
+def whole_entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorEntry:
+    """An entry for a tensor that is whole on this process; in the file it has `dtype`, or its own."""
+    return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, lambda: tensor)
+
+
+def whole_entries(tensors: Mapping[str, Tensor]) -> list[TensorEntry]:
+    """Entries for tensors that are whole on this process, as they are."""
+    return [whole_entry(name, tensor) for name, tensor in tensors.items()]
+
+
+def saved_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers a state_dict holds (not the ones registered with persistent=False)."""
+    kept = network.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in network.named_buffers() if name in kept)
+
+
+def buffer_entries(network: nn.Module) -> list[TensorEntry]:
+    """Buffers as a checkpoint keeps them: floating-point ones as fp32."""
+    return [whole_entry(name, b, torch.float32 if b.is_floating_point() else b.dtype) for name, b in saved_buffers(network)]
+
+
+def count_keys(states: Mapping[Any, Mapping[str, Any]]) -> set[str]:
+    """The keys of an optimizer's state {parameter: {key: value}} that hold a number rather than a tensor like the parameter."""
+    numbers = {
+        key
+        for parameter, state in states.items()
+        for key, value in state.items()
+        if not isinstance(value, Tensor) or (value.ndim == 0 and parameter.ndim > 0)
+    }
+    return numbers | {"step"}  # of a parameter without dimensions everything is one number
+
+
+def state_entries(parameter_name: str, state: Mapping[str, Any], counts: set[str]) -> list[TensorEntry]:
+    """The tensors that an optimizer keeps for a parameter: fp32, or whole numbers as they are."""
+    return [
+        whole_entry(f"{key}.{parameter_name}", value, torch.float32 if value.is_floating_point() else value.dtype)
+        for key, value in sorted(state.items())
+        if key not in counts and value is not None
+    ]
+
+
+def count_entries(states: Iterable[Mapping[str, Any]], counts: set[str]) -> list[TensorEntry]:
+    """What an optimizer counts, once each: the counts of all parameters advance together.
+
+    Of a parameter that was never used they lag behind; hence those of the first that has taken the most steps. A tensor is
+    kept as fp32, a Python number as a 64-bit one: `restored_count` tells them apart.
+    """
+    ahead = max(states, key=lambda state: float(state.get("step", 0)), default={})
+    tensors = {key: value for key, value in sorted(ahead.items()) if key in counts}
+    return [
+        whole_entry(key, torch.tensor(float(value)) if isinstance(value, Tensor) else _number(value))
+        for key, value in tensors.items()
+    ]
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def restored_count(tensor: Tensor, device: torch.device) -> Any:
+    """The reverse of `count_entries`, for one of them."""
+    return tensor.to(device) if tensor.dtype == torch.float32 else tensor.item()
+
+
+def split_names(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of optimizer tensors -> ({parameter: its keys, sorted}, the keys of counts)."""
+    keys_of: dict[str, list[str]] = defaultdict(list)
+    counts = []
+    for name in sorted(names):
+        key, dot, parameter = name.partition(".")
+        if dot:
+            keys_of[parameter].append(key)
+        else:
+            counts.append(key)
+    return keys_of, counts
+
+
+def trial_state(optimizer: Optimizer, group: int, dimensions: int, like: Tensor) -> dict[str, Any]:
+    """The state that `optimizer` gives a parameter of a group in its first step, for a gradient of 0: which keys, which kind.
+
+    A copy of the optimizer takes that step on a parameter of its own, of size 2 along each dimension.
+    """
+    copy: Any = object.__new__(type(optimizer))
+    copy.__dict__.update(optimizer.__dict__)
+    parameter = nn.Parameter(torch.zeros((2,) * max(1, dimensions), device=like.device, dtype=like.dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    copy.state, copy.param_groups = defaultdict(dict), [{**optimizer.param_groups[group], "params": [parameter]}]
+    copy.step()
+    return {key: value for key, value in copy.state[parameter].items() if value is not None}
+
+
+def elementwise_initial_state(optimizer: Optimizer, like: Tensor) -> dict[str, Any]:
+    """The initial state of any part of a parameter, for backends that flatten and cut parameters: tensors of two zeros, and
+    counts of 0.
+
+    UserError for an optimizer whose state does not start at zero, or depends on the shape of its parameter.
+    """
+    name = type(optimizer).__name__
+    try:
+        state, of_a_matrix = (trial_state(optimizer, 0, dimensions, like) for dimensions in (1, 2))
+    except Exception as error:
+        raise UserError(
+            f"optimizer {name} cannot be sharded: {type(error).__name__} in a trial step ({error}); {WHOLE}"
+        ) from error
+    for key, value in state.items():
+        is_count = not isinstance(value, Tensor) or value.ndim == 0
+        if key not in of_a_matrix or (not is_count and value.shape != (2,)):
+            raise UserError(f"optimizer {name} keeps a {key} that depends on the shape of a parameter; {WHOLE}")
+        if (is_count and float(value) != 1) or (not is_count and bool(value.any())):
+            raise UserError(f"optimizer {name} keeps a {key} that does not start at 0; {WHOLE}")
+    if set(of_a_matrix) != set(state):
+        raise UserError(f"optimizer {name} treats matrices otherwise than vectors; {WHOLE}")
+    return {key: torch.zeros_like(v) if isinstance(v, Tensor) else type(v)(0) for key, v in state.items()}

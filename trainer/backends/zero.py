@@ -1,0 +1,247 @@
+"""DeepSpeed ZeRO 1, 2 and 3: moments, gradients and weights in flat partitions, one for each process.
+
+The engine is called directly, so that the learning rate is set between the last backward and the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.backends import tensors
+from trainer.backends.backend import AFRESH, Backend, StepResult, set_learning_rate
+from trainer.backends.deepspeed_config import fill_deepspeed_config
+from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.launch import DDP, Launch
+from trainer.errors import UserError, path_of
+
+
+class ZeroBackend(Backend):
+    """DeepSpeed's engine, made by Accelerate."""
+
+    def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
+        from accelerate import Accelerator
+
+        super().__init__(launch, precision, precision_flag, settings)
+        # bf16 is DeepSpeed's torch_autocast, see `fill_deepspeed_config`; Accelerate's own is off then.
+        self.accelerator = Accelerator(mixed_precision="fp16" if precision == "fp16" else "no")
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None:
+            raise UserError("the launcher asked for DeepSpeed and Accelerate did not enable it; check the --config_file")
+        filled = fill_deepspeed_config(plugin.deepspeed_config, precision, settings, launch.processes, precision_flag)
+        plugin.deepspeed_config.clear()
+        plugin.deepspeed_config.update(filled)
+
+    @staticmethod
+    def requested(environ: Mapping[str, str]) -> bool:
+        """By the variable that Accelerate's launcher sets."""
+        return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+    @staticmethod
+    def before_connect(on_cpu: bool) -> None:
+        """Make DeepSpeed work on a CPU as on a GPU, without a compiler."""
+        # DeepSpeed still calls names that torch 2.13 has deprecated, at every step of every process.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        if not on_cpu:
+            return
+        # ACCELERATE_USE_CPU would silently switch DeepSpeed off: PartialState(cpu=True) is what selects gloo.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        try:
+            import deepspeed.ops
+        except ImportError:
+            raise UserError("this launch wants DeepSpeed, which is not installed; pip install 'deepspeed>=0.19.8'") from None
+        # Keep it from compiling its shared-memory all-reduce (40 s, a build lock, and it dies without g++); gloo serves.
+        operators = getattr(deepspeed.ops, "__compatible_ops__", None)  # private; without it only the compilation comes back
+        if isinstance(operators, dict):
+            operators["deepspeed_shm_comm"] = False
+
+    @property
+    def name(self) -> str:
+        """As it is printed at start."""
+        return "DeepSpeed ZeRO"
+
+    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
+        """Accelerate's `prepare`, on model and optimizer together; then the optimizer state of every partition.
+
+        ZeRO-1 and 2 link moments to parameters after the *first group's* step, and never if the first step is skipped; so
+        every partition gets its initial state here, before DeepSpeed links them. The training curve is the same as without.
+        """
+        self.network = network
+        self.optimizer = make_optimizer()
+        if getattr(self.optimizer, "needs_whole_matrices", False):
+            raise UserError(
+                f"optimizer {type(self.optimizer).__name__} needs whole matrices, and ZeRO flattens them; use adamw, or "
+                f"{path_of(DDP)}"
+            )
+        initial = tensors.elementwise_initial_state(self.optimizer, self.optimizer.param_groups[0]["params"][0])
+        self.optimizer.state.clear()  # ZeRO has its own, in flat partitions
+        self.model, wrapped = self.accelerator.prepare(objective, self.optimizer)
+        self.engine = self.model
+        # The engine averages over both.
+        self.factor = self.launch.processes * self.settings.gradient_accumulation_steps
+        if self._dynamic_scaler() is not None:
+            self._dynamic_scaler().raise_error_at_min_scale = False  # the loop counts bad steps, and ends with a message
+        zero = wrapped.optimizer  # inside Accelerate's wrapper
+        self.base = zero
+        while hasattr(self.base, "optimizer"):
+            self.base = self.base.optimizer
+        self.stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+        self.partitions = zero.fp32_partitioned_groups_flat if self.stage3 else zero.single_partition_of_fp32_groups
+        self.moments = sorted(key for key, value in initial.items() if isinstance(value, Tensor) and value.ndim)
+        for flat in self.partitions:
+            moments = {key: torch.zeros_like(flat.data) for key in self.moments}
+            counts = {key: _copy_to(flat.device, value) for key, value in initial.items() if key not in moments}
+            self.base.state[flat] = counts | moments
+        if not self.stage3 and self.moments:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def compile(self, objective: nn.Module) -> str | None:
+        """As everywhere, though it hardly pays."""
+        super().compile(objective)
+        return "WARNING: --compile under ZeRO breaks the graph at every gathered layer and gains little"
+
+    def notes(self) -> list[str]:
+        """Where this run's numbers differ from DDP's."""
+        kept = "fp16" if self.precision == "fp16" else "bf16" if self.engine.bfloat16_enabled() else None
+        setting = {"fp16": "DeepSpeed fp16", "bf16": "DeepSpeed bf16.enabled"}
+        return [f"{setting[kept]}: weights are kept in {kept}, so this run's numbers differ from DDP's"] if kept else []
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """`engine.step` after a micro-batch that is not the last advances the engine's own counters."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+        if not last:
+            self.engine.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """With the last micro-batch gradients are reduced as well."""
+        self.engine.backward(loss * self.factor)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """The engine clips, updates and clears; it skips a step that is not finite (it reads the device for that)."""
+        set_learning_rate(self.engine.optimizer, learning_rate)
+        scaler = self._dynamic_scaler()
+        scale_before = scaler.cur_scale if scaler else 0.0
+        self.engine.step()
+        skipped = bool(self.engine.optimizer.overflow)
+        norm = torch.as_tensor(math.inf if skipped else self.engine.get_global_grad_norm())
+        return StepResult(norm, torch.tensor(float(skipped and scale_before <= 1.0)))
+
+    def model_tensors(self) -> list[TensorEntry]:
+        """Parameters from the fp32 master weights, and buffers."""
+        parameters = [
+            TensorEntry(name, _shape(p), torch.float32, partial(self._weight, p), collective=True)
+            for name, p in self.network.named_parameters()
+        ]
+        return parameters + tensors.buffer_entries(self.network)
+
+    def _weight(self, p: Tensor) -> Tensor:
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if p.requires_grad:
+            return safe_get_full_fp32_param(p).view(_shape(p))
+        with zero.GatheredParameters([p], enabled=self.stage3):  # frozen: no master copy
+            return p.detach().clone() if self.stage3 else p
+
+    def _moment(self, p: Tensor, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(p, key).view(_shape(p))
+
+    def optimizer_tensors(self) -> list[TensorEntry]:
+        """Moments by parameter, and counts, which are the same for every partition."""
+        entries = [
+            TensorEntry(
+                f"{key}.{name}",
+                _shape(p),
+                torch.float32,
+                partial(self._moment, p, key),
+                collective=True,
+            )
+            for name, p in self.network.named_parameters()
+            if p.requires_grad
+            for key in self.moments
+        ]
+        first = self.base.state[self.partitions[0]]
+        return entries + tensors.count_entries([first], set(first) - set(self.moments))
+
+    def restore(self, saved: TensorSource) -> str | None:
+        """Master weights too: DeepSpeed makes them from weights that pure bf16 has already rounded."""
+        keys_of, counts = tensors.split_names(saved.names("optimizer"))
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            self._set(p, saved.tensor("model", name), None)
+        if any(keys_of.get(name, self.moments) != self.moments for name in trained):
+            return AFRESH
+        for name, p in trained.items():
+            for key in keys_of.get(name, ()):
+                self._set(p, saved.tensor("optimizer", f"{key}.{name}"), key)
+        for flat in self.partitions:
+            state = self.base.state[flat]
+            for key in (key for key in counts if key in state):
+                state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), flat.device)
+        return None
+
+    def _set(self, p: Any, value: Tensor, key: str | None) -> None:
+        """Set the master weight (key None) or a moment of a parameter from its whole value."""
+        from deepspeed import utils
+
+        if not self.stage3 and key is None:
+            utils.safe_set_full_fp32_param(p, value)
+            return
+        if not self.stage3:
+            utils.safe_set_full_optimizer_state(p, value, key)
+            return
+        # safe_set_full_* fails where the size is not a multiple of the number of processes: pad, and cut our own slice.
+        local = p.ds_tensor
+        n = local.ds_numel if hasattr(local, "ds_numel") else local.numel()
+        padded = F.pad(value.flatten(), (0, n * self.launch.processes - value.numel()))
+        shard = padded[n * self.launch.rank : n * (self.launch.rank + 1)]
+        if key is None:
+            utils.safe_set_local_fp32_param(p, shard)
+        else:
+            utils.safe_set_local_optimizer_state(p, shard, key)
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """Scale, growth count and hysteresis of fp16."""
+        scaler = self._dynamic_scaler()
+        if scaler is None:
+            return {}
+        # DeepSpeed counts from the last overflow and doubles at each full window; we count from the last doubling.
+        clean = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {"scale": scaler.cur_scale, "growth": clean, "hysteresis": scaler.cur_hysteresis}
+
+    def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
+        """From any backend's."""
+        scaler = self._dynamic_scaler()
+        if scaler is not None and state:
+            scaler.cur_scale = state["scale"]
+            scaler.cur_iter, scaler.last_overflow_iter = int(state["growth"]), -1
+            scaler.cur_hysteresis = state.get("hysteresis", scaler.delayed_shift)
+
+    def _dynamic_scaler(self) -> Any:
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def _copy_to(device: torch.device, value: Any) -> Any:
+    """A count, for a partition of its own."""
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _shape(p: Any) -> tuple[int, ...]:
+    """Shape of a parameter, whole, whether it is partitioned or not."""
+    return tuple(getattr(p, "ds_shape", p.shape))

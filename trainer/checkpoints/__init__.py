@@ -1,0 +1,1 @@
+"""Checkpoints: their format, when and how they are written, which stay, and how a run resumes."""

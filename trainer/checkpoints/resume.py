@@ -1,0 +1,234 @@
+"""Which run directory, which checkpoint, which configuration: decided on rank 0, the same for every process.
+
+A flag that was not typed takes the checkpoint's value. What was typed and differs is a change: free in `run`, allowed in
+`optimisation` with `--resume_from`, refused in `model`, `data`, for the seed and for the effective batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.checkpoints import checkpoint as checkpoints
+from trainer.checkpoints import retention
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.command_line import config as configuration
+from trainer.command_line.config import Parsed
+from trainer.command_line.sections import PER_LAUNCH, Run
+from trainer.distributed.launch import Launch
+from trainer.distributed.stopping import StopReason, finished_reason
+from trainer.errors import UserError
+from trainer.recipe import Recipe
+from trainer.reporting.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What this launch does."""
+
+    config: Any
+    directory: RunDirectory
+    checkpoint: Checkpoint | None
+    same_run: bool
+    """the checkpoint belongs to this run directory (False: it starts a new one)"""
+    typed: frozenset[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the other processes."""
+        saved = self.checkpoint
+        return {
+            "config": configuration.to_mapping(self.config),
+            "directory": [str(self.directory.path), str(self.directory.checkpoints)],
+            "checkpoint": None if saved is None else [str(saved.path), saved.digest],
+            "same_run": self.same_run,
+            "typed": sorted(self.typed),
+        }
+
+    @classmethod
+    def from_json(cls, recipe: Recipe, value: dict[str, Any], rank: int) -> LaunchPlan:
+        """The plan of rank 0. UserError if this process sees another checkpoint (shared file systems lag)."""
+        saved = None
+        if value["checkpoint"]:
+            path, digest = value["checkpoint"]
+            saved = Checkpoint(Path(path))
+            if saved.digest != digest:
+                raise UserError(
+                    f"rank {rank} sees another {path} than rank 0; is it on a shared file system? try again in a minute"
+                )
+        config = configuration.from_mapping(recipe.config_class, value["config"], "plan")
+        directory = RunDirectory(Path(value["directory"][0]), Path(value["directory"][1]))
+        return cls(config, directory, saved, value["same_run"], frozenset(value["typed"]))
+
+
+def default_directory(recipe: Recipe, parsed: Parsed) -> Path:
+    """runs/RECIPE/NAME, unless `--output_dir` or `--run_name` says otherwise."""
+    run = parsed.config.run
+    return Path(run.output_dir) if run.output_dir else Path("runs", recipe.name, run.run_name or configuration.run_name(parsed))
+
+
+def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, log: Callable[[str], None]) -> LaunchPlan:
+    """Decide on rank 0, and tell the other processes. Collective. On rank 0 the directory is locked: release it at the end."""
+    plan, failure = None, None
+
+    def decide() -> dict[str, Any]:
+        nonlocal plan
+        plan = make_plan(recipe, parsed, argv, log)
+        return plan.to_json()
+
+    try:
+        decision = launch.control.on_main(decide)
+        if plan is None:
+            try:
+                plan = LaunchPlan.from_json(recipe, decision, launch.rank)
+            except UserError as error:
+                failure = error
+        launch.control.raise_if_any(failure)
+    except BaseException:
+        if plan is not None:
+            plan.directory.release(used=False)
+        raise
+    assert plan is not None
+    return plan
+
+
+def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None]) -> LaunchPlan:
+    """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
+    run = parsed.config.run
+    path = default_directory(recipe, parsed)
+    before = _earlier_value(path, "checkpoint_dir")
+    checkpoint_dir = run.checkpoint_dir or before
+    directory = RunDirectory(path, Path(checkpoint_dir) if checkpoint_dir else None)
+    old = Path(before) if before else path / "checkpoints"
+    held = retention.step_folders(old, recipe.checkpoint_prefix)
+    if held and not retention.step_folders(directory.checkpoints, recipe.checkpoint_prefix):
+        raise UserError(
+            f"{path} holds a run whose checkpoints are in {old}; --checkpoint_dir {checkpoint_dir} has none of them: "
+            "move them there, leave the flag out, or choose another --run_name"
+        )
+    try:
+        directory.prepare()
+        directory.lock(log)
+        retention.clear_unfinished(directory.checkpoints)
+        saved, same_run = _choose(recipe, run, directory, log)
+        config = parsed.config if saved is None else _merge(recipe, parsed, argv, saved, same_run, log)
+    except BaseException:
+        directory.release(used=False)
+        raise
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_dir=checkpoint_dir))
+    return LaunchPlan(config, directory, saved, same_run, parsed.typed)
+
+
+def nothing_to_do(recipe: Recipe, plan: LaunchPlan, total_steps: int) -> str | None:
+    """A message if the run that is resumed has nothing left to do; nothing has been written by then. Rank 0 only."""
+    saved, run = plan.checkpoint, plan.config.run
+    if saved is None:
+        return None
+    state, folder = saved.train_state, saved.path.parent
+    final = retention.links(folder).get("checkpoint_final") == saved.path.name
+    later = any(step > state.step for step, _ in retention.step_folders(folder, recipe.checkpoint_prefix))
+    # Its own newest without that link: a run killed after its last save, which has an end to report yet.
+    if run.resume_from and state.step >= total_steps and (final or later or not plan.same_run):
+        return f"{saved.path} is at step {state.step:,} of {total_steps:,}, nothing to do; give a larger --max_steps"
+    if not plan.same_run or run.resume_from:
+        return None
+    reason = finished_reason(state, total_steps, run)
+    if reason is None or not final:
+        return None
+    change = {StopReason.PATIENCE: "--patience 0", StopReason.TARGET_LOSS: "a lower --target_loss"}.get(reason)
+    way_on = f"to go on: {change or f'--max_steps N --resume_from {saved.path}'}"
+    return f"Already finished ({reason}) at step {state.step:,}, nothing to do; {way_on}"
+
+
+def _earlier_value(path: Path, flag: str) -> str | None:
+    """A value of the run section that the launch before had in this run directory."""
+    try:
+        return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"][flag]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _restarted(environ: Any = os.environ) -> bool:
+    """Whether a scheduler or torchrun, not a person, started this command again."""
+    return any(int(environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def _choose(recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None]) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint to start from, and whether it is this run's own."""
+    folder = directory.checkpoints
+    existing = retention.step_folders(folder, recipe.checkpoint_prefix)
+    if run.resume == "never":
+        if run.resume_from:
+            raise UserError("--resume never and --resume_from contradict each other; keep one")
+        if existing:
+            raise UserError(
+                f"{folder} holds a run at step {existing[0][0]}; to start anew choose another --run_name or --output_dir"
+            )
+        return None, True
+    if run.resume_from and not (existing and _restarted()):
+        path = checkpoints.resolve(run.resume_from, [folder, directory.path])
+        inside = path.parent == folder.resolve()
+        if inside or not existing:
+            chosen = Checkpoint(path)
+            chosen.verify()
+            return chosen, inside
+        if not _restarted() and _earlier_value(directory.path, "resume_from") != run.resume_from:
+            raise UserError(
+                f"{folder} holds another run, at step {existing[0][0]}, which did not start from {run.resume_from}; leave "
+                "--resume_from out to continue it, or choose another --run_name"
+            )
+        log(f"{folder} already holds a run: continuing it (--resume_from {run.resume_from} was its start)")
+    return retention.newest_good(folder, recipe.checkpoint_prefix, log), True
+
+
+def _merge(
+    recipe: Recipe, parsed: Parsed, argv: Sequence[str], saved: Checkpoint, same_run: bool, log: Callable[[str], None]
+) -> Any:
+    """The checkpoint's configuration, changed by what was typed now, if it may be."""
+    written_by = saved.state.get("recipe")
+    if written_by != recipe.name:
+        raise UserError(f"{saved.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
+    original = configuration.from_mapping(
+        recipe.config_class, yaml.safe_load(saved.text("config.yaml")), str(saved.path / "config.yaml")
+    )
+    config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
+    own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
+
+    if original.run.mixed_precision != config.run.mixed_precision:
+        log(f"mixed_precision: {original.run.mixed_precision} -> {config.run.mixed_precision}")
+
+    way_out = "train it under another --run_name, or take the weights only: --init_from"
+    others = configuration.changed(config, original, ("model", "data"))
+    for name in recipe.paths:
+        if name in others:
+            log("{}: {} -> {}".format(name, *others.pop(name)))
+    if others:
+        each = "; ".join(f"{name}: {saved.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
+        raise UserError(f"{each}; {way_out} {saved.path}")
+    old, new = original.optimisation, config.optimisation
+    if old.seed != new.seed or old.init_from != new.init_from:
+        name = "seed" if old.seed != new.seed else "init_from"
+        raise UserError(
+            f"{name}: {saved.path} has {getattr(old, name)}, asked for {getattr(new, name)}; {way_out} {saved.path}"
+        )
+    if old.effective_batch_size != new.effective_batch_size:
+        before, after = (f"{o.batch_size} x {o.gradient_accumulation_steps} = {o.effective_batch_size}" for o in (old, new))
+        raise UserError(
+            f"effective batch: {saved.path} has {before}, asked for {after}; keep the product, or {way_out} {saved.path}"
+        )
+    for name, (before, after) in configuration.changed(config, original, ("optimisation",)).items():
+        if name in ("batch_size", "gradient_accumulation_steps"):
+            continue  # the same effective batch, split otherwise
+        if same_run and not parsed.config.run.resume_from:
+            raise UserError(
+                f"{name}: the run has {before}, asked for {after}; to change it in mid-run add --resume_from {saved.path}, "
+                "or start another with --run_name"
+            )
+        log(f"{name}: {before} -> {after}")
+    return config

@@ -1,0 +1,130 @@
+"""The folder of a run's checkpoints: which there are, what points to them, which may go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.checkpoints.checkpoint import TEMPORARY, Checkpoint, remove
+from trainer.errors import CHECKPOINT, UserError
+from trainer.reporting.run_directory import fsync_directory
+from trainer.state import TrainState
+
+ABANDONED = "rolled_back"
+
+
+def step_folders(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """(step, path) of the step checkpoints in `folder`, newest first; links and other names do not count."""
+    folders = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(re.escape(prefix) + r"(\d+)", path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            folders.append((int(match[1]), path))
+    return sorted(folders, reverse=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed saves have left."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        remove(path)
+
+
+def newest_good(folder: Path, prefix: str, log: Callable[[str], None]) -> Checkpoint | None:
+    """The newest step checkpoint whose every byte is right; damaged ones are passed over, with a warning.
+
+    UserError (exit 5) if there are some and none is good: starting afresh would bury what may still be saved.
+    """
+    folders = step_folders(folder, prefix)
+    for _, path in folders:
+        try:
+            candidate = Checkpoint(path)
+            candidate.verify()
+            return candidate
+        except UserError as reason:
+            log(f"WARNING: skipping a damaged checkpoint: {reason}")
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoints in {folder} is intact; move them away, or use --run_name",
+            CHECKPOINT,
+        )
+    return None
+
+
+def link(folder: Path, name: str, target: str) -> None:
+    """Point `folder/name` at its sibling `target`, atomically."""
+    temporary = folder / f"{TEMPORARY}{name}.link"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    os.replace(temporary, folder / name)
+    fsync_directory(folder)
+
+
+def links(folder: Path) -> dict[str, str]:
+    """{link name: target name} of the links in `folder`."""
+    return {p.name: os.readlink(p) for p in folder.iterdir() if p.is_symlink()} if folder.is_dir() else {}
+
+
+def prune(folder: Path, prefix: str, keep_last: int) -> None:
+    """Delete old step checkpoints: all but the newest `keep_last` (0: 2) of any kind, the newest `keep_last` (0: all) of those
+    not saved for a new best alone, so that many of these do not push them out, and what links point to.
+
+    Raises OSError for what could not be deleted, after the rest has been.
+    """
+    folders = [path for _, path in step_folders(folder, prefix)]
+    older, failure = folders[keep_last or 2 :], None
+    counted = [path for path in folders if not _only_best(path)] if older else []
+    kept = {*links(folder).values(), *(path.name for path in counted[: keep_last or None])}
+    for path in older:
+        if path.name not in kept:
+            # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
+            doomed = folder / f"{TEMPORARY}{path.name}"
+            try:
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+
+
+def _only_best(path: Path) -> bool:
+    """Whether a checkpoint was saved for nothing but a new best; one that cannot be read is taken for another."""
+    try:
+        return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["only_best"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
+    """Set aside (never delete) the step checkpoints after `step`, newest first, so that none of them is resumed again."""
+    later = [path for at, path in step_folders(folder, prefix) if at > step]
+    if not later:
+        return []
+    number = 1
+    while (rolled_back := folder / f"{ABANDONED}_{number}").exists():
+        number += 1
+    rolled_back.mkdir()
+    names = {path.name for path in later}
+    for name, target in links(folder).items():
+        if target in names:
+            (rolled_back / name).symlink_to(target)
+            (folder / name).unlink()
+    for path in later:
+        os.rename(path, rolled_back / path.name)
+    return [str(rolled_back / path.name) for path in later]
+
+
+def resume_at(folder: Path, prefix: str, state: TrainState, log: Callable[[str], None]) -> None:
+    """Bring the folder of a run that is resumed at `state` to what it was then. Rank 0 only."""
+    for path in roll_back(folder, prefix, state.step):
+        log(f"Rolled back: set aside {path}")
+    best = f"{prefix}{state.best_step}"
+    # A kill between a save and its links leaves the old ones.
+    if state.best_step and links(folder).get("best_model") != best and (folder / best).is_dir():
+        link(folder, "best_model", best)

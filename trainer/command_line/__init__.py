@@ -1,0 +1,1 @@
+"""The command line: the sections every recipe has, flags, YAML files, presets."""

@@ -1,0 +1,203 @@
+"""Configuration: four sections of frozen dataclasses, and the command line that fills them.
+
+A run is described by `model`, `data`, `optimisation` and `run`. A recipe brings the first two and may extend the others.
+On the command line the sections disappear (`--d_model 512`). A preset and a YAML file become leading arguments, so that all
+three meet the same checks, and the later one wins: flags > YAML > preset > defaults (or the checkpoint that is resumed).
+
+Nothing here imports torch: `--help` has to answer at once.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.command_line.bounds import bounded_fields
+from trainer.command_line.flags import arguments, cli, flag_names, nearest, peek, read_yaml, typed
+from trainer.command_line.secrets import redact_text
+from trainer.command_line.webhook import Webhook, find_webhook
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A command line, read."""
+
+    config: Any
+    unresolved: Any
+    """`config` before its `resolved()`"""
+    without_flags: Any
+    """what `unresolved` would have been without the typed flags: their difference names the run"""
+    typed: frozenset[str]
+    """names of the fields that were given: by a flag, in the YAML file or in the preset"""
+    webhook: Webhook | None = None
+    """where alerts go. Its URL is a secret: it is here alone, and in none of the configs, which are written to files"""
+
+
+def values(config: Any) -> dict[str, Any]:
+    """All values of a sectioned (or flat) config by field name."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flat |= values(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
+
+
+def changed(config: Any, base: Any, sections: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """{field: (base value, config value)} where the two differ, within `sections`."""
+    before = {k: v for s in sections for k, v in values(getattr(base, s)).items()}
+    after = {k: v for s in sections for k, v in values(getattr(config, s)).items()}
+    return {k: (before[k], v) for k, v in after.items() if before[k] != v}
+
+
+def parse(
+    config_class: type,
+    presets: Mapping[str, Path],
+    argv: Sequence[str],
+    prog: str,
+    default: Any = None,
+    description: str = "",
+) -> Parsed:
+    """Read a training command line. `default` (a checkpoint's config) stands in for the defaults of the flags not given.
+
+    A config class with a method `resolved() -> config` fills in what follows from other values, and refuses (with a
+    ValueError or UserError) values that contradict each other.
+
+    Raises UserError (one or two lines) for anything a user can mend; exits 0 after `--help`.
+    """
+    default = config_class() if default is None else default
+    names, config_file = flag_names(config_class), peek(argv, "config")
+    if config_file == "":
+        raise UserError("--config is empty; give a YAML file, or leave it out")
+    leading = _preset(config_class, presets, argv)
+    from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
+    description = f"{inspect.getdoc(config_class) or ''}\nPresets: {', '.join(presets) or 'none'}.{description}"
+    by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
+    given = frozenset().union(*by_source)
+    base = _epochs_win(cli(config_class, [*leading, *from_file], prog, default, description), by_source[:2])
+    config = _epochs_win(cli(config_class, [*leading, *from_file, *argv], prog, default, description), by_source)
+    steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
+    if _length_flags(by_source) == {"max_steps", "max_epochs"} and steps and epochs:
+        ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"
+        raise UserError(f"max_steps {steps} and max_epochs {epochs:g} were given together; add {ways_out}")
+    webhook = find_webhook(config.run.alert_webhook, {} if "alert_webhook" in given else os.environ)
+    base, config = (dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None)) for c in (base, config))
+    check(config)
+    unresolved = config
+    if hasattr(config, "resolved"):
+        try:
+            config = config.resolved()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        check(config)
+    return Parsed(config, unresolved, base, given, webhook)
+
+
+def _length_flags(by_source: Sequence[frozenset[str]]) -> frozenset[str]:
+    """Which of max_steps and max_epochs were given by the last of preset, YAML file and flags that gives one."""
+    lengths = [given & {"max_steps", "max_epochs"} for given in by_source]
+    return next((names for names in reversed(lengths) if names), frozenset())
+
+
+def _epochs_win(config: Any, by_source: Sequence[frozenset[str]]) -> Any:
+    """`config` with `max_steps` 0, which would decide, if epochs were given after it."""
+    if _length_flags(by_source) != {"max_epochs"} or not config.optimisation.max_epochs:
+        return config
+    return dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, max_steps=0))
+
+
+def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
+    """Read the command line of a sub-command: one flat dataclass."""
+    leading = _preset(config_class, presets, argv) if presets else []
+    flags = cli(config_class, [*leading, *argv], prog, None, inspect.getdoc(config_class) or "")
+    check(flags)
+    return flags
+
+
+def _preset(config_class: type, presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
+    """The values of the preset that a command line names, as its leading words."""
+    preset = peek(argv, "preset")
+    if preset is not None and preset not in presets:
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
+    return arguments(read_yaml(presets[preset], config_class)) if preset else []
+
+
+def check(config: Any) -> None:
+    """UserError for numbers no run can mean, naming the flag and the value, and for URLs that hold a secret, without it."""
+    for name, value, bound in bounded_fields(config):
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, str) and redact_text(part) != part for part in parts):
+            raise UserError(
+                f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
+                "in ~/.netrc or the environment"
+            )
+        for number in parts:
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if isinstance(number, float) and not math.isfinite(number):  # an integer may be too long for a float
+                raise UserError(f"{name} {number} is not a finite number; give a finite one")
+            wanted = bound and bound.broken_by(number)
+            if wanted:
+                raise UserError(f"{name} {number} {wanted}")
+    optimisation = getattr(config, "optimisation", None)
+    if optimisation is None:
+        return
+    if not optimisation.max_steps and not optimisation.max_epochs:
+        raise UserError("max_steps and max_epochs are both 0; give one of them")
+    if optimisation.min_lr > optimisation.learning_rate:
+        raise UserError(f"min_lr {optimisation.min_lr:g} is above learning_rate {optimisation.learning_rate:g}; lower it")
+
+
+def to_yaml(config: Any) -> str:
+    """The whole config as YAML, in sections; `from_mapping(yaml)` gives it back."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The whole config as plain dicts and lists (tuples become lists), in sections."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) -> Any:
+    """The reverse of `to_mapping`; what is missing has the recipe's default. `source` is named when a key is not ours."""
+    defaults, sections = config_class(), {}
+    for name, section_class in typing.get_type_hints(config_class).items():
+        section = dict(mapping.get(name) or {})
+        unknown = set(section) - {f.name for f in dataclasses.fields(section_class)}
+        if unknown:
+            raise UserError(f"{source}: unknown key {sorted(unknown)[0]!r} in section {name}; written by another version?")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+        sections[name] = dataclasses.replace(getattr(defaults, name), **values)
+    return config_class(**sections)
+
+
+def run_name(parsed: Parsed) -> str:
+    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
+    run = parsed.config.run
+    parts = [Path(run.config).stem if run.config else run.preset or "default"]
+    for name, (_, value) in changed(parsed.unresolved, parsed.without_flags, ("model", "data", "optimisation")).items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
+        # Two paths may read the same once made safe; a short hash keeps their runs apart.
+        parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")
+    name = "-".join(parts)
+    return name if len(name) <= 120 else f"{name[:110]}-{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

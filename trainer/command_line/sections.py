@@ -1,0 +1,122 @@
+"""The sections of a configuration that every recipe has: `optimisation` and `run`. A recipe may add fields to them."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from trainer.command_line.bounds import Fraction, NotNegative, Positive
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """What decides the weights, beside the model and the data."""
+
+    seed: Annotated[int, NotNegative] = 42
+    """seed of initial weights, order of the data and dropout"""
+    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
+    """samples of one micro-step, summed over all processes"""
+    gradient_accumulation_steps: Annotated[int, Positive] = 1
+    """micro-steps per optimizer step; effective batch = batch_size x this"""
+    max_steps: Annotated[int, NotNegative, arg(aliases=("--max_iters", "--steps"))] = 0
+    """optimizer steps of the whole run (0: max_epochs decides)"""
+    max_epochs: Annotated[float, NotNegative] = 10.0
+    """passes over the training set, if max_steps is 0"""
+    learning_rate: Annotated[float, Positive, arg(aliases=("--lr",))] = 3e-4
+    """peak learning rate"""
+    min_lr: Annotated[float, NotNegative] = 0.0
+    """learning rate of the last step"""
+    warmup_steps: Annotated[int, NotNegative, arg(aliases=("--warmup_iters",))] = 2000
+    """optimizer steps of linear warm-up; an untyped value is cut to a tenth of the run"""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """muon: 2-D hidden weights by Muon, the rest by AdamW (not under ZeRO)"""
+    weight_decay: Annotated[float, NotNegative] = 0.01
+    beta1: Annotated[float, Fraction] = 0.9
+    """first-moment decay of Adam; momentum of SGD"""
+    beta2: Annotated[float, Fraction] = 0.95
+    eps: Annotated[float, Positive] = 1e-8
+    grad_clip: Annotated[float, NotNegative] = 1.0
+    """largest global gradient norm (0: no clipping)"""
+    init_from: str | None = None
+    """take the initial weights (only these) from this checkpoint folder or pretrained name"""
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples per optimizer step, over all processes and micro-steps."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides where and how the run happens, but not its mathematics."""
+
+    output_dir: str | None = None
+    """run directory (default: runs/RECIPE/NAME)"""
+    run_name: str | None = None
+    """last part of the run directory (default: from the preset or YAML file and the flags that change weights)"""
+    preset: str | None = None
+    """a named set of values of this recipe"""
+    config: str | None = None
+    """a YAML file of values, flat or in sections"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: what the launcher says, else bf16 on a GPU and fp32 on a CPU"""
+    compile: bool = False
+    """torch.compile the network together with its loss"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    deterministic: bool = False
+    """deterministic kernels: bit-exact resume on a GPU too"""
+    num_workers: Annotated[int, NotNegative] = 2
+    """data-loading processes per training process"""
+    prefetch_factor: Annotated[int, Positive] = 2
+    """micro-batches each data-loading process prepares ahead"""
+    pin_memory: bool = True
+    """page-locked host batches (GPU only)"""
+    log_every: Annotated[int, Positive, arg(aliases=("--log_interval",))] = 100
+    """optimizer steps between log lines"""
+    log_grad_norms: bool = False
+    """with each log line the gradient norm of every layer too (not under ZeRO)"""
+    eval_every: Annotated[int, NotNegative, arg(aliases=("--eval_interval",))] = 500
+    """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
+    eval_iters: Annotated[int, NotNegative] = 0
+    """batches per evaluation (0: the whole set)"""
+    save_every: Annotated[int, NotNegative, arg(aliases=("--checkpoint_interval",))] = 1000
+    """optimizer steps between checkpoints (0: off)"""
+    save_epochs: Annotated[int, NotNegative] = 1
+    """epochs between checkpoints that are kept, as checkpoint_epoch_E (0: off)"""
+    save_minutes: Annotated[float, NotNegative] = 0.0
+    """minutes between checkpoints (0: off)"""
+    keep_last: Annotated[int, NotNegative] = 3
+    """step checkpoints to keep (0: all); those of new bests alone do not count, and what a link points to always stays"""
+    checkpoint_dir: str | None = None
+    """where the checkpoints go (default: checkpoints/ in the run directory)"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue the run in this run directory, if it holds one"""
+    resume_from: str | None = None
+    """start from this checkpoint, or roll this run back to it"""
+    stop_at_step: Annotated[int, NotNegative] = 0
+    """end this launch at this step, as if stopped by a request (0: off)"""
+    max_training_hours: Annotated[float | None, Positive] = None
+    """end this launch, checkpoint included, within so many hours of its start"""
+    patience: Annotated[int, NotNegative] = 0
+    """evaluations without a better one before the run ends (0: off)"""
+    target_loss: float | None = None
+    """end the run once the logged training loss is at or below this"""
+    max_bad_steps: Annotated[int, Positive] = 10
+    """steps in a row with a non-finite gradient before the run fails"""
+    timeout_minutes: Annotated[float, Positive] = 60.0
+    """how long a process waits for the others before it gives up"""
+    use_tensorboard: bool = False
+    use_wandb: bool = False
+    wandb_project: str = "samecurve"
+    wandb_run_name: str | None = None
+    alert_webhook: str | None = None
+    """Discord, Slack or any URL that takes JSON, told of start, progress, trouble and stop; kept nowhere. Better given as
+    TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""
+    alert_every: Annotated[int, NotNegative] = 500
+    """optimizer steps between alerts of progress (0: off)"""
+
+
+# What describes this launch alone, and is therefore never taken over from a checkpoint.
+PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "stop_at_step")

@@ -1,0 +1,1 @@
+"""The numbered stream of samples, its order, and the loader."""

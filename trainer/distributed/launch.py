@@ -1,0 +1,121 @@
+"""Joining the processes of a launch, under any launcher."""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed.control import Control
+from trainer.distributed.hardware import cores
+from trainer.distributed.hosts import choose_interface
+from trainer.distributed.signals import launched
+from trainer.errors import FINISHED, UserError, path_of
+
+DDP = "accelerate_configs/ddp.yaml"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who and where this process is."""
+
+    rank: int
+    processes: int
+    local_rank: int
+    device: torch.device
+    control: Control
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
+
+
+def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool], None] = lambda on_cpu: None) -> Launch:
+    """Join the other processes of this launch, on GPUs if there are some and `device` allows; else on CPUs with gloo.
+
+    `before_connect(on_cpu)` is the backend's, called before the process group is made. Raises UserError where the launcher
+    started several processes that do not know of each other.
+    """
+    from accelerate import PartialState
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no GPU here; use --device cpu")
+    launcher_uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not torch.cuda.is_available()
+    timeout = timedelta(minutes=timeout_minutes)
+    # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
+    before_connect(on_cpu)
+    choose_interface(os.environ)
+    state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
+    _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
+    if on_cpu:
+        _use_all_cores(state.num_processes)
+    control = Control(state.process_index, state.num_processes, timeout)
+    return Launch(state.process_index, state.num_processes, state.local_process_index, state.device, control)
+
+
+def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:
+    """Refuse N copies that each think they are alone, and a group on another backend than the one asked for."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        copies = int(environ.get(name) or 0)
+        if name == "SLURM_STEP_NUM_TASKS" and "WORLD_SIZE" in environ:
+            continue  # one task a node, each starting the launcher
+        if copies > 1 and copies != processes:
+            raise UserError(
+                f"{name}={copies} but this process is rank {rank} of {processes}: {copies} copies would train side by side "
+                f"and write the same files; start with `accelerate launch --config_file {path_of(DDP)}`"
+            )
+    if int(environ.get("RANK") or rank) != rank and processes > 1:
+        raise UserError(
+            f"RANK={environ['RANK']} but the process group says rank {rank}; start with accelerate launch or torchrun"
+        )
+    if processes > 1 and on_cpu and dist.get_backend() != "gloo":
+        raise UserError(f"{processes} CPU processes came up with backend {dist.get_backend()}; --device cpu needs gloo")
+
+
+def _use_all_cores(processes: int) -> None:
+    """Launchers set OMP_NUM_THREADS=1 where the user set nothing; share the cores between the processes of this host."""
+    if launched(os.environ) and os.environ.get("OMP_NUM_THREADS") == "1":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+        torch.set_num_threads(max(1, cores() // local))
+
+
+def resolve_precision(flag: str, launch: Launch) -> str:
+    """no, bf16 or fp16: the value of `--mixed_precision`, else what the launcher set, else the best this device has."""
+    from_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if flag == "auto" and from_launcher not in ("no", "bf16", "fp16"):
+        raise UserError(f"the launcher asks for mixed_precision {from_launcher}; use no, bf16 or fp16")
+    if flag == "auto" and from_launcher in ("bf16", "fp16"):
+        flag = from_launcher
+    elif flag == "auto":
+        on_gpu = launch.device.type == "cuda"
+        flag = "no" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if flag == "fp16" and launch.device.type == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU (on a CPU it would silently train in fp32); use bf16 or no")
+    return flag
+
+
+def shut_down(launch: Launch | None, code: int) -> None:
+    """Leave the process with `code`. Gloo's threads abort the interpreter's own exit now and then, so it is skipped."""
+    if launch is not None and dist.is_initialized():
+        if code == FINISHED:
+            try:
+                launch.control.barrier()
+            except RuntimeError as error:  # another process has died meanwhile, and says why itself
+                print(f"error: rank {launch.rank} lost the other processes at the end: {error}", file=sys.stderr)
+                code = 1
+        # What the interpreter's exit would have done for the semaphores of data workers (those of priority 0 wait for nothing).
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

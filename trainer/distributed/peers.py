@@ -1,0 +1,114 @@
+"""When one process of a launch fails or falls silent, all end with the same message and status, and the cause is named.
+
+The first process to fail leaves a note in the launch's key-value store (torchrun's own, which outlives any rank). The others
+meet a broken or timed-out collective, and find the note. Where there is none, whoever does not answer has died or hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed.launch import Launch
+from trainer.errors import OUT_OF_MEMORY, UserError, one_line
+
+ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
+FAILURE, WAITING = "samecurve/failure", "samecurve/waiting/{}"
+# What gloo, NCCL and torch's store say where the other end is gone.
+_BROKEN = re.compile(
+    r"gloo|nccl|monitored ?barrier|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE
+)
+
+
+def root_cause(error: Exception, rank: int, processes: int) -> Exception:
+    """What this process should report: `error`; or, if that is only what another one's failure looks like from here, that.
+
+    One process prints it: the others get a UserError with `printed_by_other_rank`.
+    """
+    if processes == 1 or (isinstance(error, UserError) and error.known_to_all):
+        return error
+    # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
+    causes: list[Exception] = []
+    asking = threading.Thread(target=lambda: causes.append(_cause_by_store(error, rank, processes)), daemon=True)
+    asking.start()
+    asking.join(1.5 * ANSWER_SECONDS)
+    if causes:
+        return causes[0]
+    return _lost("the first host gives no answer", error) if _is_broken(error) else error
+
+
+def _cause_by_store(error: Exception, rank: int, processes: int) -> Exception:
+    """`root_cause`, by the key-value store of the launch."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if _is_broken(error):
+            error = _await_note(error, store, rank, processes)
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        note = json.dumps([rank, text, error.exit_code if isinstance(error, UserError) else 1])
+        failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
+    except (RuntimeError, ValueError, AttributeError):  # the store went down with its host; AttributeError: it is private
+        return _lost("the first host is gone", error) if _is_broken(error) else error
+    if failed == rank:
+        return error
+    return UserError(f"rank {failed}: {text}", code, printed_by_other_rank=True)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether this is how a collective ends that another process has left."""
+    return not isinstance(error, UserError) and isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+
+
+def _lost(what: str, error: Exception) -> UserError:
+    return UserError(f"{what}; the same command goes on from the newest checkpoint ({one_line(error, 300)})", 1)
+
+
+def _await_note(error: Exception, store: Any, rank: int, processes: int) -> Exception:
+    """Wait for the note of the process that failed; else a UserError with the ranks that do not answer."""
+    store.set(WAITING.format(rank), "1")
+    silent = [other for other in range(processes) if other != rank]
+    end = time.monotonic() + ANSWER_SECONDS
+    while silent and time.monotonic() < end and not store.check([FAILURE]):
+        time.sleep(0.1)
+        silent = [other for other in silent if not store.check([WAITING.format(other)])]
+    names = f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}"
+    what = f"{names} of {processes} gave no answer: killed, or hung" if silent else "the processes lost each other"
+    return _lost(what, error)
+
+
+@contextlib.contextmanager
+def explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
+    """Turns an error into what a person can do about it, and one that came from another process into that process's."""
+    try:
+        yield
+    except Exception as error:
+        cause = root_cause(_out_of_memory(error, optimisation) or error, launch.rank, launch.processes)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _out_of_memory(error: Exception, optimisation: Any) -> UserError | None:
+    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    says_so = not isinstance(error, UserError) and any(sign in str(error).lower() for sign in signs)
+    if not says_so and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
+    batch = ""
+    if optimisation is not None:
+        size, accumulation = optimisation.batch_size, optimisation.gradient_accumulation_steps
+        arithmetic = f"{size} x {accumulation} accumulation = {optimisation.effective_batch_size}"
+        batch = f" with batch_size {arithmetic} samples a step"
+    return UserError(
+        f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
+        "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
+        f"Checkpoints are kept. ({one_line(error, 200)})",
+        OUT_OF_MEMORY,
+    )

@@ -1,0 +1,61 @@
+"""Network and loss in one module, so that DDP, ZeRO and torch.compile see the loss inside `forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+from trainer.recipe import Batch, Recipe
+
+
+class Objective(nn.Module):
+    """What is prepared and called. Only scalars leave it: Accelerate upcasts what a prepared module returns, and logits
+    would be gigabytes."""
+
+    def __init__(self, network: nn.Module, recipe: Recipe, terms: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.recipe = recipe
+        self.terms = list(terms)
+        self.config = getattr(network, "config", None)  # where DeepSpeed looks for hidden_size when a bucket is "auto"
+
+    def forward(self, batch: Batch, measuring: bool = False) -> Any:
+        """Loss sums [terms]; with `measuring` {name: [sum, count]} in float64."""
+        if measuring:
+            measured = self.recipe.measure(self.network, batch)
+            missing = [term for term in self.terms if term not in measured and term not in self.recipe.monitored]
+            if missing:
+                raise UserError(
+                    f"measure gives {', '.join(measured)} without {', '.join(missing)}; give the loss terms as well"
+                )
+            return {name: _pair(total, count) for name, (total, count) in measured.items()}
+        sums = self.recipe.loss(self.network, batch)
+        if sums.keys() != set(self.terms):
+            raise UserError(f"loss gives the terms {', '.join(sums)}, items counts {', '.join(self.terms)}; name the same")
+        return torch.stack([sums[term].float() for term in self.terms])
+
+
+def _pair(total: Tensor | float, count: Tensor | float) -> Tensor:
+    total = torch.as_tensor(total)
+    return torch.stack([total.double(), torch.as_tensor(count, device=total.device).double()])
+
+
+def objective_weights(recipe: Recipe, config: Any, terms: Iterable[str]) -> dict[str, float]:
+    """{loss term: its weight in the objective}, in the order of `terms`."""
+    given = recipe.loss_weights(config)
+    return {term: 0.0 if term in recipe.monitored else float(given.get(term, 1.0)) for term in terms}
+
+
+def summarise(recipe: Recipe, means: Mapping[str, float], loss_weights: Mapping[str, float]) -> dict[str, float]:
+    """`loss` (the weighted objective), each term where there are several, other measures, and what derives from them."""
+    terms = [name for name in means if name in loss_weights and name not in recipe.monitored]
+    result = {name: value for name, value in means.items() if name not in terms}
+    if terms:
+        result = {"loss": sum(loss_weights[t] * means[t] for t in terms), **result}
+    if len(terms) > 1:
+        result |= {f"loss_{t}": means[t] for t in terms}
+    return result | recipe.derive(result)

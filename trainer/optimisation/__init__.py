@@ -1,0 +1,1 @@
+"""Optimizers by name, learning-rate schedules, and steps whose gradient is not finite."""

@@ -1,0 +1,59 @@
+"""Steps whose gradient is not finite: the dynamic loss scale of fp16, and the count of skipped steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LossScale:
+    """Dynamic loss scale for fp16 (Micikevicius et al. 2018): halved at an overflow, doubled after 2,000 clean steps."""
+
+    GROWTH_INTERVAL = 2000
+
+    def __init__(self, device: torch.device, scale: float = 2.0**16, growth: int = 0) -> None:
+        self.scale = torch.tensor(scale, device=device)
+        self.growth = torch.tensor(growth, device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """Adapt to a step; `overflow` is a scalar, 1.0 where its gradients were not finite. Reads nothing on the host."""
+        clean = torch.where(overflow > 0, 0, self.growth + 1)
+        grow = clean >= self.GROWTH_INTERVAL
+        self.scale = torch.where(overflow > 0, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+        self.growth = torch.where(grow, 0, clean)
+
+
+class BadSteps:
+    """Counts steps that were skipped because their gradient was not finite.
+
+    The flag of a step is read on the host one step late, when the device has long produced it.
+    """
+
+    def __init__(self, total: int = 0, in_a_row: int = 0) -> None:
+        self.total, self.in_a_row, self.last_step = total, in_a_row, 0
+        self._unread: tuple[Tensor, Any, int] | None = None
+
+    def add(self, bad: Tensor, step: int) -> None:
+        """Take the flag of this step, and read that of the one before."""
+        self.read()
+        if bad.device.type == "cpu":
+            self._unread = (bad, None, step)
+            return
+        # `non_blocking` to the host goes through page-locked memory; the event tells when it has arrived.
+        copy, arrived = bad.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+        self._unread = (copy, arrived, step)
+
+    def read(self) -> None:
+        """Read the flag that has not been read yet, if there is one."""
+        if self._unread is None:
+            return
+        bad, arrived, step = self._unread
+        if arrived is not None:
+            arrived.synchronize()
+        self._unread = None
+        is_bad = bool(bad.item())
+        self.total += is_bad
+        self.in_a_row, self.last_step = (self.in_a_row + 1, step) if is_bad else (0, self.last_step)

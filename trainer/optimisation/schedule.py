@@ -1,0 +1,53 @@
+"""Learning-rate schedules: pure functions of the optimizer step, which is counted from 1."""
+
+import math
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float) -> float:
+    """Linear warm-up, then half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts).
+
+    Step `warmup_steps` has the peak, no step has 0, step `total_steps` has the floor, and later ones keep it.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def ramp_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, floor: float, start_factor: float) -> float:
+    """A ramp from `start_factor` x peak to the peak, then half a cosine to the floor, by the work done *before* the step.
+
+    With n steps an epoch, 10 n of warm-up and 100 n in all, the first step of each epoch has the rate of torch's
+    SequentialLR([LinearLR(start_factor, total_iters=10), CosineAnnealingLR(T_max=90)], milestones=[10]).
+    """
+    done = min(step - 1, total_steps)
+    if done < warmup_steps:
+        return peak * (start_factor + (1.0 - start_factor) * done / warmup_steps)
+    progress = (done - warmup_steps) / max(1, total_steps - warmup_steps)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def one_cycle(step: int, total_steps: int, peak: float) -> float:
+    """A triangle with its peak at half: torch's OneCycleLR(peak, total_steps, pct_start=0.5, anneal_strategy="linear",
+    div_factor=d, final_div_factor=d) with d = total_steps / 2 - 1 (Smith & Topin 2018). ValueError below 6 steps, where d
+    would not divide the rate.
+    """
+    if total_steps < 6:
+        raise ValueError(f"a one-cycle schedule needs at least 6 steps, not {total_steps}; give more --max_steps")
+    half, first = total_steps / 2 - 1, 1.0 / (total_steps / 2 - 1)
+    last = first / half
+    index = min(step - 1, total_steps - 1)
+    if index <= half:
+        return peak * (first + (1.0 - first) * index / half)
+    return peak * (1.0 + (last - 1.0) * (index - half) / (total_steps - 1 - half))
+
+
+def warmup_for(requested: int, total_steps: int) -> tuple[int, str | None]:
+    """The warm-up for a value that nobody typed: at most a tenth of the run. With the sentence that says it was cut."""
+    limit = max(1, total_steps // 10)
+    if requested <= limit:
+        return requested, None
+    return (
+        limit,
+        f"Warm-up cut from {requested} to {limit} steps, a tenth of this run's {total_steps} (--warmup_steps overrides)",
+    )

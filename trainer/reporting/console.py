@@ -1,0 +1,153 @@
+"""What a person sees of a run: lines on stdout and in train.log, and on a terminal a progress bar below them.
+
+Nothing here may end training: not a closed pipe (`| head`), not a full disk, not a terminal that went away.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.command_line.secrets import redact_text
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+class Console:
+    """Prints on rank 0 (`is_main`) and nothing on the others. Never prints a URL that holds a secret.
+
+    `log_path` may be unknown at first: lines before `open_log` are kept and written then.
+    """
+
+    def __init__(self, log_path: Path | None, is_main: bool) -> None:
+        self._is_main = is_main
+        self._log_path = log_path
+        self._unwritten = ""
+        self._log_failed = False
+        self._bar: tqdm | None = None
+        self._logging = threading.Lock()  # threads of the trackers and of alerts have their say too
+
+    def open_log(self, path: Path) -> None:
+        """Appends to `path` from now on, beginning with the lines so far."""
+        self._log_path = path
+        self._append("")
+
+    def log(self, text: str) -> None:
+        """Prints `text` on stdout, above the progress bar, and appends it to train.log."""
+        if self._is_main:
+            text = redact_text(text)
+            self._print(text)
+            self._append(text + "\n")
+
+    def error(self, text: str, on_any_rank: bool = False, log_only: bool = False) -> None:
+        """Prints `text` on stderr, and appends it to train.log; `on_any_rank`: not on rank 0 alone, for what befell only one.
+
+        `log_only`: to train.log only.
+        """
+        text = redact_text(text)
+        if self._is_main:
+            self._append(f"error: {text}\n")
+        if not log_only and (self._is_main or on_any_rank):
+            with suppress(OSError, ValueError):
+                print(f"error: {text}", file=sys.stderr, flush=True)
+
+    def log_traceback(self, exc: BaseException) -> None:
+        """Writes the traceback of `exc` to train.log only; the person gets one line, from whoever caught it."""
+        if self._is_main:
+            self._append(redact_text("".join(traceback.format_exception(exc))))
+
+    def progress(self, step: int, total_steps: int, loss: float, units_per_sec: float, unit: str, eta_seconds: float) -> None:
+        """Shows the bar at `step` of `total_steps`, with rate (`unit` is what is counted: "tokens") and remaining time.
+
+        Only where stderr is a terminal: in a pipe or a file a bar is a thousand lines of noise.
+        """
+        if not (self._is_main and sys.stderr and not sys.stderr.closed and sys.stderr.isatty()):
+            return
+        from tqdm import tqdm
+
+        rate = tqdm.format_sizeof(units_per_sec) if math.isfinite(units_per_sec) else "?"
+        with self._bar_may_fail():
+            if self._bar is None:
+                tqdm.set_lock(threading.RLock())  # its own lock would be a semaphore shared with the data workers
+                self._bar = tqdm(
+                    total=total_steps,
+                    initial=step,
+                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {desc}",
+                    dynamic_ncols=True,
+                    miniters=1,  # redrawn by time (ten times a second at most), not by tqdm's guess of the speed
+                    leave=False,
+                )
+            description = f"loss {loss:.4f}, {rate} {unit}/s, ETA {format_duration(eta_seconds)}"
+            self._bar.set_description_str(description, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the progress bar away. The console can still be used afterwards."""
+        with self._bar_may_fail():
+            if self._bar is not None:
+                self._bar.close()
+        self._bar = None
+
+    def _print(self, text: str) -> None:
+        stdout = sys.stdout
+        if stdout is None:  # started with stdout closed
+            return
+        encoding = getattr(stdout, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)  # "²" on a Latin or ASCII terminal becomes "?"
+        with self._bar_may_fail():
+            if self._bar is not None:
+                self._bar.clear()
+        try:
+            print(text, flush=True)
+        except (OSError, ValueError):  # nobody reads the pipe any more, the disk is full; the file is closed
+            # A print of some library would now raise, or fail in the last flush and turn the exit status into 120: give
+            # it a place to go (Python's documentation of `signal`, "Note on SIGPIPE").
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stdout.fileno())
+        with self._bar_may_fail():
+            if self._bar is not None:
+                self._bar.refresh()
+
+    @contextmanager
+    def _bar_may_fail(self) -> Iterator[None]:
+        """A terminal that went away takes the bar with it, nothing else."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._bar = None
+
+    def _append(self, text: str) -> None:
+        with self._logging:
+            self._unwritten += text
+            if self._log_path is None or not self._unwritten:
+                return
+            try:
+                # Opened for each line: nothing is buffered when the process is killed, and a full disk may get space again.
+                with open(self._log_path, "a", encoding="utf-8", errors="replace") as file:
+                    file.write(self._unwritten)
+            except OSError as error:
+                if not self._log_failed:
+                    self._print(f"{self._log_path} cannot be written ({error.strerror}); training goes on")
+                self._log_failed = True
+            self._unwritten = ""
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `7m 05s`, `3h 20m` or `2d 04h`; `?` for what is not a duration."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        return "?"
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02}h"
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {secs:02}s" if minutes else f"{secs}s"

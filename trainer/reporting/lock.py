@@ -1,0 +1,161 @@
+"""The lock that keeps two runs out of one directory."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from trainer.errors import CHECKPOINT, UserError
+
+HEARTBEAT_SECONDS = 20.0
+STALE_SECONDS = 120.0  # a holder on another machine is dead after this long without a heartbeat
+
+
+def now_iso() -> str:
+    """The local time with its offset, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+class Lock:
+    """Keeps a second run out of a directory, by a file `.lock` in it.
+
+    On one machine the kernel decides: a POSIX record lock is not inherited by forked DataLoader workers and ends with
+    its process, however that ends. Between machines, whose file system may not share locks, the heartbeat in the file
+    decides. A POSIX lock is dropped when its process closes *any* descriptor of the file: it is opened once.
+    """
+
+    NAME: ClassVar[str] = ".lock"
+    _held: ClassVar[set[str]] = set()  # the kernel does not keep a process out of its own lock
+
+    def __init__(self, directory: Path, log: Callable[[str], None] = print) -> None:
+        self.path = directory / self.NAME
+        self._log = log
+        self._descriptor = -1
+        self._writing = threading.Lock()
+        self._released = threading.Event()
+        self._content: dict[str, Any] = {}
+
+    def acquire(self) -> None:
+        """Take the lock and start the heartbeat. Raises UserError: exit 2 if it is held, 5 if the file is no good."""
+        if (
+            os.path.realpath(self.path) in Lock._held
+        ):  # checked before opening: closing a second descriptor would drop the first
+            raise self._in_use({"host": socket.gethostname(), "pid": os.getpid()})
+        with ExitStack() as undo:
+            descriptor = self._open()
+            undo.callback(os.close, descriptor)
+            kernel, holder = _record_lock(descriptor), _read_holder(descriptor)
+            if kernel == "held" or _may_live(holder, kernel):
+                raise self._in_use(holder)
+            if os.fstat(descriptor).st_nlink == 0:  # a refused start has removed it
+                raise self._unusable("removed in this moment; try again")
+            if holder:
+                self._log(f"taking over {self.path.parent} from {_name(holder)}, which ended without releasing it")
+            self._content = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+            self._content |= {"job_id": os.environ.get("SLURM_JOB_ID"), "started": now_iso()}
+            try:
+                self._write(descriptor)
+            except OSError as error:
+                raise self._unusable(error.strerror) from None
+            undo.pop_all()
+        self._descriptor = descriptor
+        Lock._held.add(os.path.realpath(self.path))
+        self._released.clear()
+        threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
+
+    @property
+    def held(self) -> bool:
+        """Whether we have it."""
+        return self._descriptor >= 0
+
+    def release(self) -> None:
+        """Empty the file and give the lock up, if held. The file stays: to remove it could let two runs in."""
+        self._released.set()
+        with self._writing:
+            if self._descriptor < 0:
+                return
+            Lock._held.discard(os.path.realpath(self.path))
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise self._unusable(error.strerror) from None  # a link: "Too many levels of symbolic links"
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # a hard link would write into another's file
+            os.close(descriptor)
+            raise self._unusable("not an ordinary file of its own")
+        return descriptor
+
+    def _unusable(self, why: str | None) -> UserError:
+        return UserError(f"cannot use the lock {self.path}: {why}; mend that, or choose another directory", CHECKPOINT)
+
+    def _in_use(self, holder: dict[str, Any]) -> UserError:
+        way_out = "stop that run, or give this one another directory (--run_name, --output_dir, --checkpoint_dir)"
+        return UserError(f"{self.path.parent} is in use by {_name(holder)}; {way_out}")
+
+    def _write(self, descriptor: int) -> None:
+        content = json.dumps({**self._content, "heartbeat": int(time.time())}).encode() + b"\n"
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)  # other machines see what reached the server
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            with self._writing, suppress(OSError):  # a full disk must not end the run
+                if self._descriptor >= 0:
+                    self._write(self._descriptor)
+
+
+def _record_lock(descriptor: int) -> Literal["ours", "held", "unsupported"]:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return "held" if error.errno in (errno.EACCES, errno.EAGAIN) else "unsupported"
+    return "ours"
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    """What the lock file says; empty if released or unreadable."""
+    try:
+        holder, _ = json.JSONDecoder().raw_decode(os.pread(descriptor, 4096, 0).decode())
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("heartbeat"), int) else {}
+
+
+def _may_live(holder: dict[str, Any], kernel: str) -> bool:
+    """Whether a holder that the kernel did not report may still be running, as far as its heartbeat tells."""
+    if not holder or (kernel == "ours" and holder.get("machine") == _machine()):
+        return False
+    return time.time() - holder["heartbeat"] < STALE_SECONDS
+
+
+def _machine() -> str:
+    """Names the running kernel: containers on one machine differ in host name but share their locks."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _name(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    job = f", job {holder['job_id']}" if holder.get("job_id") else ""
+    since = f", started {holder['started']}" if "started" in holder else ""
+    seen = f", last seen {max(0, int(time.time()) - holder['heartbeat'])} s ago" if "heartbeat" in holder else ""
+    return f"process {holder.get('pid')} on {holder.get('host')}{job}{since}{seen}"

@@ -1,0 +1,152 @@
+"""The run directory: its files, and how they are written. Rank 0 only."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.command_line.secrets import redact, redact_text
+from trainer.errors import CHECKPOINT, UserError
+from trainer.reporting.lock import Lock, now_iso
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "safetensors")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) so that a reader, or a crash at any moment, sees the old file or the new one.
+
+    Raises OSError (disk full, no permission), and then leaves the old file and no temporary one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()  # left by a killed process that had our number
+    try:
+        # Mode 0666 cut by the umask, as open() gives; tempfile would make it 0600, unreadable for the group.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory last. Some network file systems cannot; what was renamed is in place anyway."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class RunDirectory:
+    """Where a run keeps its files. `checkpoint_dir` moves only the checkpoints."""
+
+    def __init__(self, path: Path, checkpoint_dir: Path | None = None) -> None:
+        self.path = path
+        self.checkpoints = checkpoint_dir if checkpoint_dir is not None else path / "checkpoints"
+        self.config = path / "config.yaml"
+        self.command = path / "command.txt"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"
+        self.status = path / "status.json"
+        self.plots = path / "plots"
+        self.tensorboard = path / "tensorboard"
+        self.stop_file = path / "stop"  # made by the user: `touch stop`
+        self.status_file = path / "status"
+        self._made: list[Path] = []
+        self._locks: list[Lock] = []
+
+    def prepare(self) -> None:
+        """Make the folders and write into them: a full or read-only disk shows now. Raises UserError (exit 5)."""
+        for folder in (self.path, self.checkpoints):
+            try:
+                missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                self._made += missing
+                probe = folder / f".writable.{os.getpid()}"
+                write_text_atomic(probe, "x")
+                probe.unlink()
+            except OSError as error:
+                flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
+                message = f"cannot write to {folder}: {error.strerror}; mend that, or choose another with {flag}"
+                raise UserError(message, CHECKPOINT) from None
+
+    def lock(self, log: Callable[[str], None]) -> None:
+        """Keep other runs out of both folders: another run's `--checkpoint_dir` may point into this one. Raises UserError."""
+        self._locks = [Lock(self.path, log), Lock(self.checkpoints, log)]
+        for lock in self._locks:
+            lock.acquire()
+
+    def release(self, used: bool = True) -> None:
+        """Let others in. If nothing was written (not `used`), remove the folders that `prepare` made: a typing error
+        must not leave a run behind."""
+        locks = {lock.path for lock in self._locks if lock.held}
+        for folder in sorted(self._made if not used else (), key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty, so somebody's
+                if locks.issuperset(folder.iterdir()):
+                    (folder / Lock.NAME).unlink(missing_ok=True)
+                folder.rmdir()
+        for lock in self._locks:
+            lock.release()
+
+    def write_status(
+        self,
+        state: Literal["running", "stopped", "finished", "failed"],
+        reason: str | None = None,
+        step: int | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> bool:
+        """Replace status.json. False where the disk refuses: a status must never hide what it reports."""
+        status: dict[str, Any] = {"state": state, "reason": reason and redact_text(reason), "step": step}
+        status |= {"checkpoint": checkpoint and str(checkpoint), "time": now_iso()}
+        status |= {"pid": os.getpid(), "host": socket.gethostname()}
+        with suppress(OSError):
+            write_text_atomic(self.status, json.dumps(status, indent=2) + "\n")
+            return True
+        return False
+
+    def write_command(self, argv: Iterable[str]) -> None:
+        """Append this launch's command line to command.txt, quoted for a shell, without secrets. Raises OSError."""
+        with open(self.command, "a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(shlex.join(redact(argv)) + "\n")
+
+    def write_environment(self, extra: dict[str, Any]) -> None:
+        """Replace environment.json: versions, machine, commit and `extra`; no environment variables. Raises OSError."""
+        facts: dict[str, Any] = {"time": now_iso(), "host": socket.gethostname(), "platform": platform.platform()}
+        facts |= {"cpu_count": os.cpu_count(), "git_commit": _git_commit(), "python": platform.python_version()}
+        facts |= {package: _version(package) for package in PACKAGES} | extra
+        write_text_atomic(self.environment, redact_text(json.dumps(facts, indent=2, default=str)) + "\n")
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, ending in `-dirty` where files were changed; None where git does not track it."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
+
+    try:  # an installed package may lie inside somebody else's repository: that commit says nothing about this code
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None

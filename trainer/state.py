@@ -1,0 +1,33 @@
+"""What a run remembers from step to step, beside its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainState:
+    """All of it stands in every checkpoint's trainer_state.json. The loop alone writes to it."""
+
+    step: int = 0
+    """optimizer steps done"""
+    evaluated_step: int = 0
+    """step of the last evaluation"""
+    evaluated_metric: float | None = None
+    """the best-model metric at that step"""
+    best_metric: float | None = None
+    best_step: int = 0
+    patience_best: float | None = None
+    """best value so far of the metric that patience waits for"""
+    evaluations_without_improvement: int = 0
+    train_loss: float | None = None
+    """of the last log interval"""
+    hours: float = 0.0
+    """hours trained, over all launches"""
+    bad_steps: int = 0
+    """steps skipped because their gradient was not finite"""
+    bad_steps_in_a_row: int = 0
+    loss_sums: list[float | None] = field(default_factory=list)
+    """loss sums of the log interval so far, over all ranks, by term; None where not finite, which JSON lacks"""
+    item_counts: list[float] = field(default_factory=list)
+    """items of the log interval so far, over all ranks, by term"""
