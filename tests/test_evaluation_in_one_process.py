@@ -1,0 +1,96 @@
+"""Evaluation without a launch: every sample counts once and without dropout, and the network is left in the mode it was in.
+
+The ranks of several processes are simulated one after another, by a control group that records what each would have sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from toy_recipe import ToyRecipe
+
+from trainer import setup
+from trainer.command_line import config
+from trainer.distributed.launch import Launch
+from trainer.evaluation.exact import evaluate
+from trainer.evaluation.objective import Objective
+
+RECIPE = ToyRecipe()
+SETTINGS = config.parse(RECIPE.config_class, {}, ["--dropout", "0.5"], RECIPE.name).config
+DATA = RECIPE.build_data(SETTINGS)
+VALIDATION = DATA.evaluation["val"]
+WEIGHTS = {"token": 1.0, "value": 0.3}
+
+
+class Rank:
+    """The control group of a process that receives nothing from the others."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[float]] = []
+
+    def sum(self, values: Sequence[float]) -> SimpleNamespace:
+        self.sent.append(list(values))
+        return SimpleNamespace(wait=lambda: list(values))
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return setup.build_network(RECIPE, SETTINGS, DATA)
+
+
+def by_hand(network: nn.Module) -> dict[str, tuple[float, float]]:
+    """Sum and count of each measure, each sample on its own."""
+    network.eval()
+    totals: dict[str, tuple[float, float]] = {}
+    with torch.no_grad():
+        for number in range(len(VALIDATION)):
+            for name, (total, count) in RECIPE.measure(network, VALIDATION.__getitems__([number])).items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + float(total), before[1] + float(count))
+    return totals
+
+
+def measure(network: nn.Module, processes: int, batch_size: int, training: bool) -> list[float]:
+    """What all ranks send, added up: sum and count of each measure."""
+    totals: list[float] = []
+    for number in range(processes):
+        rank = Rank()
+        model = Objective(network, RECIPE, list(WEIGHTS)).train(training)
+        launch = Launch(rank=number, processes=processes, local_rank=number, device=torch.device("cpu"), control=rank)
+        assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, batch_size, SETTINGS.run, launch) is not None
+        (sent,) = rank.sent
+        totals = [a + b for a, b in zip(totals, sent, strict=True)] if totals else sent
+        assert {module.training for module in model.modules()} == {training}
+    return totals
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (1, 9), (2, 2), (2, 8), (3, 3), (4, 16), (16, 16)])
+def test_each_sample_counts_once_and_without_dropout(
+    processes: int, batch_size: int, training: bool, network: nn.Module
+) -> None:
+    right = [value for pair in by_hand(network).values() for value in pair]
+    assert measure(network, processes, batch_size, training) == pytest.approx(right, rel=1e-5)
+
+
+def test_each_measure_is_divided_by_its_own_count_and_the_loss_is_the_objective(network: nn.Module) -> None:
+    means = {name: total / count for name, (total, count) in by_hand(network).items()}
+    model = Objective(network, RECIPE, list(WEIGHTS))
+    launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=Rank())
+    metrics = evaluate(model, RECIPE, WEIGHTS, VALIDATION, 4, SETTINGS.run, launch)
+    right = {"loss": means["token"] + 0.3 * means["value"], "accuracy": means["accuracy"]}
+    assert metrics == pytest.approx({**right, "loss_token": means["token"], "loss_value": means["value"]}, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_that_is_cut_short_leaves_the_mode_as_it_was(training: bool, network: nn.Module) -> None:
+    model, rank = Objective(network, RECIPE, list(WEIGHTS)).train(training), Rank()
+    launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=rank)
+    decisions = iter([False, True])
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda: next(decisions)) is None
+    assert rank.sent == []
+    assert {module.training for module in model.modules()} == {training}
