@@ -40,7 +40,7 @@ from fault_injector import (
 )
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.retention import ABANDONED
+from trainer.checkpoints.retention import ROLLED_BACK
 from trainer.errors import UserError
 
 LAUNCHES = {"cpu": "one", "ddp2": "ddp", "zero3": "zero3"}
@@ -245,7 +245,7 @@ def inspect_checkpoints(directory: Path) -> tuple[dict[int, str], list[str]]:
     problems: list[str] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         step = re.fullmatch(r"\w+_(\d+)", path.name)
-        if path.name.startswith(ABANDONED):
+        if path.name.startswith(ROLLED_BACK):
             problems.append(f"{path.name}: checkpoints were set aside")
         elif path.is_symlink() or step:
             try:

@@ -237,7 +237,7 @@ class Training:
 
     def check_bad_steps(self) -> None:
         """Warn of this launch's first non-finite step; end the run after too many in a row. Neither changes the weights."""
-        if self.bad_steps.in_a_row and not self.warned_of_bad_step:
+        if self.bad_steps.last_step and not self.warned_of_bad_step:
             self.warned_of_bad_step = True
             step = self.bad_steps.last_step
             self.logger.announce("bad step", f"WARNING: the gradient of step {step:,} was not finite; it changed no weight")

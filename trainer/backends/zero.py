@@ -92,7 +92,8 @@ class ZeroBackend(Backend):
         self.factor = self.launch.processes * self.settings.gradient_accumulation_steps
         if self._dynamic_scaler() is not None:
             self._dynamic_scaler().raise_error_at_min_scale = False  # the loop counts bad steps, and ends with a message
-        zero = wrapped.optimizer  # inside Accelerate's wrapper
+        # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, which holds ours: its groups are the flat partitions now.
+        zero = wrapped.optimizer
         self.base = zero
         while hasattr(self.base, "optimizer"):
             self.base = self.base.optimizer

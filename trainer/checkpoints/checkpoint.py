@@ -144,32 +144,32 @@ class Checkpoint:
         manifest = self._json(MANIFEST)
         version = manifest.get("format")
         if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
-            raise self._broken(MANIFEST, "is not a manifest")
+            raise self._damaged(MANIFEST, "is not a manifest")
         if version != FORMAT:
             way_out = "update samecurve" if version > FORMAT else "use the version that wrote it"
             raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}; {way_out}", CHECKPOINT)
         self.files: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in self.files.items():
             if Path(name).name != name:
-                raise self._broken(MANIFEST, f"names {name!r}, which is not a file in this folder")
+                raise self._damaged(MANIFEST, f"names {name!r}, which is not a file in this folder")
             if not (isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)):
-                raise self._broken(MANIFEST, f"has no size and hash for {name!r}")
+                raise self._damaged(MANIFEST, f"has no size and hash for {name!r}")
         self.digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
-        self._where: dict[str, dict[str, str]] = {}
+        self._file_of: dict[str, dict[str, str]] = {}
         self._open: dict[str, Any] = {}
 
-    def _broken(self, file: str, what: str) -> UserError:
+    def _damaged(self, file: str, what: str) -> UserError:
         return UserError(f"checkpoint {self.path}: {file} {what}; choose another checkpoint", CHECKPOINT)
 
     def _json(self, file: str) -> dict[str, Any]:
         try:
             value = json.loads((self.path / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise self._broken(file, "is missing") from None
+            raise self._damaged(file, "is missing") from None
         except (OSError, ValueError) as error:
-            raise self._broken(file, f"cannot be read ({error})") from None
+            raise self._damaged(file, f"cannot be read ({error})") from None
         if not isinstance(value, dict):
-            raise self._broken(file, "holds no JSON object")
+            raise self._damaged(file, "holds no JSON object")
         return value
 
     def verify(self) -> None:
@@ -177,22 +177,22 @@ class Checkpoint:
         for name, recorded in self.files.items():
             path = self.path / name
             if not path.is_file():
-                raise self._broken(name, "is missing")
+                raise self._damaged(name, "is missing")
             if path.stat().st_size != recorded["size"]:
-                raise self._broken(name, f"has {path.stat().st_size} bytes instead of {recorded['size']}")
+                raise self._damaged(name, f"has {path.stat().st_size} bytes instead of {recorded['size']}")
             try:
                 with path.open("rb") as file:
                     actual = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
-                raise self._broken(name, f"cannot be read ({error})") from None
+                raise self._damaged(name, f"cannot be read ({error})") from None
             if actual != recorded["sha256"]:
-                raise self._broken(name, "does not match its hash (damaged)")
+                raise self._damaged(name, "does not match its hash (damaged)")
 
     @property
     def state(self) -> dict[str, Any]:
         """trainer_state.json."""
         if "trainer_state.json" not in self.files:
-            raise self._broken("trainer_state.json", "is missing")
+            raise self._damaged("trainer_state.json", "is missing")
         return self._json("trainer_state.json")
 
     @property
@@ -203,33 +203,33 @@ class Checkpoint:
     def text(self, file: str) -> str:
         """A text file of the checkpoint."""
         if file not in self.files:
-            raise self._broken(file, "is missing")
+            raise self._damaged(file, "is missing")
         return (self.path / file).read_text(encoding="utf-8")
 
     def _files_of(self, stem: str) -> dict[str, str]:
         """{tensor name: file} of `model` or `optimizer`; only files the manifest names are opened."""
-        if stem not in self._where:
+        if stem not in self._file_of:
             single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
             if single in self.files:
-                self._where[stem] = dict.fromkeys(self._tensors(single).keys(), single)
+                self._file_of[stem] = dict.fromkeys(self._tensors(single).keys(), single)
             elif index in self.files:
                 mapping = self._json(index).get("weight_map")
                 if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
-                    raise self._broken(index, "has no weight_map")
+                    raise self._damaged(index, "has no weight_map")
                 stray = sorted(set(mapping.values()) - set(self.files))
                 if stray:
-                    raise self._broken(index, f"points to {stray[0]!r}, which is not in the manifest")
-                self._where[stem] = mapping
+                    raise self._damaged(index, f"points to {stray[0]!r}, which is not in the manifest")
+                self._file_of[stem] = mapping
             else:
-                raise self._broken(single, "is missing")
-        return self._where[stem]
+                raise self._damaged(single, "is missing")
+        return self._file_of[stem]
 
     def _tensors(self, file: str) -> Any:
         if file not in self._open:
             try:
                 self._open[file] = safe_open(self.path / file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise self._broken(file, f"is not a safetensors file ({error})") from None
+                raise self._damaged(file, f"is not a safetensors file ({error})") from None
         return self._open[file]
 
     def names(self, stem: str) -> set[str]:
@@ -242,7 +242,7 @@ class Checkpoint:
         try:
             return tuple(self._tensors(file).get_slice(name).get_shape())
         except SafetensorError as error:
-            raise self._broken(file, f"lacks {name} ({error})") from None
+            raise self._damaged(file, f"lacks {name} ({error})") from None
 
     def tensor(self, stem: str, name: str) -> Tensor:
         """One tensor, on the host."""

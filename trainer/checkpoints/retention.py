@@ -15,7 +15,7 @@ from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.run_directory import fsync_directory
 from trainer.state import TrainState
 
-ABANDONED = "rolled_back"
+ROLLED_BACK = "rolled_back"
 
 
 def step_folders(folder: Path, prefix: str) -> list[tuple[int, Path]]:
@@ -83,10 +83,10 @@ def prune(folder: Path, prefix: str, keep_last: int) -> None:
     for path in older:
         if path.name not in kept:
             # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
-            doomed = folder / f"{TEMPORARY}{path.name}"
+            deleting = folder / f"{TEMPORARY}{path.name}"
             try:
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                os.rename(path, deleting)
+                shutil.rmtree(deleting)
             except OSError as error:
                 failure = error
     if failure is not None:
@@ -107,7 +107,7 @@ def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
     if not later:
         return []
     number = 1
-    while (rolled_back := folder / f"{ABANDONED}_{number}").exists():
+    while (rolled_back := folder / f"{ROLLED_BACK}_{number}").exists():
         number += 1
     rolled_back.mkdir()
     names = {path.name for path in later}
