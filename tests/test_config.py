@@ -14,6 +14,7 @@ from launching import RECIPE, ROOT, environment
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from trainer.command_line import config as configuration
+from trainer.command_line import sections
 from trainer.command_line.config import Parsed
 from trainer.command_line.flags import SECTIONS
 from trainer.command_line.sections import Optimisation, Run
@@ -575,3 +576,11 @@ def test_what_follows_from_other_values_is_filled_in_checked_and_not_part_of_the
     saved = parsed.config
     again = configuration.parse(OwnConfig, {}, [], "own", default=saved).config
     assert again == saved
+
+
+def test_a_saved_config_without_a_key_gets_the_recipes_default_not_the_sections() -> None:
+    saved = configuration.to_mapping(Config())
+    del saved["run"]["max_training_hours"], saved["run"]["wandb_project"]
+    loaded = configuration.from_mapping(Config, saved, "config.yaml")
+    assert loaded == Config()
+    assert (loaded.run.max_training_hours, sections.Run().max_training_hours) == (12.0, None)
