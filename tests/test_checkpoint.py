@@ -23,14 +23,14 @@ from pathlib import Path
 import pytest
 import torch
 from launching import RECIPE, ROOT, environment
+from small_checkpoints import trainer_state
 from torch import nn
 
 from recipes.gpt2_wikitext import Gpt2Wikitext
 from trainer.backends.plain import PlainBackend
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints import checkpoint, retention
+from trainer.checkpoints import checkpoint, retention, writing
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.retention import newest_good
 from trainer.command_line import config as configuration
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.control import Control
@@ -48,12 +48,22 @@ def entries(**tensors: torch.Tensor) -> list[TensorEntry]:
     return [TensorEntry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
 
 
-def write(folder: Path, step: int, shard_bytes: int = checkpoint.SHARD_BYTES, **tensors: torch.Tensor) -> Path:
+def write(folder: Path, step: int, shard_bytes: int = writing.SHARD_BYTES, **tensors: torch.Tensor) -> Path:
     """A small checkpoint whose content follows from its step."""
     tensors = tensors or {name: torch.full((5, 3), float(step)) for name in ("a.weight", "b.weight")}
-    documents = {"trainer_state.json": json.dumps({"step": step}), "config.yaml": f"step: {step}\n"}
+    documents = {"trainer_state.json": trainer_state(step), "config.yaml": f"step: {step}\n"}
     both = {"model": entries(**tensors), "optimizer": entries(step=torch.tensor(float(step)))}
-    return checkpoint.write(folder, f"{PREFIX}{step}", both, documents, ALONE, shard_bytes)
+    return writing.write(folder, f"{PREFIX}{step}", both, documents, ALONE, shard_bytes)
+
+
+def read_verified(path: Path) -> Checkpoint:
+    saved = Checkpoint(path)
+    saved.verify()
+    return saved
+
+
+def newest_good(folder: Path, prefix: str, log: Callable[[str], None]) -> Checkpoint | None:
+    return retention.newest_good(folder, prefix, read_verified, log)
 
 
 def flip(path: Path, position: int = -3, bit: int = 1) -> None:
@@ -89,8 +99,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert loaded.tensor("model", name).equal(tensor)
         assert loaded.tensor("model", name).dtype == tensor.dtype
-        assert loaded.shape("model", name) == tuple(tensor.shape)
-    assert loaded.state == {"step": 4}
+        assert loaded.form("model", name) == (tuple(tensor.shape), tensor.dtype)
+    assert loaded.train_state.step == 4
     assert loaded.text("config.yaml") == "step: 4\n"
     assert not list(tmp_path.glob(".unfinished-*"))
 
@@ -128,7 +138,7 @@ def test_shared_and_tied_tensors_are_written(tmp_path: Path) -> None:
     backend = PlainBackend(connect("cpu", 1), "no", "no", Optimisation())
     backend.prepare(network, network, lambda: torch.optim.AdamW(network.parameters()))
     both = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
-    loaded = Checkpoint(checkpoint.write(tmp_path, f"{PREFIX}1", both, {}, ALONE))
+    loaded = Checkpoint(writing.write(tmp_path, f"{PREFIX}1", both, {}, ALONE))
     assert loaded.names("model") == {"embedding.weight", "first", "second", "table"}  # the tied weight once
     assert loaded.tensor("model", "first").equal(network.first)
     assert loaded.tensor("model", "second").equal(network.second)
@@ -402,10 +412,10 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path, keep_last: int
         loaded = newest_good(folder, PREFIX, messages.append)
         assert loaded is not None
         assert messages == [], "a half-written folder passes for a checkpoint"
-        assert loaded.state["step"] in (8, 12)
-        assert Checkpoint(folder / "best_model").state["step"] in (4, 12)
-        assert float(loaded.tensor("model", "a.weight")[0, 0]) == loaded.state["step"]
-        seen.add(loaded.state["step"])
+        assert loaded.train_state.step in (8, 12)
+        assert Checkpoint(folder / "best_model").train_state.step in (4, 12)
+        assert float(loaded.tensor("model", "a.weight")[0, 0]) == loaded.train_state.step
+        seen.add(loaded.train_state.step)
         retention.clear_unfinished(folder)  # and the next launch can save again
         if not os.WIFSIGNALED(status):
             break
@@ -476,7 +486,7 @@ def test_a_link_is_relative_and_replaced(tmp_path: Path) -> None:
         retention.link(tmp_path, "best_model", write(tmp_path, step).name)
     assert os.readlink(tmp_path / "best_model") == f"{PREFIX}8"
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert Checkpoint(moved / "best_model").state["step"] == 8
+    assert Checkpoint(moved / "best_model").train_state.step == 8
 
 
 def test_roll_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
@@ -487,7 +497,7 @@ def test_roll_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
     assert retention.roll_back(tmp_path, PREFIX, 4) == [str(tmp_path / "rolled_back_1" / f"{PREFIX}{step}") for step in (12, 8)]
     assert steps(tmp_path) == [4]
     assert retention.links(tmp_path) == {"checkpoint_epoch_1": f"{PREFIX}4"}
-    assert Checkpoint(tmp_path / "rolled_back_1" / "best_model").state["step"] == 12
+    assert Checkpoint(tmp_path / "rolled_back_1" / "best_model").train_state.step == 12
     assert retention.roll_back(tmp_path, PREFIX, 4) == []
     write(tmp_path, 8)
     retention.roll_back(tmp_path, PREFIX, 4)

@@ -386,23 +386,24 @@ def test_yaml_of_a_config_gives_it_back() -> None:
     config = configuration.parse(_Config, {}, argv, "x").config
     text = configuration.to_yaml(config)
     assert configuration.from_mapping(_Config, yaml.safe_load(text), "here") == config
-    config = parse("--preset", "quick", "--data_dir", "a b/ü", "--num_heads", "None").config
+    config = parse("--preset", "quick", "--max_epochs", "3", "--data_dir", "a b/ü", "--num_heads", "None").config
     assert configuration.from_mapping(Config, yaml.safe_load(configuration.to_yaml(config)), "here") == config
 
 
 def test_a_saved_config_is_itself_a_config_file(write: object) -> None:
     config = parse("--preset", "quick", "--d_ff", "77", "--no_pin_memory").config
     saved = configuration.to_yaml(dataclasses.replace(config, run=dataclasses.replace(config.run, preset=None)))
-    again = parse("--config", write(saved), "--max_steps", "0").config
+    again = parse("--config", write(saved)).config
     assert again.model == config.model
     assert again.data == config.data
     assert not again.run.pin_memory
+    assert (again.optimisation.max_steps, again.optimisation.max_epochs) == (config.optimisation.max_steps, 0)
 
 
 def test_a_saved_config_with_an_unknown_key_is_refused() -> None:
     mapping = configuration.to_mapping(Config())
     mapping["model"]["heads"] = 3
-    with pytest.raises(UserError, match=r"here: unknown key 'heads' in section model"):
+    with pytest.raises(UserError, match=r"here: section model has an unknown 'heads'"):
         configuration.from_mapping(Config, mapping, "here")
 
 

@@ -12,6 +12,7 @@ import export_hf
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_checkpoints import trainer_state
 
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 from recipes.gpt2_wikitext import Config as Gpt2Config
@@ -19,7 +20,7 @@ from recipes.models.gpt2 import build_gpt2
 from recipes.models.transformer_lm import TransformerLM
 from recipes.tinystories_lm import Config, ModelConfig
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import writing
 from trainer.command_line.config import to_yaml
 from trainer.distributed.control import Control
 from trainer.errors import BAD_INPUT, CHECKPOINT
@@ -32,8 +33,8 @@ TOKENIZER = train_tokenizer(["Once upon a time there was a cat.", "It slept in t
 def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[str, str] | None = None) -> Path:
     """A checkpoint of step 20 in a run that measured itself at that step, as the trainer writes it."""
     measured = TrainState(20, evaluated_step=20, evaluated_metric=1.3333, best_metric=1.25, best_step=10, train_loss=1.5)
-    state = {"recipe": recipe, "train_state": asdict(measured)}
-    written = {"trainer_state.json": json.dumps(state), "config.yaml": to_yaml(config), **(documents or {})}
+    state = trainer_state(20, recipe=recipe, train_state=asdict(measured))
+    written = {"trainer_state.json": state, "config.yaml": to_yaml(config), **(documents or {})}
     entries = [
         TensorEntry(n, tuple(p.shape), torch.float32, lambda p=p: p.detach().clone()) for n, p in network.named_parameters()
     ]
@@ -41,7 +42,7 @@ def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rows = [{"step": 10, "eval/val_loss": 1.25}, {"step": 20, "eval/val_loss": 1.3333, "eval/train_loss": 1.1111}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return checkpoint.write(folder / "checkpoints", "checkpoint_iter_20", {"model": entries}, written, control)
+    return writing.write(folder / "checkpoints", "checkpoint_iter_20", {"model": entries}, written, control)
 
 
 def story_checkpoint(folder: Path, model: ModelConfig = SMALL, **documents: str) -> tuple[Path, TransformerLM]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints import checkpoint, retention
+from trainer.checkpoints import retention, writing
 from trainer.distributed.control import Control
 from trainer.reporting.run_directory import write_text_atomic
 
@@ -19,7 +19,7 @@ def write(folder: Path, shard_bytes: int) -> Path:
     """A checkpoint of two tensors and a text."""
     entries = [TensorEntry(name, (4, 4), torch.float32, lambda: torch.ones(4, 4)) for name in ("one", "two")]
     control = Control(0, 1, timedelta(minutes=1))
-    return checkpoint.write(folder, "checkpoint_step_3", {"model": entries}, {"config.yaml": "step: 3"}, control, shard_bytes)
+    return writing.write(folder, "checkpoint_step_3", {"model": entries}, {"config.yaml": "step: 3"}, control, shard_bytes)
 
 
 class Disk:

@@ -1,19 +1,22 @@
 """Optimizers by name: they learn, list their whole state, and resume from it bit for bit."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from small_checkpoints import saved
 from torch import Tensor, nn
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
 from trainer.backends.plain import PlainBackend
-from trainer.backends.tensors import elementwise_initial_state
+from trainer.backends.tensors import elementwise_initial_state, state_layout, whole_entries
+from trainer.checkpoints.network import load_weights, optimizer_fits
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import connect
-from trainer.errors import UserError
+from trainer.errors import CHECKPOINT, UserError
 from trainer.optimisation import optimizers as optimizer
 from trainer.optimisation.optimizers import MuonAndAdamW
 
@@ -190,7 +193,7 @@ def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> Non
     with torch.no_grad():
         for key, p in net.named_parameters():
             p.copy_(weights[key])
-    update.restore(Saved(saved))
+    update.restore(Saved(saved), with_optimizer=True)
     train(net, update, RATES[name], range(3, 6))
     for key, value in net.state_dict().items():
         assert torch.equal(value, straight[key]), key
@@ -222,8 +225,81 @@ def test_the_step_count_is_the_optimizers_own() -> None:
     assert counts["step"].read() == 3.0
     net, update = make_backend("adamw")
     saved = {name: entry.read() for name, entry in counts.items()}
-    update.restore(Saved(saved))
+    update.restore(Saved(saved), with_optimizer=True)
     assert {float(own["step"]) for own in update.optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layout_of_the_state_is_that_of_what_is_saved(name: str) -> None:
+    net, update = make_backend(name)
+    train(net, update, RATES[name], range(2))
+    entries = {entry.name: (entry.shape, entry.dtype) for entry in update.optimizer_tensors()}
+    layout = update.state_layout
+    tensors = {f"{key}.{parameter}": form for parameter, own in layout.tensors.items() for key, form in own.items()}
+    counts = {key: form for own in layout.counts.values() for key, form in own.items()}
+    assert entries.keys() == (tensors | counts).keys()
+    assert all(form.fits(*entries[key]) for key, form in (tensors | counts).items())
+
+
+def test_sizes_of_the_state_are_told_from_those_of_the_parameter() -> None:
+    """Adafactor keeps a row and a column for a matrix."""
+    net = nn.Linear(30, 40)
+    layout = state_layout(torch.optim.Adafactor(net.parameters()), net)
+    assert {key: form.shape for key, form in layout.tensors["weight"].items()} == {"row_var": (40, 1), "col_var": (1, 30)}
+
+
+WRONG_STATE = {
+    "one number": (lambda t: t | {"exp_avg.hidden.weight": torch.zeros(1)}, r"exp_avg.hidden.weight: \(1,\) instead of"),
+    "transposed": (lambda t: t | {"exp_avg.hidden.weight": torch.zeros(8, 12)}, r"\(8, 12\) instead of \(12, 8\)"),
+    "emptied": (lambda t: t | {"exp_avg.hidden.weight": torch.zeros(0)}, r"\(0,\) instead of"),
+    "halved": (lambda t: t | {"exp_avg.hidden.weight": torch.zeros(12, 8).half()}, r"\(12, 8\) float16 instead of"),
+    "missing": (lambda t: {k: v for k, v in t.items() if k != "exp_avg.hidden.weight"}, "missing instead of"),
+    "all of one missing": (lambda t: {k: v for k, v in t.items() if not k.endswith("hidden.weight")}, "missing"),
+    "all missing": (lambda t: {}, "and .* more"),
+    "no count": (lambda t: {k: v for k, v in t.items() if k != "step"}, "step: missing"),
+    "another's": (lambda t: t | {"exp_avg.nobody": torch.zeros(1)}, "exp_avg.nobody: not in this model"),
+    "count as integer": (lambda t: t | {"step": torch.tensor(3)}, r"step: \(\) int64 instead of"),
+    "count too high": (lambda t: t | {"step": torch.tensor(1e9)}, "step: 1e[+]09 of 3 steps"),
+    "count not finite": (lambda t: t | {"step": torch.tensor(float("nan"))}, "NaN or infinity in step"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_STATE)
+def test_state_of_the_same_optimizer_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
+    """With a manifest that matches: so another program, or a bug, has written it. It once ended with SIGSEGV."""
+    change, message = WRONG_STATE[case]
+    net, update = make_backend("adamw")
+    train(net, update, 0.01, range(3))
+    kept = {entry.name: entry.read().clone() for entry in update.optimizer_tensors()}
+    assert optimizer_fits(saved(update, tmp_path, 3), update.state_layout)
+    update.optimizer_tensors = lambda: whole_entries(change(kept))  # type: ignore[method-assign]
+    wrong = saved(update, tmp_path / "wrong", 3)
+    wrong.state["parameters_without_state"].clear()
+    with pytest.raises(UserError, match=message) as caught:
+        optimizer_fits(wrong, update.state_layout)
+    assert caught.value.exit_code == CHECKPOINT
+
+
+def test_moments_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    net, update = make_backend("adamw")
+    train(net, update, 0.01, range(3))
+    next(iter(update.optimizer.state.values()))["exp_avg"][0] = float("inf")
+    checkpoint = saved(update, tmp_path, 3)
+    assert optimizer_fits(checkpoint, update.state_layout)
+    with pytest.raises(UserError, match="holds NaN or infinity in exp_avg"):
+        update.restore(checkpoint, with_optimizer=True)
+
+
+def test_a_parameter_that_was_never_used_has_no_state_and_needs_none(tmp_path: Path) -> None:
+    net, update = make_backend("adamw")
+    net.offset_of_nothing = nn.Parameter(torch.zeros(3))
+    update.prepare(net, net, lambda: optimizer.build(groups(net), net, settings("adamw")))
+    train(net, update, 0.01, range(3))
+    checkpoint = saved(update, tmp_path, 3)
+    assert checkpoint.state["parameters_without_state"] == ["offset_of_nothing"]
+    assert optimizer_fits(checkpoint, update.state_layout)
+    update.restore(checkpoint, with_optimizer=True)
+    train(net, update, 0.01, range(3, 4))
 
 
 # ----------------------------------------------------------------------------------------------- a recipe's own optimizer
@@ -264,21 +340,18 @@ def test_any_optimizer_goes_on_from_saved_state_bit_for_bit() -> None:
     with torch.no_grad():
         for key, p in net.named_parameters():
             p.copy_(weights[key])
-    backend.restore(Saved(saved))
+    backend.restore(Saved(saved), with_optimizer=True)
     assert all(isinstance(own["taken"], int) and isinstance(own["decay"], float) for own in backend.optimizer.state.values())
     train(net, backend, 0.1, range(3, 6))
     assert all(torch.equal(value, straight[key]) for key, value in net.state_dict().items())
 
 
-def reloaded(backend: PlainBackend, make: Callable[[], PlainBackend], kept: bool = True) -> PlainBackend:
+def reloaded(backend: PlainBackend, make: Callable[[], PlainBackend], folder: Path, kept: bool = True) -> PlainBackend:
     """Another backend that goes on from this one's state, optimizer and weights."""
-    weights = {entry.name: entry.read().clone() for entry in backend.model_tensors()}
-    saved = {entry.name: entry.read().to(entry.dtype).clone() for entry in backend.optimizer_tensors()}
-    other = make()
-    with torch.no_grad():
-        for key, p in other.network.named_parameters():
-            p.copy_(weights[key])
-    assert (other.restore(Saved(saved)) is None) == kept
+    checkpoint, other = saved(backend, folder, 3), make()
+    load_weights(other.network, checkpoint)
+    assert optimizer_fits(checkpoint, other.state_layout) == kept
+    other.restore(checkpoint, with_optimizer=kept)
     return other
 
 
@@ -295,7 +368,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_parameter_without_dimensions_keeps_its_own_state(name: str) -> None:
+def test_a_parameter_without_dimensions_keeps_its_own_state(name: str, tmp_path: Path) -> None:
     def make() -> PlainBackend:
         net, chosen = Scaled(), settings(name)
         backend = PlainBackend(connect("cpu", 1.0), "no", "no", chosen)
@@ -311,7 +384,7 @@ def test_a_parameter_without_dimensions_keeps_its_own_state(name: str) -> None:
     straight, halfway = make(), make()
     steps(straight, range(6))
     steps(halfway, range(3))
-    resumed = reloaded(halfway, make)
+    resumed = reloaded(halfway, make, tmp_path)
     steps(resumed, range(3, 6))
     for one, two in zip(straight.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -320,10 +393,10 @@ def test_a_parameter_without_dimensions_keeps_its_own_state(name: str) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "kept"), [("sgd", "adamw", False), ("muon", "adam", False), ("adam", "adamw", True)]
 )
-def test_the_state_of_another_optimizer_is_left_out(before: str, after: str, kept: bool) -> None:
+def test_the_state_of_another_optimizer_is_left_out(before: str, after: str, kept: bool, tmp_path: Path) -> None:
     net, first = make_backend(before)
     train(net, first, RATES[before], range(2))
-    second = reloaded(first, lambda: make_backend(after)[1], kept)
+    second = reloaded(first, lambda: make_backend(after)[1], tmp_path, kept)
     hidden = second.network.hidden.weight
     assert (hidden in second.optimizer.state) == kept
     train(second.network, second, RATES[after], range(2))

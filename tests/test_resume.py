@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -557,3 +558,154 @@ def test_a_damaged_file_of_the_run_directory_does_not_stop_a_resume(
     assert "Resumed from step 8" in launch(*flags(data, halfway))
     rows = [json.loads(line) for line in (halfway / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 12
+
+
+# Checkpoints that are not where they were
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(data: Path, halfway: Path, tmp_path: Path) -> None:
+    """A scratch disk that is not mounted: it once started at step 0 and emptied metrics.jsonl."""
+    elsewhere = tmp_path / "elsewhere"
+    os.rename(halfway / "checkpoints", elsewhere)
+    before = content(halfway)
+    for more in ([], ["--resume", "never"]):
+        error = refused(*flags(data, halfway, *more))
+        assert error.exit_code == CHECKPOINT
+        for part in (f"{halfway} holds a run that saved step 8", f"in {halfway / 'checkpoints'}", "--resume_from"):
+            assert part in str(error)
+        assert content(halfway) == before
+    rows = (halfway / "metrics.jsonl").read_text().splitlines()
+    output = launch(*flags(data, halfway, "--resume_from", str(elsewhere / "checkpoint_step_8"), "--stop_at_step", "9"))
+    assert "Resumed from step 8" in output
+    assert (halfway / "metrics.jsonl").read_text().splitlines()[: len(rows)] == rows
+
+
+@pytest.mark.parametrize("file", ["status.json", "metrics.jsonl"])
+def test_either_file_tells_that_checkpoints_are_gone(data: Path, halfway: Path, file: str) -> None:
+    shutil.rmtree(halfway / "checkpoints")
+    (halfway / file).unlink()
+    assert refused(*flags(data, halfway)).exit_code == CHECKPOINT
+
+
+def test_a_run_killed_before_its_first_save_starts_again_and_says_so(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 2, "train/loss": 5.0}\n')
+    (run / "status.json").write_text('{"state": "running", "step": 0, "checkpoint": null}')
+    output = launch(*flags(data, run, "--stop_at_step", "2"))
+    assert "ended before its first save, at about step 2; starting at step 0" in output
+
+
+def test_paths_of_a_run_hold_in_any_working_directory(
+    data: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative --checkpoint_dir, --output_dir and --data_dir, then the run's own config.yaml from somewhere else."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    monkeypatch.chdir(here)
+    relative = os.path.relpath(data, here)
+    launch(*flags(Path(relative), Path("run"), "--checkpoint_dir", "kept", "--stop_at_step", "8"))
+    monkeypatch.chdir(there)
+    config = yaml.safe_load((here / "run" / "config.yaml").read_text())
+    assert config["run"]["checkpoint_dir"] == str(here / "kept")
+    output = launch("--config", str(here / "run" / "config.yaml"), "--stop_at_step", "0")
+    assert "Resumed from step 8" in output
+    assert same_weights(here / "kept" / "checkpoint_step_12", finished / "checkpoints" / "checkpoint_step_12")
+    assert list(there.iterdir()) == []
+
+
+# Files that are whole, with a matching hash, and wrong
+
+
+def deep(depth: int = 100_000) -> str:
+    return "[" * depth
+
+
+def edit_json(key: str, value: object) -> Callable[[Path], object]:
+    def edit(path: Path) -> None:
+        state = json.loads(path.read_text())
+        *outer, last = key.split(".")
+        inner = state
+        for name in outer:
+            inner = inner[name]
+        if value is None:
+            del inner[last]
+        else:
+            inner[last] = value
+        path.write_text(json.dumps(state))
+
+    return edit
+
+
+MALFORMED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "python-tag": ("config.yaml", lambda path: path.write_text("!!python/object/apply:os.system ['true']\n")),
+    "empty": ("config.yaml", lambda path: path.write_text("")),
+    "a-list": ("config.yaml", lambda path: path.write_text("- model\n")),
+    "a-tab": ("config.yaml", lambda path: path.write_text("model:\n\td_model: 16\n")),
+    "no-utf8": ("config.yaml", lambda path: path.write_bytes(b"model: \xff\xfe")),
+    "deep-yaml": ("config.yaml", lambda path: path.write_text(deep(5000))),
+    "wrong-type": ("config.yaml", lambda path: path.write_text(path.read_text().replace("d_model: 16", "d_model: wide"))),
+    "unknown-flag": ("config.yaml", lambda path: path.write_text(path.read_text().replace("d_model: 16", "width: 16"))),
+    "impossible": ("config.yaml", lambda path: path.write_text(path.read_text().replace("batch_size: 4", "batch_size: -4"))),
+    "state-missing": ("trainer_state.json", edit_json("loss_scale", None)),
+    "train-state-missing": ("trainer_state.json", edit_json("train_state.step", None)),
+    "newer-field": ("trainer_state.json", edit_json("train_state.epochs_of_tomorrow", 1)),
+    "step-of-type": ("trainer_state.json", edit_json("train_state.step", "8")),
+    "state-a-list": ("trainer_state.json", lambda path: path.write_text("[]")),
+    "deep-json": ("trainer_state.json", lambda path: path.write_text(deep())),
+    "loss-scale": ("trainer_state.json", edit_json("loss_scale", {"scale": -1.0, "growth": 0})),
+    "another-step": ("trainer_state.json", edit_json("train_state.step", 7)),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_file_with_a_matching_hash_is_passed_over(data: Path, halfway: Path, case: str) -> None:
+    """And refused, in one line, where that checkpoint was asked for."""
+    file, damage = MALFORMED[case]
+    folder = halfway / "checkpoints" / "checkpoint_step_8"
+    damage(folder / file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / file).read_bytes()
+    manifest["files"][file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    error = refused(*flags(data, halfway, "--resume_from", str(folder)))
+    assert error.exit_code == CHECKPOINT
+    assert file in str(error)
+    output = launch(*flags(data, halfway, "--stop_at_step", "5"))
+    assert "WARNING: skipping a damaged checkpoint" in output
+    assert "Resumed from step 4" in output
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        deep(),
+        json.dumps({"format": 2, "files": {"a" * 5000: {"size": 1, "sha256": ""}}}),
+        json.dumps({"format": 2, "files": {"\ud800": {"size": 1, "sha256": ""}}}),
+        json.dumps({"format": 2, "files": {"nul\0": {"size": 1, "sha256": ""}}}),
+    ],
+    ids=["deep", "long-name", "surrogate", "nul"],
+)
+def test_a_malformed_manifest_is_passed_over(data: Path, halfway: Path, manifest: str) -> None:
+    (halfway / "checkpoints" / "checkpoint_step_8" / "manifest.json").write_text(manifest)
+    assert "Resumed from step 4" in launch(*flags(data, halfway, "--stop_at_step", "5"))
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "config.yaml"])
+def test_a_pipe_in_place_of_a_file_is_passed_over(data: Path, halfway: Path, file: str) -> None:
+    """To read it would take for ever."""
+    path = halfway / "checkpoints" / "checkpoint_step_8" / file
+    path.unlink()
+    os.mkfifo(path)
+    output = launch(*flags(data, halfway, "--stop_at_step", "5"))
+    assert f"{file} is not a regular file" in output
+    assert "Resumed from step 4" in output
+
+
+def test_a_copy_of_an_older_checkpoint_is_not_the_newest(data: Path, halfway: Path) -> None:
+    """`cp -a checkpoint_step_4 checkpoint_step_9`: it would resume from 4, and set the good 8 aside."""
+    folder = halfway / "checkpoints"
+    shutil.copytree(folder / "checkpoint_step_4", folder / "checkpoint_step_9")
+    output = launch(*flags(data, halfway, "--stop_at_step", "9"))
+    assert "is of step 4, so this folder is a copy of another" in output
+    assert "Resumed from step 8" in output

@@ -31,6 +31,7 @@ LAYERS = (
     "command_line",
     "distributed",
     "state",
+    "fields",
     "errors",
 )
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import writing
 from trainer.checkpoints.tensor_file import TYPES, TensorFile, in_file_order
 from trainer.distributed.control import Control
 
@@ -115,6 +115,6 @@ def test_a_save_takes_one_tensor_of_memory_not_a_second_model(tmp_path: Path) ->
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = peak_megabytes()
-    path = checkpoint.write(tmp_path, "step_1", {"model": tensor_entries}, {}, Control(0, 1, timedelta(minutes=1)))
+    path = writing.write(tmp_path, "step_1", {"model": tensor_entries}, {}, Control(0, 1, timedelta(minutes=1)))
     assert peak_megabytes() - before < 16
     assert (path / "model.safetensors").stat().st_size > 128e6

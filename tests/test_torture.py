@@ -17,7 +17,7 @@ import torture
 from launching import FAULTY, ROOT, environment
 
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import writing
 from trainer.distributed.control import Control
 
 
@@ -58,7 +58,7 @@ def write(directory: Path, step: int, value: float = 0.0) -> Path:
     entry = TensorEntry("w", (8,), torch.float32, lambda: tensor)
     tensors = {"model": [entry], "optimizer": [entry]}
     control = Control(0, 1, timedelta(minutes=1))
-    return checkpoint.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {}, control)
+    return writing.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {}, control)
 
 
 def test_damage_and_rolled_back_checkpoints_are_detected(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def _check_entries(checkpoint: Checkpoint, tokenizer_json: str) -> None:
     from tokenizers import Tokenizer
 
     name = "token_embeddings.weight" if checkpoint.state["recipe"] == "tinystories_lm" else "transformer.wte.weight"
-    entries, rows = vocabulary_size(Tokenizer.from_str(tokenizer_json)), checkpoint.shape("model", name)[0]
+    entries, rows = vocabulary_size(Tokenizer.from_str(tokenizer_json)), checkpoint.form("model", name)[0][0]
     if entries > rows:
         raise UserError(f"the tokenizer has {entries} entries, {checkpoint.path} {rows}; give the one it was trained with")
 

@@ -246,7 +246,7 @@ class LaunchedRun:
             tensorboard_dir=directory.tensorboard if run.use_tensorboard else None,
             wandb=wandb,
             config=configuration.values(session.config),
-            resumed_step=resumed.train_state.step if resumed is not None and self.plan.same_run else None,
+            resumed_step=resumed.train_state.step if resumed is not None else None,
             log=self.console.log,
         )
 

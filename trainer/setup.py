@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from trainer.backends import backend_of
 from trainer.backends.backend import Backend
+from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import ENDINGS as CHECKPOINT_ENDINGS
-from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.network import build_network, load_weights
+from trainer.checkpoints.checkpoint import STATE, Checkpoint
+from trainer.checkpoints.network import build_network, differences, load_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import stream
 from trainer.distributed.launch import Launch, resolve_precision
@@ -83,10 +84,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
             log(warning)
     backend.prepare(objective, network, lambda: recipe.optimizer(network, config))
     if plan.checkpoint is not None:
-        warning = backend.restore(plan.checkpoint)
-        if warning:
-            log(warning)
-        backend.restore_loss_scale(plan.checkpoint.state["loss_scale"])
+        restore(backend, plan.checkpoint, extra_files, list(loss_weights), log)
     for note in backend.notes():
         log(note)
     return Session(
@@ -100,6 +98,33 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
         total_steps=steps,
         extra_files=extra_files,
     )
+
+
+def restore(backend: Backend, saved: Checkpoint, extra_files: Mapping[str, Any], terms: Sequence[str], log: Log) -> None:
+    """Continue from a checkpoint, whose weights the network has already. UserError, before anything else is changed, for what
+    does not fit this launch."""
+    for file, tensors in extra_files.items():
+        if not isinstance(tensors, str):
+            check_extra_tensors(saved, file.removesuffix(".safetensors"), tensors)
+    state = saved.train_state
+    if {len(state.loss_sums), len(state.item_counts)} - {0, len(terms)}:
+        raise saved.damaged(STATE, f"has sums of {len(state.loss_sums)} loss terms, and the recipe has {', '.join(terms)}")
+    fits = optimizer_fits(saved, backend.state_layout)
+    if not fits:
+        log("The optimizer of the checkpoint kept another state: this one starts afresh")
+    backend.restore(saved, fits)
+    backend.restore_loss_scale(saved.state["loss_scale"])
+
+
+def check_extra_tensors(saved: Checkpoint, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    """UserError unless the recipe's own tensors are now what they were: here they are made anew, from the seed."""
+    wrong = differences(saved, stem, {name: TensorForm(tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    for name, tensor in tensors.items():
+        # Not to the bit: other processors and versions of torch round their random numbers otherwise.
+        if not wrong and not torch.allclose(saved.tensor(stem, name, finite=False), tensor.cpu(), 1e-4, equal_nan=True):
+            wrong = f"{name} has other values"
+    if wrong:
+        raise saved.damaged(f"{stem}.safetensors", f"is not what this launch makes from the same seed ({wrong})")
 
 
 def make_backend(config: Any, launch: Launch) -> Backend:

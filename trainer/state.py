@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.fields import problem_of
 
 
 @dataclass
@@ -31,3 +35,14 @@ class TrainState:
     """loss sums of the log interval so far, over all ranks, by term; None where not finite, which JSON lacks"""
     item_counts: list[float] = field(default_factory=list)
     """items of the log interval so far, over all ranks, by term"""
+
+    @classmethod
+    def from_json(cls, value: Any) -> TrainState:
+        """What `dataclasses.asdict` gave. ValueError for what it cannot have given."""
+        hints = typing.get_type_hints(cls)
+        problem = problem_of(hints, value)
+        if problem:
+            raise ValueError(problem)
+        for key in (key for key, hint in hints.items() if hint is int and value[key] < 0):
+            raise ValueError(f"has {key} {value[key]}")
+        return cls(**value)

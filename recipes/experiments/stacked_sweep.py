@@ -25,8 +25,8 @@ from recipes.experiments import job_queue
 from recipes.experiments.job_queue import Job
 from recipes.experiments.sweep_models import RECIPE_FILE, SweepModel, is_finished
 from trainer.backends.tensors import TensorEntry, whole_entries, whole_entry
-from trainer.checkpoints import checkpoint, retention
-from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints import retention, writing
+from trainer.checkpoints.checkpoint import TEMPORARY, Checkpoint
 from trainer.command_line import config as configuration
 from trainer.distributed.control import Control
 from trainer.recipe import Log, Recipe
@@ -76,7 +76,7 @@ def unstack(recipe: Recipe, stacked: Path, config: Any, target: Path) -> None:
     """Make the run directory `target` of the model of `config` from a finished stacked run; whole or not at all."""
     source = RunDirectory(stacked)
     index = _stacked_pools(stacked).index(config.data.num_tasks)
-    temporary = target.with_name(f"{checkpoint.TEMPORARY}{target.name}")
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     run = RunDirectory(temporary)
     run.checkpoints.mkdir(parents=True)
@@ -125,7 +125,7 @@ def _unstack_checkpoints(
         best = min((pair for pair in evaluations if pair[1] <= step), default=(None, 0))
         state = _trainer_state(stacked.state, index, rows, step, best)
         texts = {"trainer_state.json": json.dumps(state, indent=1), "config.yaml": configuration.to_yaml(config)}
-        checkpoint.write(run.checkpoints, folder.name, _tensors_of_model(stacked, index), texts, control)
+        writing.write(run.checkpoints, folder.name, _tensors_of_model(stacked, index), texts, control)
     return step, best[1]
 
 

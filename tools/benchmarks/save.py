@@ -75,10 +75,10 @@ def _peak_megabytes() -> float:
 
 
 def _samecurve(folder: Path, entries: Sequence[TensorEntry]) -> None:
-    from trainer.checkpoints import checkpoint
+    from trainer.checkpoints import writing
     from trainer.distributed.control import Control
 
-    checkpoint.write(folder, "checkpoint_step_1", {"model": entries}, {}, Control(0, 1, timedelta(minutes=1)))
+    writing.write(folder, "checkpoint_step_1", {"model": entries}, {}, Control(0, 1, timedelta(minutes=1)))
 
 
 def _safetensors(folder: Path, entries: Sequence[TensorEntry]) -> None:

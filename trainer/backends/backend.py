@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.backends.tensors import StateLayout, TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-AFRESH = "The optimizer of the checkpoint kept another state: this one starts afresh"
 Layers = Mapping[str, Sequence[nn.Parameter]]
 
 
@@ -38,7 +37,7 @@ class Backend(ABC):
     """A model over the processes of a launch. All methods are called on every process.
 
     After `prepare`: `network` is the bare module, whose names checkpoints use; `model` the prepared objective, to be called;
-    `optimizer` has the parameter groups.
+    `optimizer` has the parameter groups; `state_layout` tells what it keeps.
     """
 
     supports_layer_norms: ClassVar[bool] = False
@@ -46,6 +45,7 @@ class Backend(ABC):
     network: nn.Module
     model: Any
     optimizer: Optimizer
+    state_layout: StateLayout
 
     def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
         """`precision` is no, bf16 or fp16; `precision_flag` the value of `--mixed_precision` that it came from."""
@@ -116,10 +116,10 @@ class Backend(ABC):
         """Everything the optimizer keeps: `{key}.{parameter}` for tensors of a parameter, `{key}` for a count."""
 
     @abstractmethod
-    def restore(self, saved: TensorSource) -> str | None:
-        """Continue with a checkpoint's optimizer state; its weights were in the bare network before `prepare`.
+    def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
+        """Continue from a checkpoint; its weights were in the bare network before `prepare`.
 
-        State that this optimizer does not keep is another's: then all of it starts afresh. Returns that warning, if so.
+        `with_optimizer`: with the state of its optimizer too, which fits `state_layout`; otherwise ours starts afresh.
         """
 
     def loss_scale_state(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
-from trainer.backends.backend import AFRESH, Backend, Layers, StepResult, set_learning_rate
+from trainer.backends.backend import Backend, Layers, StepResult, set_learning_rate
 from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
@@ -48,6 +48,7 @@ class PlainBackend(Backend):
         self.network = network
         self.model = self.accelerator.prepare(objective)
         self.optimizer = make_optimizer()  # now that the weights are where they stay
+        self.state_layout = tensors.state_layout(self.optimizer, network)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.skips_on_device = all(group.get("fused") for group in self.optimizer.param_groups)
 
@@ -101,30 +102,23 @@ class PlainBackend(Backend):
         entries = [entry for name, p in named for entry in tensors.state_entries(name, state.get(p, {}), counts)]
         return entries + tensors.count_entries(state.values(), counts)
 
-    def restore(self, saved: TensorSource) -> str | None:
-        """Give each parameter the state it had, read when its turn comes."""
-        keys_of, counts = tensors.split_names(saved.names("optimizer"))
+    def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
+        """Give each parameter the state it had."""
+        if not with_optimizer:
+            return
+        keys_of, _ = tensors.split_names(saved.names("optimizer"))
         names = {p: name for name, p in self.network.named_parameters()}
-        restored: list[tuple[nn.Parameter, torch.device, list[str], set[str]]] = []
-        for number, group in enumerate(self.optimizer.param_groups):
+        for group in self.optimizer.param_groups:
             # torch's rule (Optimizer.load_state_dict): only these forms keep their count on the device.
             on_device = group.get("fused") or group.get("capturable")
-            layouts: dict[int, set[str]] = {}
             for p in group["params"]:
-                if p.ndim not in layouts:
-                    layouts[p.ndim] = set(tensors.trial_state(self.optimizer, number, p.ndim, p))
-                keys, layout = keys_of.get(names[p], []), layouts[p.ndim]
-                own_counts = layout.intersection(counts)
-                if keys and layout != own_counts.union(keys):
-                    return AFRESH
-                if keys:
-                    restored.append((p, p.device if on_device else torch.device("cpu"), keys, own_counts))
-        for p, device, keys, own_counts in restored:
-            state = {key: saved.tensor("optimizer", f"{key}.{names[p]}").to(p.device) for key in keys}
-            for key in own_counts:
-                state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
-            self.optimizer.state[p] = state
-        return None
+                if names[p] not in keys_of:
+                    continue  # it was never used
+                device = p.device if on_device else torch.device("cpu")
+                state = {key: saved.tensor("optimizer", f"{key}.{names[p]}").to(p.device) for key in keys_of[names[p]]}
+                for key in self.state_layout.counts[names[p]]:
+                    state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
+                self.optimizer.state[p] = state
 
     def loss_scale_state(self) -> dict[str, Any]:
         """Scale and growth count."""

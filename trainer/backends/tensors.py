@@ -7,7 +7,7 @@ counts for all parameters together (`step`) has its key alone for a name. Which 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from trainer.errors import UserError
 
+TRIAL_SIZES = (2, 3, 5, 7, 11, 13)
+"""sizes of a trial parameter's dimensions: different, so that those of its state tell which dimension they come from"""
 WHOLE = "parameters are flattened and cut here, so use another optimizer, or DDP"
 
 
@@ -36,6 +38,31 @@ class TensorEntry:
     def size_bytes(self) -> int:
         """Bytes it takes in a file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorForm:
+    """Shape and type of a tensor in a checkpoint; a size of None may be any."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    def fits(self, shape: Sequence[int], dtype: torch.dtype | None) -> bool:
+        """Whether a tensor of that shape and type is meant."""
+        pairs = zip(self.shape, shape, strict=False)
+        return dtype == self.dtype and len(shape) == len(self.shape) and all(mine in (None, size) for mine, size in pairs)
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What an optimizer keeps once it has taken a step, under the names of a checkpoint."""
+
+    optimizer: str
+    """its class"""
+    tensors: Mapping[str, Mapping[str, TensorForm]]
+    """by trained parameter and key"""
+    counts: Mapping[str, Mapping[str, TensorForm]]
+    """likewise"""
 
 
 class TensorSource(Protocol):
@@ -128,15 +155,48 @@ def split_names(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
 def trial_state(optimizer: Optimizer, group: int, dimensions: int, like: Tensor) -> dict[str, Any]:
     """The state that `optimizer` gives a parameter of a group in its first step, for a gradient of 0: which keys, which kind.
 
-    A copy of the optimizer takes that step on a parameter of its own, of size 2 along each dimension.
+    A copy of the optimizer takes that step on a parameter of its own, of another size along each dimension (`TRIAL_SIZES`).
     """
     copy: Any = object.__new__(type(optimizer))
     copy.__dict__.update(optimizer.__dict__)
-    parameter = nn.Parameter(torch.zeros((2,) * max(1, dimensions), device=like.device, dtype=like.dtype))
+    parameter = nn.Parameter(torch.zeros(TRIAL_SIZES[: max(1, dimensions)], device=like.device, dtype=like.dtype))
     parameter.grad = torch.zeros_like(parameter)
     copy.state, copy.param_groups = defaultdict(dict), [{**optimizer.param_groups[group], "params": [parameter]}]
     copy.step()
     return {key: value for key, value in copy.state[parameter].items() if value is not None}
+
+
+def state_layout(optimizer: Optimizer, network: nn.Module) -> StateLayout:
+    """What `optimizer` will keep for each parameter of `network`, by a trial step for each kind of parameter."""
+    names = {p: name for name, p in network.named_parameters()}
+    tensors: dict[str, dict[str, TensorForm]] = {}
+    counts: dict[str, dict[str, TensorForm]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        trials: dict[int, dict[str, Any]] = {}
+        for p in group["params"]:
+            shape = whole_shape(p)
+            if len(shape) not in trials:
+                trials[len(shape)] = trial_state(optimizer, number, len(shape), p)
+            state = trials[len(shape)]
+            keys_of_counts = count_keys({torch.empty(1): state})
+            tensors[names[p]] = {
+                key: TensorForm(_shape_like(value.shape, shape), torch.float32 if value.is_floating_point() else value.dtype)
+                for key, value in state.items()
+                if key not in keys_of_counts
+            }
+            counts[names[p]] = {e.name: TensorForm((), e.dtype) for e in count_entries([state], keys_of_counts)}
+    return StateLayout(type(optimizer).__name__, tensors, counts)
+
+
+def _shape_like(trial: Sequence[int], shape: Sequence[int]) -> tuple[int | None, ...]:
+    """The shape of a state tensor for a parameter of this shape, from its shape in the trial."""
+    size_of = {1: 1} | dict(zip(TRIAL_SIZES, shape, strict=False))
+    return tuple(size_of.get(size) for size in trial) if shape else ()
+
+
+def whole_shape(p: Any) -> tuple[int, ...]:
+    """Shape of a parameter, whole, whether ZeRO-3 has partitioned it or not."""
+    return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def elementwise_initial_state(optimizer: Optimizer, like: Tensor) -> dict[str, Any]:

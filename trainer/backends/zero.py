@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
-from trainer.backends.backend import AFRESH, Backend, StepResult, set_learning_rate
+from trainer.backends.backend import Backend, StepResult, set_learning_rate
 from trainer.backends.deepspeed_config import fill_deepspeed_config
 from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
@@ -84,6 +84,7 @@ class ZeroBackend(Backend):
                 f"optimizer {type(self.optimizer).__name__} needs whole matrices, and ZeRO flattens them; use adamw, or "
                 f"{path_of(DDP)}"
             )
+        self.state_layout = tensors.state_layout(self.optimizer, network)
         initial = tensors.elementwise_initial_state(self.optimizer, self.optimizer.param_groups[0]["params"][0])
         self.optimizer.state.clear()  # ZeRO has its own, in flat partitions
         self.model, wrapped = self.accelerator.prepare(objective, self.optimizer)
@@ -143,7 +144,7 @@ class ZeroBackend(Backend):
     def model_tensors(self) -> list[TensorEntry]:
         """Parameters from the fp32 master weights, and buffers."""
         parameters = [
-            TensorEntry(name, _shape(p), torch.float32, partial(self._weight, p), collective=True)
+            TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(self._weight, p), collective=True)
             for name, p in self.network.named_parameters()
         ]
         return parameters + tensors.buffer_entries(self.network)
@@ -153,21 +154,21 @@ class ZeroBackend(Backend):
         from deepspeed.utils import safe_get_full_fp32_param
 
         if p.requires_grad:
-            return safe_get_full_fp32_param(p).view(_shape(p))
+            return safe_get_full_fp32_param(p).view(tensors.whole_shape(p))
         with zero.GatheredParameters([p], enabled=self.stage3):  # frozen: no master copy
             return p.detach().clone() if self.stage3 else p
 
     def _moment(self, p: Tensor, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(p, key).view(_shape(p))
+        return safe_get_full_optimizer_state(p, key).view(tensors.whole_shape(p))
 
     def optimizer_tensors(self) -> list[TensorEntry]:
         """Moments by parameter, and counts, which are the same for every partition."""
         entries = [
             TensorEntry(
                 f"{key}.{name}",
-                _shape(p),
+                tensors.whole_shape(p),
                 torch.float32,
                 partial(self._moment, p, key),
                 collective=True,
@@ -179,22 +180,18 @@ class ZeroBackend(Backend):
         first = self.base.state[self.partitions[0]]
         return entries + tensors.count_entries([first], set(first) - set(self.moments))
 
-    def restore(self, saved: TensorSource) -> str | None:
+    def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
         """Master weights too: DeepSpeed makes them from weights that pure bf16 has already rounded."""
-        keys_of, counts = tensors.split_names(saved.names("optimizer"))
-        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        for name, p in trained.items():
-            self._set(p, saved.tensor("model", name), None)
-        if any(keys_of.get(name, self.moments) != self.moments for name in trained):
-            return AFRESH
-        for name, p in trained.items():
-            for key in keys_of.get(name, ()):
-                self._set(p, saved.tensor("optimizer", f"{key}.{name}"), key)
+        keys_of, counts = tensors.split_names(saved.names("optimizer") if with_optimizer else ())
+        for name, p in self.network.named_parameters():
+            if p.requires_grad:
+                self._set(p, saved.tensor("model", name), None)
+                for key in keys_of.get(name, ()):
+                    self._set(p, saved.tensor("optimizer", f"{key}.{name}"), key)
         for flat in self.partitions:
             state = self.base.state[flat]
-            for key in (key for key in counts if key in state):
+            for key in counts:
                 state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), flat.device)
-        return None
 
     def _set(self, p: Any, value: Tensor, key: str | None) -> None:
         """Set the master weight (key None) or a moment of a parameter from its whole value."""
@@ -241,8 +238,3 @@ class ZeroBackend(Backend):
 def _copy_to(device: torch.device, value: Any) -> Any:
     """A count, for a partition of its own."""
     return value.to(device, copy=True) if isinstance(value, Tensor) else value
-
-
-def _shape(p: Any) -> tuple[int, ...]:
-    """Shape of a parameter, whole, whether it is partitioned or not."""
-    return tuple(getattr(p, "ds_shape", p.shape))

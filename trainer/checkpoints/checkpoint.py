@@ -1,8 +1,6 @@
-"""Checkpoint folders: safetensors and JSON, written whole or not at all, and only read back if their manifest matches.
+"""Checkpoint folders, read: safetensors, JSON and YAML, and only if their manifest matches. No pickle is ever opened.
 
-A folder is written under a temporary name beside its place, every file is fsynced, the manifest (sizes and SHA-256 of all
-others) comes last, and a rename makes it count. Recurring names (`best_model`, `checkpoint_epoch_3`) are relative links to it.
-No pickle is written or read: the readers below open the files the manifest names, as safetensors or JSON.
+The manifest holds size and SHA-256 of all other files, and no file that it does not name is looked at.
 """
 
 from __future__ import annotations
@@ -10,130 +8,43 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import stat
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints.tensor_file import TensorFile, in_file_order
-from trainer.distributed.control import Control
-from trainer.errors import CHECKPOINT, UserError
-from trainer.reporting.run_directory import fsync_directory
+from trainer.checkpoints.tensor_file import DTYPES
+from trainer.errors import CHECKPOINT, UserError, one_line
+from trainer.fields import problem_of
 from trainer.state import TrainState
-
-T = TypeVar("T")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-SHARD_BYTES = 5_000_000_000
+STATE, CONFIG = "trainer_state.json", "config.yaml"
+STATE_HINTS = {
+    "recipe": str,
+    "train_state": dict[str, Any],
+    "epoch": int,
+    "only_best": bool,
+    "processes": int,
+    "loss_scale": dict[str, float],
+    "optimizer": str,
+    "parameters_without_state": list[str],
+    "data_fingerprint": str,
+    "versions": dict[str, str],
+}
+SCALE_HINTS = {"scale": float, "growth": int, "hysteresis": int}
 TEMPORARY = ".unfinished-"
 """how the name of a folder begins that is not (or no longer) a checkpoint"""
 ENDINGS = r"\.(pth?|safetensors)$"
 """what people write behind the names of checkpoints, which are folders here"""
-
-
-def write(
-    folder: Path,
-    name: str,
-    tensors: Mapping[str, Sequence[TensorEntry]],
-    texts: Mapping[str, str],
-    control: Control,
-    shard_bytes: int = SHARD_BYTES,
-) -> Path:
-    """Write checkpoint `folder/name`. Collective: every process calls it, and all return or all raise UserError (exit 5).
-
-    `tensors` maps a stem (`model`, `optimizer`) to its entries; `texts` a file name to its content. Rank 0 writes, one
-    tensor in memory at a time. Where that fails the others go on gathering to the end, so that nobody hangs, and the
-    temporary folder is removed.
-    """
-    temporary = folder / f"{TEMPORARY}{name}"
-    failure: UserError | None = None
-
-    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
-        nonlocal failure
-        if control.rank == 0 and failure is None:
-            try:
-                return action(*arguments)
-            except OSError as error:
-                failure = UserError(
-                    f"checkpoint {folder / name} could not be written: {error}; is there space, and the right to write?",
-                    CHECKPOINT,
-                )
-        return None
-
-    attempt(remove, temporary)
-    attempt(partial(temporary.mkdir, parents=True))
-    files: dict[str, Any] = {}
-    for stem, entries in tensors.items():
-        shards = _shards(entries, shard_bytes)
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensor_file = attempt(TensorFile, temporary / file, shard)
-            for entry in shard:
-                if entry.collective or (tensor_file is not None and failure is None):
-                    tensor = entry.read()
-                    if tensor_file is not None:
-                        attempt(tensor_file.add, entry, tensor)
-            if tensor_file is not None:
-                files[file] = attempt(tensor_file.finish)
-                tensor_file.close()
-            weight_map |= {entry.name: file for entry in shard}
-        if len(shards) > 1:
-            total = sum(entry.size_bytes for entry in entries)
-            index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-            texts = {**texts, f"{stem}.safetensors.index.json": index}
-    for file, text in texts.items():
-        files[file] = attempt(_write_text, temporary / file, text)
-    attempt(_commit, temporary, folder / name, files)
-    if failure is not None:
-        remove(temporary)
-    control.raise_if_any(failure)
-    control.barrier()
-    return folder / name
-
-
-def _shards(entries: Sequence[TensorEntry], limit: int) -> list[list[TensorEntry]]:
-    """The entries of each file, in its order."""
-    shards: list[list[TensorEntry]] = [[]]
-    size = 0
-    for entry in in_file_order(entries):
-        if shards[-1] and size + entry.size_bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.size_bytes
-    return shards
-
-
-def _commit(temporary: Path, final: Path, files: Mapping[str, Any]) -> None:
-    _write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1))
-    fsync_directory(temporary)
-    os.rename(temporary, final)
-    fsync_directory(final.parent)
-
-
-def _write_text(path: Path, text: str) -> dict[str, Any]:
-    """Bring a file to the disk; its size and hash, as a manifest has them."""
-    content = text.encode()
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def remove(path: Path) -> None:
-    """Delete a folder of ours; never through a link."""
-    with contextlib.suppress(OSError):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 class Checkpoint:
@@ -141,70 +52,111 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        manifest = self._json(MANIFEST)
+        content = self._content(MANIFEST)
+        manifest = self._json(MANIFEST, content)
         version = manifest.get("format")
         if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
-            raise self._damaged(MANIFEST, "is not a manifest")
+            raise self.damaged(MANIFEST, "is not a manifest")
         if version != FORMAT:
             way_out = "update samecurve" if version > FORMAT else "use the version that wrote it"
             raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}; {way_out}", CHECKPOINT)
         self.files: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in self.files.items():
             if Path(name).name != name:
-                raise self._damaged(MANIFEST, f"names {name!r}, which is not a file in this folder")
+                raise self.damaged(MANIFEST, f"names {name!a:.200}, which is not a file in this folder")
             if not (isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)):
-                raise self._damaged(MANIFEST, f"has no size and hash for {name!r}")
-        self.digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+                raise self.damaged(MANIFEST, f"has no size and hash for {name!a:.200}")
+        self.digest = hashlib.sha256(content).hexdigest()
         self._file_of: dict[str, dict[str, str]] = {}
         self._open: dict[str, Any] = {}
 
-    def _damaged(self, file: str, what: str) -> UserError:
-        return UserError(f"checkpoint {self.path}: {file} {what}; choose another checkpoint", CHECKPOINT)
+    def damaged(self, file: str, what: str) -> UserError:
+        """The error to raise for a file of this checkpoint."""
+        return UserError(f"checkpoint {self.path}: {ascii(file)[1:-1]:.200} {what}; choose another checkpoint", CHECKPOINT)
 
-    def _json(self, file: str) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _reading(self, file: str) -> Iterator[Path]:
+        """The path of a file that is there to be read. A pipe would never end; a name may be none the system can have."""
+        path = self.path / file
         try:
-            value = json.loads((self.path / file).read_text(encoding="utf-8"))
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise self.damaged(file, "is not a regular file")
+            yield path
         except FileNotFoundError:
-            raise self._damaged(file, "is missing") from None
+            raise self.damaged(file, "is missing") from None
         except (OSError, ValueError) as error:
-            raise self._damaged(file, f"cannot be read ({error})") from None
+            reason = getattr(error, "strerror", None) or "no such name can be"
+            raise self.damaged(file, f"cannot be read ({reason})") from None
+
+    def _content(self, file: str) -> bytes:
+        with self._reading(file) as path:
+            return path.read_bytes()
+
+    def _json(self, file: str, content: bytes | None = None) -> dict[str, Any]:
+        try:
+            value = json.loads(self._content(file) if content is None else content)
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(file, f"is not JSON ({one_line(error, 80)})") from None
         if not isinstance(value, dict):
-            raise self._damaged(file, "holds no JSON object")
+            raise self.damaged(file, "holds no JSON object")
         return value
 
     def verify(self) -> None:
         """Raise UserError (exit 5), naming the file, unless every file has the size and hash of the manifest."""
         for name, recorded in self.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise self._damaged(name, "is missing")
-            if path.stat().st_size != recorded["size"]:
-                raise self._damaged(name, f"has {path.stat().st_size} bytes instead of {recorded['size']}")
-            try:
+            with self._reading(name) as path:
+                size = path.stat().st_size
+                if size != recorded["size"]:
+                    raise self.damaged(name, f"has {size} bytes instead of {recorded['size']}")
                 with path.open("rb") as file:
                     actual = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise self._damaged(name, f"cannot be read ({error})") from None
             if actual != recorded["sha256"]:
-                raise self._damaged(name, "does not match its hash (damaged)")
+                raise self.damaged(name, "does not match its hash (damaged)")
 
-    @property
+    @cached_property
     def state(self) -> dict[str, Any]:
-        """trainer_state.json."""
-        if "trainer_state.json" not in self.files:
-            raise self._damaged("trainer_state.json", "is missing")
-        return self._json("trainer_state.json")
+        """trainer_state.json, its form checked."""
+        if STATE not in self.files:
+            raise self.damaged(STATE, "is missing")
+        state = self._json(STATE)
+        scale = state.get("loss_scale")
+        problem = problem_of(STATE_HINTS, state) or (scale and problem_of(SCALE_HINTS, scale, whole=False))
+        if not problem and scale and not (scale.get("scale", 0) > 0 <= scale.get("growth", -1)):
+            problem = f"has loss_scale {scale}"
+        if problem:
+            raise self.damaged(STATE, problem)
+        return state
 
-    @property
+    @cached_property
     def train_state(self) -> TrainState:
         """What the run remembered at this step."""
-        return TrainState(**self.state["train_state"])
+        try:
+            return TrainState.from_json(self.state["train_state"])
+        except ValueError as error:
+            raise self.damaged(f"{STATE}: train_state", str(error)) from None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.yaml, by section."""
+        try:
+            config = yaml.safe_load(self.text(CONFIG))
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise self.damaged(CONFIG, f"is not YAML ({one_line(error, 80)})") from None
+        problem = (
+            problem_of({str(key): dict[str, Any] for key in config}, config) if isinstance(config, dict) else "is no mapping"
+        )
+        if problem or not config:
+            raise self.damaged(CONFIG, problem or "is empty")
+        return config
 
     def text(self, file: str) -> str:
         """A text file of the checkpoint."""
         if file not in self.files:
-            raise self._damaged(file, "is missing")
-        return (self.path / file).read_text(encoding="utf-8")
+            raise self.damaged(file, "is missing")
+        try:
+            return self._content(file).decode()
+        except UnicodeDecodeError:
+            raise self.damaged(file, "is not UTF-8") from None
 
     def _files_of(self, stem: str) -> dict[str, str]:
         """{tensor name: file} of `model` or `optimizer`; only files the manifest names are opened."""
@@ -215,38 +167,44 @@ class Checkpoint:
             elif index in self.files:
                 mapping = self._json(index).get("weight_map")
                 if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
-                    raise self._damaged(index, "has no weight_map")
+                    raise self.damaged(index, "has no weight_map")
                 stray = sorted(set(mapping.values()) - set(self.files))
                 if stray:
-                    raise self._damaged(index, f"points to {stray[0]!r}, which is not in the manifest")
+                    raise self.damaged(index, f"points to {stray[0]!r:.200}, which is not in the manifest")
                 self._file_of[stem] = mapping
             else:
-                raise self._damaged(single, "is missing")
+                raise self.damaged(single, "is missing")
         return self._file_of[stem]
 
     def _tensors(self, file: str) -> Any:
         if file not in self._open:
             try:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(file, f"is not a safetensors file ({error})") from None
+                with self._reading(file) as path:
+                    self._open[file] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise self.damaged(file, f"is not a safetensors file ({error})") from None
         return self._open[file]
 
     def names(self, stem: str) -> set[str]:
         """Names of the tensors of `model` or `optimizer`."""
         return set(self._files_of(stem))
 
-    def shape(self, stem: str, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
+    def form(self, stem: str, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+        """Shape and type of a tensor, from the header alone; None for a type that no checkpoint has."""
         file = self._files_of(stem)[name]
         try:
-            return tuple(self._tensors(file).get_slice(name).get_shape())
+            header = self._tensors(file).get_slice(name)
+            return tuple(header.get_shape()), DTYPES.get(header.get_dtype())
         except SafetensorError as error:
-            raise self._damaged(file, f"lacks {name} ({error})") from None
+            raise self.damaged(file, f"lacks {name} ({error})") from None
 
-    def tensor(self, stem: str, name: str) -> Tensor:
-        """One tensor, on the host."""
-        return self._tensors(self._files_of(stem)[name]).get_tensor(name)
+    def tensor(self, stem: str, name: str, finite: bool = True) -> Tensor:
+        """One tensor, on the host. UserError for NaN or infinity, unless it may hold them."""
+        file = self._files_of(stem)[name]
+        tensor = self._tensors(file).get_tensor(name)
+        if finite and not bool(torch.isfinite(tensor).all()):
+            raise self.damaged(file, f"holds NaN or infinity in {name}")
+        return tensor
 
 
 def resolve(path: str, below: Sequence[Path]) -> Path:

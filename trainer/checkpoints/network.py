@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from trainer.backends.tensors import saved_buffers
+from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, saved_buffers
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.command_line import config as configuration
@@ -33,20 +33,55 @@ def build_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> nn.Module
 
 def load_weights(network: nn.Module, saved: Checkpoint) -> None:
     """Copy a checkpoint's weights into a bare network. UserError, before anything is changed, listing what does not fit."""
-    targets = dict(network.named_parameters()) | dict(saved_buffers(network))
-    shapes = {name: saved.shape("model", name) for name in saved.names("model")}
-    wrong = [
-        f"{name}: {shapes.get(name, 'missing')} instead of {tuple(target.shape)}"
-        for name, target in targets.items()
-        if shapes.get(name) != tuple(target.shape)
-    ]
-    wrong += [f"{name}: not in this model" for name in sorted(set(shapes) - set(targets))]
+    parameters, buffers = dict(network.named_parameters()), dict(saved_buffers(network))
+    wanted = {name: TensorForm(tuple(p.shape), torch.float32) for name, p in parameters.items()}
+    wanted |= {entry.name: TensorForm(entry.shape, entry.dtype) for entry in buffer_entries(network)}
+    wrong = differences(saved, "model", wanted)
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{saved.path} holds another model: {'; '.join(wrong[:4])}{more}; give its model flags", CHECKPOINT)
+        raise UserError(f"{saved.path} holds another model: {wrong}; give its model flags", CHECKPOINT)
     with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(saved.tensor("model", name))
+        for name, target in (parameters | buffers).items():
+            target.copy_(saved.tensor("model", name, finite=name in parameters))
+
+
+def differences(saved: Checkpoint, stem: str, wanted: Mapping[str, TensorForm]) -> str | None:
+    """What a checkpoint's tensors do not have in common with those `wanted`, in words: names, shapes, types."""
+    there = {name: saved.form(stem, name) for name in sorted(saved.names(stem))}
+    wrong = [
+        f"{name}: {_form_text(*there[name]) if name in there else 'missing'} instead of {_form_text(form.shape, form.dtype)}"
+        for name, form in wanted.items()
+        if name not in there or not form.fits(*there[name])
+    ]
+    wrong += [f"{name}: not in this model" for name in there if name not in wanted]
+    more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    return "; ".join(wrong[:4]) + more if wrong else None
+
+
+def _form_text(shape: Sequence[int | None], dtype: torch.dtype | None) -> str:
+    kind = "" if dtype == torch.float32 else f" {dtype}".replace("torch.", "")
+    return f"{tuple(shape)}{kind}"
+
+
+def optimizer_fits(saved: Checkpoint, layout: StateLayout) -> bool:
+    """Whether a checkpoint's optimizer state is what an optimizer of this layout goes on from; False if another one wrote it.
+
+    UserError (exit 5) where the same one did, and it does not fit: with it training would go on wrongly.
+    """
+    names, unused = saved.names("optimizer"), set(saved.state["parameters_without_state"])
+    used = [name for name in layout.tensors if name not in unused]
+    counts = {key: form for own in layout.counts.values() for key, form in own.items()}
+    wanted = {f"{key}.{name}": form for name in used for key, form in layout.tensors[name].items()}
+    wanted |= {key: form for key, form in counts.items() if used or key in names}
+    wrong = differences(saved, "optimizer", wanted)
+    if wrong and saved.state["optimizer"] != layout.optimizer:
+        return False
+    step = saved.train_state.step
+    if not wrong and "step" in wanted and not 0 <= float(saved.tensor("optimizer", "step")) <= step:
+        wrong = f"step: {float(saved.tensor('optimizer', 'step')):g} of {step} steps"
+    if wrong:
+        way_out = f"choose another checkpoint, or take the weights only: --init_from {saved.path}"
+        raise UserError(f"{saved.path} does not hold the state of this {layout.optimizer}: {wrong}; {way_out}", CHECKPOINT)
+    return True
 
 
 def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) -> tuple[Checkpoint, ConfigT]:
@@ -61,14 +96,14 @@ def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) ->
         path = checkpoint.resolve(model_path, [folder for run in runs for folder in (run, run / "checkpoints")])
         candidate = Checkpoint(path)
         candidate.verify()
-        written_by = candidate.state.get("recipe")
+        written_by = candidate.state["recipe"]
         if written_by != recipe.name:
             raise UserError(f"{path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
         return str(path)
 
     saved = Checkpoint(Path(launch.control.on_main(search)))
-    source = f"{saved.path}/config.yaml"
-    return saved, configuration.from_mapping(recipe.config_class, yaml.safe_load(saved.text("config.yaml")), source)
+    source = str(saved.path / checkpoint.CONFIG)
+    return saved, configuration.from_mapping(recipe.config_class, saved.config, source)
 
 
 def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> nn.Module:

@@ -7,8 +7,9 @@ A flag that was not typed takes the checkpoint's value. What was typed and diffe
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ import yaml
 
 from trainer.checkpoints import checkpoint as checkpoints
 from trainer.checkpoints import retention
-from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.checkpoint import CONFIG, STATE, Checkpoint
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
 from trainer.command_line.sections import PER_LAUNCH, Run
 from trainer.distributed.launch import Launch
 from trainer.distributed.stopping import StopReason, finished_reason
-from trainer.errors import UserError
+from trainer.errors import CHECKPOINT, UserError
 from trainer.recipe import Recipe
 from trainer.reporting.run_directory import RunDirectory
+from trainer.reporting.trackers import read_metrics
+
+PLACES = ("output_dir", "checkpoint_dir")
+"""flags of paths that need not exist yet"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
 
 def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None]) -> LaunchPlan:
     """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
+    parsed = dataclasses.replace(parsed, config=_with_absolute_paths(recipe, parsed.config))
     run = parsed.config.run
     path = default_directory(recipe, parsed)
     before = _earlier_value(path, "checkpoint_dir")
@@ -116,6 +122,8 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable
         directory.lock(log)
         retention.clear_unfinished(directory.checkpoints)
         saved, same_run = _choose(recipe, run, directory, log)
+        if saved is None:
+            _check_nothing_lost(directory, log)
         config = parsed.config if saved is None else _merge(recipe, parsed, argv, saved, same_run, log)
     except BaseException:
         directory.release(used=False)
@@ -143,6 +151,41 @@ def nothing_to_do(recipe: Recipe, plan: LaunchPlan, total_steps: int) -> str | N
     change = {StopReason.PATIENCE: "--patience 0", StopReason.TARGET_LOSS: "a lower --target_loss"}.get(reason)
     way_on = f"to go on: {change or f'--max_steps N --resume_from {saved.path}'}"
     return f"Already finished ({reason}) at step {state.step:,}, nothing to do; {way_on}"
+
+
+def _with_absolute_paths(recipe: Recipe, config: Any) -> Any:
+    """`config` for any working directory: paths made absolute, where they are not names of something else."""
+
+    def absolute(section: Any, names: Iterable[str]) -> Any:
+        paths = {name: getattr(section, name) for name in names if getattr(section, name, None)}
+        there = {name: os.path.abspath(p) for name, p in paths.items() if name in PLACES or os.path.exists(p)}
+        return dataclasses.replace(section, **there)
+
+    return dataclasses.replace(
+        config,
+        data=absolute(config.data, recipe.paths),
+        optimisation=absolute(config.optimisation, ("init_from",)),
+        run=absolute(config.run, (*PLACES, "resume_from")),
+    )
+
+
+def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> None:
+    """Before a run starts at step 0: UserError (exit 5) if its directory tells of checkpoints, which are not there."""
+    rows = list(read_metrics(directory.metrics)) if directory.metrics.is_file() else []
+    saved_steps = [row["step"] for row in rows if "checkpoint/seconds" in row]
+    try:
+        known = json.loads(directory.status.read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        known = None
+    if saved_steps or known:
+        what = f"saved step {saved_steps[-1]:,}" if saved_steps else f"had {known}"
+        raise UserError(
+            f"{directory.path} holds a run that {what}, and no checkpoint of it is in {directory.checkpoints}: is its disk "
+            "mounted? Bring them back, give --resume_from a copy, or start anew in a new directory (--run_name NAME)",
+            CHECKPOINT,
+        )
+    if rows and rows[-1]["step"]:
+        log(f"{directory.path}: ended before its first save, at about step {rows[-1]['step']:,}; starting at step 0")
 
 
 def _earlier_value(path: Path, flag: str) -> str | None:
@@ -174,29 +217,49 @@ def _choose(recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[st
         path = checkpoints.resolve(run.resume_from, [folder, directory.path])
         inside = path.parent == folder.resolve()
         if inside or not existing:
-            chosen = Checkpoint(path)
-            chosen.verify()
-            return chosen, inside
+            return _read(recipe, path), inside
         if not _restarted() and _earlier_value(directory.path, "resume_from") != run.resume_from:
             raise UserError(
                 f"{folder} holds another run, at step {existing[0][0]}, which did not start from {run.resume_from}; leave "
                 "--resume_from out to continue it, or choose another --run_name"
             )
         log(f"{folder} already holds a run: continuing it (--resume_from {run.resume_from} was its start)")
-    return retention.newest_good(folder, recipe.checkpoint_prefix, log), True
+    return retention.newest_good(folder, recipe.checkpoint_prefix, lambda path: _read(recipe, path), log), True
+
+
+def _read(recipe: Recipe, path: Path) -> Checkpoint:
+    """The checkpoint at `path`. UserError unless it is what a save left there, every byte and every value."""
+    saved = Checkpoint(path)
+    saved.verify()
+    number = path.name.removeprefix(recipe.checkpoint_prefix)
+    if number.isdigit() and int(number) != saved.train_state.step:
+        raise saved.damaged(STATE, f"is of step {saved.train_state.step}, so this folder is a copy of another")
+    if saved.config and saved.state["recipe"] == recipe.name:
+        _config_of(recipe, saved)
+    return saved
+
+
+def _config_of(recipe: Recipe, saved: Checkpoint) -> Any:
+    source = str(saved.path / CONFIG)
+    try:
+        config = configuration.from_mapping(recipe.config_class, saved.config, source)
+        configuration.check(config)
+    except UserError as error:
+        where = "" if source in str(error) else f"{source}: "
+        raise UserError(f"{where}{error}; choose another checkpoint", CHECKPOINT) from None
+    return config
 
 
 def _merge(
     recipe: Recipe, parsed: Parsed, argv: Sequence[str], saved: Checkpoint, same_run: bool, log: Callable[[str], None]
 ) -> Any:
     """The checkpoint's configuration, changed by what was typed now, if it may be."""
-    written_by = saved.state.get("recipe")
+    written_by = saved.state["recipe"]
     if written_by != recipe.name:
         raise UserError(f"{saved.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
-    original = configuration.from_mapping(
-        recipe.config_class, yaml.safe_load(saved.text("config.yaml")), str(saved.path / "config.yaml")
-    )
-    config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
+    original = _config_of(recipe, saved)
+    typed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
+    config = _with_absolute_paths(recipe, typed)
     own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoints.checkpoint import TEMPORARY, Checkpoint, remove
+from trainer.checkpoints.checkpoint import TEMPORARY, Checkpoint
+from trainer.checkpoints.writing import remove
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.run_directory import fsync_directory
 from trainer.state import TrainState
@@ -34,17 +35,15 @@ def clear_unfinished(folder: Path) -> None:
         remove(path)
 
 
-def newest_good(folder: Path, prefix: str, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest step checkpoint whose every byte is right; damaged ones are passed over, with a warning.
+def newest_good(folder: Path, prefix: str, read: Callable[[Path], Checkpoint], log: Callable[[str], None]) -> Checkpoint | None:
+    """The newest step checkpoint that `read` finds nothing wrong with; damaged ones are passed over, with a warning.
 
     UserError (exit 5) if there are some and none is good: starting afresh would bury what may still be saved.
     """
     folders = step_folders(folder, prefix)
     for _, path in folders:
         try:
-            candidate = Checkpoint(path)
-            candidate.verify()
-            return candidate
+            return read(path)
         except UserError as reason:
             log(f"WARNING: skipping a damaged checkpoint: {reason}")
     if folders:

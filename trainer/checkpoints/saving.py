@@ -8,8 +8,8 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from trainer.backends.tensors import whole_entries
-from trainer.checkpoints import checkpoint, retention
+from trainer.backends.tensors import split_names, whole_entries
+from trainer.checkpoints import retention, writing
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.command_line.config import to_yaml
 from trainer.distributed.stopping import StopReason, StopRequests
@@ -111,6 +111,7 @@ class Saver:
     def _write(self, name: str, only_best: bool) -> None:
         backend, extra = self.session.backend, self.session.extra_files
         tensors = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
+        with_state = split_names(entry.name for entry in tensors["optimizer"])[0].keys()
         tensors |= {file.removesuffix(".safetensors"): whole_entries(t) for file, t in extra.items() if not isinstance(t, str)}
         trainer_state = {
             "recipe": self.recipe.name,
@@ -119,6 +120,8 @@ class Saver:
             "only_best": only_best,
             "processes": self.launch.processes,
             "loss_scale": backend.loss_scale_state(),
+            "optimizer": backend.state_layout.optimizer,
+            "parameters_without_state": sorted(backend.state_layout.tensors.keys() - with_state),
             "data_fingerprint": self.session.data.fingerprint,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
         }
@@ -127,4 +130,4 @@ class Saver:
             "config.yaml": to_yaml(self.session.config),
             **{file: text for file, text in extra.items() if isinstance(text, str)},
         }
-        checkpoint.write(self.folder, name, tensors, texts, self.launch.control)
+        writing.write(self.folder, name, tensors, texts, self.launch.control)

@@ -37,6 +37,8 @@ TYPES = {
     torch.complex64: "C64",
 }
 
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
+
 
 def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
     """The order in which a file holds its tensors: wide types first, so that each starts at a multiple of its width."""

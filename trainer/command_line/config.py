@@ -26,6 +26,7 @@ from trainer.command_line.flags import arguments, cli, flag_names, nearest, peek
 from trainer.command_line.secrets import redact_text
 from trainer.command_line.webhook import Webhook, find_webhook
 from trainer.errors import UserError
+from trainer.fields import problem_of
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,14 @@ def check(config: Any) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """The whole config as YAML, in sections; `from_mapping(yaml)` gives it back."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    """The whole config as YAML, in sections, a config file in its turn; `from_mapping(yaml)` gives it back.
+
+    Of the two lengths of a run it holds the one that decides: a config file that gives both is refused.
+    """
+    mapping = to_mapping(config)
+    if mapping["optimisation"]["max_steps"]:
+        mapping["optimisation"]["max_epochs"] = 0.0
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -178,9 +185,9 @@ def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) ->
     defaults, sections = config_class(), {}
     for name, section_class in typing.get_type_hints(config_class).items():
         section = dict(mapping.get(name) or {})
-        unknown = set(section) - {f.name for f in dataclasses.fields(section_class)}
-        if unknown:
-            raise UserError(f"{source}: unknown key {sorted(unknown)[0]!r} in section {name}; written by another version?")
+        problem = problem_of(typing.get_type_hints(section_class), section, whole=False)
+        if problem:
+            raise UserError(f"{source}: section {name} {problem}")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
         sections[name] = dataclasses.replace(getattr(defaults, name), **values)
     return config_class(**sections)

@@ -179,7 +179,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError):  # half a row, or bytes that are no text
+    with suppress(ValueError, RecursionError):  # half a row, or bytes that are no text
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row

@@ -1,0 +1,42 @@
+"""Checkpoints without a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import timedelta
+from pathlib import Path
+
+from trainer.backends.backend import Backend
+from trainer.backends.tensors import split_names
+from trainer.checkpoints import writing
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.distributed.control import Control
+from trainer.state import TrainState
+
+
+def trainer_state(step: int, **changes: object) -> str:
+    """A trainer_state.json."""
+    state = {
+        "recipe": "toy",
+        "train_state": dataclasses.asdict(TrainState(step=step)),
+        "epoch": 0,
+        "only_best": False,
+        "processes": 1,
+        "loss_scale": {},
+        "optimizer": "AdamW",
+        "parameters_without_state": [],
+        "data_fingerprint": "f",
+        "versions": {},
+    }
+    return json.dumps(state | changes)
+
+
+def saved(backend: Backend, folder: Path, step: int) -> Checkpoint:
+    """What a backend holds, as a checkpoint."""
+    tensors = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
+    layout = backend.state_layout
+    without = sorted(layout.tensors.keys() - split_names(entry.name for entry in tensors["optimizer"])[0].keys())
+    text = trainer_state(step, optimizer=layout.optimizer, parameters_without_state=without)
+    alone = Control(0, 1, timedelta(minutes=1))
+    return Checkpoint(writing.write(folder, f"checkpoint_step_{step}", tensors, {"trainer_state.json": text}, alone))

@@ -1,0 +1,48 @@
+"""Whether what was read from a file may stand in the fields of a dataclass: JSON and YAML have no types of ours."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+def problem_of(hints: Mapping[str, Any], value: Any, whole: bool = True) -> str | None:
+    """What is wrong, in words, with `value` as fields {name: type hint}; None if nothing is. `whole`: none may be missing."""
+    if not isinstance(value, dict):
+        return f"is {value!r:.40}, not a mapping"
+    for key in value:
+        if key not in hints:
+            return f"has an unknown {key!r:.60}: was it written by another version?"
+    for key, hint in hints.items():
+        if key not in value and whole:
+            return f"lacks {key!r}"
+        if key in value and not is_a(hint, value[key]):
+            return f"has {key} {value[key]!r:.60}"
+    return None
+
+
+def is_a(hint: Any, value: Any) -> bool:
+    """Whether `value` is of the type: of numbers the finite ones, of a tuple a list too, and any number for a float."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Annotated:
+        return is_a(parts[0], value)
+    if origin is typing.Literal:
+        return value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(is_a(part, value) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_a(parts[0], k) and is_a(parts[1], v) for k, v in value.items())
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        each = parts * len(value) if origin is list else (parts[0],) * len(value) if parts[-1] is ... else parts
+        return len(each) == len(value) and all(map(is_a, each, value))
+    if hint in (int, float):
+        number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max  # NaN is not either
+    return isinstance(value, hint if hint is not None else type(None))
