@@ -95,7 +95,8 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Put what `<<` names into a mapping: its own keys win, then the first of a list (PyYAML's versions disagree)."""
-        own, merged = {}, {}
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key, value in node.value:
             if key.tag != _MERGE:
                 own[str(key.value)] = (key, value)
