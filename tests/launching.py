@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # pytest knows it already; scenarios.py is also a script
@@ -16,7 +17,18 @@ RECIPE = ROOT / "recipes" / "gpt2_wikitext.py"
 FAULTY = ROOT / "tests" / "faulty_recipe.py"
 TIMEOUT_SECONDS = 240.0
 
-__all__ = ["FAULTY", "RECIPE", "ROOT", "Started", "command", "environment", "free_port", "run", "run_in_turn"]
+__all__ = [
+    "FAULTY",
+    "RECIPE",
+    "ROOT",
+    "Started",
+    "command",
+    "environment",
+    "free_port",
+    "obey_permissions",
+    "run",
+    "run_in_turn",
+]
 
 
 def run(
@@ -63,8 +75,18 @@ with open(os.path.join(folder, "codes.json"), "w") as file:
 """
 
 
+def obey_permissions() -> None:
+    """`preexec_fn`: root, too, may not read what its mode forbids (Linux; others are not root, or read everything)."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; 24: PR_CAPBSET_DROP, which the exec makes count
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
 def run_in_turn(
-    script: Path, lines: Mapping[str, Sequence[str]], folder: Path, env: Mapping[str, str]
+    script: Path,
+    lines: Mapping[str, Sequence[str]],
+    folder: Path,
+    env: Mapping[str, str],
+    preexec_fn: Callable[[], None] | None = None,
 ) -> dict[str, tuple[int, str]]:
     """{name: (exit status, output)} of command lines of a recipe, one after another, in `folder`.
 
@@ -73,7 +95,9 @@ def run_in_turn(
     logs = folder / "logs"
     logs.mkdir()
     argv = [sys.executable, "-c", DRIVER, str(script), str(logs), json.dumps([list(argv) for argv in lines.values()])]
-    done = subprocess.run(argv, cwd=folder, env=dict(env), capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
+    done = subprocess.run(
+        argv, cwd=folder, env=dict(env), capture_output=True, stdin=subprocess.DEVNULL, timeout=250, preexec_fn=preexec_fn
+    )
     outputs = [path.read_text() for path in sorted(logs.glob("*.log"), key=lambda path: int(path.stem))]
     last = outputs[-1][-3000:] if outputs else done.stderr.decode()[-3000:]
     assert (logs / "codes.json").exists(), f"ended in {list(lines)[len(outputs) - 1]}: {last}"

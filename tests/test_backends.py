@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -13,7 +14,7 @@ from toy_recipe import ToyRecipe
 
 from trainer.backends import backend_of
 from trainer.backends.backend import layers
-from trainer.backends.deepspeed_config import fill_deepspeed_config
+from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
 from trainer.command_line import config
@@ -332,6 +333,64 @@ def test_a_file_that_contradicts_a_flag_is_refused(key: str, value: float, flag:
         fill({**ZERO, key: value})
     for word in (key, str(value), flag, ours, "auto"):
         assert word in str(caught.value)
+
+
+@pytest.mark.usefixtures("from_file")
+@pytest.mark.parametrize("value", ["many", None, True, [8], {}])
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping"])
+def test_what_is_no_number_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f'{key} is .*write "auto"'):
+        fill({**ZERO, key: value})
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("null", "expected an object {...}, found null"),
+        ("[]", "expected an object"),
+        ("", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        (b"\xff\xfe", "is no JSON"),
+        ('{"bf16": {}, "bf16": {}}', "key 'bf16' is given twice"),
+        ('{"bf16": true}', "bf16 takes a section {...}, found true"),
+        ('{"fp16": []}', "fp16 takes a section"),
+        ('{"zero_optimization": [2]}', "zero_optimization takes a section"),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
+            'offload_optimizer takes a section {...}, found "cpu"',
+        ),
+        ('{"zero_optimization": {"stage": "auto"}}', 'stage is "auto"; write 1, 2 or 3'),
+        ('{"zero_optimization": {"stage": true}}', "stage is true"),
+        ('{"zero_optimization": {"stage": 2.5}}', "stage is 2.5"),
+        ('{"zero_optimization": {"stage": null}}', "stage is null"),
+        ('{"bf16": {"enabled": "yes"}}', 'bf16.enabled is "yes"'),
+        (None, "No such file"),
+    ],
+)
+def test_a_malformed_deepspeed_file_is_refused_in_one_line(content: str | bytes | None, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        check_deepspeed_file({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    assert str(path) in str(caught.value)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("from_file")
+@pytest.mark.parametrize(
+    ("zero", "part"),
+    [
+        ({"reduce_bucket_size": "big"}, "reduce_bucket_size"),
+        ({"reduce_buket_size": 5}, "reduce_buket_size"),
+        ({"offload_param": {"device": "gpu"}}, "offload_param.device"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(zero: dict[str, Any], part: str) -> None:
+    check_filled(fill({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, processes=1))
+    with pytest.raises(UserError, match=rf"DeepSpeed file mine.json: {part}: [^\n]*$"):
+        check_filled(fill({"zero_optimization": {"stage": 3, **zero}}, processes=1))
 
 
 @pytest.mark.usefixtures("from_file")

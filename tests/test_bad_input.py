@@ -8,7 +8,7 @@ import re
 import shutil
 
 import pytest
-from launching import RECIPE, environment, run_in_turn
+from launching import RECIPE, ROOT, environment, obey_permissions, run_in_turn
 
 from trainer.errors import BAD_INPUT, CHECKPOINT, FINISHED
 
@@ -144,3 +144,54 @@ def test_the_error_names_the_problem_and_the_remedy(name: str, outputs: dict[str
         shown = errors[0]
     for part in parts:
         assert part in shown, shown
+
+
+FORBIDDEN: dict[str, tuple[list[str], str, list[str]]] = {
+    "run directory": (["--output_dir", "run"], "run", ["run", "Permission denied"]),
+    "its checkpoints": (["--output_dir", "run"], "run/checkpoints", ["run/checkpoints", "Permission denied"]),
+    "its lock": (["--output_dir", "run"], "run/.lock", ["run/.lock", "Permission denied"]),
+    "parent of it": (["--output_dir", "parent/run"], "parent", ["parent/run", "Permission denied"]),
+    "parent of resume_from": (["--output_dir", "a", "--resume_from", "parent/x"], "parent", ["parent/x", "Permission denied"]),
+    "config": (["--output_dir", "b", "--config", "mine.yaml"], "mine.yaml", ["mine.yaml", "Permission denied"]),
+    "nobody's home": (["--output_dir", "c", "--resume_from", "~nobody-of-that-name/x"], "", ["home directory", "HOME"]),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_what_may_not_be_read_is_named_in_one_line(name: str, forbidden: dict[str, tuple[int, str]]) -> None:
+    code, text = forbidden[name]
+    errors = re.findall(r"^error: .*$", text, re.MULTILINE)
+    assert "Traceback" not in text
+    assert len(errors) == 1, text
+    assert code == (BAD_INPUT if name in ("config", "nobody's home") else CHECKPOINT), text
+    for part in FORBIDDEN[name][2]:
+        assert part in errors[0]
+
+
+@pytest.fixture(scope="module")
+def forbidden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """{case: (exit status, output)}, each where one path has the mode 0."""
+    folder, toy = tmp_path_factory.mktemp("forbidden"), ROOT / "tests" / "toy_recipe.py"
+    short = ["--device", "cpu", "--max_steps", "2"]
+    (folder / "parent").mkdir()
+    (folder / "mine.yaml").write_text("width: 8\n")
+    driven = {"first": [*short, "--output_dir", "run"]}
+    for name, (argv, path, _) in FORBIDDEN.items():
+        driven |= {f"forbid {name}": ["chmod", path, "0"], name: [*short, *argv], f"allow {name}": ["chmod", path, "0o755"]}
+    script = folder / "toy.py"
+    script.write_text(CHMOD_OR_TRAIN.format(toy=str(toy)))
+    results = run_in_turn(script, driven, folder, environment(CUDA_VISIBLE_DEVICES=""), obey_permissions)
+    assert results["first"][0] == FINISHED, results["first"][1]
+    return results
+
+
+# The modes change in between, in the one process that pays the imports.
+CHMOD_OR_TRAIN = """
+import os, runpy, sys
+if sys.argv[1] == "chmod":
+    if sys.argv[2]:
+        os.chmod(sys.argv[2], int(sys.argv[3], 0))
+else:
+    sys.path.insert(0, os.path.dirname({toy!r}))
+    runpy.run_path({toy!r}, run_name="__main__")
+"""

@@ -667,6 +667,7 @@ def test_a_full_disk(flags: list[str], tmp_path: Path) -> None:
     assert sorted(p.name for p in kept.iterdir() if p.name != ".lock") == [f"{PREFIX}{step}" for step in fits]
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 12)
+    assert status["checkpoint"] == (str(disk / f"{PREFIX}{fits[-1]}") if fits else None)
     for step in fits:
         Checkpoint(kept / f"{PREFIX}{step}").verify()
         # With some space again the same run goes on from there.

@@ -1,6 +1,7 @@
 """The command line, YAML files and presets: what they set, and their one-line errors."""
 
 import dataclasses
+import os
 import re
 import resource
 import subprocess
@@ -246,7 +247,8 @@ def test_a_value_that_holds_a_secret_is_refused_without_it(flag: str, write: obj
         for message in (error_message(flag, url), error_message("--config", write(f"{flag.removeprefix('--')}: {url}\n"))):
             assert message.startswith(f"{flag.removeprefix('--')} is a URL with a secret")
             assert "hunter2" not in message
-    assert values(flag, "https://host/data@v2") != {}
+    if flag != "--run_name":
+        assert values(flag, "https://host/data@v2") != {}
 
 
 # --------------------------------------------------------------------------------------------------------------- YAML
@@ -306,7 +308,7 @@ def test_a_checkpoints_config_stands_in_for_the_defaults() -> None:
         ("d_modle: 512\n", ["d_modle", "'d_model'"]),
         ("model:\n  dropuot: 0.1\n", ["dropuot", "'dropout'"]),
         ("- d_model\n", ["list"]),
-        ("just words\n", ["str"]),
+        ("just words\n", ["one value"]),
         ("d_model: [1\n", ["line"]),
         ("model:\n  d_model: {wide: 1}\n", ["d_model", "section"]),
         ("d_model: wide\n", ["d_model", "wide"]),
@@ -315,12 +317,73 @@ def test_a_checkpoints_config_stands_in_for_the_defaults() -> None:
         ("batch_size: -1\n", ["batch_size -1"]),
         ("d_model: true\n", ["d_model"]),
         ("compile: perhaps\n", ["perhaps"]),
+        ("d_model: " + "[" * 5000, ["nested too deeply"]),
+        ("max_steps:\n", ["mine.yaml: max_steps has no value"]),
+        ("run:\n  run_name:\n", ["mine.yaml: run_name has no value"]),
+        ("max_steps: null\n", ["mine.yaml: max_steps takes one value, found null"]),
+        ("max_steps: 1:30\n", ["mine.yaml", "max_steps", "'1:30'"]),
+        ("max_steps: 0o10\n", ["mine.yaml", "max_steps", "'0o10'"]),
+        ("mixed_precision: off\n", ["mine.yaml", "mixed_precision", "'off'", "'no'"]),
+        ("run_name: !!binary aGk=\n", ["run_name takes one value", "bytes"]),
+        ("d_model: &a [*a]\n", ["d_model takes one value", "a list"]),
+        ("<<: 3\n", ["line 1", "mapping"]),
+        ("<<: {d_ff: 3}\n<<: {d_ff: 4}\n", ["'<<'", "twice"]),
+        ("d_model: 1\0\n", ["mine.yaml", "#x0000"]),
+        ("d_model: 1\n---\nd_ff: 2\n", ["another document"]),
+        ("model: 3\n", ["model is a section"]),
+        ("# d_model: 3\n", ["found nothing"]),
+        ("d_ff: 3 #" + "#" * 1_000_000, ["1,000,000 bytes"]),
+        ("https://host/hooks/hunter2x: 1\n", ["unknown key '***'"]),
     ],
 )
 def test_bad_yaml_is_refused(content: str | bytes, parts: list[str], write: object) -> None:
     message = error_message("--config", write(content))
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("mixed_precision: no\n", {"mixed_precision": "no"}),
+        ("compile: On\nuse_tensorboard: no\n", {"compile": True, "use_tensorboard": False}),
+        ("max_steps: 010\n", {"max_steps": 10}),
+        ("run_name: 010\n", {"run_name": "010"}),
+        ("run_name: 2024-01-01\n", {"run_name": "2024-01-01"}),
+        ("run_name: 1.10\n", {"run_name": "1.10"}),
+        ("run_name: 12:30:00\n", {"run_name": "12:30:00"}),
+    ],
+)
+def test_a_word_means_what_its_field_takes(content: str, expected: dict[str, object], write: object) -> None:
+    """YAML 1.1 makes false, 8, a date, 1.1 and 45000 of these."""
+    assert values("--config", write(content)) == expected
+
+
+def test_merge_keys(write: object) -> None:
+    merged = write("model: &small\n  d_model: 64\n  d_ff: 9\nrun:\n  <<: {log_every: 3, save_every: 4}\n  save_every: 5\n")
+    assert values("--config", merged) == {"d_model": 64, "d_ff": 9, "log_every": 3, "save_every": 5}
+    chained = write("model:\n  <<: &base\n    <<: {d_model: 64}\n    d_model: 32\n", "chained.yaml")
+    assert values("--config", chained) == {"d_model": 32}
+    assert values("--config", write("<<: [{d_ff: 9}, {d_ff: 8, num_layers: 2}]\n", "list.yaml")) == {"d_ff": 9, "num_layers": 2}
+
+
+def test_a_config_file_that_cannot_be_read_to_its_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "pipe.yaml: not an ordinary file" in error_message("--config", str(tmp_path / "pipe.yaml"))
+    assert "/dev/zero: not an ordinary file" in error_message("--config", "/dev/zero")
+    assert error_message("--config", "https://example.org/hooks/hunter2").startswith("--config ***: No such file")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--run_name", name) for name in ("..", ".", "../x", "a/b", "/tmp/x", "", " ", "a\nb", "https://host/abc")]
+    + [(flag, value) for flag in ("--output_dir", "--checkpoint_dir") for value in ("", "s3://bucket/x")],
+)
+def test_a_name_that_is_no_folder_of_ones_own_is_refused(flag: str, value: str) -> None:
+    """`--run_name ..` would write beside the runs of all recipes."""
+    message = error_message(flag, value)
+    assert message.startswith(flag.removeprefix("--"))
+    assert "host" not in message
 
 
 def test_a_python_tag_runs_nothing(write: object, tmp_path: Path) -> None:

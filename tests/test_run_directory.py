@@ -160,7 +160,7 @@ def test_odd_lock_file_is_refused_and_nothing_outside_is_written(tmp_path: Path,
 
 
 def test_garbage_in_the_lock_file_is_not_a_holder(tmp_path: Path) -> None:
-    for garbage in (b"\xff\x00", b"[1]", b'{"heartbeat": "soon"}', b'{"pid": 1'):
+    for garbage in (b"\xff\x00", b"[1]", b'{"heartbeat": "soon"}', b'{"pid": 1', b"[" * 4096, b'{"a":' * 800):
         (tmp_path / ".lock").write_bytes(garbage)
         lock = Lock(tmp_path)
         lock.acquire()
@@ -252,6 +252,35 @@ def test_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
     (tmp_path / "run2" / "checkpoints").write_text("")
     with pytest.raises(UserError, match=r"checkpoints.*--output_dir"):
         RunDirectory(tmp_path / "run2").prepare()
+
+
+def test_a_link_to_nowhere_is_named_with_its_target(tmp_path: Path) -> None:
+    """A scratch disk that is not mounted: to make the folder would fill the disk below the mount point."""
+    (tmp_path / "link").symlink_to(tmp_path / "scratch" / "runs")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, flag in ((tmp_path / "link", "--output_dir"), (tmp_path / "link" / "deeper", "--output_dir")):
+        with pytest.raises(UserError, match=f"{tmp_path}/link is a link to {tmp_path}/scratch/runs.*{flag}") as refused:
+            RunDirectory(path).prepare()
+        assert refused.value.exit_code == CHECKPOINT
+    with pytest.raises(UserError, match=r"link is a link.*--checkpoint_dir"):
+        RunDirectory(tmp_path / "run", tmp_path / "link").prepare()
+    with pytest.raises(UserError, match=r"loop is a link.*--output_dir"):
+        RunDirectory(tmp_path / "loop").prepare()
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_pipe_or_folder_in_place_of_a_file_is_refused_instead_of_waiting_for_a_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "command.txt")
+    with pytest.raises(UserError, match=r"command.txt is not an ordinary file.*--output_dir") as refused:
+        RunDirectory(tmp_path).prepare()
+    assert refused.value.exit_code == CHECKPOINT
+    (tmp_path / "command.txt").unlink()
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(UserError, match=r"status.json is not an ordinary file"):
+        RunDirectory(tmp_path).prepare()
+    (tmp_path / "status.json").rmdir()
+    (tmp_path / "train.log").symlink_to("/dev/null")
+    RunDirectory(tmp_path).prepare()
 
 
 def test_atomic_write_respects_the_umask_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """How a launch ends: the exit codes, and the one exception that is a message for the user instead of a bug."""
 
+import errno
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,6 +28,27 @@ class UserError(Exception):
         self.known_to_all = known_to_all
         """every process of the launch raises it, so rank 0 alone prints it"""
         self.printed_by_other_rank = printed_by_other_rank
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """What a person can do where the machine refused: a file, memory, threads, a home; None for any other error."""
+    text = one_line(error, 300)
+    signs = ("can't start new thread", "cannot allocate memory", "failed to map segment")
+    number = error.errno if isinstance(error, OSError) else None
+    exhausted = number in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE) or isinstance(error, MemoryError)
+    if exhausted or any(sign in text.lower() for sign in signs):
+        way_out = "end other processes of yours, or raise its limit (ulimit -u, -v, -n; the container's or the job's memory)"
+        return UserError(
+            f"this machine gives no more memory, threads or files ({text or 'MemoryError'}); {way_out}", OUT_OF_MEMORY
+        )
+    if "determine home directory" in text or "getpwuid" in text:
+        return UserError(
+            f"no home directory can be found ({text}); set HOME, or SAMECURVE_CACHE for the cache, and give paths without ~"
+        )
+    # What does not exist is asked for by a bug, or has a message where it is looked for.
+    if isinstance(error, OSError) and error.filename is not None and number not in (errno.ENOENT, errno.EEXIST, errno.EBADF):
+        return UserError(f"{error.filename}: {error.strerror}; mend that, or give another path", CHECKPOINT)
+    return None
 
 
 def one_line(error: BaseException, characters: int | None = None) -> str:

@@ -11,13 +11,15 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, redact_text, without_urls
 from trainer.distributed.signals import die_with_launcher, leaving_at_signals, process_start_monotonic
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, user_error
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -31,9 +33,18 @@ if TYPE_CHECKING:
     from trainer.setup import Session
 
 
-@leaving_at_signals()
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(leaving_at_signals())
+        except RuntimeError as error:  # not one thread left
+            sys.exit(report_error(error, Console(None, is_main=True)))
+        run(recipe, argv)
+
+
+def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
+    """`main`, where signals are heard already."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a data worker that imports the recipe's file
         raise RuntimeError("main(...) must stand below `if __name__ == '__main__':`, or data workers start the training anew")
     if argv is None:
@@ -58,20 +69,11 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
             with explained(launch):
                 recipe.commands[command].run(recipe, flags, launch, console.log)
-    except UserError as error:
-        code = error.exit_code
-        print_on_this_rank = launch is not None and not error.known_to_all
-        console.error(str(error), on_any_rank=print_on_this_rank, log_only=error.printed_by_other_rank)
-        console.log_traceback(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
         console.error("interrupted before anything was changed")
     except Exception as error:
-        import traceback
-
-        code = 1
-        console.log_traceback(error)
-        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
+        code = report_error(error, console, launch)
     finally:
         console.close()
     if launch is None:
@@ -79,6 +81,21 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     from trainer.distributed.launch import shut_down
 
     shut_down(launch, code)
+
+
+def report_error(error: Exception, console: Console, launch: Launch | None = None) -> int:
+    """One line for an error that a person can mend, a traceback for a bug; the exit code."""
+    known = error if isinstance(error, UserError) else user_error(error)
+    if known is not None:
+        print_on_this_rank = launch is not None and not known.known_to_all
+        console.error(str(known), on_any_rank=print_on_this_rank, log_only=known.printed_by_other_rank)
+        console.log_traceback(error)
+        return known.exit_code
+    import traceback
+
+    console.log_traceback(error)
+    print(redact_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    return 1
 
 
 def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
@@ -254,9 +271,16 @@ class LaunchedRun:
         """In status.json, if there is one, and to the webhook."""
         step = self.training.state.step if self.training is not None else None
         if self.started and self.launch.is_main:
-            self.plan.directory.write_status("failed", reason, step)
+            self.plan.directory.write_status("failed", reason, step, self._newest_checkpoint())
         beginning = "Did not start" if step is None else f"Failed at step {step}"
         self.alerts.send("failed", f"{beginning}: {reason}", step=step)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """What the same command goes on from: this launch's last save, else what it has resumed from."""
+        saved_step = self.training.saver.saved_step if self.training is not None else None
+        if saved_step is not None:
+            return self.plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{saved_step}"
+        return self.plan.checkpoint.path if self.plan.checkpoint else None
 
 
 def _text_of(error: BaseException) -> str:

@@ -2,13 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP
-from trainer.errors import UserError, path_of
+from trainer.errors import UserError, one_line, path_of
+
+VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast")
+
+
+def check_deepspeed_file(environ: Mapping[str, str]) -> None:
+    """UserError for a file that Accelerate, which reads it first and checks nothing, could not make sense of."""
+    path = Path(environ.get(VARIABLE) or "none")
+    if str(path) == "none":
+        return
+    shown = f"DeepSpeed file {path}"
+    try:
+        if path.is_fifo():
+            raise UserError(f"{shown}: not an ordinary file; give a JSON file")
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twice)
+    except OSError as error:
+        raise UserError(f"{shown}: {error.strerror}; give an existing file as deepspeed_config_file") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a key twice; nested too deeply
+        raise UserError(f"{shown} is no JSON: {one_line(error, 200)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{shown}: expected an object {{...}}, found {json.dumps(config)[:50]}; see {path_of('ds_configs')}")
+    zero = config.get("zero_optimization")
+    sections = {name: config.get(name) for name in _SECTIONS}
+    sections |= {name: zero.get(name) for name in ("offload_optimizer", "offload_param")} if isinstance(zero, dict) else {}
+    for name, section in sections.items():
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"{shown}: {name} takes a section {{...}}, found {json.dumps(section)[:50]}")
+    stage = (zero or {}).get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool):
+        raise UserError(f"{shown}: zero_optimization.stage is {json.dumps(stage)[:50]}; write 1, 2 or 3 there")
+    for name in ("bf16", "fp16"):
+        enabled = (config.get(name) or {}).get("enabled", "auto")
+        if enabled != "auto" and not isinstance(enabled, bool):
+            raise UserError(f'{shown}: {name}.enabled is {json.dumps(enabled)[:50]}; write true, false or "auto" there')
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in section if names.count(name) > 1)!r} is given twice")
+    return section
+
+
+def check_filled(config: Mapping[str, Any]) -> None:
+    """UserError, in one line, for whatever DeepSpeed's own reading refuses. What is `auto` still, Accelerate fills in later."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(_without_auto(config))
+    except Exception as error:  # pydantic's, DeepSpeed's own, and what a wrong type leads to
+        why = one_line(error, 300) or type(error).__name__
+        details = getattr(error, "errors", None)
+        if callable(details):  # pydantic's, which fill five lines each
+            why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e.get('input')!r:.50}" for e in details()[:3])
+        raise UserError(f"DeepSpeed file {os.environ.get(VARIABLE) or '(none)'}: {why}; see {path_of('ds_configs')}") from error
+
+
+def _without_auto(value: Any) -> Any:
+    return {k: _without_auto(v) for k, v in value.items() if v != "auto"} if isinstance(value, Mapping) else value
 
 
 def fill_deepspeed_config(
@@ -23,7 +85,7 @@ def fill_deepspeed_config(
     stage = int((filled.get("zero_optimization") or {}).get("stage", 0))
     if stage not in (1, 2, 3):
         raise UserError(f"DeepSpeed zero_optimization.stage {stage} brings nothing over DDP; use {path_of(DDP)}")
-    from_file = bool(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    from_file = bool(os.environ.get(VARIABLE))
     flags = {
         "train_micro_batch_size_per_gpu": (settings.batch_size // processes, "--batch_size over the processes"),
         "gradient_accumulation_steps": (settings.gradient_accumulation_steps, "--gradient_accumulation_steps"),
@@ -32,7 +94,9 @@ def fill_deepspeed_config(
     }
     for key, (value, flag) in flags.items():
         in_file = filled.get(key, "auto")
-        if from_file and in_file != "auto" and float(in_file) != value:
+        if from_file and in_file != "auto" and (isinstance(in_file, bool) or not isinstance(in_file, int | float)):
+            raise UserError(f'DeepSpeed file: {key} is {json.dumps(in_file)[:50]}; write "auto" there')
+        if from_file and in_file != "auto" and in_file != value:
             raise UserError(f'DeepSpeed file: {key} {in_file} contradicts {flag} = {value:g}; write "auto" there')
         filled[key] = value
     for key in ("optimizer", "scheduler"):

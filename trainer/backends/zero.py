@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 
 from trainer.backends import tensors
 from trainer.backends.backend import Backend, StepResult, set_learning_rate
-from trainer.backends.deepspeed_config import fill_deepspeed_config
+from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
 from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
-from trainer.errors import UserError, path_of
+from trainer.errors import UserError, one_line, path_of
 
 
 class ZeroBackend(Backend):
@@ -34,12 +34,14 @@ class ZeroBackend(Backend):
         from accelerate import Accelerator
 
         super().__init__(launch, precision, precision_flag, settings)
+        check_deepspeed_file(os.environ)
         # bf16 is DeepSpeed's torch_autocast, see `fill_deepspeed_config`; Accelerate's own is off then.
         self.accelerator = Accelerator(mixed_precision="fp16" if precision == "fp16" else "no")
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is None:
             raise UserError("the launcher asked for DeepSpeed and Accelerate did not enable it; check the --config_file")
         filled = fill_deepspeed_config(plugin.deepspeed_config, precision, settings, launch.processes, precision_flag)
+        check_filled(filled)
         plugin.deepspeed_config.clear()
         plugin.deepspeed_config.update(filled)
 
@@ -87,7 +89,14 @@ class ZeroBackend(Backend):
         self.state_layout = tensors.state_layout(self.optimizer, network)
         initial = tensors.elementwise_initial_state(self.optimizer, self.optimizer.param_groups[0]["params"][0])
         self.optimizer.state.clear()  # ZeRO has its own, in flat partitions
-        self.model, wrapped = self.accelerator.prepare(objective, self.optimizer)
+        try:
+            self.model, wrapped = self.accelerator.prepare(objective, self.optimizer)
+        except ValueError as error:
+            if "`auto`" not in str(error):  # a bucket whose size Accelerate derives from `model.config.hidden_size`
+                raise
+            raise UserError(
+                f"DeepSpeed file: {one_line(error, 300)}; write numbers there, as in {path_of('ds_configs')}"
+            ) from error
         self.engine = self.model
         # The engine averages over both.
         self.factor = self.launch.processes * self.settings.gradient_accumulation_steps

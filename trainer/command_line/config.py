@@ -28,6 +28,8 @@ from trainer.command_line.webhook import Webhook, find_webhook
 from trainer.errors import UserError
 from trainer.fields import problem_of
 
+_FOLDERS = ("output_dir", "run_name", "checkpoint_dir")
+
 
 @dataclass(frozen=True)
 class Parsed:
@@ -84,7 +86,10 @@ def parse(
     description = f"{inspect.getdoc(config_class) or ''}\nPresets: {', '.join(presets) or 'none'}.{description}"
     by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
     given = frozenset().union(*by_source)
-    base = _epochs_win(cli(config_class, [*leading, *from_file], prog, default, description), by_source[:2])
+    try:
+        base = _epochs_win(cli(config_class, [*leading, *from_file], prog, default, description), by_source[:2])
+    except UserError as error:
+        raise UserError(f"--config {config_file}: {error}") from None
     config = _epochs_win(cli(config_class, [*leading, *from_file, *argv], prog, default, description), by_source)
     steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
     if _length_flags(by_source) == {"max_steps", "max_epochs"} and steps and epochs:
@@ -149,6 +154,8 @@ def check(config: Any) -> None:
             wanted = bound and bound.broken_by(number)
             if wanted:
                 raise UserError(f"{name} {number} {wanted}")
+        if name in _FOLDERS and value is not None:
+            _check_folder(name, value)
     optimisation = getattr(config, "optimisation", None)
     if optimisation is None:
         return
@@ -156,6 +163,16 @@ def check(config: Any) -> None:
         raise UserError("max_steps and max_epochs are both 0; give one of them")
     if optimisation.min_lr > optimisation.learning_rate:
         raise UserError(f"min_lr {optimisation.min_lr:g} is above learning_rate {optimisation.learning_rate:g}; lower it")
+
+
+def _check_folder(name: str, value: str) -> None:
+    """UserError for what names no folder of one's own: `--run_name ..` would write beside the runs."""
+    if not value.strip() or (not value.isprintable() and value.isascii()):
+        raise UserError(f"{name} {value!r} names no folder; give another, or leave it out")
+    if re.match(r"[a-z0-9+.-]+://", value, re.IGNORECASE):
+        raise UserError(f"{name} is a URL; give a folder of this machine")
+    if name == "run_name" and (value in (".", "..") or "/" in value):
+        raise UserError(f"run_name {value!r} is the last part of a path alone, without /; give a whole path as --output_dir")
 
 
 def to_yaml(config: Any) -> str:

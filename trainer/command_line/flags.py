@@ -6,6 +6,7 @@ import difflib
 import io
 import re
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import tyro
 import yaml
 
 from trainer.command_line.secrets import without_urls
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 SECTIONS = ("model", "data", "optimisation", "run")
 
@@ -68,29 +69,106 @@ def arguments(mapping: Mapping[str, Any]) -> list[str]:
     return words
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain data only (SafeLoader refuses every !!python tag), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+NOTHING = object()
+"""the value of a key that has none in a YAML file"""
 
 
-def _kinds(config_class: Any) -> dict[str, str]:
-    """What YAML may hold for each field."""
-    kinds: dict[str, str] = {}
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only (SafeLoader refuses every !!python tag), and no key twice.
+
+    Of what stands without quotes only true, false, null and << are not text: a field knows best what `010`, `1:30`, `1e-3`
+    or `no` is to be, which YAML 1.1 takes for 8, 90, text and false.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = next(name for (tag, name), count in Counter(keys).items() if count > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names into a mapping: its own keys win, then the first of a list (PyYAML's versions disagree)."""
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                own[str(key.value)] = (key, value)
+                continue
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(base, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "<< takes a mapping or a list of them", value.start_mark
+                    )
+                self.flatten_mapping(base)
+                for pair in base.value:
+                    merged.setdefault(str(pair[0].value), pair)
+        node.value = list({**merged, **own}.values())
+
+    def construct_null(self, node: yaml.ScalarNode) -> object:
+        return None if node.value else NOTHING
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)\Z"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(_MERGE, re.compile(r"<<\Z"), ["<"])
+_Loader.add_constructor("tag:yaml.org,2002:null", _Loader.construct_null)
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+MOST_BYTES = 1_000_000  # of a YAML file: `--config model.safetensors` is a mistake
+
+
+def _kinds(config_class: Any) -> dict[str, tuple[str, bool]]:
+    """What YAML may hold for each field, and whether null too."""
+    kinds: dict[str, tuple[str, bool]] = {}
     for name, hint in typing.get_type_hints(config_class).items():
         if dataclasses.is_dataclass(hint):
             kinds |= _kinds(hint)
             continue
         inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        if type(None) in typing.get_args(hint) and len(inner) == 1:
+        may_be_null = type(None) in typing.get_args(hint)
+        if may_be_null and len(inner) == 1:
             hint = inner[0]
-        kinds[name] = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
+        kind = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
+        kinds[name] = (kind, may_be_null)
     return kinds
+
+
+def _kind(value: Any) -> str:
+    """What a value of a YAML file is, in the words of `_kinds`."""
+    if isinstance(value, bool | list):
+        return "true or false" if isinstance(value, bool) else "a list"
+    names = {type(None): "null", dict: "a section"}
+    return "one value" if isinstance(value, str | int | float) else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _load(path: Path, shown: str) -> Any:
+    """The content of a YAML file, which messages call `shown`. UserError, with the line where there is one, if it has none."""
+    try:
+        if path.is_fifo() or path.is_char_device():  # reading it might never end
+            raise UserError(f"{shown}: not an ordinary file; give a YAML file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{shown}: more than {MOST_BYTES:,} bytes; give a file of `name: value` lines")
+        return yaml.load(content.decode(), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"{shown}: {error.strerror}; give an existing YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise UserError(f"{shown}{line}: {without_urls(problem)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not have; `!!int word`
+        raise UserError(f"{shown}: {without_urls(one_line(error))}") from None
+    except RecursionError:
+        raise UserError(f"{shown}: nested too deeply; give `name: value` lines, flat or in sections") from None
 
 
 def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
@@ -102,39 +180,50 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
     names, kinds = flag_names(config_class), _kinds(config_class)
     own: Mapping[str, Mapping[str, str] | None] = getattr(config_class, "yaml_sections", {})
     sections = {**dict.fromkeys(SECTIONS), **own}
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give an existing YAML file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: {getattr(error, 'problem', None) or error}") from None
+    shown = f"--config {without_urls(str(path))}"
+    data = _load(path, shown)
     if not isinstance(data, dict):
-        raise UserError(f"--config {path}: expected `name: value` lines, found {type(data).__name__}")
+        found = "nothing" if data in (None, NOTHING) else _kind(data)
+        raise UserError(f"{shown}: expected `name: value` lines, found {found}")
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        section = key in sections and (value is None or isinstance(value, dict))
+        section = key in sections and (value is None or value is NOTHING or isinstance(value, dict))
         known = (sections[key] if section else None) or names
         where = f" in section {key}" if section else ""
-        for name, leaf in ((value or {}) if section else {key: value}).items():
+        entries = value if isinstance(value, dict) else {}
+        for name, leaf in (entries if section else {key: value}).items():
             canonical = known.get(str(name).replace("-", "_"))
             if canonical is None:
+                if key in sections and not section:
+                    raise UserError(f"{shown}: {key} is a section; write its values as `name: value` below it")
                 near = nearest(str(name), [*known, *(() if section else sections)])
-                raise UserError(f"--config {path}: unknown key {without_urls(str(name))!r}{where}{near}")
+                raise UserError(f"{shown}: unknown key {without_urls(str(name))!r}{where}{near}")
             if canonical in flat:
-                raise UserError(f"--config {path}: {canonical} is given twice; keep one")
+                raise UserError(f"{shown}: {canonical} is given twice; keep one")
             if isinstance(leaf, dict):
-                raise UserError(f"--config {path}: {name} takes a value, not a section; sections are {', '.join(sections)}")
+                raise UserError(f"{shown}: {name} takes a value, not a section; sections are {', '.join(sections)}")
             if canonical in ("preset", "config") and leaf is not None:
-                raise UserError(f"--config {path}: {canonical} cannot be given in a file; type --{canonical} {leaf}")
-            kind = "true or false" if isinstance(leaf, bool) else "a list" if isinstance(leaf, list) else "one value"
-            if leaf is not None and kind != kinds[canonical]:
-                raise UserError(f"--config {path}: {name} takes {kinds[canonical]}, found {without_urls(repr(leaf))}")
-            flat[canonical] = leaf
+                raise UserError(f"{shown}: {canonical} cannot be given in a file; type --{canonical}")
+            flat[canonical] = _checked(leaf, *kinds[canonical], f"{shown}: {name}")
     return flat
+
+
+def _checked(leaf: Any, wanted: str, may_be_null: bool, shown: str) -> Any:
+    """A value of a YAML file, of the kind that its field takes; UserError, which begins with `shown`, for any other."""
+    parts = leaf if isinstance(leaf, list) else [leaf]
+    if any(part is NOTHING for part in parts):
+        raise UserError(f"{shown} has no value; write one, or remove the line")
+    if wanted == "true or false" and isinstance(leaf, str):
+        leaf = _SWITCHES.get(leaf.lower(), leaf)
+    if leaf is None and may_be_null:
+        return None
+    if _kind(leaf) != wanted:
+        found = without_urls(repr(leaf)) if isinstance(leaf, str | bool) else _kind(leaf)
+        raise UserError(f"{shown} takes {wanted}, found {found[:100]}")
+    wrong = next((_kind(part) for part in parts if _kind(part) != "one value"), None)
+    if isinstance(leaf, list) and wrong:
+        raise UserError(f"{shown} takes a list of single values, found {wrong} in it")
+    return leaf
 
 
 def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, description: str) -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed.launch import Launch
-from trainer.errors import OUT_OF_MEMORY, UserError, one_line
+from trainer.errors import OUT_OF_MEMORY, UserError, one_line, user_error
 
 ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
 FAILURE, WAITING = "samecurve/failure", "samecurve/waiting/{}"
@@ -89,7 +89,7 @@ def explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = root_cause(_out_of_memory(error, optimisation) or error, launch.rank, launch.processes)
+        cause = root_cause(_out_of_memory(error, optimisation) or user_error(error) or error, launch.rank, launch.processes)
         if cause is error:
             raise
         raise cause from error

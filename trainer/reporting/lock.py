@@ -133,7 +133,7 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
     """What the lock file says; empty if released or unreadable."""
     try:
         holder, _ = json.JSONDecoder().raw_decode(os.pread(descriptor, 4096, 0).decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) and isinstance(holder.get("heartbeat"), int) else {}
 

@@ -72,7 +72,13 @@ class RunDirectory:
     def prepare(self) -> None:
         """Make the folders and write into them: a full or read-only disk shows now. Raises UserError (exit 5)."""
         for folder in (self.path, self.checkpoints):
+            flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
             try:
+                for link in (folder, *folder.parents):
+                    if link.is_symlink() and not link.exists():
+                        way_out = f"mount or make that, or choose another with {flag}"
+                        target = os.readlink(link)
+                        raise UserError(f"{link} is a link to {target}, which does not exist; {way_out}", CHECKPOINT)
                 missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
                 self._made += missing
@@ -80,9 +86,12 @@ class RunDirectory:
                 write_text_atomic(probe, "x")
                 probe.unlink()
             except OSError as error:
-                flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
-                message = f"cannot write to {folder}: {error.strerror}; mend that, or choose another with {flag}"
+                why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+                message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
                 raise UserError(message, CHECKPOINT) from None
+        for file in (self.config, self.command, self.environment, self.metrics, self.log, self.status):
+            if file.is_fifo() or file.is_socket() or file.is_dir():  # to open a pipe may take for ever
+                raise UserError(f"{file} is not an ordinary file; remove it, or choose another --output_dir", CHECKPOINT)
 
     def lock(self, log: Callable[[str], None]) -> None:
         """Keep other runs out of both folders: another run's `--checkpoint_dir` may point into this one. Raises UserError."""
