@@ -41,7 +41,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     argv = list(argv)
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
     launch: Launch | None = None
-    code = FINISHED
+    code, alike = FINISHED, True
     try:
         command, flags = read_command_line(recipe, argv)
         from trainer.backends import backend_of
@@ -49,7 +49,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
-        backend = backend_of(os.environ)
+        backend, alike = backend_of(os.environ), False  # what went wrong before is the same on every rank, and rank 0 says it
         launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
@@ -60,8 +60,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
                 recipe.commands[command].run(recipe, flags, launch, console.log)
     except UserError as error:
         code = error.exit_code
-        print_on_this_rank = launch is not None and not error.known_to_all
-        console.error(str(error), on_any_rank=print_on_this_rank, log_only=error.printed_by_other_rank)
+        console.error(str(error), on_any_rank=not (alike or error.known_to_all), log_only=error.printed_by_other_rank)
         console.log_traceback(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
