@@ -103,8 +103,9 @@ class Gpt2Report(Report[Config]):
         """Validation perplexity beside the baselines, and a sample."""
         text, length = data.extra["text"], config.model.max_length
         loss = read_metrics(run.metrics)[-1]["final/val_loss"]
-        if config.run.eval_iters:
-            log(f"validation: {loss:.4f} nats per token over the first {config.run.eval_iters} batches (eval_iters) only")
+        samples = config.run.eval_iters * config.optimisation.effective_batch_size
+        if 0 < samples < len(data.evaluation["val"]):
+            log(f"validation: {loss:.4f} nats per token over the first {samples:,} samples (eval_iters) only")
         else:
             log_perplexities(text, "validation", config.data.packing, length, loss, log)
         network = trained_network(self.recipe, config, data, checkpoint)

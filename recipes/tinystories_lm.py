@@ -120,9 +120,9 @@ class TinyStoriesReport(Report[Config]):
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
         """The validation loss beside the bigram's, and a sample."""
         loss = read_metrics(run.metrics)[-1]["final/val_loss"]
-        batches, windows = config.run.eval_iters, len(data.evaluation["val"])
-        whole = not batches or batches * config.optimisation.batch_size >= windows
-        part = "every token" if whole else f"{batches} batches (eval_iters) spread over it"
+        samples, windows = config.run.eval_iters * config.optimisation.effective_batch_size, len(data.evaluation["val"])
+        whole = not samples or samples >= windows
+        part = "every token" if whole else f"{samples:,} of {windows:,} windows (eval_iters) spread over it"
         baseline = self.baseline(config, data)
         beside = f"; {baseline[0]} on every token: {baseline[1]:.4f}" if baseline else ""
         log(f"Validation: {loss:.4f} nats per token over {part}{beside}")

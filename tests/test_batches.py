@@ -1,9 +1,11 @@
 """The stream of samples: what a step reads follows from its number alone."""
 
 import itertools
+import os
 import random
+import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ from trainer.command_line.sections import Run
 from trainer.data import loader, stream
 from trainer.data.seeding import hash32
 from trainer.data.stream import EvaluationOrder, TrainingOrder, permutation, sample_numbers, share
-from trainer.errors import UserError
+from trainer.errors import LOST, UserError
 
 CPU = torch.device("cpu")
 
@@ -180,6 +182,43 @@ def test_workers_change_no_batch_and_nothing_draws_from_the_global_generators() 
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
+
+
+@dataclass
+class Failing(Squares):
+    """The worker that is to read sample `sample` sends itself a signal before."""
+
+    number: signal.Signals = signal.SIGSTOP
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        if 7 in numbers:
+            os.kill(os.getpid(), self.number)
+        return super().__getitems__(numbers)
+
+
+def failing(number: signal.Signals, minutes: float, stop_requested: Callable[[], bool]) -> tuple[type, str, int | None]:
+    """(what, its text, its exit code) that reading on ends with; the workers are gone then."""
+    reader = loader.read(
+        Failing(number=number), EvaluationOrder(23, 4, 0, 1), Run(num_workers=1, timeout_minutes=minutes), CPU, stop_requested
+    )
+    workers = list(reader._iterator._workers)  # type: ignore[attr-defined]
+    try:
+        with pytest.raises((loader.StopWaiting, UserError)) as caught:
+            list(reader)
+    finally:
+        loader.close(reader)
+    assert not any(worker.is_alive() for worker in workers)
+    return caught.type, str(caught.value), getattr(caught.value, "exit_code", None)
+
+
+def test_a_worker_that_hangs_or_is_killed_holds_nobody_up_and_is_no_bad_data() -> None:
+    assert failing(signal.SIGSTOP, 60.0, lambda: True)[0] is loader.StopWaiting
+    kind, text, code = failing(signal.SIGSTOP, 0.01, lambda: False)
+    assert (kind, code) == (UserError, LOST)
+    assert text.startswith("no batch for 0.009 minutes")
+    kind, text, code = failing(signal.SIGKILL, 60.0, lambda: False)
+    assert (kind, code) == (UserError, LOST)
+    assert text.startswith("a data worker was killed")
 
 
 def test_the_loader_reads_evaluation_to_its_end() -> None:

@@ -24,6 +24,7 @@ SIZES = {f"batch {size}": ["--batch_size", size, "--gradient_accumulation_steps"
 # Dropout, because disturbed generators are how evaluation changes training.
 DISTURBED = [*COMMON, "--batch_size", "4", "--dropout", "0.2"]
 RUNS = {name: (TOY, [*COMMON, *flags, "--eval_every", str(STEPS)]) for name, flags in SIZES.items()}
+RUNS |= {f"part {name}": (recipe, [*argv, "--eval_iters", "1"]) for name, (recipe, argv) in RUNS.items()}  # 8 of the 9
 RUNS |= {
     "in peace": (TOY, DISTURBED),
     "evaluating": (TOY, [*DISTURBED, "--eval_every", "1"]),
@@ -95,3 +96,11 @@ def test_evaluating_and_saving_more_often_change_no_bit(kind: str, name: str, fi
         right = in_peace.tensors(stem, STEPS)
         for tensor_name, tensor in run.tensors(stem, STEPS).items():
             assert torch.equal(tensor, right[tensor_name]), (stem, tensor_name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_the_set_is_the_same_however_the_step_is_split(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    right = finished["one"]["part batch 8"].curve("eval/val_loss")[STEPS]
+    assert right != pytest.approx(finished["one"]["batch 8"].curve("eval/val_loss")[STEPS], rel=1e-4)
+    for size in SIZES:
+        assert finished[kind][f"part {size}"].curve("eval/val_loss")[STEPS] == pytest.approx(right, rel=1e-5)

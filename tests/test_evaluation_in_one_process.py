@@ -5,7 +5,7 @@ The ranks of several processes are simulated one after another, by a control gro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +15,7 @@ from toy_recipe import ToyRecipe
 
 from trainer import setup
 from trainer.command_line import config
+from trainer.data import loader
 from trainer.distributed.launch import Launch
 from trainer.evaluation.exact import evaluate
 from trainer.evaluation.objective import Objective
@@ -94,3 +95,17 @@ def test_an_evaluation_that_is_cut_short_leaves_the_mode_as_it_was(training: boo
     assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda: next(decisions)) is None
     assert rank.sent == []
     assert {module.training for module in model.modules()} == {training}
+
+
+def test_an_evaluation_whose_data_do_not_come_is_left_with_all_others(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> Iterator[dict[str, torch.Tensor]]:
+        yield VALIDATION.__getitems__([0, 1])
+        raise loader.StopWaiting
+
+    monkeypatch.setattr(loader, "read", stopped)
+    model, asked = Objective(network, RECIPE, list(WEIGHTS)), []
+    launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=Rank())
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda: bool(asked.append(1))) is None
+    assert len(asked) == 2  # as often as on a rank that has its data

@@ -49,6 +49,14 @@ def test_a_name_that_stands_for_nothing_is_loopback_too(network: Network) -> Non
     assert hosts.choose_interface(dict(SEVERAL)) == "ib0"
 
 
+@pytest.mark.parametrize("first", ["127.0.0.1", "localhost"])
+def test_a_launch_on_loopback_listens_there_alone(network: Network, first: str) -> None:
+    network({"me": "172.16.0.2"}, OURS)
+    environ = {"WORLD_SIZE": "2", "MASTER_ADDR": first}
+    assert hosts.choose_interface(environ) == environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert hosts.choose_interface({"MASTER_ADDR": first}) is None
+
+
 @pytest.mark.parametrize(
     "environ",
     [{}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "first"}, {**SEVERAL, "GLOO_SOCKET_IFNAME": "mine"}],

@@ -7,17 +7,19 @@ import math
 import os
 import re
 import signal
+import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-from launching import FAULTY, Started, command
+from launching import FAULTY, Started, command, environment, free_port
 from scenarios import Finished, launch
 
 from trainer.data.stream import sample_numbers
-from trainer.distributed import peers
+from trainer.distributed import peers, rendezvous
+from trainer.distributed.rendezvous import Rendezvous
 from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, UserError
 
 RECIPE = "faulty_recipe:FaultyRecipe"
@@ -185,12 +187,79 @@ class Cut:
 @pytest.mark.timeout(60)
 def test_a_store_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Cut)
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234")
-    cause = peers.root_cause(broken, 0, 2)  # comes back, though the store never does
+    cause = peers.root_cause(broken, 0, 2, Cut())  # comes back, though the store never does
     assert isinstance(cause, UserError)
     assert "the first host gives no answer" in str(cause)
     assert not cause.printed_by_other_rank
-    assert peers.root_cause(broken, 0, 1) is broken
+    assert peers.root_cause(broken, 0, 1, None) is broken
     error = UserError("all know", known_to_all=True)
-    assert peers.root_cause(error, 0, 2) is error
+    assert peers.root_cause(error, 0, 2, Cut()) is error
+
+
+def test_a_rank_that_never_starts_is_named_without_a_launcher_to_watch(tmp_path: Path) -> None:
+    """Started by hand: rank 0 holds the store, and waits for rank 1."""
+    by_hand = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    argv = [*COMMON, "--device", "cpu", "--timeout_minutes", "0.01", "--output_dir", str(tmp_path / "run")]
+    output = ended(Started(command("one", FAULTY, *argv), tmp_path / "log.txt", by_hand), 60)
+    expected = "error: rank 1 of 2 gave no answer: killed, or hung; the same command goes on from the newest checkpoint"
+    assert output.splitlines() == [f"{expected} (not started within --timeout_minutes 0.01)"]
+
+
+def meet(rank: int, port: int, host: str = "127.0.0.1", processes: int = 2, seconds: float = 20.0) -> Rendezvous:
+    """Of a rank that is started by hand."""
+    environ = {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    meeting = rendezvous.meet(environ, timedelta(seconds=seconds))
+    assert meeting is not None
+    return meeting
+
+
+def test_the_store_of_rank_0_listens_on_the_given_address_alone() -> None:
+    port = free_port()
+    first, second = meet(0, port), meet(1, port)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 5)  # this host too, and what a name or 0.0.0.0 would answer on
+    waiting = threading.Thread(target=peers.wait_for_all, args=(second, timedelta(seconds=20)))
+    waiting.start()
+    peers.wait_for_all(first, timedelta(seconds=20))
+    waiting.join()
+    with pytest.raises(UserError, match="RANK=1 was given to two processes"):
+        peers.wait_for_all(second, timedelta(seconds=1))
+    with pytest.raises(UserError, match=rf"MASTER_PORT {port} on 127.0.0.1: .*another free port"):
+        meet(0, port)
+
+
+def test_what_ends_one_rank_at_its_start_is_what_the_others_report() -> None:
+    port = free_port()
+    first, second, third = (meet(rank, port, processes=3) for rank in range(3))
+    with pytest.raises(UserError, match="no GPU here"), peers.explained(second):
+        raise UserError("no GPU here")
+    with pytest.raises(UserError, match="rank 1: no GPU here") as caught, peers.explained(first):
+        peers.wait_for_all(first, timedelta(seconds=20))
+    assert caught.value.printed_by_other_rank
+    assert caught.value.exit_code == BAD_INPUT
+    del third
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": "2"}, "RANK is 2; give a whole number from 0 to 1"),
+        ({"RANK": ""}, "RANK is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000; give a whole number from 1 to 65535"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "no-such-host.invalid"}, "rank 0: no answer from no-such-host.invalid"),
+        ({"RANK": "1"}, "rank 1: no answer from 127.0.0.1:.*within --timeout_minutes 0.0"),
+    ],
+)
+def test_an_environment_that_leads_nowhere_is_one_line(changed: dict[str, str], message: str) -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **changed}
+    with pytest.raises(UserError, match=message) as caught:
+        rendezvous.meet(environ, timedelta(seconds=0.6))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_process_alone_needs_no_store() -> None:
+    assert rendezvous.meet({}, timedelta(seconds=1)) is None
+    assert rendezvous.meet({"WORLD_SIZE": "1", "RANK": "0"}, timedelta(seconds=1)) is None

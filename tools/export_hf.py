@@ -210,7 +210,7 @@ def _card(checkpoint: Checkpoint, recipe: str, config: dict[str, Any]) -> str:
         "",
     ]
     if config["run"]["eval_iters"]:
-        lines += [f"Measured on at most {config['run']['eval_iters']} batches of each set, spread over it.", ""]
+        lines += [f"Measured on at most {config['run']['eval_iters'] * samples:,} windows of each set, spread over it.", ""]
     return "\n".join(lines)
 
 

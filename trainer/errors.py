@@ -7,6 +7,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 """the folder that holds `trainer`: of an editable install the repository's root, else site-packages"""
 
 FINISHED = 0  # the last step, or stopped on request
+LOST = 1  # another process, of this launch or a data worker, was killed or hangs; Python's own for a bug
 BAD_INPUT = 2  # a configuration, a flag, or data that cannot be used
 NOT_FINITE = 4  # too many steps in a row with a gradient that is not finite
 CHECKPOINT = 5  # a checkpoint that cannot be read, a disk that cannot be written

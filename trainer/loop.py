@@ -22,7 +22,7 @@ from trainer.data.stream import TrainingOrder
 from trainer.distributed.control import PendingSum
 from trainer.distributed.stopping import StopReason, StopRequests, finished_reason
 from trainer.distributed.votes import StepVotes
-from trainer.errors import NOT_FINITE, UserError, one_line
+from trainer.errors import BAD_INPUT, NOT_FINITE, UserError, one_line
 from trainer.evaluation.exact import evaluate
 from trainer.optimisation.finite import BadSteps
 from trainer.recipe import Batch
@@ -78,7 +78,8 @@ class Training:
             self.session.samples,
             first_micro_batch=self.state.step * self.optimisation.gradient_accumulation_steps,
         )
-        self.batches = loader.read(self.session.data.train, order, self.run_config, self.launch.device)
+        train, device = self.session.data.train, self.launch.device
+        self.batches = loader.read(train, order, self.run_config, device, self.stops.any_requested)
         self.backend.model.train()
         try:
             return self.steps()
@@ -135,6 +136,8 @@ class Training:
                 micro_batches.append(next(self.batches))
                 items = self.recipe.items(micro_batches[-1])
                 item_counts = [n + items[term] for n, term in zip(item_counts, self.terms, strict=True)]
+        except loader.StopWaiting:  # this rank's votes say so, and the step is not taken
+            pass
         except torch.OutOfMemoryError:  # of a set that is generated on the device
             raise
         except Exception as reason:  # every rank hears of it, so that none waits for a batch that never comes
@@ -148,10 +151,11 @@ class Training:
         """The votes of all ranks. UserError, on every rank, where one of them could not read its micro-batches."""
         votes = StepVotes.unpack(next_step.pending_votes.wait(), len(self.terms))
         if votes.read_failed:
-            error = None
-            if next_step.read_error is not None:
-                what = f"{type(next_step.read_error).__name__}: {one_line(next_step.read_error)[-600:]}"
-                error = UserError(f"reading data failed on rank {self.launch.rank}: {what}")
+            error, reason = None, next_step.read_error
+            if reason is not None:
+                what = "" if isinstance(reason, UserError) else f"{type(reason).__name__}: "
+                text = f"reading data failed on rank {self.launch.rank}: {what}{one_line(reason)[-600:]}"
+                error = UserError(text, reason.exit_code if isinstance(reason, UserError) else BAD_INPUT)
             self.launch.control.raise_if_any(error)
         return votes
 
@@ -199,6 +203,8 @@ class Training:
                 self.run_config,
                 self.launch,
                 interrupted,
+                self.stops.any_requested,
+                self.run_config.eval_iters * self.optimisation.effective_batch_size,
             )
             if means is None:
                 return False, reason

@@ -52,7 +52,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     argv = list(argv)
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
     launch: Launch | None = None
-    code = FINISHED
+    code, alike = FINISHED, True
     try:
         command, flags = read_command_line(recipe, argv)
         from trainer.backends import backend_of
@@ -60,7 +60,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
 
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
-        backend = backend_of(os.environ)
+        backend, alike = backend_of(os.environ), False  # what went wrong before is the same on every rank, and rank 0 says it
         launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
@@ -73,7 +73,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         code = INTERRUPTED
         console.error("interrupted before anything was changed")
     except Exception as error:
-        code = report_error(error, console, launch)
+        code = report_error(error, console, alike)
     finally:
         console.close()
     if launch is None:
@@ -83,12 +83,11 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     shut_down(launch, code)
 
 
-def report_error(error: Exception, console: Console, launch: Launch | None = None) -> int:
-    """One line for an error that a person can mend, a traceback for a bug; the exit code."""
+def report_error(error: Exception, console: Console, alike: bool = True) -> int:
+    """One line for an error that a person can mend, a traceback for a bug; the exit code. `alike`: it is so on every rank."""
     known = error if isinstance(error, UserError) else user_error(error)
     if known is not None:
-        print_on_this_rank = launch is not None and not known.known_to_all
-        console.error(str(known), on_any_rank=print_on_this_rank, log_only=known.printed_by_other_rank)
+        console.error(str(known), on_any_rank=not (alike or known.known_to_all), log_only=known.printed_by_other_rank)
         console.log_traceback(error)
         return known.exit_code
     import traceback

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +118,8 @@ def evaluate_network(
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
     weights = objective_weights(recipe, config, recipe.items(dataset.__getitems__([0])))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.run.mixed_precision, launch))
-    whole = replace(config.run, eval_iters=0)
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):
-        result = evaluate(Objective(network, recipe, list(weights)), recipe, weights, dataset, batch_size, whole, launch)
+        model = Objective(network, recipe, list(weights))
+        result = evaluate(model, recipe, weights, dataset, batch_size, config.run, launch)
     assert result is not None
     return result

@@ -80,7 +80,7 @@ class Run:
     eval_every: Annotated[int, NotNegative, arg(aliases=("--eval_interval",))] = 500
     """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
     eval_iters: Annotated[int, NotNegative] = 0
-    """batches per evaluation (0: the whole set)"""
+    """samples per evaluation, counted in steps of training: so many times the effective batch (0: the whole set)"""
     save_every: Annotated[int, NotNegative, arg(aliases=("--checkpoint_interval",))] = 1000
     """optimizer steps between checkpoints (0: off)"""
     save_epochs: Annotated[int, NotNegative] = 1

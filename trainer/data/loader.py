@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -13,8 +16,15 @@ from torch.utils.data import DataLoader
 
 from trainer.command_line.sections import Run
 from trainer.distributed.signals import reset_in_worker
+from trainer.errors import LOST, UserError, one_line
 
 Batch = dict[str, Tensor]
+GRACE_SECONDS = 1.0  # for workers to end by themselves
+POLL_SECONDS = 0.5  # how soon a stop request, or the death of a worker, is noticed while a batch is waited for
+
+
+class StopWaiting(Exception):  # noqa: N818 - not an error
+    """A stop was requested while a batch was waited for, which may never come."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -27,10 +37,13 @@ def identity(batch: Any) -> Any:
     return batch
 
 
-def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[Batch]:
+def read(
+    dataset: Any, order: Any, run: Run, device: torch.device, stop_requested: Callable[[], bool] = lambda: False
+) -> Iterator[Batch]:
     """Batches of `dataset` in `order`, through a DataLoader; from the data set itself if that has nothing to do.
 
-    It has where there are worker processes, or page-locked memory to copy to.
+    It has where there are worker processes, or page-locked memory to copy to. Waiting for a worker raises StopWaiting once
+    `stop_requested()`, and a UserError where it was killed or hangs.
     """
     pinned, on_device = run.pin_memory and device.type == "cuda", getattr(dataset, "on_device", False)
     if on_device:
@@ -44,12 +57,13 @@ def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[B
         num_workers=run.num_workers,
         prefetch_factor=run.prefetch_factor if run.num_workers else None,
         pin_memory=pinned,
+        timeout=POLL_SECONDS if run.num_workers else 0,
         multiprocessing_context=_worker_context() if run.num_workers else None,
         worker_init_fn=reset_in_worker,
         # An iterator draws a seed when it is made; from a generator of its own, so that it does not shift dropout.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return _FromWorkers(loader, run, device, stop_requested) if run.num_workers else iter(loader)
 
 
 def _worker_context() -> BaseContext:
@@ -59,8 +73,88 @@ def _worker_context() -> BaseContext:
     return context
 
 
+class _FromWorkers(Iterator[Batch]):
+    """The batches of a DataLoader's workers, fetched by a thread, so that no worker can hold up the training process.
+
+    A DataLoader's own time-out is not enough: it asks the worker that has made a batch for the file descriptors of its
+    tensors, and waits for ever if that has been stopped meanwhile.
+    """
+
+    def __init__(self, loader: DataLoader[Any], run: Run, device: torch.device, stop_requested: Callable[[], bool]) -> None:
+        self._iterator: Any = iter(loader)
+        self._device, self._stop_requested = device, stop_requested
+        # Less than the other processes wait for this one, so that they hear why.
+        self._limit_seconds = 0.9 * 60 * run.timeout_minutes
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._fetched: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+        self._waiting = False
+        self._thread = threading.Thread(target=self._fetch, name="batches", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        if not self._waiting:
+            self._wanted.put(True)
+        self._waiting, started = True, time.monotonic()
+        while True:
+            try:
+                fetched = self._fetched.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if self._stop_requested():
+                    raise StopWaiting from None
+                if time.monotonic() - started > self._limit_seconds:
+                    raise UserError(
+                        f"no batch for {self._limit_seconds / 60:g} minutes (nine tenths of --timeout_minutes): a data worker "
+                        "hangs, perhaps on files of a server that is gone; the same command goes on from the newest checkpoint",
+                        LOST,
+                    ) from None
+        self._waiting = False
+        if isinstance(fetched, Exception):
+            raise fetched
+        return fetched
+
+    def _fetch(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # which is a thread's own
+        while self._wanted.get():
+            try:
+                batch: Batch | Exception = self._next_batch()
+            except Exception as error:
+                batch = error
+            self._fetched.put(batch)
+
+    def _next_batch(self) -> Batch:
+        while True:
+            try:
+                return next(self._iterator)
+            except (RuntimeError, OSError, EOFError) as error:
+                text = str(error)  # "Caught ..." where a worker raised it; a dead one leaves a broken connection
+                if text.startswith("DataLoader timed out"):
+                    continue
+                if text.startswith("DataLoader worker") or (isinstance(error, OSError | EOFError) and "Caught" not in text):
+                    raise UserError(
+                        "a data worker was killed, by the system if memory ran out (then lower --num_workers or "
+                        f"--prefetch_factor); the same command goes on from the newest checkpoint ({one_line(error, 200)})",
+                        LOST,
+                    ) from error
+                raise
+
+    def close(self) -> None:
+        """End the workers: those that hang too, and at once where one is waited for, which would not answer."""
+        self._wanted.put(False)
+        ending = threading.Thread(target=self._end, name="ending workers", daemon=True)
+        ending.start()
+        ending.join(0 if self._waiting else GRACE_SECONDS)
+        for worker in self._iterator._workers:
+            worker.kill()
+        ending.join(10 * POLL_SECONDS)  # no longer: one may hang where the kernel cannot kill it
+
+    def _end(self) -> None:
+        self._thread.join()
+        self._iterator._shutdown_workers()
+
+
 def close(batches: Iterator[Batch]) -> None:
     """End the worker processes of `read` now, rather than when the interpreter gets to it."""
-    shut_down = getattr(batches, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
+    if isinstance(batches, _FromWorkers):
+        batches.close()

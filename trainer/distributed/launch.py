@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from trainer.distributed.control import Control
 from trainer.distributed.hardware import cores
 from trainer.distributed.hosts import choose_interface
+from trainer.distributed.peers import explained, wait_for_all
+from trainer.distributed.rendezvous import Rendezvous, meet
 from trainer.distributed.signals import launched
 from trainer.errors import FINISHED, UserError, path_of
 
@@ -31,6 +34,8 @@ class Launch:
     local_rank: int
     device: torch.device
     control: Control
+    store: Any = None
+    """what all processes of the launch can write to and read; None for a process alone"""
 
     @property
     def is_main(self) -> bool:
@@ -42,25 +47,38 @@ def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool]
     """Join the other processes of this launch, on GPUs if there are some and `device` allows; else on CPUs with gloo.
 
     `before_connect(on_cpu)` is the backend's, called before the process group is made. Raises UserError where the launcher
-    started several processes that do not know of each other.
+    started several processes that do not know of each other, or one of them is not there within `timeout_minutes`.
     """
+    timeout = timedelta(minutes=timeout_minutes)
+    meeting = meet(os.environ, timeout)
+    if meeting is None:
+        return _join(device, timeout, before_connect, None)
+    with explained(meeting):
+        launch = _join(device, timeout, before_connect, meeting)
+    return launch
+
+
+def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None], meeting: Rendezvous | None) -> Launch:
+    """`connect`, once the store of the launch is open."""
     from accelerate import PartialState
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu")
     launcher_uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not torch.cuda.is_available()
-    timeout = timedelta(minutes=timeout_minutes)
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     before_connect(on_cpu)
+    if meeting is not None:
+        wait_for_all(meeting, timeout)
     choose_interface(os.environ)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
     if on_cpu:
         _use_all_cores(state.num_processes)
     control = Control(state.process_index, state.num_processes, timeout)
-    return Launch(state.process_index, state.num_processes, state.local_process_index, state.device, control)
+    store = meeting.store if meeting is not None else None
+    return Launch(state.process_index, state.num_processes, state.local_process_index, state.device, control, store)
 
 
 def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:

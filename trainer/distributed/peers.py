@@ -1,43 +1,67 @@
 """When one process of a launch fails or falls silent, all end with the same message and status, and the cause is named.
 
-The first process to fail leaves a note in the launch's key-value store (torchrun's own, which outlives any rank). The others
-meet a broken or timed-out collective, and find the note. Where there is none, whoever does not answer has died or hangs.
+The first process to fail leaves a note in the launch's key-value store (torchrun's own outlives any rank; that of ranks
+started by hand ends with rank 0). The others meet a broken or timed-out collective, and find the note. Where there is none,
+whoever does not answer has died or hangs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.launch import Launch
-from trainer.errors import OUT_OF_MEMORY, UserError, one_line, user_error
+from trainer.distributed.rendezvous import Rendezvous
+from trainer.errors import LOST, OUT_OF_MEMORY, UserError, one_line, user_error
+
+if TYPE_CHECKING:
+    from trainer.distributed.launch import Launch
 
 ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
-FAILURE, WAITING = "samecurve/failure", "samecurve/waiting/{}"
+POLL_SECONDS = 0.1
+FAILURE, WAITING, STARTED = "failure", "waiting/{}", "started/{}"
 # What gloo, NCCL and torch's store say where the other end is gone.
 _BROKEN = re.compile(
     r"gloo|nccl|monitored ?barrier|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE
 )
 
 
-def root_cause(error: Exception, rank: int, processes: int) -> Exception:
+def wait_for_all(meeting: Rendezvous, timeout: timedelta) -> None:
+    """Until every process of the launch has started. UserError, naming those that have not; at once where one has failed."""
+    store, rank = meeting.store, meeting.rank
+    if store.add(STARTED.format(rank), 1) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise UserError(f"RANK={rank} was given to two processes of this launch; give each its own, from 0 on")
+    started = [STARTED.format(other) for other in range(meeting.processes)]
+    end = time.monotonic() + timeout.total_seconds()
+    while not store.check(started):
+        if store.check([FAILURE]):
+            raise RuntimeError("connection closed")  # the note says why
+        if time.monotonic() > end:
+            silent = [other for other, key in enumerate(started) if not store.check([key])]
+            what = _silence(silent, meeting.processes)
+            raise _lost(what, TimeoutError(f"not started within --timeout_minutes {timeout.total_seconds() / 60:g}"))
+        time.sleep(POLL_SECONDS)
+
+
+def root_cause(error: Exception, rank: int, processes: int, store: Any) -> Exception:
     """What this process should report: `error`; or, if that is only what another one's failure looks like from here, that.
 
     One process prints it: the others get a UserError with `printed_by_other_rank`.
     """
-    if processes == 1 or (isinstance(error, UserError) and error.known_to_all):
+    if store is None or (isinstance(error, UserError) and error.known_to_all):
         return error
     # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
     causes: list[Exception] = []
-    asking = threading.Thread(target=lambda: causes.append(_cause_by_store(error, rank, processes)), daemon=True)
+    asking = threading.Thread(target=lambda: causes.append(_cause_by_store(error, rank, processes, store)), daemon=True)
     asking.start()
     asking.join(1.5 * ANSWER_SECONDS)
     if causes:
@@ -45,16 +69,15 @@ def root_cause(error: Exception, rank: int, processes: int) -> Exception:
     return _lost("the first host gives no answer", error) if _is_broken(error) else error
 
 
-def _cause_by_store(error: Exception, rank: int, processes: int) -> Exception:
+def _cause_by_store(error: Exception, rank: int, processes: int, store: Any) -> Exception:
     """`root_cause`, by the key-value store of the launch."""
     try:
-        store = dist.distributed_c10d._get_default_store()
         if _is_broken(error):
             error = _await_note(error, store, rank, processes)
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         note = json.dumps([rank, text, error.exit_code if isinstance(error, UserError) else 1])
         failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
-    except (RuntimeError, ValueError, AttributeError):  # the store went down with its host; AttributeError: it is private
+    except (RuntimeError, ValueError):  # the store went down with its host
         return _lost("the first host is gone", error) if _is_broken(error) else error
     if failed == rank:
         return error
@@ -63,11 +86,16 @@ def _cause_by_store(error: Exception, rank: int, processes: int) -> Exception:
 
 def _is_broken(error: Exception) -> bool:
     """Whether this is how a collective ends that another process has left."""
-    return not isinstance(error, UserError) and isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
 
 
 def _lost(what: str, error: Exception) -> UserError:
-    return UserError(f"{what}; the same command goes on from the newest checkpoint ({one_line(error, 300)})", 1)
+    return UserError(f"{what}; the same command goes on from the newest checkpoint ({one_line(error, 300)})", LOST)
+
+
+def _silence(silent: Sequence[int], processes: int) -> str:
+    names = f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}"
+    return f"{names} of {processes} gave no answer: killed, or hung"
 
 
 def _await_note(error: Exception, store: Any, rank: int, processes: int) -> Exception:
@@ -76,20 +104,20 @@ def _await_note(error: Exception, store: Any, rank: int, processes: int) -> Exce
     silent = [other for other in range(processes) if other != rank]
     end = time.monotonic() + ANSWER_SECONDS
     while silent and time.monotonic() < end and not store.check([FAILURE]):
-        time.sleep(0.1)
+        time.sleep(POLL_SECONDS)
         silent = [other for other in silent if not store.check([WAITING.format(other)])]
-    names = f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}"
-    what = f"{names} of {processes} gave no answer: killed, or hung" if silent else "the processes lost each other"
-    return _lost(what, error)
+    return _lost(_silence(silent, processes) if silent else "the processes lost each other", error)
 
 
 @contextlib.contextmanager
-def explained(launch: Launch, optimisation: Any = None) -> Iterator[None]:
+def explained(launch: Launch | Rendezvous, optimisation: Any = None) -> Iterator[None]:
     """Turns an error into what a person can do about it, and one that came from another process into that process's."""
     try:
         yield
     except Exception as error:
-        cause = root_cause(_out_of_memory(error, optimisation) or user_error(error) or error, launch.rank, launch.processes)
+        cause = root_cause(
+            _out_of_memory(error, optimisation) or user_error(error) or error, launch.rank, launch.processes, launch.store
+        )
         if cause is error:
             raise
         raise cause from error

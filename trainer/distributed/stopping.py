@@ -162,6 +162,10 @@ class StopRequests:
             self._requested.add(StopReason.TIME_LIMIT)
         return [float(reason in self._requested) for reason in REQUESTS]
 
+    def any_requested(self) -> bool:
+        """Whether this rank has to stop now."""
+        return any(self.votes())
+
     @staticmethod
     def decide(summed: Sequence[float]) -> StopReason | None:
         """The reason to stop, from the votes summed over all ranks: the first with a vote. None: go on."""

@@ -25,22 +25,29 @@ def evaluate(
     run: Run,
     launch: Launch,
     interrupted: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
+    samples: int = 0,
 ) -> dict[str, float] | None:
-    """Means of what the recipe measures over `dataset` (its first `eval_iters` batches, if that is not 0).
+    """Means of what the recipe measures over `dataset` (its first `samples`, if that is not 0).
 
     `model` is the objective, prepared or bare. `batch_size` is per micro-step over all processes. Collective. None if
-    `interrupted()`, called before each batch, says so; it must answer the same on every process.
+    `interrupted()`, called before each batch, says so; it must answer the same on every process, and yes where one of them
+    waits for data no longer because of its own `stop_requested()`.
     """
-    length = len(dataset) if not run.eval_iters else min(len(dataset), run.eval_iters * batch_size)
+    length = min(len(dataset), samples or len(dataset))
     order = EvaluationOrder(length, batch_size, launch.rank, launch.processes)
-    batches = loader.read(dataset, order, run, launch.device)
+    batches = loader.read(dataset, order, run, launch.device, stop_requested)
     totals: dict[str, Tensor] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for own_samples, batch in zip(order.counts, batches, strict=True):
-                if interrupted():
+            for own_samples in order.counts:
+                try:
+                    batch = next(batches)
+                except loader.StopWaiting:
+                    batch = None
+                if interrupted() or batch is None:
                     return None
                 measured = model(loader.to_device(batch, launch.device), measuring=True)
                 for name, pair in measured.items():
