@@ -37,6 +37,7 @@ if "--descriptor-0" in sys.argv:  # the pipe of somebody else, who got the numbe
 log = lambda line: print(line, flush=True)
 run = RunDirectory(Path(sys.argv[1]))
 with StopRequests(None, time.monotonic(), run, lambda: "step 7", log) as stop:
+    stop.unsaved = True
     log(f"started {os.getpid()}")
     end = time.monotonic() + 200
     reason = None
@@ -80,6 +81,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What StopRequests reads the time from."""
     standing = Clock()
     monkeypatch.setattr(stopping, "time", standing)
+    monkeypatch.setattr(signals, "processor_seconds", lambda: (1.0, 0.0))  # nobody else uses the cores
     return standing
 
 
@@ -301,6 +303,7 @@ def test_second_interrupt_ends_a_process_stuck_in_one_c_call() -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=WAIT_SECONDS) == 130
+    assert "nothing is lost" in process.stderr.read()  # no step was done yet
 
 
 @pytest.mark.parametrize(("environment", "echo_seconds"), [({}, 0.2), ({"TORCHELASTIC_RUN_ID": "none"}, 1.0)])
