@@ -123,10 +123,9 @@ def test_it_has_left_before_the_limit_counted_from_its_start(launch: Launcher, k
         run = launch(kind, "--max_training_hours", str(limit_seconds / 3600), name=f"run{limit_seconds:g}")
         assert run.exit_code(200) == 0, run.text[-3000:]
         took = time.monotonic() - run.began
-        assert took > limit_seconds / 2  # it used the time it had
-        if took <= limit_seconds and json.loads((run.directory / "status.json").read_text())["step"] > 0:
+        if took <= limit_seconds and "is over before the first step" not in run.text:
             break
-    assert took <= limit_seconds, f"{took:.1f} s"
+    assert limit_seconds / 2 < took <= limit_seconds, f"{took:.1f} s"  # it used the time it had
     run.check_stopped("time_limit")
     link = run.directory / "checkpoints" / "checkpoint_time_limit"
     assert link.is_symlink()
