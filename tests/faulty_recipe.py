@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import toy_recipe
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from toy_recipe import IGNORED, ToyRecipe, ToyRows
 
 from trainer.main import main
-from trainer.recipe import Batch, Data, Report
+from trainer.recipe import Batch, Data, Log, Report
+from trainer.reporting.run_directory import RunDirectory
 
 STEP = 3
 
@@ -27,6 +29,8 @@ class Rows(toy_recipe.Rows):
     """numbers in the endless stream of samples without anything to learn"""
     evaluation_seconds: float = 0.0
     """of each batch"""
+    data_seconds: float = 0.0
+    report_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class FaultyReport(Report):
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return super().log_line(step, metrics)
 
+    def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
+        if config.data.report_seconds:
+            log("drawing the report")
+            time.sleep(config.data.report_seconds)
+
 
 class FaultyRecipe(ToyRecipe):
     """Fails as `--fault` selects."""
@@ -76,6 +85,9 @@ class FaultyRecipe(ToyRecipe):
 
     def build_data(self, config: Config) -> Data:
         self.config = config
+        if config.data.data_seconds:
+            print("preparing data", flush=True)
+            time.sleep(config.data.data_seconds)
         if self.here(config, "clock"):
             true = time.monotonic
             time.monotonic = lambda: true() + 3600.0  # an hour later than on the other host

@@ -56,6 +56,8 @@ def run(
 # Each command as the recipe's file does it.
 DRIVER = """
 import json, os, runpy, sys
+import trainer.main
+trainer.main.leave = sys.exit  # `main` would end the process
 recipe, folder = sys.argv[1:3]
 codes = []
 for number, argv in enumerate(json.loads(sys.argv[3])):

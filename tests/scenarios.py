@@ -83,7 +83,8 @@ def train_all(folder: Path) -> None:
     """What each process of the launch does."""
     from trainer.backends import backend_of
     from trainer.command_line import config
-    from trainer.distributed.launch import connect, shut_down
+    from trainer.distributed.launch import connect
+    from trainer.distributed.signals import leave
     from trainer.errors import UserError
     from trainer.main import train
     from trainer.reporting.console import Console
@@ -102,7 +103,7 @@ def train_all(folder: Path) -> None:
         console.close()
         outcomes[name] = outcome
     (folder / f"rank{connected.rank}.json").write_text(json.dumps(outcomes))
-    shut_down(connected, 0)
+    leave(0)
 
 
 if __name__ == "__main__":

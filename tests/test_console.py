@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -90,6 +91,58 @@ def test_a_stdout_that_fails_ends_nothing(tmp_path: Path, stdout: str) -> None:
     os.close(stream)
     assert (done.returncode, done.stderr) == (0, ""), "120 would mean: the flush at exit failed"
     assert (tmp_path / "train.log").read_text() == "Iter 100\nIter 200\n"
+
+
+FULL_PIPE = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.distributed.stopping import StopRequests
+from trainer.reporting.console import Console
+console = Console(Path("train.log"), is_main=True)
+with StopRequests(None, time.monotonic(), None, str, print) as stop:
+    for line in range(3000):
+        console.log(f"Iter {line} " + 50 * "²")
+    Path("written").touch()
+    while not Path("read").exists():
+        time.sleep(0.01)
+    console.log("the reader is back")
+    while not Path("asleep").exists():
+        print("a library, which knows no better", flush=True)
+    os.set_blocking(1, True)
+    for line in range(3000):
+        print("a library, which knows no better", flush=True)
+        if stop.decide(stop.votes()):
+            break
+console.log("leaving")
+console.error("of no weight")
+"""
+
+
+def test_a_pipe_that_nobody_reads_holds_up_neither_the_run_nor_a_signal(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FULL_PIPE], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+    end = time.monotonic() + 60
+    while not (tmp_path / "written").exists():  # all of 3,000 lines, in spite of the pipe
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    shown = os.read(process.stdout.fileno(), 1 << 20).decode(errors="replace")
+    assert shown.startswith("Iter 0 ")
+    (tmp_path / "read").touch()
+    while "the reader is back" not in shown:
+        shown += os.read(process.stdout.fileno(), 1 << 20).decode(errors="replace")
+    unread = int(re.search(r"\[(\d+) lines that nobody read are in train.log\]", shown)[1])
+    assert shown.count("Iter ") + unread in (3000, 3001)  # 3001: the first half of a line
+    (tmp_path / "asleep").touch()
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    log = (tmp_path / "train.log").read_text()
+    assert log.count("Iter ") == 3000
+    assert log.endswith("leaving\nerror: of no weight\n")
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:

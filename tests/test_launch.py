@@ -20,7 +20,8 @@ import json, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from trainer.errors import CHECKPOINT, UserError
-from trainer.distributed.launch import connect, shut_down, resolve_precision
+from trainer.distributed.launch import connect, resolve_precision
+from trainer.distributed.signals import leave
 
 folder = Path(sys.argv[1])
 launch = connect("cpu", 1.0)
@@ -56,7 +57,7 @@ results["after"] = control.sum([1.0]).wait()
 control.barrier()
 (folder / f"{rank}.json").write_text(json.dumps(results))
 print(f"rank {rank} is done", flush=True)
-shut_down(launch, 0)
+leave(0)
 """
 
 # Pairs of forked processes, so that the imports are paid once: each pair forms a gloo group and leaves with a code.
@@ -65,15 +66,16 @@ import os, sys
 from pathlib import Path
 import torch, accelerate
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer.distributed.launch import connect, shut_down, resolve_precision
+from trainer.distributed.launch import connect, resolve_precision
+from trainer.distributed.signals import leave
 from trainer.main import main
 
 folder, *ports = sys.argv[1:]
 
-def leave(rank, code):
+def part(rank, code):
     launch = connect("cpu", 1.0)
     assert launch.control.sum([1.0]).wait() == [2.0]
-    shut_down(launch, code)
+    leave(code)
 
 class Unlucky(Gpt2Wikitext):
     def build_data(self, config):
@@ -102,8 +104,8 @@ def pair(port, action, code, log):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 for number, port in enumerate(ports[:-2]):
-    print("clean", *pair(port, leave, 0, os.path.join(folder, "clean.log")))
-print("five", *pair(ports[-2], leave, 5, os.path.join(folder, "five.log")))
+    print("clean", *pair(port, part, 0, os.path.join(folder, "clean.log")))
+print("five", *pair(ports[-2], part, 5, os.path.join(folder, "five.log")))
 print("refused", *pair(ports[-1], refuse, None, os.path.join(folder, "refused.log")))
 """
 

@@ -37,6 +37,7 @@ if "--descriptor-0" in sys.argv:  # the pipe of somebody else, who got the numbe
 log = lambda line: print(line, flush=True)
 run = RunDirectory(Path(sys.argv[1]))
 with StopRequests(None, time.monotonic(), run, lambda: "step 7", log) as stop:
+    stop.unsaved = True
     log(f"started {os.getpid()}")
     end = time.monotonic() + 200
     reason = None
@@ -80,6 +81,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What StopRequests reads the time from."""
     standing = Clock()
     monkeypatch.setattr(stopping, "time", standing)
+    monkeypatch.setattr(signals, "processor_seconds", lambda: (1.0, 0.0))  # nobody else uses the cores
     return standing
 
 
@@ -132,6 +134,40 @@ def test_time_limit_leaves_room_for_the_end_of_the_process(clock: Clock) -> None
     assert stop.decide(stop.votes()) is None
     clock.now += 1.0
     assert stop.decide(stop.votes()) == "time_limit"
+
+
+def test_what_a_stop_takes_grows_with_the_wait_for_a_core(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten seconds this process ran one: all it does takes ten times as long."""
+    monkeypatch.setattr(signals, "processor_seconds", lambda: (1.0, 9.0))
+    for steps, saves, seconds in (([], [], 2 * 2 + 1.5 * 20), ([3], [], 2 * 3 + 1.5 * 20), ([3], [4], 2 * 3 + 1.5 * 4)):
+        needed = seconds + stopping.EXIT_SECONDS + 9 * stopping.EXIT_PROCESSOR_SECONDS
+        for left, stops in ((needed + 0.1, None), (needed - 0.1, "time_limit")):
+            stop = StopRequests(1.0, clock.now - 3600 + left, None, str, print)
+            stop.expect_save(2.0)
+            stop._look(0.0)  # in the start
+            for step in steps:
+                stop.record_step(step)
+            for save in saves:
+                stop.record_save(save)
+            assert stop.decide(stop.votes()) == stops, (steps, saves)
+            clock.now += 1
+    quiet = StopRequests(1.0, clock.now - 3600 + 36, None, str, print)  # 4 x 10 seconds of a save are expected now
+    quiet.record_save(4.0)
+    quiet._look(0.0)
+    assert quiet.decide(quiet.votes()) == "time_limit"
+
+
+def test_the_wait_for_a_core_is_measured() -> None:
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("the kernel does not say")
+    script = "import os, subprocess, time\nfrom trainer.distributed.signals import processor_seconds\n"
+    script += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    script += "busy = subprocess.Popen(['sh', '-c', 'while :; do :; done'])\n"
+    script += "while time.process_time() < 0.5: pass\nbusy.kill()\nprint(*processor_seconds())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=WAIT_SECONDS)
+    ran, waited = map(float, done.stdout.split())
+    assert 0.4 < ran < 5.0
+    assert waited > 0.2 * ran  # another one wants the same core
 
 
 def test_no_limit() -> None:
@@ -291,7 +327,7 @@ def test_second_interrupt_leaves_at_once_but_sigterm_does_not(tmp_path: Path) ->
 
 def test_second_interrupt_ends_a_process_stuck_in_one_c_call() -> None:
     """As in a hung collective: no Python handler runs there."""
-    script = TRAIN[: TRAIN.index("    log(f")] + "    import ctypes\n    libc, mutex = ctypes.CDLL(None), bytes(64)\n"
+    script = TRAIN[: TRAIN.index("    stop.unsaved")] + "    import ctypes\n    libc, mutex = ctypes.CDLL(None), bytes(64)\n"
     script += "    log('started')\n    libc.pthread_mutex_lock(mutex)\n    libc.pthread_mutex_lock(mutex)"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN, text=True
@@ -301,6 +337,7 @@ def test_second_interrupt_ends_a_process_stuck_in_one_c_call() -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=WAIT_SECONDS) == 130
+    assert "nothing is lost" in process.stderr.read()  # no step was done yet
 
 
 @pytest.mark.parametrize(("environment", "echo_seconds"), [({}, 0.2), ({"TORCHELASTIC_RUN_ID": "none"}, 1.0)])
@@ -345,6 +382,74 @@ def test_trainer_stops_when_its_launcher_is_killed_but_not_when_its_shell_is(tmp
         time.sleep(0.5)
         os.kill(trainer, signal.SIGUSR1)
     assert parent.stdout.readline() == ("reason SIGTERM\n" if environment is LAUNCHED else "reason SIGUSR1\n")
+
+
+# At once
+
+
+def test_a_request_is_acted_on_at_once_whatever_the_main_thread_does(tmp_path: Path) -> None:
+    run, acted = RunDirectory(tmp_path), threading.Event()
+    with StopRequests(None, time.monotonic(), run, str, print) as stop, stop.acted_on_at_once(lambda reason: acted.set()):
+        assert not acted.wait(0.3)
+        run.stop_file.touch()
+        assert acted.wait(WAIT_SECONDS)
+        assert eventually(lambda: not run.stop_file.exists())
+    with requests() as stop, stop.acted_on_at_once(lambda reason: acted.set()):
+        acted.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert acted.wait(WAIT_SECONDS)
+    acted.clear()
+    with requests(1.0, ago=3600 - stopping.EXIT_SECONDS + 0.1) as stop:
+        stop.record_step(1e9)  # nothing is left to train or to save
+        with stop.acted_on_at_once(lambda reason: acted.set()):
+            assert acted.wait(WAIT_SECONDS)
+    assert "stop requests" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_what_is_typed_is_left_to_a_debugger(tmp_path: Path) -> None:
+    script = TRAIN.replace(
+        "    end = time", "    with stop.acted_on_at_once(lambda reason: log(reason)):\n        log(input())\n    end = time"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=PLAIN, text=True
+    )
+    assert process.stdout.readline().startswith("started ")
+    time.sleep(0.3)
+    process.stdin.write("stop\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "stop\n"
+    process.terminate()
+    assert process.communicate(timeout=WAIT_SECONDS)[0] == "reason SIGTERM\n"
+
+
+LEAVE = """
+import atexit, os, sys, threading, time, weakref
+from trainer.distributed.signals import leave
+class Thing: pass
+thing = Thing()
+weakref.finalize(thing, print, "finalized")
+atexit.register(print, "at exit")
+threading.Thread(target=time.sleep, args=(100,)).start()
+if "stuck" in sys.argv:
+    atexit.register(time.sleep, 100)
+if "full" in sys.argv:
+    os.set_blocking(1, False)
+    try:
+        while True: os.write(1, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(1, True)
+print("not flushed", end=" ")
+threading.Thread(target=leave, args=(7,)).start()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(("how", "output"), [("", "not flushed at exit\nfinalized\n"), ("stuck", ""), ("full", "xxxx")])
+def test_leaving_runs_what_is_registered_and_waits_for_nothing(how: str, output: str) -> None:
+    env = {**PLAIN, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([sys.executable, "-c", LEAVE, how], stdout=subprocess.PIPE, env=env, text=True)
+    assert process.wait(timeout=WAIT_SECONDS) == 7
+    assert process.stdout.read(100) == output * (25 if how == "full" else 1)
 
 
 # DataLoader workers

@@ -90,12 +90,15 @@ class Training:
         """The loop itself."""
         state, backend, recipe = self.state, self.backend, self.recipe
         accumulation = self.optimisation.gradient_accumulation_steps
-        next_step = self.read_ahead()
+        next_step, first_step = self.read_ahead(), state.step
         if self.saver.saved_step == state.step and self.saver.epoch_due():
             self.save(False, None)  # only its link: a kill may have come between the save and that
         while True:
             votes = self.wait_for_votes(next_step)
             reason, is_best = votes.stop_reason, False
+            if reason and state.step == first_step:  # nothing was trained
+                self.logger.console.log(self.stops.before_the_first_step(reason))
+                return reason
             if reason is None and self.evaluation_due():
                 is_best, reason = self.evaluate()
             reason = reason or self.end_reason()

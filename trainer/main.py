@@ -11,15 +11,15 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
-from trainer.command_line.secrets import redact, redact_text, without_urls
-from trainer.distributed.signals import die_with_launcher, leaving_at_signals, process_start_monotonic
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, user_error
+from trainer.command_line.secrets import redact, without_urls
+from trainer.distributed.signals import die_with_launcher, leave, leaving_at_signals, process_start_monotonic
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of, user_error
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -55,13 +55,14 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     code, alike = FINISHED, True
     try:
         command, flags = read_command_line(recipe, argv)
-        from trainer.backends import backend_of
-        from trainer.distributed.launch import connect
-
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
-        backend, alike = backend_of(os.environ), False  # what went wrong before is the same on every rank, and rank 0 says it
-        launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
+        with leaving_at_the_time_limit(getattr(run, "max_training_hours", None), console):
+            from trainer.backends import backend_of
+            from trainer.distributed.launch import connect
+
+            backend, alike = backend_of(os.environ), False  # what went wrong before is the same on all ranks: rank 0 says it
+            launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
         if isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
         else:
@@ -78,9 +79,20 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         console.close()
     if launch is None:
         sys.exit(code)
-    from trainer.distributed.launch import shut_down
+    leave(code)
 
-    shut_down(launch, code)
+
+def leaving_at_the_time_limit(hours: float | None, console: Console) -> AbstractContextManager[None]:
+    """While nothing is begun yet: the limit counts from the start of the process, and imports take their time."""
+    from trainer.distributed.stopping import StopRequests
+
+    stops = StopRequests(hours, process_start_monotonic(), None, str, console.log)
+
+    def act(reason: StopReason) -> None:
+        console.log(stops.before_the_first_step(reason))
+        leave(FINISHED)
+
+    return stops.acted_on_at_once(act)
 
 
 def report_error(error: Exception, console: Console, alike: bool = True) -> int:
@@ -90,10 +102,7 @@ def report_error(error: Exception, console: Console, alike: bool = True) -> int:
         console.error(str(known), on_any_rank=not (alike or known.known_to_all), log_only=known.printed_by_other_rank)
         console.log_traceback(error)
         return known.exit_code
-    import traceback
-
-    console.log_traceback(error)
-    print(redact_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    console.log_traceback(error, on_stderr=True)
     return 1
 
 
@@ -112,10 +121,7 @@ def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> StopReason:
-    """One launch of a training run; the reason it ended. Collective.
-
-    The lock of the run directory is held, and its status.json kept, by rank 0.
-    """
+    """One launch of a training run; the reason it ended. Collective. Rank 0 holds the lock of the run directory."""
     from trainer.checkpoints.resume import default_directory, plan_launch
     from trainer.distributed.peers import explained
     from trainer.reporting.alerts import open_alerts
@@ -126,7 +132,8 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
     try:
         with explained(launch, parsed.config.optimisation):
             arguments = list(argv[1:]) if argv and argv[0] == "train" else list(argv)
-            plan = plan_launch(recipe, parsed, arguments, launch, console.log)
+            with leaving_at_the_time_limit(parsed.config.run.max_training_hours, console):
+                plan = plan_launch(recipe, parsed, arguments, launch, console.log)
         launched_run = LaunchedRun(recipe, plan, argv, launch, console, alerts)
         return launched_run.run()
     except BaseException as error:
@@ -147,8 +154,7 @@ class LaunchedRun:
     ) -> None:
         self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
         self.alerts = alerts
-        self.started = False
-        """whether the run directory has been written to"""
+        self.started = False  # whether the run directory has been written to
         self.training: Training | None = None
 
     def run(self) -> StopReason:
@@ -158,7 +164,7 @@ class LaunchedRun:
         from trainer.reporting.trackers import WANDB_EXIT_SECONDS
 
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
-        # From here on a signal is a request: one that comes while the data are prepared is obeyed at the first step.
+        # From here on a signal is a request. Before the first step, and after the last, it is obeyed at once.
         with StopRequests(
             self.plan.config.run.max_training_hours,
             process_start_monotonic(),
@@ -180,14 +186,18 @@ class LaunchedRun:
 
     def _train(self, stops: StopRequests) -> StopReason:
         from trainer.checkpoints.resume import nothing_to_do
+        from trainer.distributed.peers import explained
         from trainer.distributed.stopping import StopReason
         from trainer.loop import Training
-        from trainer.reporting.final_report import report_end, report_finished_run
+        from trainer.reporting.final_report import draw_report, log_final_metrics, report_end
         from trainer.setup import describe, set_up
 
         plan, launch, log = self.plan, self.launch, self.console.log
-        session = set_up(self.recipe, plan, launch, log)
-        message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
+        words = stops.before_the_first_step
+        leaving = stops.acted_on_at_once(lambda reason: self._leave_before_the_first_step(words(reason), reason))
+        with leaving, explained(launch, plan.config.optimisation):  # which waits: another rank may be gone for the same reason
+            session = set_up(self.recipe, plan, launch, log)
+            message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
         if message:
             log(message)
             return StopReason.ALREADY_FINISHED
@@ -201,19 +211,45 @@ class LaunchedRun:
                 log(line)
             at = f"at step {step:,} of {session.total_steps:,} on {socket.gethostname()}"
             self.alerts.send("started", f"Started {at}. {description[0]}", step=step)
+            stops.unsaved = True
             reason = self.training.run()
+            stops.unsaved = False
+            launch.control.barrier()  # the last thing the processes do together: none waits for the report of rank 0
+            checkpoint = self.training.saver.saved_as()
             if launch.is_main:
-                last = plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{self.training.state.step}"
                 stays_rolled_back = plan.same_run and plan.config.run.resume_from is not None
-                report_end(self.training.logger, plan.directory, reason, last, stays_rolled_back)
+                report_end(self.training.logger, plan.directory, reason, checkpoint, stays_rolled_back)
                 if reason.finished:
-                    evaluation = self.training.last_evaluation
-                    report_finished_run(self.training.logger, plan.directory, evaluation, last, stops.seconds_left())
+                    log_final_metrics(self.training.logger, self.training.last_evaluation)
             code = FINISHED
         finally:
             if trackers is not None:
                 trackers.close(code)
+        if launch.is_main and reason.finished and checkpoint is not None:
+            with stops.acted_on_at_once(self._cut_report_short):
+                draw_report(self.training.logger, plan.directory, checkpoint)
         return reason
+
+    def _leave_before_the_first_step(self, text: str, reason: StopReason) -> None:
+        if self.launch.is_main:
+            saved = self.plan.checkpoint if self.plan.same_run else None
+            step = saved.train_state.step if saved else 0
+            self.plan.directory.write_status("stopped", reason, step, saved.path if saved else None)
+            self.alerts.send("stopped", text, step=step, reason=reason)
+        self._leave(text, FINISHED if reason == reason.TIME_LIMIT else INTERRUPTED)
+
+    def _cut_report_short(self, reason: StopReason) -> None:
+        plot = path_of("tools/plot_run.py")
+        self._leave(f"{reason}: the report is cut short; all is saved, and {plot} and `evaluate` make it", FINISHED)
+
+    def _leave(self, text: str, code: int) -> None:
+        """End this process from a thread, whatever the main thread does: what `main` and `train` do at their ends."""
+        self.console.log(text)
+        self.alerts.close()
+        if self.launch.is_main:
+            self.plan.directory.release()
+        self.console.close()
+        leave(code)
 
     def _open_run_directory(self, session: Session) -> Trackers | None:
         """The files of the run directory, and the trackers, on rank 0; UserError on every rank where that fails."""

@@ -132,7 +132,11 @@ class Report(Generic[ConfigT]):
         return None
 
     def after_training(self, config: ConfigT, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one."""
+        """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one.
+
+        All is saved by then, and a request to stop, or the time limit, ends the process in the middle of it: replace files
+        whole.
+        """
 
 
 class Recipe(Generic[ConfigT]):

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.backends.tensors import split_names, whole_entries
@@ -55,6 +56,11 @@ class Saver:
         """Whether `save_minutes` have passed since the last save."""
         minutes = self.run.save_minutes
         return bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
+
+    def saved_as(self) -> Path | None:
+        """The checkpoint of the current step, if there is one."""
+        name = f"{self.recipe.checkpoint_prefix}{self.state.step}"
+        return self.folder / name if self.saved_step == self.state.step else None
 
     def save(self, is_best: bool, reason: StopReason | None) -> bool:
         """Write a checkpoint of this step, if there is none, and point to it by the names it has earned. Collective.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing.util
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from trainer.distributed.hosts import choose_interface
 from trainer.distributed.peers import explained, wait_for_all
 from trainer.distributed.rendezvous import Rendezvous, meet
 from trainer.distributed.signals import launched
-from trainer.errors import FINISHED, UserError, path_of
+from trainer.errors import UserError, path_of
 
 DDP = "accelerate_configs/ddp.yaml"
 
@@ -120,20 +118,3 @@ def resolve_precision(flag: str, launch: Launch) -> str:
     if flag == "fp16" and launch.device.type == "cpu":
         raise UserError("mixed_precision fp16 needs a GPU (on a CPU it would silently train in fp32); use bf16 or no")
     return flag
-
-
-def shut_down(launch: Launch | None, code: int) -> None:
-    """Leave the process with `code`. Gloo's threads abort the interpreter's own exit now and then, so it is skipped."""
-    if launch is not None and dist.is_initialized():
-        if code == FINISHED:
-            try:
-                launch.control.barrier()
-            except RuntimeError as error:  # another process has died meanwhile, and says why itself
-                print(f"error: rank {launch.rank} lost the other processes at the end: {error}", file=sys.stderr)
-                code = 1
-        # What the interpreter's exit would have done for the semaphores of data workers (those of priority 0 wait for nothing).
-        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

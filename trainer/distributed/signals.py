@@ -1,8 +1,10 @@
 """Processes and the signals between them: a launcher and its trainer, a trainer and its workers, a driver and its jobs."""
 
+import atexit
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
@@ -11,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.errors import INTERRUPTED
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
+LEAVE_SECONDS = 2.0  # for what runs at the end of the process; it takes a hundredth of that
 
 
 def launched(environ: Mapping[str, str]) -> bool:
@@ -62,6 +66,59 @@ def die_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with this status, from any thread, and at once.
+
+    The interpreter's own end takes a second of the processor, waits for threads, and gloo's now and then abort it. What is
+    registered for the end of the process (`atexit`) runs all the same; a stdout that is full does not keep us.
+    """
+
+    def finish() -> None:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+
+    finishing = threading.Thread(target=finish, daemon=True)
+    finishing.start()
+    finishing.join(LEAVE_SECONDS)
+    os._exit(code)
+
+
+def writable(descriptor: int, seconds: float = 0.0) -> bool:
+    """Whether, within so many seconds, a write of at most select.PIPE_BUF bytes would not wait.
+
+    It would where nobody reads a pipe that is full, or a terminal was stopped with Ctrl-S.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(1000 * seconds))
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, past Python's streams and without waiting for a reader: for a process that has to leave."""
+    with suppress(OSError):
+        if writable(2):
+            os.write(2, line.encode())
+
+
+def free_full_streams() -> None:
+    """In a signal handler: a print that waits for a reader goes on to nowhere, or the signal would not be obeyed."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if not writable(descriptor, 1.0):
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
+
+
+def processor_seconds() -> tuple[float, float]:
+    """(how long the main thread has run, how long it has waited for a core that others had). Zeros where it is not known."""
+    with suppress(OSError, ValueError):
+        ran, waited, _ = Path("/proc/self/schedstat").read_text().split()
+        return int(ran) / 1e9, int(waited) / 1e9
+    return 0.0, 0.0
+
+
 def listen_to_signals(on_signal: Callable[[int], None]) -> Callable[[], None]:
     """Have a thread call `on_signal(number)` at once for each signal that has a Python handler. Returns what undoes it.
 
@@ -96,7 +153,7 @@ def leaving_at_signals() -> Iterator[None]:
 
     def leave(number: int) -> None:
         if number in deadly:
-            os.write(2, f"{signal.Signals(number).name}: leaving at once; nothing is lost\n".encode())
+            say(f"{signal.Signals(number).name}: leaving at once; nothing is lost\n")
             os._exit(INTERRUPTED)
 
     deadly = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import select
 import signal
-import stat
 import subprocess
-import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from trainer.distributed.signals import SIGNALS, launched, listen_to_signals, stat_fields
+from trainer.distributed import signals
+from trainer.distributed.signals import SIGNALS, launched, listen_to_signals
+from trainer.distributed.standard_input import StandardInput
 from trainer.errors import INTERRUPTED, UserError
 from trainer.state import TrainState
 
@@ -60,7 +60,10 @@ REQUESTS = (
 )
 """what people and schedulers ask for, at any moment, in order of priority; each rank votes on these"""
 POLL_SECONDS = 0.5  # files and stdin are looked at this often: a network file system is slow
-EXIT_SECONDS = 3.5  # from the end of the last save to the end of the process, on a machine that is busy with others
+WATCH_SECONDS = 0.1  # how often the thread looks that acts on requests at once
+EXIT_SECONDS = 3.5  # from the end of the last save to the end of the process
+EXIT_PROCESSOR_SECONDS = 1.0  # what that needs of a core, most of it the launcher
+FIRST_STEP_SECONDS = 0.2  # what a step takes, until the first one has been timed
 
 
 def slurm_seconds_left(environ: Mapping[str, str]) -> float | None:
@@ -97,6 +100,9 @@ class StopRequests:
 
     `limit_hours` count from `started` (`process_start_monotonic()`); `slurm_end` is the Slurm job's end on that clock;
     the earlier wins. `run` is given on rank 0 only: its `stop` and `status` files, and stdin, are watched.
+
+    What a stop will take is estimated from what steps and saves have taken, and grows with the time that this process, in its
+    start and since, had to wait for a core.
     """
 
     def __init__(
@@ -111,15 +117,21 @@ class StopRequests:
     ) -> None:
         check_hours(limit_hours)
         limit = math.inf if limit_hours is None else started + limit_hours * 3600
-        self._deadline = limit if slurm_end is None else min(limit, slurm_end)
+        self._started, self._deadline = started, limit if slurm_end is None else min(limit, slurm_end)
         self._run, self._status, self._log = run, status, log
         self._requested: set[str] = set()
         self._step_seconds: deque[float] = deque(maxlen=50)
-        self._save_seconds: deque[float] = deque(maxlen=5)
+        self._saves: deque[tuple[float, float]] = deque(maxlen=5)
+        """(seconds, the slowdown then)"""
         self._expected_save_seconds = 0.0
+        self._processor: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=40)  # of the last 20 s
+        self._slowdown = 1.0
+        """seconds that a second of computation takes, as others use the cores too"""
+        self.unsaved = False
+        """whether the end of the process would lose steps"""
         self._exit_seconds = exit_seconds
         self._next_poll = 0.0
-        self._stdin, self._typed = _stdin_kind(), b""
+        self._stdin = StandardInput()
         self._previous: dict[signal.Signals, Any] = {}
         self._first_interrupt = 0.0
 
@@ -134,9 +146,9 @@ class StopRequests:
         """Catch the signals. A SIGHUP that is ignored already (nohup) stays ignored."""
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                handler = signal.signal(number, lambda number, _: self._requested.add(signal.Signals(number).name))
+                handler = signal.signal(number, self._handle)
                 self._previous[number] = signal.SIG_DFL if handler is None else handler
-        self._stop_listening = listen_to_signals(self._leave_at_second_interrupt)
+        self._stop_listening = listen_to_signals(self._hear)
 
     def close(self) -> None:
         """Restore the previous handlers; remove a `stop` file that was acted on. (A run killed before that stops once more.)"""
@@ -145,26 +157,69 @@ class StopRequests:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             self._previous.clear()
-        if self._run is not None and StopReason.STOP_FILE in self._requested:
-            with suppress(OSError):
-                self._run.stop_file.unlink()
+        self._remove_stop_file()
 
     def votes(self) -> list[float]:
         """1.0 for each of REQUESTS that this rank has to stop now, else 0.0. Takes microseconds; call it every step."""
-        now = time.monotonic()
-        if self._run is not None and now >= self._next_poll:
-            self._next_poll = now + POLL_SECONDS
-            self._poll(self._run)
         # The ranks act on this vote a step later, and then the save has to fit.
-        step = max(self._step_seconds, default=0.0)
-        save = max(self._save_seconds, default=self._expected_save_seconds)
-        if now + 2 * step + 1.5 * save + self._exit_seconds >= self._deadline:
-            self._requested.add(StopReason.TIME_LIMIT)
+        step = max(self._step_seconds, default=FIRST_STEP_SECONDS * self._slowdown)
+        saves = (seconds * max(1.0, self._slowdown / slowdown) for seconds, slowdown in self._saves)
+        save = max(saves, default=self._expected_save_seconds * self._slowdown)
+        self._look(2 * step + 1.5 * save)
         return [float(reason in self._requested) for reason in REQUESTS]
 
     def any_requested(self) -> bool:
         """Whether this rank has to stop now."""
         return any(self.votes())
+
+    @contextmanager
+    def acted_on_at_once(self, act: Callable[[StopReason], None]) -> Iterator[None]:
+        """Where nothing is unsaved and no other rank is needed: a thread calls `act(reason)` at the first request.
+
+        Whatever the main thread does meanwhile; `act` should end the process. What is typed is not read: the main thread may
+        be in a debugger.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(WATCH_SECONDS):
+                self._look(0.0, typed=False)
+                reason = next((reason for reason in REQUESTS if reason in self._requested), None)
+                if reason is not None:
+                    self._remove_stop_file()
+                    return act(reason)
+
+        watching = threading.Thread(target=watch, name="stop requests", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watching.join()
+
+    def before_the_first_step(self, reason: StopReason) -> str:
+        """What is to be said where a request comes then."""
+        if reason != StopReason.TIME_LIMIT:
+            return f"{reason} before the first step: nothing was trained, nothing is lost"
+        taken, limit = time.monotonic() - self._started, self._deadline - self._started
+        return (
+            f"The time limit of {limit:.0f} s is over before the first step: the start has taken {taken:.0f} s, and to leave "
+            "takes some too. Nothing was trained, nothing is lost; give it more time (--max_training_hours)"
+        )
+
+    def _look(self, seconds_needed: float, typed: bool = True) -> None:
+        """Look for requests; the time limit is one as soon as no more is left than is needed before the process can end."""
+        now = time.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + POLL_SECONDS
+            self._processor.append(signals.processor_seconds())
+            ran, waited = (b - a for a, b in zip(self._processor[0], self._processor[-1], strict=True))
+            self._slowdown = 1.0 + waited / max(ran, 0.1)
+            if self._run is not None:
+                self._poll(self._run, typed)
+        exit_seconds = self._exit_seconds + (self._slowdown - 1.0) * EXIT_PROCESSOR_SECONDS
+        if now + seconds_needed + exit_seconds >= self._deadline:
+            self._requested.add(StopReason.TIME_LIMIT)
 
     @staticmethod
     def decide(summed: Sequence[float]) -> StopReason | None:
@@ -177,7 +232,7 @@ class StopRequests:
 
     def record_save(self, seconds: float) -> None:
         """How long the last save took."""
-        self._save_seconds.append(seconds)
+        self._saves.append((seconds, self._slowdown))
 
     def expect_save(self, seconds: float) -> None:
         """How long a save may take, until the first one has been timed."""
@@ -187,65 +242,39 @@ class StopRequests:
         """Seconds until the time limit; infinite without one, negative after it."""
         return self._deadline - time.monotonic()
 
+    def _remove_stop_file(self) -> None:
+        if self._run is not None and StopReason.STOP_FILE in self._requested:
+            with suppress(OSError):
+                self._run.stop_file.unlink()
+
+    def _handle(self, number: int, _: Any) -> None:
+        """The signal handler, in the main thread."""
+        self._requested.add(signal.Signals(number).name)
+        signals.free_full_streams()
+
+    def _hear(self, number: int) -> None:
+        """The same in a thread, at once, while the main thread is in a C call."""
+        self._requested.add(signal.Signals(number).name)
+        self._leave_at_second_interrupt(number)
+
     def _leave_at_second_interrupt(self, number: int) -> None:
         if number == signal.SIGINT:
             self._first_interrupt = self._first_interrupt or time.monotonic()
             echo_seconds = 1.0 if launched(os.environ) else 0.2  # a launcher may pass the terminal's Ctrl-C on: one, not two
             if time.monotonic() - self._first_interrupt > echo_seconds:
-                os.write(2, b"\nsecond interrupt: leaving at once, without saving\n")
+                signals.say(f"\nsecond interrupt: leaving at once, {'without saving' if self.unsaved else 'nothing is lost'}\n")
                 os._exit(INTERRUPTED)
 
-    def _poll(self, run: RunDirectory) -> None:
+    def _poll(self, run: RunDirectory, typed: bool) -> None:
         if os.path.lexists(run.stop_file):
             self._requested.add(StopReason.STOP_FILE)
         with suppress(OSError):  # mostly: no such file. One that cannot be removed must not be answered for ever.
             run.status_file.unlink()
             self._log(self._status())
-        self._read_stdin()
-
-    def _read_stdin(self) -> None:
-        """Act on the lines waiting on stdin. Polled here, not read by a thread, which would steal a debugger's input."""
-        if self._stdin is None or (self._stdin == "terminal" and not _owns_terminal()):
-            return
-        # Should the shell take the terminal back right now, a blocked SIGTTIN makes the read fail, not suspend us.
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTIN})
-        received = None
-        with suppress(OSError):
-            received = os.read(0, 65536) if select.select([0], [], [], 0)[0] else None
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        if received is None:
-            return
-        if not received:
-            self._stdin, received = None, b"\n"  # a last line may lack its end
-        *lines, self._typed = (self._typed[-100:] + received).split(b"\n")
-        commands = {line.strip().lower() for line in lines} - {b""}
-        if b"stop" in commands:
+        commands = self._stdin.commands() if typed else set()
+        if "stop" in commands:
             self._requested.add(StopReason.STOP_TYPED)
-        if b"status" in commands:
+        if "status" in commands:
             self._log(self._status())
-        if commands - {b"stop", b"status"}:
+        if commands - {"stop", "status"}:
             self._log("type `stop` to save and stop, or `status`")
-
-
-def _stdin_kind() -> str | None:
-    """`pipe`, `terminal`, or None for what nobody types into: /dev/null, a file, a closed stdin."""
-    if sys.stdin is None:  # closed when Python started: by now descriptor 0 may be any other file
-        return None
-    with suppress(OSError):
-        mode = os.fstat(0).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-            return "pipe"
-        if os.isatty(0):
-            return "terminal"
-    return None
-
-
-def _owns_terminal() -> bool:
-    """Whether we are the foreground job of the terminal on stdin: a read in the background suspends the job."""
-    with suppress(OSError):
-        return os.tcgetpgrp(0) == os.getpgrp()
-    # torchrun gives each process a session of its own, outside the terminal's: then its own job must be the foreground.
-    with suppress(OSError, ValueError, IndexError):
-        _, _, group, _, terminal, foreground = stat_fields(os.getppid())[:6]
-        return launched(os.environ) and group == foreground and int(terminal) == os.fstat(0).st_rdev
-    return False

@@ -1,30 +1,36 @@
 """What a person sees of a run: lines on stdout and in train.log, and on a terminal a progress bar below them.
 
-Nothing here may end training: not a closed pipe (`| head`), not a full disk, not a terminal that went away.
+Nothing here may end training, or hold it up: not a closed pipe (`| head`), not a full one whose reader sleeps, not a full
+disk, not a terminal that went away.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import select
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.command_line.secrets import redact_text
+from trainer.distributed.signals import writable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+READER_SECONDS = 1.0  # how long a reader may keep us waiting, until it reads again
 
 
 class Console:
     """Prints on rank 0 (`is_main`) and nothing on the others. Never prints a URL that holds a secret.
 
-    `log_path` may be unknown at first: lines before `open_log` are kept and written then.
+    `log_path` may be unknown at first: lines before `open_log` are kept and written then. Once it has them all, a line that
+    nobody reads is not waited for.
     """
 
     def __init__(self, log_path: Path | None, is_main: bool) -> None:
@@ -32,6 +38,7 @@ class Console:
         self._log_path = log_path
         self._unwritten = ""
         self._log_failed = False
+        self._unread_lines = 0
         self._bar: tqdm | None = None
         self._logging = threading.Lock()  # threads of the trackers and of alerts have their say too
 
@@ -57,12 +64,19 @@ class Console:
             self._append(f"error: {text}\n")
         if not log_only and (self._is_main or on_any_rank):
             with suppress(OSError, ValueError):
-                print(f"error: {text}", file=sys.stderr, flush=True)
+                self._write(sys.stderr, f"error: {text}\n")
 
-    def log_traceback(self, exc: BaseException) -> None:
-        """Writes the traceback of `exc` to train.log only; the person gets one line, from whoever caught it."""
+    def log_traceback(self, exc: BaseException, on_stderr: bool = False) -> None:
+        """Writes the traceback of `exc` to train.log only; the person gets one line, from whoever caught it.
+
+        `on_stderr`: there too, on any rank: it is a bug.
+        """
+        text = redact_text("".join(traceback.format_exception(exc)))
         if self._is_main:
-            self._append(redact_text("".join(traceback.format_exception(exc))))
+            self._append(text)
+        if on_stderr:
+            with suppress(OSError, ValueError):
+                self._write(sys.stderr, text)
 
     def progress(self, step: int, total_steps: int, loss: float, units_per_sec: float, unit: str, eta_seconds: float) -> None:
         """Shows the bar at `step` of `total_steps`, with rate (`unit` is what is counted: "tokens") and remaining time.
@@ -74,7 +88,8 @@ class Console:
         from tqdm import tqdm
 
         rate = tqdm.format_sizeof(units_per_sec) if math.isfinite(units_per_sec) else "?"
-        with self._bar_may_fail():
+
+        def draw() -> None:
             if self._bar is None:
                 tqdm.set_lock(threading.RLock())  # its own lock would be a semaphore shared with the data workers
                 self._bar = tqdm(
@@ -89,11 +104,12 @@ class Console:
             self._bar.set_description_str(description, refresh=False)
             self._bar.update(step - self._bar.n)
 
+        self._try_bar(draw)
+
     def close(self) -> None:
         """Takes the progress bar away. The console can still be used afterwards."""
-        with self._bar_may_fail():
-            if self._bar is not None:
-                self._bar.close()
+        if self._bar is not None:
+            self._try_bar(self._bar.close)
         self._bar = None
 
     def _print(self, text: str) -> None:
@@ -102,25 +118,35 @@ class Console:
             return
         encoding = getattr(stdout, "encoding", None) or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)  # "²" on a Latin or ASCII terminal becomes "?"
-        with self._bar_may_fail():
-            if self._bar is not None:
-                self._bar.clear()
+        if self._bar is not None:
+            self._try_bar(self._bar.clear)
         try:
-            print(text, flush=True)
+            if self._unread_lines and self._write(stdout, f"[{self._unread_lines} lines that nobody read are in train.log]\n"):
+                self._unread_lines = 0
+            if not self._write(stdout, text + "\n"):
+                self._unread_lines += 1
         except (OSError, ValueError):  # nobody reads the pipe any more, the disk is full; the file is closed
             # A print of some library would now raise, or fail in the last flush and turn the exit status into 120: give
             # it a place to go (Python's documentation of `signal`, "Note on SIGPIPE").
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stdout.fileno())
-        with self._bar_may_fail():
-            if self._bar is not None:
-                self._bar.refresh()
+        if self._bar is not None:
+            self._try_bar(self._bar.refresh)
 
-    @contextmanager
-    def _bar_may_fail(self) -> Iterator[None]:
-        """A terminal that went away takes the bar with it, nothing else."""
+    def _write(self, stream: Any, text: str) -> bool:
+        """Whether all of it was written: a full pipe, or a terminal after Ctrl-S, keeps the rest from it."""
+        for start in range(0, len(text), select.PIPE_BUF // 4):  # a character has four bytes at most
+            seconds = 0.0 if self._unread_lines else READER_SECONDS
+            if self._log_path is not None and not _writable(stream, seconds):
+                return False
+            print(text[start : start + select.PIPE_BUF // 4], end="", file=stream, flush=True)
+        return True
+
+    def _try_bar(self, draw: Callable[[], object]) -> None:
+        """A terminal that went away takes the bar with it, nothing else; one that is stopped is not waited for."""
         try:
-            yield
+            if _writable(sys.stderr, 0.0):
+                draw()
         except (OSError, ValueError):
             self._bar = None
 
@@ -138,6 +164,13 @@ class Console:
                     self._print(f"{self._log_path} cannot be written ({error.strerror}); training goes on")
                 self._log_failed = True
             self._unwritten = ""
+
+
+def _writable(stream: Any, seconds: float) -> bool:
+    try:
+        return writable(stream.fileno(), seconds)
+    except (OSError, ValueError, AttributeError):  # no file: it keeps what it is given, or says itself what is wrong
+        return True
 
 
 def format_duration(seconds: float) -> str:

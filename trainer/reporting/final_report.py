@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.distributed.stopping import StopReason
-from trainer.errors import path_of
 from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.run_directory import RunDirectory
 
-REPORT_SECONDS = 60.0  # a finished run with less than this to its time limit leaves without plot and report
-
 
 def report_end(
-    logger: MetricsLogger, directory: RunDirectory, reason: StopReason, checkpoint: Path, stays_rolled_back: bool
+    logger: MetricsLogger, directory: RunDirectory, reason: StopReason, checkpoint: Path | None, stays_rolled_back: bool
 ) -> None:
     """status.json, a line and an alert: how the launch ended, and how to go on."""
     log, step = logger.console.log, logger.state.step
     state: Literal["finished", "stopped"] = "finished" if reason.finished else "stopped"
     directory.write_status(state, reason, step, checkpoint)
-    ending = f"{state.capitalize()} at step {step:,}: {reason}. Checkpoint: {checkpoint}"
+    ending = f"{state.capitalize()} at step {step:,}: {reason}. Checkpoint: {checkpoint or 'none, nothing was trained'}"
     if reason == StopReason.TARGET_LOSS:
         log("Target loss reached!")
     log(ending)
@@ -30,22 +27,17 @@ def report_end(
         log(f"{'Without --resume_from the' if stays_rolled_back else 'The'} same command continues this run.")
 
 
-def report_finished_run(
-    logger: MetricsLogger,
-    directory: RunDirectory,
-    last_evaluation: Mapping[str, float],
-    checkpoint: Path,
-    seconds_left: float,
-) -> None:
-    """Final metrics, the loss plot, and the recipe's own report. Neither plot nor report can fail a finished run."""
-    session, console, report = logger.session, logger.console, logger.recipe.report
+def log_final_metrics(logger: MetricsLogger, last_evaluation: Mapping[str, float]) -> None:
+    """The last evaluation and training loss as `final/...`."""
     final = {key.replace("eval/", "final/"): value for key, value in last_evaluation.items()}
     if logger.state.train_loss is not None:
         final.setdefault("final/train_loss", logger.state.train_loss)
     logger.write(final)
-    if seconds_left < REPORT_SECONDS:
-        console.log(f"No time left for the plot and the report; {path_of('tools/plot_run.py')} and `evaluate` make them")
-        return
+
+
+def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path) -> None:
+    """The loss plot, and the recipe's own report, of a finished run, which neither can fail; they may be cut short."""
+    session, console, report = logger.session, logger.console, logger.recipe.report
     try:
         from trainer.reporting.plot import plot_loss
 
