@@ -388,9 +388,9 @@ def test_a_malformed_deepspeed_file_is_refused_in_one_line(content: str | bytes 
     ],
 )
 def test_what_deepspeed_refuses_is_one_line(zero: dict[str, Any], part: str) -> None:
-    check_filled(fill({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, processes=1))
+    check_filled(fill({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))
     with pytest.raises(UserError, match=rf"DeepSpeed file mine.json: {part}: [^\n]*$"):
-        check_filled(fill({"zero_optimization": {"stage": 3, **zero}}, processes=1))
+        check_filled(fill({"zero_optimization": {"stage": 3, **zero}}))
 
 
 @pytest.mark.usefixtures("from_file")

@@ -60,7 +60,8 @@ def check_filled(config: Mapping[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
-        DeepSpeedConfig(_without_auto(config))
+        # Before its engine is made DeepSpeed takes us for one process: it must not hold the product against us.
+        DeepSpeedConfig(_without_auto({key: value for key, value in config.items() if key != "train_batch_size"}))
     except Exception as error:  # pydantic's, DeepSpeed's own, and what a wrong type leads to
         why = one_line(error, 300) or type(error).__name__
         details = getattr(error, "errors", None)
