@@ -14,6 +14,7 @@ from trainer.backends.tensors import saved_buffers
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.command_line import config as configuration
+from trainer.data.bad_samples import first_batch
 from trainer.data.seeding import seed_generators
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import CHECKPOINT, UserError, one_line
@@ -82,9 +83,9 @@ def evaluate_network(
     recipe: Recipe[ConfigT], network: nn.Module, config: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
-    weights = objective_weights(recipe, config, recipe.items(dataset.__getitems__([0])))
+    whole = replace(config.run, eval_iters=0, bad_samples="stop")  # or a sample would count twice
+    weights = objective_weights(recipe, config, recipe.items(first_batch(dataset, [0], whole)))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.run.mixed_precision, launch))
-    whole = replace(config.run, eval_iters=0)
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):
         result = evaluate(Objective(network, recipe, list(weights)), recipe, weights, dataset, batch_size, whole, launch)
     assert result is not None

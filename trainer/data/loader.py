@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.command_line.sections import Run
+from trainer.data.bad_samples import guarded
 from trainer.distributed.signals import reset_in_worker
 
 Batch = dict[str, Tensor]
@@ -32,6 +33,7 @@ def read(dataset: Any, order: Any, run: Run, device: torch.device) -> Iterator[B
 
     It has where there are worker processes, or page-locked memory to copy to.
     """
+    dataset = guarded(dataset, run)
     pinned, on_device = run.pin_memory and device.type == "cuda", getattr(dataset, "on_device", False)
     if on_device:
         dataset.to(device)
