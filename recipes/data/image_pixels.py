@@ -30,7 +30,7 @@ def reading(name: str | Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        raise OSError(f"{name} cannot be read as an image ({one_line(error)}); mend or remove it") from error
+        raise OSError(f"{name} cannot be read as an image ({one_line(error)})") from error
 
 
 def to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ class NextReadable:
                 lines.append(f"sample {number:,}: {one_line(first_error, 300)}")
             return candidate
         assert first_error is not None
-        raise OSError(f"no sample from number {number:,} on can be read ({one_line(first_error, 300)}); are the data there?")
+        raise OSError(f"no sample from number {number:,} on can be read ({one_line(first_error, 300)})")
 
     def _after(self, number: int) -> int:
         """The next number, within the epoch of a finite set."""
