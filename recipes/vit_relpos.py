@@ -177,6 +177,7 @@ class VitRelpos(Recipe[Config]):
     patience_metric = ("val_loss", "lower")
     monitored = ("accuracy",)
     throughput = ("images", "class")
+    paths = ("data_dir",)
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and, where there is one, test; the training images augmented."""
@@ -190,7 +191,7 @@ class VitRelpos(Recipe[Config]):
         options = (len(sets.classes), d.image_mean, d.image_std)
         train = ImageBatches(sets.train, *options, Augmentation(d.crop_padding, d.flip, d.mixup, d.label_smoothing), seed)
         validation, test = ImageBatches(sets.validation, *options), ImageBatches(sets.test, *options) if sets.test else None
-        return Data(train, {"val": validation}, test, sets.fingerprint, extra={"classes": sets.classes})
+        return Data(train, {"val": validation}, test, sets.fingerprint, sets.notes, {"classes": sets.classes})
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
         """VisionTransformer with as many classes as the data."""

@@ -27,6 +27,8 @@ class Rows(toy_recipe.Rows):
     fault_rank: int = 1
     unlabelled: tuple[int, ...] = ()
     """numbers in the endless stream of samples without anything to learn"""
+    damaged_rows: tuple[int, ...] = ()
+    """rows that cannot be read"""
     evaluation_seconds: float = 0.0
     """of each batch"""
     data_seconds: float = 0.0
@@ -43,14 +45,17 @@ class Config(toy_recipe.Config):
 class FaultyRows(ToyRows):
     """Fails, or has nothing to learn in it."""
 
-    def __init__(self, rows: int, unlabelled: Sequence[int], fails_at: int) -> None:
-        super().__init__(rows, 0)
-        self.unlabelled, self.fails_at, self.reads = frozenset(unlabelled), fails_at, 0
+    def __init__(self, rows: int, salt: int, unlabelled: Sequence[int], damaged: Sequence[int], fails_at: int) -> None:
+        super().__init__(rows, salt)
+        self.unlabelled, self.damaged, self.fails_at, self.reads = frozenset(unlabelled), frozenset(damaged), fails_at, 0
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         self.reads += 1
         if self.reads == self.fails_at:
             raise OSError("row 7 of shard 2 is damaged")
+        bad = [number for number in numbers if number % self.rows in self.damaged]
+        if bad:
+            raise OSError(f"row {bad[0] % self.rows} is damaged")
         batch = super().__getitems__(numbers)
         empty = torch.tensor([number in self.unlabelled for number in numbers])
         batch["labels"] = batch["labels"].masked_fill(empty[:, None], IGNORED)
@@ -92,9 +97,9 @@ class FaultyRecipe(ToyRecipe):
             true = time.monotonic
             time.monotonic = lambda: true() + 3600.0  # an hour later than on the other host
         fails_at = STEP + 1 if self.here(config, "data") else 0  # one sample is read before, to know the loss terms
-        return Data(
-            FaultyRows(config.data.train_rows, config.data.unlabelled, fails_at), {"val": ToyRows(9, 10_000)}, fingerprint="toy"
-        )
+        train = FaultyRows(config.data.train_rows, 0, config.data.unlabelled, config.data.damaged_rows, fails_at)
+        evaluation = FaultyRows(9, 10_000, (), (), 1 if self.here(config, "evaluation data") else 0)
+        return Data(train, {"val": evaluation}, fingerprint="toy")
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
         network = super().build_model(config, data)

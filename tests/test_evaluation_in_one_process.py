@@ -92,7 +92,7 @@ def test_an_evaluation_that_is_cut_short_leaves_the_mode_as_it_was(training: boo
     model, rank = Objective(network, RECIPE, list(WEIGHTS)).train(training), Rank()
     launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=rank)
     decisions = iter([False, True])
-    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda: next(decisions)) is None
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda error: next(decisions)) is None
     assert rank.sent == []
     assert {module.training for module in model.modules()} == {training}
 

@@ -16,6 +16,12 @@ from torch.utils.data import DataLoader
 from recipes.data import images
 from recipes.data.images import Digits, SyntheticImageDataset, image_sets
 
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 SIZES = {"img_size": 20, "patch_size": 4, "in_channels": 1, "num_classes": 8}
 
 

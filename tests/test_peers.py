@@ -28,8 +28,12 @@ COMMON = ["--batch_size", "4", "--gradient_accumulation_steps", "1", "--max_step
 COMMON += ["--warmup_steps", "0", "--save_every", "1", "--keep_last", "0", "--no_use_tensorboard"]
 # No labels for rank 1 at step 2, and for no rank at step 4.
 UNLABELLED = [str(number) for number in sample_numbers([6, 7, 12, 13, 14, 15], 42, 64)]
+# Met in steps 3 and 5, each by another rank.
+DAMAGED = [str(sample_numbers([position], 42, 64)[0]) for position in (8, 19)]
 RUNS = {
-    "data": ["--fault", "data"],
+    "data": ["--fault", "data", "--save_every", "0"],
+    "evaluation data": ["--fault", "evaluation data", "--save_every", "0", "--eval_every", "2"],
+    "skip": ["--bad_samples", "skip", "--damaged_rows", *DAMAGED],
     "order": ["--fault", "order"],
     "clock": ["--fault", "clock", "--max_training_hours", "0.5"],
     "unlabelled": ["--unlabelled", *UNLABELLED],
@@ -43,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Fi
     """{backend: {fault: run}}, one launch for each backend."""
     runs = {name: (RECIPE, [*COMMON, *flags]) for name, flags in RUNS.items()}
     runs_by_kind = {kind: launch(kind, runs, tmp_path_factory.mktemp(kind)) for kind in ("ddp", "zero3")}
-    alone = {"unlabelled": (RECIPE, [*COMMON, *RUNS["unlabelled"]])}
+    alone = {name: (RECIPE, [*COMMON, *RUNS[name]]) for name in ("unlabelled", "skip")}
     return {**runs_by_kind, "one": launch("one", alone, tmp_path_factory.mktemp("one"))}
 
 
@@ -61,10 +65,38 @@ def outcome(run: Finished) -> dict[str, object]:
 def test_an_error_in_one_ranks_data_is_the_one_shown(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
     ended = outcome(finished[kind]["data"])
     assert ended["exit_code"] == BAD_INPUT
-    assert ended["message"] == "reading data failed on rank 1: OSError: row 7 of shard 2 is damaged"
-    assert finished[kind]["data"].steps() == [1]  # step 2 was done, and its checkpoint waits for the batch of step 3
+    message = "reading data failed on rank 1: OSError: row 7 of shard 2 is damaged. Step 2 is saved; the same command goes on"
+    assert str(ended["message"]).startswith(message)
+    for way in ("--bad_samples skip", "--data_changed accept"):
+        assert way in str(ended["message"])
+    assert finished[kind]["data"].steps() == [2]  # though no save was due
     status = json.loads((finished[kind]["data"].path / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", ended["message"])
+
+
+@BACKENDS
+def test_bad_data_in_an_evaluation_cost_no_step_either(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
+    ended = outcome(finished[kind]["evaluation data"])
+    assert ended["exit_code"] == BAD_INPUT
+    assert "rank 1: OSError: row 7 of shard 2 is damaged. Step 2 is saved" in str(ended["message"])
+    assert finished[kind]["evaluation data"].steps() == [2]
+
+
+@BACKENDS
+def test_skipped_samples_are_the_same_under_every_launch_counted_and_named(
+    kind: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    run, alone = finished[kind]["skip"], finished["one"]["skip"]
+    assert outcome(run)["reason"] == "last step"
+    for step, loss in alone.curve("train/loss").items():
+        assert run.curve("train/loss")[step] == pytest.approx(loss, rel=1e-5)
+    assert run.curve("train/replaced_samples") == alone.curve("train/replaced_samples") == {3: 1, 4: 1, 5: 2, 6: 2}
+    log = (run.path / "train.log").read_text()
+    for step, row, total in ((3, DAMAGED[0], 1), (5, DAMAGED[1], 2)):
+        line = rf"WARNING: step {step} takes the next readable sample instead of these \({total} replaced so far in this run\):"
+        assert re.search(rf"{line}\nsample {row}: row {row} is damaged\n", log)
+    state = json.loads((run.path / "checkpoints" / f"checkpoint_step_{STEPS}" / "trainer_state.json").read_text())
+    assert state["train_state"]["replaced_samples"] == 2
 
 
 @BACKENDS

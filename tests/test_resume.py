@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -342,6 +344,29 @@ def test_other_data_under_the_same_name_is_refused(data: Path, halfway: Path, tm
     assert "data fingerprint" in str(error)
     assert "--init_from" in str(error)
     assert content(run) == before
+
+
+def test_a_run_goes_on_with_other_data_where_that_is_asked_for_and_remembers_it(data: Path, tmp_path: Path) -> None:
+    copy, run = Path(shutil.copytree(data, tmp_path / "text")), tmp_path / "other"
+    launch(*flags(copy, run, "--stop_at_step", "4"))
+
+    def state(step: int) -> dict[str, Any]:
+        return json.loads((run / "checkpoints" / f"checkpoint_step_{step}" / "trainer_state.json").read_text())
+
+    write_text(copy, "that to be or not is the question whether tis nobler in mind suffer")
+    output = launch(*flags(copy, run, "--stop_at_step", "8", "--data_changed", "accept"))
+    assert re.search(r"WARNING: data fingerprint: \S+ was trained on \w+, this is \w+; going on with these", output)
+    assert "Resumed from step 4" in output
+    assert state(8)["data_fingerprint"] != state(4)["data_fingerprint"]
+    assert state(8)["train_state"]["data_changes"] == [[4, state(4)["data_fingerprint"]]]
+    write_text(copy, "nobler to be or not that is the question whether tis in mind suffer")
+    assert "--data_changed accept" in str(refused(*flags(copy, run)))  # the choice was of one launch
+
+
+def test_other_settings_of_the_data_may_be_asked_for_too(data: Path, halfway: Path) -> None:
+    output = launch(*flags(data, halfway, "--stop_at_step", "9", "--packing", "rows", "--data_changed", "accept"))
+    assert "packing: blocks -> rows" in output
+    assert "d_model: checkpoint_step_9" in str(refused(*flags(data, halfway, "--d_model", "32", "--data_changed", "accept")))
 
 
 def test_the_same_data_may_lie_elsewhere(data: Path, halfway: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             Image.new("L", (8, 8)).save(folder / "letters" / name / f"{number}.png")
     command = [sys.executable, "-c", DRIVER, str(ROOT / "recipes" / "vit_relpos.py"), str(folder / "logs")]
     command.append(json.dumps(list(SCRIPT.values())))
-    env = environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
+    env = environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), SAMECURVE_CACHE=str(folder / "cache"))
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=250)
     logs = sorted((folder / "logs").glob("*.log"), key=lambda path: int(path.stem))
     last = logs[-1].read_text()[-3000:] if logs else done.stderr.decode()[-3000:]

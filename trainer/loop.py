@@ -17,6 +17,7 @@ from trainer.backends.backend import layers
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.checkpoints.saving import Saver
 from trainer.data import loader
+from trainer.data.bad_samples import REPLACED, is_bad_sample
 from trainer.data.seeding import seed_generators
 from trainer.data.stream import TrainingOrder
 from trainer.distributed.control import PendingSum
@@ -41,6 +42,8 @@ class NextStep:
     micro_batches: list[Batch]
     pending_votes: PendingSum
     read_error: Exception | None
+    replaced: list[str]
+    """a line on each sample that another one stands for"""
 
 
 class Training:
@@ -61,6 +64,9 @@ class Training:
         self.terms = list(session.loss_weights)
         self.layers = layers(session.network) if self.run_config.log_grad_norms else {}
         self.state = plan.checkpoint.train_state if plan.checkpoint else TrainState()
+        saved_with = plan.checkpoint.state["data_fingerprint"] if plan.checkpoint else session.data.fingerprint
+        if saved_with != session.data.fingerprint:
+            self.state.data_changes.append((self.state.step, saved_with))
         self.bad_steps = BadSteps(self.state.bad_steps, self.state.bad_steps_in_a_row)
         self.warned_of_bad_step = False
         self.logger = MetricsLogger(session, self.state, trackers, console, alerts)
@@ -108,6 +114,9 @@ class Training:
                 return reason
 
             started = time.monotonic()
+            if votes.replaced:
+                state.replaced_samples += round(votes.replaced)
+                self.logger.log_replaced(next_step.replaced, round(votes.replaced))
             seed_generators(self.launch.device, self.optimisation.seed, state.step, self.launch.rank)
             term_weights = self.term_weights(votes.item_counts)
             for number, batch in enumerate(next_step.micro_batches, start=1):
@@ -133,10 +142,12 @@ class Training:
     def read_ahead(self) -> NextStep:
         """Read the next step's micro-batches, and send off this rank's votes on it while the device still works."""
         started, micro_batches, error = time.monotonic(), [], None
+        replaced: list[str] = []
         item_counts = [0.0] * len(self.terms)
         try:
             for _ in range(self.optimisation.gradient_accumulation_steps):
                 micro_batches.append(next(self.batches))
+                replaced += micro_batches[-1].pop(REPLACED, [])
                 items = self.recipe.items(micro_batches[-1])
                 item_counts = [n + items[term] for n, term in zip(item_counts, self.terms, strict=True)]
         except loader.StopWaiting:  # this rank's votes say so, and the step is not taken
@@ -147,20 +158,31 @@ class Training:
             error = reason
         self.logger.add_data_seconds(time.monotonic() - started)
         save = self.launch.is_main and self.saver.due_by_the_clock()
-        votes = StepVotes(item_counts, self.stops.votes(), float(save), float(error is not None))
-        return NextStep(micro_batches, self.launch.control.sum(votes.pack()), error)
+        votes = StepVotes(item_counts, self.stops.votes(), float(save), float(error is not None), float(len(replaced)))
+        return NextStep(micro_batches, self.launch.control.sum(votes.pack()), error, replaced)
 
     def wait_for_votes(self, next_step: NextStep) -> StepVotes:
-        """The votes of all ranks. UserError, on every rank, where one of them could not read its micro-batches."""
+        """The votes of all ranks."""
         votes = StepVotes.unpack(next_step.pending_votes.wait(), len(self.terms))
         if votes.read_failed:
-            error, reason = None, next_step.read_error
-            if reason is not None:
-                what = "" if isinstance(reason, UserError) else f"{type(reason).__name__}: "
-                text = f"reading data failed on rank {self.launch.rank}: {what}{one_line(reason)[-600:]}"
-                error = UserError(text, reason.exit_code if isinstance(reason, UserError) else BAD_INPUT)
-            self.launch.control.raise_if_any(error)
+            self.end_without_data(next_step.read_error)
         return votes
+
+    def end_without_data(self, reason: Exception | None) -> None:
+        """Save what has been trained; then a UserError, on every rank, with the reason of one that could not read its data."""
+        if self.state.step and self.saver.saved_step != self.state.step:
+            self.save(False, None)
+        error = None
+        if reason is not None:
+            kind = "" if isinstance(reason, UserError) else f"{type(reason).__name__}: "
+            ways = ["the same command goes on once the data are as before"]
+            if is_bad_sample(reason) and self.run_config.bad_samples == "stop":
+                ways.append("with --bad_samples skip it takes the next sample instead")
+            if self.saver.saved_step == self.state.step:
+                ways = [f"Step {self.state.step:,} is saved", *ways, "with --data_changed accept it goes on with changed data"]
+            text = f"reading data failed on rank {self.launch.rank}: {kind}{one_line(reason)[-600:]}. {'; '.join(ways)}"
+            error = UserError(text, reason.exit_code if isinstance(reason, UserError) else BAD_INPUT)
+        self.launch.control.raise_if_any(error)
 
     def term_weights(self, item_counts: list[float]) -> Tensor:
         """What an item of each loss term weighs in the objective of a step [terms]."""
@@ -190,11 +212,15 @@ class Training:
         """Measure the evaluation sets. (whether the best metric improved, why to stop if a rank asked to meanwhile)."""
         started, state, recipe, reason = time.monotonic(), self.state, self.recipe, None
 
-        def interrupted() -> bool:
+        def interrupted(error: Exception | None) -> bool:
             nonlocal reason
-            reason = StopRequests.decide(self.launch.control.sum(self.stops.votes()).wait())
+            *requests, failed = self.launch.control.sum([*self.stops.votes(), float(error is not None)]).wait()
+            if failed:
+                self.end_without_data(error)
+            reason = StopRequests.decide(requests)
             return reason is not None
 
+        replaced: list[str] = []
         metrics: dict[str, float] = {}
         for name, dataset in self.session.data.evaluation.items():
             means = evaluate(
@@ -208,6 +234,7 @@ class Training:
                 interrupted,
                 self.stops.any_requested,
                 self.run_config.eval_iters * self.optimisation.effective_batch_size,
+                replaced,
             )
             if means is None:
                 return False, reason
@@ -229,7 +256,7 @@ class Training:
             state.patience_best, state.evaluations_without_improvement = watched, 0
         else:
             state.evaluations_without_improvement += 1
-        self.logger.log_evaluation(metrics)
+        self.logger.log_evaluation(metrics, replaced)
         self.logger.exclude_from_timing(time.monotonic() - started)
         return is_best, None
 

@@ -59,6 +59,8 @@ class Dataset(Protocol):
     Tensors of a batch have the batch as their first dimension. A set with `on_device = True` generates where the model is:
     it is called in the training process, after one call of its `to(device)`. Any other must be picklable: data-loading
     workers get a copy.
+
+    A sample that cannot be read is a ValueError or OSError that names it: `--bad_samples skip` reads the next one instead.
     """
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch: ...

@@ -23,6 +23,7 @@ from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_network, differences, load_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import stream
+from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
@@ -65,7 +66,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     """Everything up to the first step. Collective. UserError for whatever does not fit together."""
     backend = make_backend(plan.config, launch)
     data = load_data(recipe, plan.config, launch)
-    check_data(recipe, data, plan.checkpoint, launch)
+    check_data(recipe, data, plan, launch, log)
     for note in data.notes:
         log(note)
     steps = total_steps(plan.config, stream.length_of(data.train))
@@ -159,7 +160,7 @@ def load_data(recipe: Recipe, config: Any, launch: Launch) -> Data:
     return data
 
 
-def check_data(recipe: Recipe, data: Data, resumed: Checkpoint | None, launch: Launch) -> None:
+def check_data(recipe: Recipe, data: Data, plan: LaunchPlan, launch: Launch, log: Log) -> None:
     """UserError for what would show hours later: at the first evaluation, or never when a run resumes with other data."""
     if not data.fingerprint:
         raise UserError("build_data gives no fingerprint; give a hash of what decides the samples, to know the data again")
@@ -170,11 +171,19 @@ def check_data(recipe: Recipe, data: Data, resumed: Checkpoint | None, launch: L
             raise UserError(
                 f"{metric} is to be watched, but the evaluation sets are called {sets}; a metric is SET_NAME, val_loss"
             )
+    resumed = plan.checkpoint
     if resumed is not None:
         trained_on, here = resumed.state["data_fingerprint"], data.fingerprint
-        way_out = f"restore the data, or take the weights only: --init_from {resumed.path}"
-        text = f"data fingerprint: {resumed.path} was trained on {trained_on[:12]}, this is {here[:12]}; {way_out}"
-        launch.control.raise_if_any(None if trained_on == here else UserError(text))
+        text = f"data fingerprint: {resumed.path} was trained on {trained_on[:12]}, this is {here[:12]}"
+        accepted = plan.config.run.data_changed == "accept"
+        if trained_on != here and accepted:
+            log(
+                f"WARNING: {text}; going on with these (--data_changed accept). The best so far was measured on the data before"
+            )
+        way_out = (
+            f"restore the data, go on with these by --data_changed accept, or take the weights only: --init_from {resumed.path}"
+        )
+        launch.control.raise_if_any(None if trained_on == here or accepted else UserError(f"{text}; {way_out}"))
 
 
 def total_steps(config: Any, samples: int | None) -> int:
@@ -240,7 +249,8 @@ def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> Non
 def loss_terms(recipe: Recipe, config: Any, data: Data) -> list[str]:
     """The terms of the loss, known from the first sample."""
     first = stream.sample_numbers(range(1), config.optimisation.seed, stream.length_of(data.train))
-    return list(recipe.items(data.train.__getitems__(first)))
+    way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")
+    return list(recipe.items(first_batch(data.train, first, config.run, way_on)))
 
 
 def describe(session: Session, step: int) -> list[str]:

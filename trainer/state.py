@@ -31,6 +31,10 @@ class TrainState:
     bad_steps: int = 0
     """steps skipped because their gradient was not finite"""
     bad_steps_in_a_row: int = 0
+    replaced_samples: int = 0
+    """samples that could not be read, and another one stood for"""
+    data_changes: list[tuple[int, str]] = field(default_factory=list)
+    """where the run went on with other data by `--data_changed accept`: (step, fingerprint of the data before)"""
     loss_sums: list[float | None] = field(default_factory=list)
     """loss sums of the log interval so far, over all ranks, by term; None where not finite, which JSON lacks"""
     item_counts: list[float] = field(default_factory=list)

@@ -92,8 +92,10 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
     """The attention of the class token (without one: of all patches on average), as a mean over heads."""
     import torch
 
+    from trainer.data.bad_samples import first_batch
+
     dataset, classes = data.evaluation["val"], data.extra["classes"]
-    batch = dataset.__getitems__(range(count))
+    batch = first_batch(dataset, range(count), config.run)
     images, labels = batch["images"].to(device), batch["labels"].tolist()
     predictions = network(images).argmax(-1).tolist()
     attention = network.attention_maps(images).mean(2)  # [layers, batch, N, N]

@@ -13,6 +13,14 @@ from recipes.data.hub import one_line
 CACHE_FORMAT = "1"  # part of every cache key: raise it whenever the same input would give other files
 
 
+def cache_folder(chosen: str | Path | None = None) -> Path:
+    """`chosen`, else $SAMECURVE_CACHE, else ~/.cache/samecurve. ValueError for a user without a home."""
+    try:
+        return Path(chosen or os.environ.get("SAMECURVE_CACHE") or "~/.cache/samecurve").expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no folder for the cache ({one_line(error)}); set SAMECURVE_CACHE to one") from error
+
+
 @dataclass(frozen=True)
 class CacheEntry:
     """A folder of files and, written last, `index.json` with their hashes.
@@ -49,7 +57,7 @@ class CacheEntry:
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise ValueError(
-                f"cannot write the token cache {self.folder} ({reason}); set SAMECURVE_CACHE to a folder with space"
+                f"cannot write the cache {self.folder} ({reason}); set SAMECURVE_CACHE to a folder with space"
             ) from error
 
 

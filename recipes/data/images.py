@@ -7,23 +7,22 @@ the same at every access. `recipes.data.image_batches` makes training batches of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes.data.image_folder import ENDINGS, FolderImages, class_folders, content_hashes
+from recipes.data.image_pixels import reading, to_tensor
 from recipes.data.synthetic_images import SyntheticImageDataset, generator_from
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
 Item = tuple["torch.Tensor", int]
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10"}
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -61,39 +60,6 @@ class Digits:
         return image.repeat(self.in_channels, 1, 1), int(self.labels[i])
 
 
-class FolderImages:
-    """Image files in one folder for each class, ROOT/CLASS/NAME.png, in the order of their names."""
-
-    def __init__(self, root: Path, img_size: tuple[int, int], in_channels: int, classes: Sequence[str]) -> None:
-        """ValueError, naming the folder, if it holds a class that is not one of `classes`, or no image."""
-        unknown = sorted({path.name for path in root.iterdir() if path.is_dir()} - set(classes))
-        if unknown:
-            raise ValueError(f"{root}: class {unknown[0]!r} is not one of the training classes {', '.join(classes[:8])}")
-        # Sorted, so that the order does not depend on the file system.
-        self.files = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in ENDINGS
-        ]
-        if not self.files:
-            raise ValueError(f"{root} holds no images ({', '.join(ENDINGS)}) in one folder for each class")
-        self.img_size, self.in_channels = img_size, in_channels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Item:
-        from PIL import Image
-
-        path, label = self.files[i]
-        try:
-            with Image.open(path) as image:
-                return _to_tensor(image, self.img_size, self.in_channels), label
-        except OSError as error:
-            raise OSError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
-
-
 class HubImages:
     """A split of a hub image set, by `datasets`: its first column of images and its first column of class labels."""
 
@@ -112,20 +78,9 @@ class HubImages:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Item:
-        row = self.rows[int(i)]
-        return _to_tensor(row[self.image_column], self.img_size, self.in_channels), int(row[self.label_column])
-
-
-def _to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """A PIL image as fp32 [channels, height, width] in 0 to 1: scaled so that it covers `size`, then cropped in the centre."""
-    import torch
-    from PIL import Image, ImageOps
-
-    if channels not in (1, 3):
-        raise ValueError(f"in_channels {channels}: images have 1 (grey) or 3 (RGB)")
-    fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = np.asarray(fitted, dtype=np.float32) / 255.0
-    return torch.from_numpy(pixels.reshape(*size, channels).transpose(2, 0, 1).copy())
+        with reading(f"row {i} of {self.rows.info.dataset_name or 'the set'}, {self.rows.split},"):
+            row = self.rows[int(i)]
+            return to_tensor(row[self.image_column], self.img_size, self.in_channels), int(row[self.label_column])
 
 
 @dataclass
@@ -138,6 +93,8 @@ class ImageSets:
     validation: tuple[Any, np.ndarray]
     test: tuple[Any, np.ndarray] | None
     fingerprint: str
+    notes: list[str] = field(default_factory=list)
+    """what the user should know of them"""
 
 
 def image_sets(
@@ -209,10 +166,13 @@ def _folder(root: Path, img_size: tuple[int, int], channels: int, val_samples: i
     top = root / "train" if (root / "train").is_dir() else root
     if not top.is_dir():
         raise ValueError(f"data_dir {root} is not a folder; give one that holds a folder of images for each class")
-    classes = sorted(path.name for path in top.iterdir() if path.is_dir())
+    classes = class_folders(top)
     if len(classes) < 2:
         raise ValueError(f"{top} holds {len(classes)} folders; a folder of images for each of at least 2 classes is needed")
     train = FolderImages(top, img_size, channels, classes)
+    empty = train.empty_classes()
+    if empty:
+        raise ValueError(f"{top / empty[0]} holds no image ({', '.join(ENDINGS)}); put some there, or remove the folder")
 
     def split(*names: str) -> FolderImages | None:
         folder = next((root / name for name in names if top != root and (root / name).is_dir()), None)
@@ -220,9 +180,13 @@ def _folder(root: Path, img_size: tuple[int, int], channels: int, val_samples: i
 
     validation, test = split("val", "validation", "valid"), split("test")
     parts = _train_and_validation(str(root), train, validation, val_samples)
-    files = [entry for images in (train, validation, test) if images for entry in images.files]
-    listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size} {label}" for path, label in files)
-    return ImageSets(classes, *parts, _whole(test) if test else None, _digest(listing, len(parts[1][1])))
+    folders = [images for images in (train, validation, test) if images]
+    files = [entry for images in folders for entry in images.files]
+    hashes, notes = content_hashes(root, [path for path, _ in files])
+    contents = zip(files, hashes, strict=True)
+    listing = "\n".join(f"{path.relative_to(root)} {digest} {label}" for (path, label), digest in contents)
+    notes = [note for images in folders for note in images.notes()] + notes
+    return ImageSets(classes, *parts, _whole(test) if test else None, _digest(listing, len(parts[1][1])), notes)
 
 
 def _hub(name: str, img_size: tuple[int, int], channels: int, val_samples: int | None) -> ImageSets:
@@ -253,7 +217,8 @@ def _hub(name: str, img_size: tuple[int, int], channels: int, val_samples: int |
 def _digest(*parts: object) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        content = part if isinstance(part, bytes) else str(part).encode()
+        # Names of files need not be UTF-8.
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
         digest.update(b"%d:" % len(content))
         digest.update(content)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.data.cache import CacheEntry, content_hash
+from recipes.data.cache import CacheEntry, cache_folder, content_hash
 from recipes.data.embedded import SPLITS, load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
@@ -94,7 +94,7 @@ def prepare_text(
     `vocab_size` is for `tokenizer="train"` only; `Text.vocab_size` is the actual size. The cache is `cache_dir`,
     else $SAMECURVE_CACHE, else ~/.cache/samecurve. Raises what `load_rows` and `load_tokenizer` raise.
     """
-    cache = Path(cache_dir or os.environ.get("SAMECURVE_CACHE") or Path.home() / ".cache" / "samecurve").expanduser()
+    cache = cache_folder(cache_dir)
     rows = load_rows(dataset, data_dir)
     encoder = load_tokenizer(tokenizer, rows["train"], vocab_size, cache)
     return Text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, sa
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.command_line import config as configuration
+from trainer.data.bad_samples import first_batch
 from trainer.data.seeding import seed_generators
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import CHECKPOINT, UserError, one_line
@@ -116,7 +118,8 @@ def evaluate_network(
     recipe: Recipe[ConfigT], network: nn.Module, config: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
-    weights = objective_weights(recipe, config, recipe.items(dataset.__getitems__([0])))
+    whole = dataclasses.replace(config.run, bad_samples="stop")  # or a sample would count twice
+    weights = objective_weights(recipe, config, recipe.items(first_batch(dataset, [0], whole)))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.run.mixed_precision, launch))
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):
         model = Objective(network, recipe, list(weights))

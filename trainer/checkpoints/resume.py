@@ -268,7 +268,10 @@ def _merge(
 
     way_out = "train it under another --run_name, or take the weights only: --init_from"
     others = configuration.changed(config, original, ("model", "data"))
-    for name in recipe.paths:
+    accepted = (
+        configuration.changed(config, original, ("data",)) if parsed.config.run.data_changed == "accept" else recipe.paths
+    )
+    for name in accepted:
         if name in others:
             log("{}: {} -> {}".format(name, *others.pop(name)))
     if others:

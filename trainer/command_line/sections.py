@@ -71,6 +71,8 @@ class Run:
     """data-loading processes per training process"""
     prefetch_factor: Annotated[int, Positive] = 2
     """micro-batches each data-loading process prepares ahead"""
+    bad_samples: Literal["stop", "skip"] = "stop"
+    """a sample that cannot be read ends the run, saved; or the next one that can takes its place, and the log says so"""
     pin_memory: bool = True
     """page-locked host batches (GPU only)"""
     log_every: Annotated[int, Positive, arg(aliases=("--log_interval",))] = 100
@@ -95,6 +97,8 @@ class Run:
     """auto: continue the run in this run directory, if it holds one"""
     resume_from: str | None = None
     """start from this checkpoint, or roll this run back to it"""
+    data_changed: Literal["refuse", "accept"] = "refuse"
+    """accept: this launch resumes with other data than the run was trained on so far"""
     stop_at_step: Annotated[int, NotNegative] = 0
     """end this launch at this step, as if stopped by a request (0: off)"""
     max_training_hours: Annotated[float | None, Positive] = None
@@ -119,4 +123,4 @@ class Run:
 
 
 # What describes this launch alone, and is therefore never taken over from a checkpoint.
-PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "stop_at_step")
+PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "data_changed", "stop_at_step")

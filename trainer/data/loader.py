@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.command_line.sections import Run
+from trainer.data.bad_samples import guarded
 from trainer.distributed.signals import reset_in_worker
 from trainer.errors import LOST, UserError, one_line
 
@@ -45,6 +46,7 @@ def read(
     It has where there are worker processes, or page-locked memory to copy to. Waiting for a worker raises StopWaiting once
     `stop_requested()`, and a UserError where it was killed or hangs.
     """
+    dataset = guarded(dataset, run)
     pinned, on_device = run.pin_memory and device.type == "cuda", getattr(dataset, "on_device", False)
     if on_device:
         dataset.to(device)

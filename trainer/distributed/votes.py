@@ -21,17 +21,18 @@ class StepVotes:
     """ranks (rank 0 alone has the clock) that want a checkpoint by the clock"""
     read_failed: float
     """ranks that could not read their micro-batches"""
+    replaced: float = 0.0
+    """samples that could not be read, and another one stands for"""
 
     def pack(self) -> list[float]:
         """As numbers to be summed."""
-        return [*self.item_counts, *self.stop_requests, self.save, self.read_failed]
+        return [*self.item_counts, *self.stop_requests, self.save, self.read_failed, self.replaced]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float], terms: int) -> Self:
         """The reverse of `pack`, for so many loss terms."""
         stops = terms + len(REQUESTS)
-        save, read_failed = numbers[stops:]
-        return cls(list(numbers[:terms]), list(numbers[terms:stops]), save, read_failed)
+        return cls(list(numbers[:terms]), list(numbers[terms:stops]), *numbers[stops:])
 
     @property
     def stop_reason(self) -> StopReason | None:

@@ -10,10 +10,21 @@ from torch import Tensor, nn
 
 from trainer.command_line.sections import Run
 from trainer.data import loader
+from trainer.data.bad_samples import REPLACED, is_bad_sample
 from trainer.data.stream import EvaluationOrder
 from trainer.distributed.launch import Launch
+from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import summarise
 from trainer.recipe import Recipe
+
+
+def raise_error(error: Exception | None) -> bool:
+    """How an evaluation outside training is interrupted: by an error alone."""
+    if error is not None:
+        if not is_bad_sample(error):
+            raise error
+        raise UserError(f"reading data failed: {type(error).__name__}: {one_line(error, 600)}; mend the data") from error
+    return False
 
 
 def evaluate(
@@ -24,15 +35,17 @@ def evaluate(
     batch_size: int,
     run: Run,
     launch: Launch,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[Exception | None], bool] = raise_error,
     stop_requested: Callable[[], bool] = lambda: False,
     samples: int = 0,
+    replaced: list[str] | None = None,
 ) -> dict[str, float] | None:
     """Means of what the recipe measures over `dataset` (its first `samples`, if that is not 0).
 
     `model` is the objective, prepared or bare. `batch_size` is per micro-step over all processes. Collective. None if
-    `interrupted()`, called before each batch, says so; it must answer the same on every process, and yes where one of them
-    waits for data no longer because of its own `stop_requested()`.
+    `interrupted(error)`, called with each batch or the error that came in its place, says so; it must answer the same on every
+    process, and yes where one of them waits for data no longer because of its own `stop_requested()`. To `replaced` is added
+    a line on each sample that another one stands for.
     """
     length = min(len(dataset), samples or len(dataset))
     order = EvaluationOrder(length, batch_size, launch.rank, launch.processes)
@@ -43,12 +56,21 @@ def evaluate(
     try:
         with torch.no_grad():
             for own_samples in order.counts:
+                batch: Any = None
+                error: Exception | None = None
                 try:
                     batch = next(batches)
                 except loader.StopWaiting:
-                    batch = None
-                if interrupted() or batch is None:
+                    pass
+                except torch.OutOfMemoryError:  # of a set that is generated on the device
+                    raise
+                except Exception as reason:  # every rank has to hear of it
+                    error = reason
+                if interrupted(error) or batch is None:
                     return None
+                lines = batch.pop(REPLACED, [])
+                if replaced is not None and own_samples:
+                    replaced += lines
                 measured = model(loader.to_device(batch, launch.device), measuring=True)
                 for name, pair in measured.items():
                     # A process that has run out of samples read a spare one: it takes part, and does not count.

@@ -105,6 +105,8 @@ class MetricsLogger:
             "train/data_wait_fraction": min(1.0, self.data_seconds / elapsed),
             "train/bad_steps": float(bad_steps),
         }
+        if self.state.replaced_samples:
+            metrics["train/replaced_samples"] = float(self.state.replaced_samples)
         metrics |= {f"train/grad_norm/{layer}": float(norm) for layer, norm in layer_norms.items()}
         if self.session.samples:
             metrics["train/epoch"] = self.session.exact_epochs(step)
@@ -126,18 +128,31 @@ class MetricsLogger:
         self.interval_start, self.interval_start_step = time.monotonic(), self.state.step
         self.data_seconds, self.untimed_seconds = 0.0, 0.0
 
-    def log_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Log what an evaluation measured, and the recipe's warnings. Collective."""
+    def log_evaluation(self, metrics: Mapping[str, float], replaced: Sequence[str]) -> None:
+        """Log what an evaluation measured, the recipe's warnings, and the samples that were replaced. Collective."""
         self.write(metrics)
         self.console.log(self.recipe.report.evaluation_line(self.state.step, metrics))
-        mine = [line[:WARNING_CHARACTERS] for line in self.recipe.report.warnings()]
-        gathered = self.launch.control.gather([len(mine), mine[:WARNING_LINES]])
+        lines = self._of_all_ranks([*self.recipe.report.warnings(), *(f"could not be read, replaced: {r}" for r in replaced)])
+        if lines:
+            self.announce("noticed", "\n".join([f"Noticed at step {self.state.step:,}:", *lines]))
+
+    def log_replaced(self, mine: Sequence[str], number: int) -> None:
+        """Name the samples of this step that could not be read, on this process and on all others. Collective."""
+        lines, total = self._of_all_ranks(mine), self.state.replaced_samples
+        what = f"WARNING: step {self.state.step + 1:,} takes the next readable sample instead of these"
+        text = "\n".join([f"{what} ({total:,} replaced so far in this run):", *lines])
+        if total == number:  # of the first ones somebody far away hears too
+            self.announce("bad samples", text)
+        else:
+            self.console.log(text)
+
+    def _of_all_ranks(self, mine: Sequence[str]) -> list[str]:
+        """The first lines of each process, on rank 0, and how many more there are. Collective."""
+        gathered = self.launch.control.gather([len(mine), [line[:WARNING_CHARACTERS] for line in mine[:WARNING_LINES]]])
         # A sample that fills up the last batch of a process is a sample of another one too.
         lines = list(dict.fromkeys(line for _, lines in gathered for line in lines))
         more = sum(number for number, _ in gathered) - sum(len(lines) for _, lines in gathered)
-        if lines:
-            rest = [f"... and {more} more"] if more else []
-            self.announce("noticed", "\n".join([f"Noticed at step {self.state.step:,}:", *lines, *rest]))
+        return [*lines, f"... and {more} more"] if more else lines
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """To metrics.jsonl and the trackers."""

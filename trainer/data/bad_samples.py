@@ -1,0 +1,84 @@
+"""Samples that cannot be read: with `--bad_samples skip` each is replaced by the next that can, and named."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.command_line.sections import Run
+from trainer.data.stream import length_of
+from trainer.errors import UserError, one_line
+
+REPLACED = "replaced samples"
+"""key of a batch: a line on each of its samples that another one stands for"""
+MOST_IN_A_ROW = 100  # then it is not the samples: the disk is gone, or the folder
+# Of the process or the server and not of a sample: the next attempt may read it, and the curve would depend on that.
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT)
+
+
+def is_bad_sample(error: Exception | None) -> bool:
+    """Whether this is how a data set says that a sample cannot be read: by a ValueError or OSError."""
+    number = getattr(error, "errno", None) or getattr(getattr(error, "__cause__", None), "errno", None)
+    return isinstance(error, ValueError | OSError) and number not in PASSING
+
+
+def guarded(dataset: Any, run: Run) -> Any:
+    """`dataset`, or what reads it past its bad samples if `--bad_samples skip` says so."""
+    if run.bad_samples == "stop" or getattr(dataset, "on_device", False):
+        return dataset
+    return NextReadable(dataset)
+
+
+def first_batch(dataset: Any, numbers: Sequence[int], run: Run, way_on: str = "mend the data") -> Any:
+    """A batch, read here and now. UserError if it cannot be."""
+    try:
+        batch = guarded(dataset, run).__getitems__(numbers)
+    except (ValueError, OSError) as error:
+        raise UserError(f"reading data failed: {type(error).__name__}: {one_line(error, 600)}; {way_on}") from error
+    return {name: value for name, value in batch.items() if name != REPLACED}
+
+
+class NextReadable:
+    """A data set whose bad samples are replaced by the next readable one of the same epoch.
+
+    Which that is follows from the number of the sample, so it is the same on any number of processes and workers.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.length = dataset, length_of(dataset)
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Any]:
+        try:
+            return self.dataset.__getitems__(numbers)
+        except (ValueError, OSError) as error:
+            if not is_bad_sample(error):
+                raise
+            lines: list[str] = []
+            readable = [self._readable(int(number), lines) for number in numbers]
+            if not lines:  # each is good by itself
+                raise
+        return {**self.dataset.__getitems__(readable), REPLACED: lines}
+
+    def _readable(self, number: int, lines: list[str]) -> int:
+        """`number`, or that of the sample that stands for it."""
+        candidate = number
+        first_error: Exception | None = None
+        for _ in range(min(MOST_IN_A_ROW, self.length or MOST_IN_A_ROW)):
+            try:
+                self.dataset.__getitems__([candidate])
+            except (ValueError, OSError) as error:
+                if not is_bad_sample(error):
+                    raise
+                first_error = first_error or error
+                candidate = self._after(candidate)
+                continue
+            if first_error:
+                lines.append(f"sample {number:,}: {one_line(first_error, 300)}")
+            return candidate
+        assert first_error is not None
+        raise OSError(f"no sample from number {number:,} on can be read ({one_line(first_error, 300)})")
+
+    def _after(self, number: int) -> int:
+        """The next number, within the epoch of a finite set."""
+        return number + 1 if self.length is None else number - number % self.length + (number + 1) % self.length
