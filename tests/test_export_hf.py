@@ -106,7 +106,7 @@ def test_the_model_card_holds_the_loss_of_this_very_step(tmp_path: Path) -> None
         "| validation loss | 1.3333 |",
         "| 1.1111 |",
         "| 1.5000 |",
-        "on at most 100 batches",
+        "on at most 6,400 windows",
     ):
         assert part in card, part
     assert "1.25" not in card  # the best loss of the run is another step's

@@ -20,6 +20,7 @@ from scenarios import Finished, launch
 from trainer.data.stream import sample_numbers
 from trainer.distributed import peers, rendezvous
 from trainer.distributed.rendezvous import Rendezvous
+from trainer.distributed.signals import stat_fields
 from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, UserError
 
 RECIPE = "faulty_recipe:FaultyRecipe"
@@ -207,6 +208,29 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(tmp_path: Path) -> None:
     assert "rank 1 of 2 gave no answer: killed, or hung" in status["reason"]
     assert f"error: {status['reason']}" in output
     assert "same command" in output
+
+
+def test_a_stop_is_obeyed_though_the_data_workers_hang(tmp_path: Path) -> None:
+    """As they do where the server of their files is gone."""
+    directory = tmp_path / "run"
+    process = started("one", directory, "--num_workers", "2")
+    try:
+        deadline = time.monotonic() + 100
+        while "Step     50" not in process.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        family = [pid for pid in process.family() if pid != process.pid]
+        workers = [pid for pid in family if int(stat_fields(pid)[1]) != process.pid]  # children of the fork server
+        assert len(workers) >= 2
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert process.orphans(10) == []
+    finally:
+        process.kill_all()
+    status = json.loads((directory / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "SIGTERM")
+    assert (Path(status["checkpoint"]) / "manifest.json").is_file()
 
 
 class Cut:
