@@ -93,9 +93,6 @@ class FaultyRecipe(ToyRecipe):
         if config.data.data_seconds:
             print("preparing data", flush=True)
             time.sleep(config.data.data_seconds)
-        if self.here(config, "clock"):
-            true = time.monotonic
-            time.monotonic = lambda: true() + 3600.0  # an hour later than on the other host
         fails_at = STEP + 1 if self.here(config, "data") else 0  # one sample is read before, to know the loss terms
         train = FaultyRows(config.data.train_rows, 0, config.data.unlabelled, config.data.damaged_rows, fails_at)
         evaluation = FaultyRows(9, 10_000, (), (), 1 if self.here(config, "evaluation data") else 0)

@@ -107,5 +107,5 @@ def test_an_evaluation_whose_data_do_not_come_is_left_with_all_others(
     monkeypatch.setattr(loader, "read", stopped)
     model, asked = Objective(network, RECIPE, list(WEIGHTS)), []
     launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=Rank())
-    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda: bool(asked.append(1))) is None
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda error: bool(asked.append(1))) is None
     assert len(asked) == 2  # as often as on a rank that has its data

@@ -24,6 +24,7 @@ from fault_injector import (
 )
 from launching import RECIPE, Started, command, environment, run
 
+from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.retention import newest_good
 
 LAST_STEP = 40
@@ -148,6 +149,12 @@ def test_killed_again_and_again_in_one_process(
         assert len(set(resumed)) == len(resumed)  # each launch came further than the one before
 
 
+def verified(path: Path) -> Checkpoint:
+    saved = Checkpoint(path)
+    saved.verify()
+    return saved
+
+
 @pytest.mark.parametrize(("kind", "rank"), [("ddp", 1), ("zero2", None)])
 def test_killed_under_a_launcher(place: Path, env: dict[str, str], kind: str, rank: int | None) -> None:
     """Two processes inside a save: all are killed; or one of them, and then the other ends by itself, non-zero.
@@ -160,7 +167,7 @@ def test_killed_under_a_launcher(place: Path, env: dict[str, str], kind: str, ra
     assert start_and_kill(later(inside_a_save, 8), kind, argv, directory, env, rank)
     assert max(row["step"] for row in rows(directory)) < LAST_STEP
     messages: list[str] = []
-    kept = newest_good(directory / "checkpoints", "checkpoint_step_", messages.append)
+    kept = newest_good(directory / "checkpoints", "checkpoint_step_", verified, messages.append)
     assert kept is not None
     assert messages == []  # nothing half-written passes for a checkpoint
     step = kept.state["train_state"]["step"]

@@ -34,8 +34,9 @@ class SweepModel:
         path = RunDirectory(self.directory).config
         if not path.is_file():
             return
-        saved = configuration.from_mapping(type(self.config), yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        for name, (old, new) in configuration.changed(self.config, saved, ("model", "data", "optimisation")).items():
+        texts = (path.read_text(encoding="utf-8"), configuration.to_yaml(self.config))
+        saved, asked = (configuration.from_mapping(type(self.config), yaml.safe_load(text), str(path)) for text in texts)
+        for name, (old, new) in configuration.changed(asked, saved, ("model", "data", "optimisation")).items():
             raise UserError(f"{name}: {self.directory} holds a run with {old}, asked for {new}; choose another --output_dir")
 
     def is_trained(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,6 @@ from trainer.errors import CHECKPOINT, UserError
 from trainer.recipe import Recipe
 from trainer.reporting.run_directory import RunDirectory
 from trainer.reporting.trackers import read_metrics
-
-PLACES = ("output_dir", "checkpoint_dir")
-"""flags of paths that need not exist yet"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
 
 def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None]) -> LaunchPlan:
     """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
-    parsed = dataclasses.replace(parsed, config=_with_absolute_paths(recipe, parsed.config))
+    parsed = dataclasses.replace(parsed, config=configuration.with_absolute_paths(parsed.config, recipe.paths))
     run = parsed.config.run
     path = default_directory(recipe, parsed)
     before = _earlier_value(path, "checkpoint_dir")
@@ -153,22 +150,6 @@ def nothing_to_do(recipe: Recipe, plan: LaunchPlan, total_steps: int) -> str | N
     return f"Already finished ({reason}) at step {state.step:,}, nothing to do; {way_on}"
 
 
-def _with_absolute_paths(recipe: Recipe, config: Any) -> Any:
-    """`config` for any working directory: paths made absolute, where they are not names of something else."""
-
-    def absolute(section: Any, names: Iterable[str]) -> Any:
-        paths = {name: getattr(section, name) for name in names if getattr(section, name, None)}
-        there = {name: os.path.abspath(p) for name, p in paths.items() if name in PLACES or os.path.exists(p)}
-        return dataclasses.replace(section, **there)
-
-    return dataclasses.replace(
-        config,
-        data=absolute(config.data, recipe.paths),
-        optimisation=absolute(config.optimisation, ("init_from",)),
-        run=absolute(config.run, (*PLACES, "resume_from")),
-    )
-
-
 def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> None:
     """Before a run starts at step 0: UserError (exit 5) if its directory tells of checkpoints, which are not there."""
     rows = list(read_metrics(directory.metrics)) if directory.metrics.is_file() else []
@@ -190,9 +171,10 @@ def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> 
 
 def _earlier_value(path: Path, flag: str) -> str | None:
     """A value of the run section that the launch before had in this run directory."""
+    config = RunDirectory(path).config
     try:
-        return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"][flag]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return yaml.safe_load(config.read_text(encoding="utf-8"))["run"][flag] if config.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, KeyError, TypeError):
         return None
 
 
@@ -259,7 +241,7 @@ def _merge(
         raise UserError(f"{saved.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
     original = _config_of(recipe, saved)
     typed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
-    config = _with_absolute_paths(recipe, typed)
+    config = configuration.with_absolute_paths(typed, recipe.paths)
     own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 

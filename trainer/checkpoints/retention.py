@@ -48,7 +48,8 @@ def newest_good(folder: Path, prefix: str, read: Callable[[Path], Checkpoint], l
             log(f"WARNING: skipping a damaged checkpoint: {reason}")
     if folders:
         raise UserError(
-            f"none of the {len(folders)} checkpoints in {folder} is intact; move them away, or use --run_name",
+            f"none of the {len(folders)} checkpoints in {folder} can be used, as said above; mend what keeps one from being "
+            "read, go on from a copy with --resume_from, or start anew under another --run_name",
             CHECKPOINT,
         )
     return None

@@ -30,6 +30,9 @@ from trainer.fields import problem_of
 
 _FOLDERS = ("output_dir", "run_name", "checkpoint_dir")
 
+PLACES = ("output_dir", "checkpoint_dir")
+"""flags of paths that need not exist yet"""
+
 
 @dataclass(frozen=True)
 class Parsed:
@@ -173,6 +176,22 @@ def _check_folder(name: str, value: str) -> None:
         raise UserError(f"{name} is a URL; give a folder of this machine")
     if name == "run_name" and (value in (".", "..") or "/" in value):
         raise UserError(f"run_name {value!r} is the last part of a path alone, without /; give a whole path as --output_dir")
+
+
+def with_absolute_paths(config: Any, data_paths: Sequence[str]) -> Any:
+    """`config` for any working directory: paths made absolute, where they are not names of something else."""
+
+    def absolute(section: Any, names: Sequence[str]) -> Any:
+        paths = {name: getattr(section, name) for name in names if getattr(section, name, None)}
+        there = {name: os.path.abspath(p) for name, p in paths.items() if name in PLACES or os.path.exists(p)}
+        return dataclasses.replace(section, **there)
+
+    return dataclasses.replace(
+        config,
+        data=absolute(config.data, data_paths),
+        optimisation=absolute(config.optimisation, ("init_from",)),
+        run=absolute(config.run, (*PLACES, "resume_from")),
+    )
 
 
 def to_yaml(config: Any) -> str:

@@ -1,0 +1,187 @@
+"""One training run in one launch, around the loop: its files before, the report after, the status if it fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.checkpoints import retention
+from trainer.checkpoints.resume import LaunchPlan, nothing_to_do
+from trainer.command_line import config as configuration
+from trainer.distributed.launch import Launch
+from trainer.distributed.peers import explained
+from trainer.distributed.signals import leave, process_start_monotonic
+from trainer.distributed.stopping import EXIT_SECONDS, StopReason, StopRequests, slurm_seconds_left
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of
+from trainer.loop import Training
+from trainer.recipe import Recipe
+from trainer.reporting.alerts import Alerts
+from trainer.reporting.console import Console
+from trainer.reporting.final_report import draw_report, log_final_metrics, report_end
+from trainer.reporting.run_directory import write_text_atomic
+from trainer.reporting.trackers import WANDB_EXIT_SECONDS, Trackers, WandbSettings
+from trainer.setup import Session, describe, set_up
+
+
+class LaunchedRun:
+    """What surrounds the loop: the files of the run directory before it, the report after it, the status if it fails."""
+
+    def __init__(
+        self, recipe: Recipe, plan: LaunchPlan, argv: Sequence[str], launch: Launch, console: Console, alerts: Alerts
+    ) -> None:
+        self.recipe, self.plan, self.argv, self.launch, self.console = recipe, plan, argv, launch, console
+        self.alerts = alerts
+        self.started = False  # whether the run directory has been written to
+        self.training: Training | None = None
+
+    def run(self) -> StopReason:
+        """Set up, train, report."""
+        left = slurm_seconds_left(os.environ) if self.launch.is_main else None
+        # From here on a signal is a request. Before the first step, and after the last, it is obeyed at once.
+        with StopRequests(
+            self.plan.config.run.max_training_hours,
+            process_start_monotonic(),
+            self.plan.directory if self.launch.is_main else None,
+            lambda: self.training.logger.status() if self.training else "starting",
+            self.console.log,
+            None if left is None else time.monotonic() + left,
+            EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
+        ) as stops:
+            # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
+            try:
+                with explained(self.launch, self.plan.config.optimisation):
+                    return self._train(stops)
+            except BaseException as error:
+                self._record_failure(text_of(error))
+                raise
+            finally:
+                self.alerts.close()
+
+    def _train(self, stops: StopRequests) -> StopReason:
+        plan, launch, log = self.plan, self.launch, self.console.log
+        words = stops.before_the_first_step
+        leaving = stops.acted_on_at_once(lambda reason: self._leave_before_the_first_step(words(reason), reason))
+        with leaving, explained(launch, plan.config.optimisation):  # which waits: another rank may be gone for the same reason
+            session = set_up(self.recipe, plan, launch, log)
+            message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
+        if message:
+            log(message)
+            return StopReason.ALREADY_FINISHED
+        trackers = self._open_run_directory(session)
+        self.started, code = True, 1
+        try:
+            self.training = Training(session, plan, stops, trackers, self.console, self.alerts)
+            step = self.training.state.step
+            description = describe(session, step)
+            for line in [f"Run directory: {plan.directory.path}", *description]:
+                log(line)
+            at = f"at step {step:,} of {session.total_steps:,} on {socket.gethostname()}"
+            self.alerts.send("started", f"Started {at}. {description[0]}", step=step)
+            stops.unsaved = True
+            reason = self.training.run()
+            stops.unsaved = False
+            launch.control.barrier()  # the last thing the processes do together: none waits for the report of rank 0
+            checkpoint = self.training.saver.saved_as()
+            if launch.is_main:
+                stays_rolled_back = plan.same_run and plan.config.run.resume_from is not None
+                report_end(self.training.logger, plan.directory, reason, checkpoint, stays_rolled_back)
+                if reason.finished:
+                    log_final_metrics(self.training.logger, self.training.last_evaluation)
+            code = FINISHED
+        finally:
+            if trackers is not None:
+                trackers.close(code)
+        if launch.is_main and reason.finished and checkpoint is not None:
+            with stops.acted_on_at_once(self._cut_report_short):
+                draw_report(self.training.logger, plan.directory, checkpoint)
+        return reason
+
+    def _leave_before_the_first_step(self, text: str, reason: StopReason) -> None:
+        if self.launch.is_main:
+            saved = self.plan.checkpoint if self.plan.same_run else None
+            step = saved.train_state.step if saved else 0
+            self.plan.directory.write_status("stopped", reason, step, saved.path if saved else None)
+            self.alerts.send("stopped", text, step=step, reason=reason)
+        self._leave(text, FINISHED if reason == reason.TIME_LIMIT else INTERRUPTED)
+
+    def _cut_report_short(self, reason: StopReason) -> None:
+        plot = path_of("tools/plot_run.py")
+        self._leave(f"{reason}: the report is cut short; all is saved, and {plot} and `evaluate` make it", FINISHED)
+
+    def _leave(self, text: str, code: int) -> None:
+        """End this process from a thread, whatever the main thread does: what `main` and `train` do at their ends."""
+        self.console.log(text)
+        self.alerts.close()
+        if self.launch.is_main:
+            self.plan.directory.release()
+        self.console.close()
+        leave(code)
+
+    def _open_run_directory(self, session: Session) -> Trackers | None:
+        """The files of the run directory, and the trackers, on rank 0; UserError on every rank where that fails."""
+        trackers, failure = None, None
+        if self.launch.is_main:
+            try:
+                self._write_first_files(session)
+                trackers = self._open_trackers(session)
+            except UserError as error:
+                failure = error
+            except OSError as error:
+                failure = UserError(f"{self.plan.directory.path}: {error}; choose another --output_dir", CHECKPOINT)
+        self.launch.control.raise_if_any(failure)
+        return trackers
+
+    def _write_first_files(self, session: Session) -> None:
+        directory, resumed = self.plan.directory, self.plan.checkpoint
+        self.console.open_log(directory.log)
+        directory.write_command([self.recipe.name, *self.argv])
+        facts = {"processes": self.launch.processes, "device": str(self.launch.device), "backend": session.backend.name}
+        directory.write_environment(facts)
+        write_text_atomic(directory.config, configuration.to_yaml(session.config))
+        step = 0
+        if resumed is not None:
+            step = resumed.train_state.step
+            self.console.log(f"Loading checkpoint: {resumed.path}")
+            self.console.log(f"Resumed from step {step}")
+            if self.plan.same_run:
+                prefix = self.recipe.checkpoint_prefix
+                retention.resume_at(directory.checkpoints, prefix, resumed.train_state, self.console.log)
+        directory.write_status("running", None, step, resumed.path if resumed else None)
+
+    def _open_trackers(self, session: Session) -> Trackers:
+        run, directory, resumed = session.config.run, self.plan.directory, self.plan.checkpoint
+        wandb = None
+        if run.use_wandb:
+            name = run.wandb_run_name or f"{self.recipe.name}-{directory.path.name}"
+            wandb = WandbSettings(run.wandb_project, name, directory.path / "wandb_run_id.txt", directory.path)
+        return Trackers(
+            directory.metrics,
+            tensorboard_dir=directory.tensorboard if run.use_tensorboard else None,
+            wandb=wandb,
+            config=configuration.values(session.config),
+            resumed_step=resumed.train_state.step if resumed is not None else None,
+            log=self.console.log,
+        )
+
+    def _record_failure(self, reason: str) -> None:
+        """In status.json, if there is one, and to the webhook."""
+        step = self.training.state.step if self.training is not None else None
+        if self.started and self.launch.is_main:
+            self.plan.directory.write_status("failed", reason, step, self._newest_checkpoint())
+        beginning = "Did not start" if step is None else f"Failed at step {step}"
+        self.alerts.send("failed", f"{beginning}: {reason}", step=step)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """What the same command goes on from: this launch's last save, else what it has resumed from."""
+        saved_step = self.training.saver.saved_step if self.training is not None else None
+        if saved_step is not None:
+            return self.plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{saved_step}"
+        return self.plan.checkpoint.path if self.plan.checkpoint else None
+
+
+def text_of(error: BaseException) -> str:
+    """What a status and an alert say of it."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
