@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # pytest knows it already; scenarios.py is also a script
 
-from fault_injector import ROOT, Started, command, environment, free_port
+from fault_injector import ROOT, Started, command, environment, free_port, processes_of
 
 RECIPE = ROOT / "recipes" / "gpt2_wikitext.py"
 FAULTY = ROOT / "tests" / "faulty_recipe.py"
@@ -26,6 +26,7 @@ __all__ = [
     "environment",
     "free_port",
     "obey_permissions",
+    "processes_of",
     "run",
     "run_in_turn",
 ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launching import environment, run
+from launching import environment, processes_of, run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def launch(
     env = environment(SAMECURVE_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
     run(kind, Path(__file__), str(folder), log=folder / "log.txt", env=env)
     ranks = sorted(folder.glob("rank*.json"))
-    assert len(ranks) == (1 if kind == "one" else 2), f"{kind} started {len(ranks)} processes"
+    assert len(ranks) == processes_of(kind), f"{kind} started {len(ranks)} processes"
     outcomes_by_rank = [json.loads(path.read_text()) for path in ranks]
     return {name: Finished(runs_folder / name, [outcomes[name] for outcomes in outcomes_by_rank]) for name in runs}
 

@@ -8,13 +8,16 @@ import torch
 from scenarios import TOY, Finished, launch
 from test_same_maths import sample
 
-CHAIN = (("one", 4), ("zero3", 8), ("ddp", 12), ("zero1", 16), ("one", 20))
-STEPS = 20
-COMMON = ["--max_steps", "24", "--learning_rate", "1e-2", "--warmup_steps", "4", "--save_every", "4", "--keep_last", "0"]
-COMMON += ["--batch_size", "4", "--gradient_accumulation_steps", "2"]
-# Skipped steps in the middle of a part, as the first after a hand-over, and as the last before one; on one rank alone.
-BAD_STEPS = (2, 8, 9, 14)
-NAN = ["--nan_samples", *(sample(step, 3 if step % 2 else 4) for step in BAD_STEPS)]
+KINDS = ("one", "fsdp", "zero3", "ddp:3", "hsdp", "zero1", "fsdp_offload", "fsdp:3", "one")
+CHAIN = tuple((kind, 3 * number) for number, kind in enumerate(KINDS, start=1))
+STEPS = CHAIN[-1][1]
+# A micro-batch that 2, 3 and 4 processes share evenly.
+BATCH, ACCUMULATION = 12, 2
+COMMON = ["--max_steps", "32", "--learning_rate", "1e-2", "--warmup_steps", "4", "--save_every", "3", "--keep_last", "0"]
+COMMON += ["--batch_size", str(BATCH), "--gradient_accumulation_steps", str(ACCUMULATION)]
+# Skipped steps in the middle of a part, as the last before a hand-over, and as the first after one; on one rank alone.
+BAD_STEPS = (2, 6, 7, 14, 25)
+NAN = ["--nan_samples", *(sample(step, 3 if step % 2 else 4, BATCH * ACCUMULATION) for step in BAD_STEPS)]
 RUNS = {
     "adamw": (TOY, COMMON),
     "adamw after skipped steps": (TOY, [*COMMON, *NAN]),
@@ -42,7 +45,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     """The runs handed along CHAIN."""
     runs = tmp_path_factory.mktemp("chained")
     for number, (kind, step) in enumerate(CHAIN):
-        folder = tmp_path_factory.mktemp(f"part_{number}_{kind}")
+        folder = tmp_path_factory.mktemp(f"part_{number}")
         finished = launch(kind, until(step), folder, runs)
         for name, run in finished.items():
             assert {outcome["reason"] for outcome in run.outcomes} == {"stop_at_step"}, (name, kind, run.outcomes)
@@ -53,7 +56,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_handed_on_four_times_follows_the_whole_one(
+def test_a_run_handed_from_launch_to_launch_follows_the_whole_one(
     name: str, whole: dict[str, Finished], chained: dict[str, Finished]
 ) -> None:
     reference, run = whole[name], chained[name]

@@ -9,14 +9,18 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from launching import ROOT
+from scenarios import recipe_of
+from tiny_runs import TINY
 from torch import Tensor, nn
 from toy_recipe import ToyRecipe
 
 from trainer.backends import backend_of
 from trainer.backends.backend import layers
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
+from trainer.backends.fsdp import FsdpBackend, blocks, check_environment
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
+from trainer.checkpoints.network import build_network
 from trainer.command_line import config
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import connect
@@ -483,9 +487,69 @@ def test_norms_by_layer_are_refused_under_zero(monkeypatch: pytest.MonkeyPatch) 
         set_up(ToyRecipe(), plan, SimpleNamespace(processes=2), print)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-def test_a_launch_that_no_backend_is_for_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}.*not supported"):
-        backend_of({f"ACCELERATE_USE_{name}": "true"})
-    assert backend_of({f"ACCELERATE_USE_{name}": "false"}) is PlainBackend
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM"),
+        ({"ACCELERATE_USE_OF_TOMORROW": "1"}, "OF_TOMORROW"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "PARALLELISM_CONFIG without FSDP"),
+        ({"PJRT_DEVICE": "TPU"}, "TPU"),
+        *(
+            (
+                {
+                    "ACCELERATE_USE_FSDP": "true",
+                    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                    f"PARALLELISM_CONFIG_{k}_SIZE": "2",
+                },
+                k,
+            )
+            for k in ("TP", "CP", "SP")
+        ),
+    ],
+)
+def test_a_launch_that_no_backend_is_for_is_refused(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(UserError, match=rf"asks for {named}.*not supported.*accelerate_configs"):
+        backend_of(environ)
+    assert backend_of(dict.fromkeys(environ, "false")) is PlainBackend
+
+
+@pytest.mark.parametrize(
+    ("setting", "way"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP version 1; use .*fsdp.yaml"),
+        ({}, "FSDP version 1; use"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
+        ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "head"}, "leave it out"),
+        ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+    ],
+)
+def test_settings_of_fsdp_that_would_be_another_launch_are_refused(setting: dict[str, str], way: str) -> None:
+    with pytest.raises(UserError, match=way):
+        check_environment(setting)
+    check_environment({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "true"})
+
+
+@pytest.mark.parametrize("recipe", ["toy", *TINY])
+def test_every_network_of_ours_names_its_blocks(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
+    built = ToyRecipe() if recipe == "toy" else recipe_of(TINY[recipe][0])
+    settings = config.parse(built.config_class, {}, [] if recipe == "toy" else TINY[recipe][1](tmp_path), "x").config
+    network = build_network(built, settings, built.build_data(settings))
+    found = blocks(network)
+    inside = sum(p.numel() for block in found for p in block.parameters())
+    assert len(found) >= 1
+    assert inside < sum(p.numel() for p in network.parameters())
+
+
+def test_a_network_without_named_blocks_is_refused_for_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(UserError, match="_no_split_modules"):
+        blocks(network)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Linear")
+    assert blocks(network) == [network[0]]
+
+
+def test_the_backend_of_each_launch() -> None:
+    assert backend_of({"ACCELERATE_USE_FSDP": "true"}) is FsdpBackend
+    assert backend_of({"ACCELERATE_USE_CPU": "true"}) is PlainBackend
     assert backend_of({"ACCELERATE_USE_DEEPSPEED": "true"}) is ZeroBackend

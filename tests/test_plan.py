@@ -30,8 +30,11 @@ def test_the_plan_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_memory_of_a_billion_parameters_with_adam() -> None:
     """16 bytes a parameter in one piece; ZeRO-3 splits all of it, and an fp32 master copy more."""
-    gigabytes = {name: plan.bytes_of_state(10**9, 2, name, 8) / 1e9 for name in plan.LAUNCHES}
-    assert gigabytes == pytest.approx({"one process or DDP": 16.0, "ZeRO-1": 9.5, "ZeRO-2": 6.0, "ZeRO-3": 2.5})
+    gigabytes = {name: plan.bytes_of_state(10**9, 2, name, 8, False) / 1e9 for name in plan.LAUNCHES}
+    assert gigabytes == pytest.approx(
+        {"one process or DDP": 16, "ZeRO-1": 9.5, "ZeRO-2": 6, "ZeRO-3": 2.5, "FSDP2": 2, "HSDP, 2 replicas": 4}
+    )
+    assert plan.bytes_of_state(10**9, 2, "FSDP2", 8, True) / 1e9 == pytest.approx(5.5)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from trainer.command_line import config
 from trainer.data import stream
 from trainer.recipe import Recipe
 
-BACKENDS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+BACKENDS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp", "hsdp")
 RECIPES = ("toy", *TINY)
 STEPS = 20
 EFFECTIVE_BATCH = 8
@@ -54,9 +54,9 @@ DESCENT += ["--learning_rate", "0.5", "--min_lr", "0.5", "--warmup_steps", "0", 
 CLIP = 0.01
 
 
-def sample(step: int, place: int) -> str:
-    """The number of the sample that optimizer step `step` (from 1) of the toy meets at `place` of its EFFECTIVE_BATCH."""
-    position = (step - 1) * EFFECTIVE_BATCH + place
+def sample(step: int, place: int, effective_batch: int = EFFECTIVE_BATCH) -> str:
+    """The number of the sample that optimizer step `step` (from 1) of the toy meets at `place` of its effective batch."""
+    position = (step - 1) * effective_batch + place
     return str(stream.sample_numbers(range(position, position + 1), SEED, TOY_ROWS)[0])
 
 
@@ -128,7 +128,13 @@ class Launches(dict[str, dict[str, Finished]]):
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
     """Every run under every backend."""
-    return Launches(lambda kind: launch(kind, runs(folder), tmp_path_factory.mktemp(kind)))
+
+    def launched(kind: str) -> dict[str, Finished]:
+        # No process without a sample: HSDP has four of them.
+        fitting = {name: run for name, run in runs(folder).items() if not (kind == "hsdp" and name.endswith("2x4"))}
+        return launch(kind, fitting, tmp_path_factory.mktemp(kind))
+
+    return Launches(launched)
 
 
 def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means: int = 0) -> dict[str, list[float]]:
@@ -193,7 +199,7 @@ def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
     kind: str, finished: dict[str, dict[str, Finished]], references: dict[str, dict[str, list[float]]]
 ) -> None:
     names = [name for name in finished[kind] if name.endswith(tuple(CUTS))]
-    assert len(names) == len(CUTS) + 2 * len(TINY)
+    assert len(names) == (len(CUTS) - 1 + len(TINY) if kind == "hsdp" else len(CUTS) + 2 * len(TINY))
     differences = {name: max_difference(finished[kind][name], references[name.split()[0]]) for name in names}
     print(kind, differences)
     assert max(differences.values()) < 1e-5, differences

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ class ToyRows:
 
 class ToyNetwork(nn.Module):
     """tokens [batch, time] -> logits [batch, time, vocabulary], value [batch]."""
+
+    _no_split_modules: ClassVar = ["Sequential"]
+    """what FSDP gathers at a time, by class, as transformers' models say it"""
 
     def __init__(self, width: int, dropout: float, recompute: bool) -> None:
         super().__init__()

@@ -34,13 +34,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def processes_of(kind: str) -> int:
+    """How many processes a launch of this kind has: `fsdp` two, `fsdp:3` three, `hsdp` two groups of two."""
+    name, _, number = kind.partition(":")
+    return int(number or {"one": 1, "hsdp": 4}.get(name, 2))
+
+
 def command(kind: str, script: Path, *arguments: str) -> list[str]:
-    """`python` for "one", else `accelerate launch` with accelerate_configs/{kind}.yaml on two processes."""
+    """`python` for "one", else `accelerate launch` with accelerate_configs/{kind}.yaml on `processes_of(kind)`."""
     if kind == "one":
         return [sys.executable, str(script), *arguments]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    options = ["--config_file", f"accelerate_configs/{kind}.yaml", "--num_processes", "2"]
-    return [*launcher, *options, "--main_process_port", str(free_port()), str(script), *arguments]
+    name = kind.partition(":")[0]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml"]
+    options = ["--num_processes", str(processes_of(kind)), "--main_process_port", str(free_port())]
+    if name == "hsdp":
+        options += ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]
+    return [*launcher, *options, str(script), *arguments]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 FP32_BYTES = 4
-LAUNCHES = ("one process or DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+LAUNCHES = ("one process or DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "HSDP, 2 replicas")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,7 +82,7 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     run = config.run
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
     kept = min(saves, run.keep_last + 1) if run.keep_last else saves
-    effective = settings.effective_batch_size
+    effective, accumulates = settings.effective_batch_size, settings.gradient_accumulation_steps > 1
     epochs = steps * effective // samples // run.save_epochs if samples and run.save_epochs else 0
     return [
         *data.notes,
@@ -90,7 +90,10 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
         *stream.describe(settings.batch_size, settings.gradient_accumulation_steps, processes, steps, samples),
         f"Optimizer: {settings.optimizer}, {recipe.report.schedule(config)}",
         "Memory of each process for weights, gradients and optimizer state in fp32 (activations come on top):",
-        *(f"  {name:20s}{size_text(bytes_of_state(parameters, moments, name, processes)):>12s}" for name in LAUNCHES),
+        *(
+            f"  {name:20s}{size_text(bytes_of_state(parameters, moments, name, processes, accumulates)):>12s}"
+            for name in LAUNCHES
+        ),
         f"Checkpoint: {size_text(saved)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
         f"disk at once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * saved)} in all",
     ]
@@ -99,28 +102,32 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
 def state_share(optimizer: Optimizer) -> float:
     """State values per trained parameter: 2 for Adam. By a trial step for each group, as an optimizer creates its state in its
     first step."""
-    from trainer.backends.tensors import trial_state
+    from trainer.backends.tensors import TRIAL_SIZES, trial_state
 
     kept = trained = 0.0
     for number, group in enumerate(optimizer.param_groups):
         first, size = group["params"][0], sum(p.numel() for p in group["params"])
         tensors = [v for v in trial_state(optimizer, number, first.ndim, first).values() if getattr(v, "ndim", 0)]
-        kept += size * sum(tensor.numel() for tensor in tensors) / 2 ** max(1, first.ndim)
+        kept += size * sum(tensor.numel() for tensor in tensors) / math.prod(TRIAL_SIZES[: max(1, first.ndim)])
         trained += size
     return kept / trained
 
 
-def bytes_of_state(parameters: int, moments: float, launch: str, processes: int) -> float:
+def bytes_of_state(parameters: int, moments: float, launch: str, processes: int, accumulates: bool) -> float:
     """Bytes each process holds for `parameters` in fp32 (Rajbhandari et al. 2020, section 3, with fp32 instead of fp16).
 
-    ZeRO-1 and 2 keep the weights whole, with an fp32 master copy of each process's share beside its `moments` moments.
+    ZeRO-1 and 2 keep the weights whole, with an fp32 master copy of each process's share beside its `moments` moments. FSDP
+    keeps gradients whole until the last micro-batch of a step, if there are several (`accumulates`).
     """
-    share = parameters / processes
+    share = parameters / max(1, processes // 2 if "HSDP" in launch else processes)
+    fsdp = (share, parameters if accumulates else share)
     weights, gradients = {
         "one process or DDP": (parameters, parameters),
         "ZeRO-1": (parameters + share, parameters),
         "ZeRO-2": (parameters + share, share),
         "ZeRO-3": (2 * share, share),
+        "FSDP2": fsdp,
+        "HSDP, 2 replicas": fsdp,
     }[launch]
     state = moments * (parameters if launch == LAUNCHES[0] else share)
     return FP32_BYTES * (weights + gradients + state)

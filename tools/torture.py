@@ -43,7 +43,7 @@ from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.retention import ROLLED_BACK
 from trainer.errors import UserError
 
-LAUNCHES = {"cpu": "one", "ddp2": "ddp", "zero3": "zero3"}
+LAUNCHES = {"cpu": "one", "ddp2": "ddp", "zero3": "zero3", "fsdp2": "fsdp"}
 EVAL_EVERY, KEEP_LAST = 6, 2
 EVERY_RUN = f"--log_every 1 --save_every 4 --eval_every {EVAL_EVERY} --keep_last {KEEP_LAST} --device cpu --no_use_tensorboard"
 TINY = {

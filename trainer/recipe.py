@@ -219,7 +219,8 @@ class Recipe(Generic[ConfigT]):
     def optimizer(self, network: Any, config: ConfigT) -> Optimizer:
         """Default: the one `--optimizer` names. Any torch optimizer will do: what state it keeps is read from it.
 
-        Under ZeRO, which flattens parameters and cuts them, its state must start at zero and not depend on their shapes.
+        Under ZeRO, which flattens parameters and cuts them, its state must start at zero and not depend on their shapes; under
+        FSDP it computes on DTensors.
         """
         from trainer.optimisation.optimizers import build
 

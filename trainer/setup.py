@@ -134,7 +134,9 @@ def make_backend(config: Any, launch: Launch) -> Backend:
     stream.share(optimisation.batch_size, launch.processes)
     kind = backend_of(os.environ)
     if run.log_grad_norms and not kind.supports_layer_norms:
-        raise UserError("--log_grad_norms reads whole gradients, which ZeRO does not keep; leave it out, or use DDP")
+        raise UserError(
+            "--log_grad_norms needs the gradients of each layer, and ZeRO flattens them; leave it out, or use FSDP or DDP"
+        )
     precision = resolve_precision(run.mixed_precision, launch)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -7,7 +7,7 @@ Layers are torch's own `nn.TransformerEncoderLayer`, run one by one. What `nn.Tr
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class CollatzTransformer(nn.Module):
     """
 
     positions: Tensor
+
+    _no_split_modules: ClassVar = ["TransformerEncoderLayer"]
+    """what FSDP gathers at a time, by class, as transformers' models say it"""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ is no positional embedding, so there may be more examples than in training.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,9 @@ class AutoregressivePFN(nn.Module):
     The prediction is a density: uniform in each of the inner of `d_vocab` equal bins on [y_min, y_max], and half-normal in the
     two at the edge, which take all beyond them; half of an edge's mass lies inside its bin (Müller et al. 2022, section 4).
     """
+
+    _no_split_modules: ClassVar = ["Block"]
+    """what FSDP gathers at a time, by class, as transformers' models say it"""
 
     edges: Tensor
     centres: Tensor

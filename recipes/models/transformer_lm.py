@@ -6,7 +6,7 @@ Weight names are those of Stanford's CS336 course. Each part is a plain function
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,9 @@ class TransformerLM(nn.Module):
     `norm_position` "post" has no final norm (the last block ends in one); `rope` False leaves positions out; with
     `tie_embeddings` the output layer is the embedding, started as an output layer is. ValueError where sizes do not fit.
     """
+
+    _no_split_modules: ClassVar = ["Block"]
+    """what FSDP gathers at a time, by class, as transformers' models say it"""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,9 @@ class PatchEmbed(nn.Module):
 
 class VisionTransformer(nn.Module):
     """Images to class logits. `pool` "cls" reads a class token, "mean" has none and reads the mean of the patches."""
+
+    _no_split_modules: ClassVar = ["Block"]
+    """what FSDP gathers at a time, by class, as transformers' models say it"""
 
     arguments: dict[str, Any]
     """of the constructor, as JSON can hold them; set by `build_vit`"""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trainer.backends.backend import Backend
+from trainer.backends.fsdp import FSDP, FsdpBackend
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
 from trainer.errors import UserError, path_of
 
-UNSUPPORTED = ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+SWITCHES = ("CPU", "DEEPSPEED", "FSDP", "PARALLELISM_CONFIG", "SAGEMAKER")
+"""what ACCELERATE_USE_... may say"""
 
 
 def backend_of(environ: Mapping[str, str]) -> type[Backend]:
@@ -17,9 +19,16 @@ def backend_of(environ: Mapping[str, str]) -> type[Backend]:
 
     UserError for a launch that no backend is for, rather than another one without a word.
     """
-    for name in UNSUPPORTED:
-        if environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            raise UserError(
-                f"the launcher asks for {name}, which is not supported; use {path_of('accelerate_configs/zero3.yaml')}"
-            )
-    return next(backend for backend in (ZeroBackend, PlainBackend) if backend.requested(environ))
+    prefix, sizes = "ACCELERATE_USE_", "PARALLELISM_CONFIG_{}_SIZE"
+    on = [
+        key.removeprefix(prefix) for key, value in environ.items() if key.startswith(prefix) and value.lower() in ("true", "1")
+    ]
+    unknown = [name for name in on if name not in SWITCHES]
+    if "PARALLELISM_CONFIG" in on:
+        unknown += [kind for kind in ("TP", "CP", "SP") if (environ.get(sizes.format(kind)) or "1") != "1"]
+        unknown += [] if "FSDP" in on else ["PARALLELISM_CONFIG without FSDP"]
+    if environ.get("PJRT_DEVICE", "").upper() == "TPU":
+        unknown.append("TPU")
+    if unknown:
+        raise UserError(f"the launcher asks for {unknown[0]}, which is not supported; use {path_of(FSDP)}")
+    return next(backend for backend in (ZeroBackend, FsdpBackend, PlainBackend) if backend.requested(environ))

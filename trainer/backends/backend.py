@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,9 +17,6 @@ from torch.optim import Optimizer
 from trainer.backends.tensors import StateLayout, TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
 
@@ -41,7 +38,6 @@ class Backend(ABC):
     """
 
     supports_layer_norms: ClassVar[bool] = False
-    accelerator: Accelerator
     network: nn.Module
     model: Any
     optimizer: Optimizer

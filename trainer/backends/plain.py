@@ -6,23 +6,17 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import nn
 from torch.optim import Optimizer
 
-from trainer.backends import tensors
-from trainer.backends.backend import Backend, Layers, StepResult, set_learning_rate
-from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
 from trainer.optimisation.finite import LossScale
 
 
-class PlainBackend(Backend):
+class PlainBackend(TorchBackend):
     """The network itself, or torch's DistributedDataParallel around it."""
-
-    supports_layer_norms = True
 
     def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -45,86 +39,10 @@ class PlainBackend(Backend):
 
     def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
         """Accelerate's `prepare`, on the model alone: the wrapped optimizer would cost a tenth of a millisecond a step."""
-        self.network = network
         self.model = self.accelerator.prepare(objective)
-        self.optimizer = make_optimizer()  # now that the weights are where they stay
-        self.state_layout = tensors.state_layout(self.optimizer, network)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.skips_on_device = all(group.get("fused") for group in self.optimizer.param_groups)
+        self.take(network, make_optimizer())
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced with the last micro-batch only."""
         no_sync = getattr(self.model, "no_sync", None)
         return contextlib.nullcontext() if last or no_sync is None else no_sync()
-
-    def backward(self, loss: Tensor) -> None:
-        """DDP averages over processes, hence the factor."""
-        loss = loss * self.launch.processes
-        (loss if self.scale is None else loss * self.scale.scale).backward()
-
-    def layer_norms(self, layers: Layers) -> dict[str, Tensor]:
-        """By layer."""
-        norms = {name: get_total_norm([p.grad for p in own if p.grad is not None]) for name, own in layers.items()}
-        return norms if self.scale is None else {name: norm / self.scale.scale for name, norm in norms.items()}
-
-    def step(self, learning_rate: float) -> StepResult:
-        """The optimizer skips a bad step by itself where it is fused; for any other the host reads the norm."""
-        set_learning_rate(self.optimizer, learning_rate)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.scale is not None:
-            torch._foreach_mul_(gradients, 1.0 / self.scale.scale)
-        norm = get_total_norm(gradients)
-        not_finite = (~torch.isfinite(norm)).float()
-        if self.settings.grad_clip:
-            clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
-        if self.skips_on_device:
-            self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not float(not_finite):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scale is None:
-            return StepResult(norm, not_finite)
-        bad = not_finite * (self.scale.scale <= 1.0)
-        self.scale.update(not_finite)
-        return StepResult(norm, bad)
-
-    def model_tensors(self) -> list[TensorEntry]:
-        """Parameters and buffers."""
-        parameters = [tensors.whole_entry(name, p, torch.float32) for name, p in self.network.named_parameters()]
-        return parameters + tensors.buffer_entries(self.network)
-
-    def optimizer_tensors(self) -> list[TensorEntry]:
-        """Whatever tensors the optimizer keeps for each parameter (none before its first step), and its counts."""
-        state = self.optimizer.state
-        counts = tensors.count_keys(state)
-        named = self.network.named_parameters()
-        entries = [entry for name, p in named for entry in tensors.state_entries(name, state.get(p, {}), counts)]
-        return entries + tensors.count_entries(state.values(), counts)
-
-    def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
-        """Give each parameter the state it had."""
-        if not with_optimizer:
-            return
-        keys_of, _ = tensors.split_names(saved.names("optimizer"))
-        names = {p: name for name, p in self.network.named_parameters()}
-        for group in self.optimizer.param_groups:
-            # torch's rule (Optimizer.load_state_dict): only these forms keep their count on the device.
-            on_device = group.get("fused") or group.get("capturable")
-            for p in group["params"]:
-                if names[p] not in keys_of:
-                    continue  # it was never used
-                device = p.device if on_device else torch.device("cpu")
-                state = {key: saved.tensor("optimizer", f"{key}.{names[p]}").to(p.device) for key in keys_of[names[p]]}
-                for key in self.state_layout.counts[names[p]]:
-                    state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
-                self.optimizer.state[p] = state
-
-    def loss_scale_state(self) -> dict[str, Any]:
-        """Scale and growth count."""
-        return {} if self.scale is None else {"scale": float(self.scale.scale), "growth": int(self.scale.growth)}
-
-    def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
-        """From any backend's."""
-        if self.scale is not None and state:
-            self.scale = LossScale(self.launch.device, state["scale"], int(state["growth"]))

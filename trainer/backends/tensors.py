@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from trainer.errors import UserError
@@ -76,8 +77,18 @@ class TensorSource(Protocol):
 
 
 def whole_entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorEntry:
-    """An entry for a tensor that is whole on this process; in the file it has `dtype`, or its own."""
+    """An entry for a tensor that is whole on this process, or a DTensor; in the file it has `dtype`, or its own."""
+    if isinstance(tensor, DTensor):
+        return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, tensor.full_tensor, collective=True)
     return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, lambda: tensor)
+
+
+def laid_out_like(p: Tensor, value: Tensor) -> Tensor:
+    """`value`, whole on every process, where and as the parameter of that shape lies: of a DTensor each cuts its own part."""
+    if not isinstance(p, DTensor):
+        return value.to(p.device)
+    # Without a source rank nothing is sent.
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
 
 
 def whole_entries(tensors: Mapping[str, Tensor]) -> list[TensorEntry]:

@@ -29,7 +29,7 @@ class Optimisation:
     warmup_steps: Annotated[int, NotNegative, arg(aliases=("--warmup_iters",))] = 2000
     """optimizer steps of linear warm-up; an untyped value is cut to a tenth of the run"""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
-    """muon: 2-D hidden weights by Muon, the rest by AdamW (not under ZeRO)"""
+    """muon: 2-D hidden weights by Muon, the rest by AdamW (not under ZeRO and FSDP)"""
     weight_decay: Annotated[float, NotNegative] = 0.01
     beta1: Annotated[float, Fraction] = 0.9
     """first-moment decay of Adam; momentum of SGD"""

@@ -1,0 +1,137 @@
+"""FSDP2: weights, gradients and moments cut along their first dimension, each block gathered only while it computes.
+
+Accelerate's launcher and plugin say what is wanted; torch's `fully_shard` is called directly, as Accelerate itself would make
+DDP of it on CPUs. HSDP, where a `parallelism_config` asks for it, keeps a replica of the shards on each group of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from trainer.backends.torch_backend import TorchBackend
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.launch import DDP, Launch
+from trainer.errors import UserError, path_of
+
+FSDP = "accelerate_configs/fsdp.yaml"
+
+
+class FsdpBackend(TorchBackend):
+    """Parameters are DTensors, under the names of the bare network."""
+
+    def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
+        super().__init__(launch, precision, precision_flag, settings)
+        check_environment(os.environ)
+        if precision == "fp16":
+            raise UserError(f"mixed_precision fp16 is not for FSDP: use bf16 or no, or {path_of(DDP)}")
+        self.mesh = device_mesh(os.environ, launch)
+
+    @staticmethod
+    def requested(environ: Mapping[str, str]) -> bool:
+        """By the variable that Accelerate's launcher sets."""
+        return environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+    @staticmethod
+    def before_connect(on_cpu: bool) -> None:
+        """transformers would load pretrained weights on rank 0 alone, which the launcher asks for by default."""
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    @property
+    def name(self) -> str:
+        """As it is printed at start."""
+        replicas = f" ({self.mesh.shape[0]} replicas x {self.mesh.shape[1]} shards)" if self.mesh.ndim == 2 else ""
+        return ("HSDP" if replicas else "FSDP2") + replicas
+
+    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
+        """Cut the weights of each block, then what is left; the optimizer is made for the cut ones."""
+        from accelerate import FullyShardedDataParallelPlugin
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        for name in (name for name, p in network.named_parameters() if not p.ndim):
+            raise UserError(f"{name} has no dimension to cut it along; give it the shape (1,), or use {path_of(DDP)}")
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        policy = CPUOffloadPolicy(pin_memory=self.launch.device.type == "cuda") if offload else OffloadPolicy()
+        if self.precision == "bf16":
+            # Over fp32 weights, so that the numbers are DDP's. A cache would keep a copy in bf16 of every block's weights.
+            autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
+            objective.forward = autocast(objective.forward)
+        for block in blocks(network):
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
+        # Its weights are needed last and then first, so torch keeps them gathered in between.
+        self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
+        optimizer = make_optimizer()
+        if getattr(optimizer, "needs_whole_matrices", False):
+            raise UserError(
+                f"optimizer {type(optimizer).__name__} needs whole matrices, and FSDP cuts them; use adamw, or {path_of(DDP)}"
+            )
+        if isinstance(optimizer, torch.optim.SGD):  # whose fused form DTensors lack, in torch 2.13 too
+            for group in optimizer.param_groups:
+                group |= {"fused": False, "foreach": True}
+        self.take(network, optimizer)
+
+    def compile(self, objective: nn.Module) -> str | None:
+        """Block by block: what gathers the weights of a block stands between them."""
+        for block in blocks(objective.network):  # type: ignore[arg-type]
+            block.compile()
+        return None
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Gradients are reduced with the last micro-batch only; until then they are kept whole."""
+        self.model.set_requires_gradient_sync(last)
+        yield
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one at a time: those whose classes the network names in `_no_split_modules`, as
+    transformers' models do, or the launcher in `fsdp_transformer_layer_cls_to_wrap`. UserError if there are none."""
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    classes = [name.strip() for name in named.split(",") if name.strip()] or getattr(network, "_no_split_modules", None) or []
+    found = [module for module in network.modules() if type(module).__name__ in classes]
+    if not found:
+        raise UserError(
+            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {', '.join(classes) or 'so'}: "
+            "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
+        )
+    return found
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """UserError for settings of the launcher that would be another launch than this one, or do nothing here."""
+    ways = {
+        "FSDP_ACTIVATION_CHECKPOINTING": "use --gradient_checkpointing",
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "use --gradient_checkpointing",
+        "FSDP_FORWARD_PREFETCH": "leave it out: FSDP2 gathers the next block by itself",
+    }
+    for name, way in ways.items():
+        if environ.get(name, "false").lower() in ("true", "1"):
+            raise UserError(f"the launcher sets {name.lower()}: {way}")
+    if environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(f"the launcher asks for FSDP version {environ.get('FSDP_VERSION', '1')}; use {path_of(FSDP)}")
+    if environ.get("FSDP_IGNORED_MODULES"):
+        raise UserError("the launcher sets fsdp_ignored_modules, whose gradients nobody would reduce; leave it out")
+    if environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise UserError("the launcher sets fsdp_auto_wrap_policy SIZE_BASED_WRAP; use TRANSFORMER_BASED_WRAP: blocks are known")
+
+
+def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
+    """One dimension (shards) or two (replicas, shards), as Accelerate's `parallelism_config` says."""
+    kind, replicas, shards = launch.device.type, 1, launch.processes
+    if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() in ("true", "1"):
+        replicas, shards = (int(environ.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") or 1) for part in ("REPLICATE", "SHARD"))
+    if replicas * shards != launch.processes:
+        raise UserError(
+            f"dp_replicate_size {replicas} x dp_shard_size {shards} is not {launch.processes} processes; set both in the "
+            "parallelism_config of the --config_file, or by --parallelism_config_dp_replicate_size and ..._dp_shard_size"
+        )
+    if replicas == 1:
+        return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
