@@ -25,6 +25,7 @@ RUNS = {
     "sgd with momentum": (TOY, [*COMMON, "--optimizer", "sgd", "--log_every", "3"]),
     # Signs of momenta near 0 differ by rounding: a small rate keeps what follows from them small.
     "the recipe's own optimizer": ("lion_recipe:LionRecipe", [*COMMON, *NAN, "--learning_rate", "1e-4"]),
+    "some weights frozen": (TOY, [*COMMON, "--frozen"]),
     "adam, recomputed": (TOY, [*COMMON, "--optimizer", "adam", "--weight_decay", "0.1", "--gradient_checkpointing"]),
 }
 

@@ -31,6 +31,8 @@ VOCABULARY = 32
 class Model:
     width: int = 16
     dropout: float = 0.0
+    frozen: bool = False
+    """the first block does not learn"""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class ToyRecipe(Recipe[Config]):
         return Data(train, {"val": ToyRows(9, 10_000)}, fingerprint="toy")
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
-        return ToyNetwork(config.model.width, config.model.dropout, config.run.gradient_checkpointing)
+        network = ToyNetwork(config.model.width, config.model.dropout, config.run.gradient_checkpointing)
+        network.blocks[0].requires_grad_(not config.model.frozen)
+        return network
 
     def items(self, batch: Batch) -> dict[str, int]:
         return {"token": int((batch["labels"] != IGNORED).sum()), "value": int(batch["has_value"].sum())}
