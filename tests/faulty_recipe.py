@@ -110,6 +110,9 @@ class FaultyRecipe(ToyRecipe):
 
     def loss(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         self.losses += 1
+        if self.losses == STEP and self.here(self.config, "clock"):
+            true = time.monotonic
+            time.monotonic = lambda: true() + 3600.0  # an hour later than on the other host
         if self.losses == STEP and self.here(self.config, "memory"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         if self.losses == STEP and self.here(self.config, "bug"):

@@ -36,7 +36,7 @@ RUNS = {
     "evaluation data": ["--fault", "evaluation data", "--save_every", "0", "--eval_every", "2"],
     "skip": ["--bad_samples", "skip", "--damaged_rows", *DAMAGED],
     "order": ["--fault", "order"],
-    "clock": ["--fault", "clock", "--max_training_hours", "0.5"],
+    "clock": ["--fault", "clock", "--max_training_hours", "0.5", "--save_every", "0"],
     "unlabelled": ["--unlabelled", *UNLABELLED],
     # Last: the limit on the size of files stays.
     "disk": ["--fault", "disk", "--fault_rank", "0", "--width", "256"],

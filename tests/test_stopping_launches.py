@@ -293,9 +293,9 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(launch: Launcher) -> N
 
 def test_a_second_interrupt_leaves_at_once(launch: Launcher) -> None:
     """A step of minutes: the first Ctrl-C would be obeyed after it, the second one is not for waiting."""
-    run = launch("one", "--gradient_accumulation_steps", "100000", "--num_workers", "0")
+    run = launch("one", "--gradient_accumulation_steps", "20000", "--num_workers", "0")
     run.wait_until(lambda: "Optimizer: " in run.text, START_SECONDS, "no start")
-    time.sleep(1.0)
+    time.sleep(2.0)  # its micro-batches are read by then, before which a request would be obeyed
     os.killpg(run.process.pid, signal.SIGINT)
     time.sleep(1.0)
     assert run.process.poll() is None, "the first interrupt must wait for the step"

@@ -21,6 +21,10 @@ SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
 LEAVE_SECONDS = 2.0  # for what runs at the end of the process; it takes a hundredth of that
 
 
+failing = threading.Event()
+"""set where this process ends by itself, with an exit code of its own: the launcher, which then signals all, changes nothing"""
+
+
 def launched(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, `accelerate launch` or DeepSpeed's launcher started us."""
     # Set by launchers only; people export ACCELERATE_MIXED_PRECISION and the like for plain `python`.
@@ -152,7 +156,7 @@ def leaving_at_signals() -> Iterator[None]:
     """
 
     def leave(number: int) -> None:
-        if number in deadly:
+        if number in deadly and not failing.is_set():
             say(f"{signal.Signals(number).name}: leaving at once; nothing is lost\n")
             os._exit(INTERRUPTED)
 
