@@ -679,6 +679,7 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "state-a-list": ("trainer_state.json", lambda path: path.write_text("[]")),
     "deep-json": ("trainer_state.json", lambda path: path.write_text(deep())),
     "loss-scale": ("trainer_state.json", edit_json("loss_scale", {"scale": -1.0, "growth": 0})),
+    "loss-scale-no-fp32": ("trainer_state.json", edit_json("loss_scale", {"scale": 1e300, "growth": 0})),
     "another-step": ("trainer_state.json", edit_json("train_state.step", 7)),
 }
 
