@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from trainer.command_line.sections import Run
-from trainer.data.bad_samples import MOST_IN_A_ROW, REPLACED, NextReadable, first_batch
+from trainer.data.bad_samples import MOST_IN_A_ROW, REPLACED, NextReadable, first_batch, reading_failed, reason_of
 from trainer.data.loader import close, read
 from trainer.data.stream import TrainingOrder
-from trainer.errors import UserError
+from trainer.errors import BAD_INPUT, LOST, UserError
 
 
 class Rows:
@@ -92,6 +92,37 @@ def test_a_batch_that_cannot_be_put_together_is_no_bad_sample() -> None:
 
     with pytest.raises(ValueError, match="unequal"):
         NextReadable(Uneven(10, {})).__getitems__([1, 2])
+
+
+class UnreadableRowError(OSError):
+    """A class of some library."""
+
+
+def test_what_a_data_worker_says_of_a_sample_is_its_line_not_its_traceback() -> None:
+    for error in (OSError("three\nis damaged"), UnreadableRowError("Caught OSError: three is damaged"), KeyError("three")):
+        reader = read(Rows(10, {3: error}), [[3]], Run(num_workers=1), torch.device("cpu"))
+        try:
+            with pytest.raises(type(error)) as caught:
+                next(reader)
+        finally:
+            close(reader)
+        assert "Traceback" in str(caught.value)
+        assert reason_of(caught.value) == reason_of(error) == f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def test_the_ways_on_are_those_of_what_failed() -> None:
+    bad = reading_failed(OSError("row 7 is damaged"), 1, 3, Run())
+    assert bad.exit_code == BAD_INPUT
+    assert str(bad).startswith("reading data failed on rank 1: OSError: row 7 is damaged. Step 3 is saved; the same command")
+    assert "--bad_samples skip" in str(bad)
+    assert "--data_changed accept" in str(bad)
+    assert "--bad_samples" not in str(reading_failed(OSError("x"), 1, 3, Run(bad_samples="skip")))
+    for error in (reading_failed(OSError("x"), 1, None, Run()), reading_failed(KeyError("a bug"), 1, None, Run())):
+        assert "saved" not in str(error)
+        assert "accept" not in str(error)
+    # A killed worker says nothing about the data.
+    killed = reading_failed(UserError("a data worker was killed", LOST), 0, 3, Run())
+    assert (str(killed), killed.exit_code) == ("reading data failed on rank 0: a data worker was killed. Step 3 is saved", LOST)
 
 
 def test_a_bad_first_sample_is_a_message() -> None:

@@ -496,6 +496,16 @@ def test_a_config_file_names_the_run(write: object) -> None:
     assert configuration.run_name(parse("--config", write("d_model: 64\n", "small.yaml"), "--d_ff", "3")) == "small-d_ff3"
 
 
+def test_a_home_in_a_path_is_found_where_no_shell_has_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`output_dir: ~/runs` in a YAML file made a folder called ~ in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    typed = parse("--output_dir", "~/run", "--checkpoint_dir", "~/kept", "--data_dir", "~/text", "--run_name", "~").config
+    config = configuration.with_absolute_paths(typed, ("data_dir",))
+    assert (config.run.output_dir, config.run.checkpoint_dir) == (str(tmp_path / "run"), str(tmp_path / "kept"))
+    assert (config.data.data_dir, config.run.run_name) == (str(tmp_path / "text"), "~")
+
+
 def test_paths_in_names_are_safe_and_stay_apart() -> None:
     names = [configuration.run_name(parse("--data_dir", path)) for path in ("/a/b c", "/a/b_c", "../b c", "~/x/" + "y" * 300)]
     assert len(set(names)) == len(names)

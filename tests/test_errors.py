@@ -9,7 +9,7 @@ import pytest
 from launching import ROOT
 
 from trainer import errors
-from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, path_of
+from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, UserError, path_of, user_error
 from trainer.main import report_error
 from trainer.reporting.console import Console
 
@@ -60,6 +60,11 @@ def test_what_the_machine_refuses_is_no_bug(error: Exception, code: int, part: s
     assert shown.startswith("error: ")
     assert part in shown
     assert shown.count("\n") == 1
+
+
+def test_an_error_with_words_of_its_own_keeps_them() -> None:
+    error = UserError("no folder for the cache (Could not determine home directory.); set SAMECURVE_CACHE to one")
+    assert user_error(error) is error
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file", "/a"), KeyError("a"), OSError("odd")])

@@ -50,18 +50,39 @@ def test_problems_are_named(value: Any, problem: str | None) -> None:
     assert found is None if problem is None else found is not None and found.startswith(problem) and len(found) < 120
 
 
+def test_values_that_have_no_end_are_shown_short() -> None:
+    """A few lines of YAML hold a list of lists of ... 10^20 words, and a number that Python refuses to print."""
+    bomb: list[Any] = ["x"] * 100
+    for _ in range(10):
+        bomb = [bomb] * 100
+    for value in (bomb, {"b": bomb}, 16**9000):
+        for found in (problem_of({"a": int}, {"a": value}), problem_of({"a": int}, value)):
+            assert found is not None
+            assert len(found) < 120
+
+
 def test_what_may_be_missing() -> None:
     assert problem_of({"a": int}, {}, whole=False) is None
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": -1}, {"step": 1.5}, {"hours": NAN}, {"loss_sums": 3}, {"best_metric": "low"}, {"more": 1}]
+    "change",
+    [
+        {"step": -1},
+        {"step": 1.5},
+        {"hours": NAN},
+        {"loss_sums": 3},
+        {"loss_sums": [1.0]},
+        {"best_metric": "low"},
+        {"more": 1},
+    ],
 )
 def test_a_train_state_that_no_run_has_written_is_refused(change: dict[str, Any]) -> None:
     import dataclasses
 
-    state = dataclasses.asdict(TrainState(step=3, loss_sums=[1.0, None]))
-    assert TrainState.from_json(state) == TrainState(step=3, loss_sums=[1.0, None])
+    good = TrainState(step=3, loss_sums=[1.0, None], item_counts=[4.0, 0.0])
+    state = dataclasses.asdict(good)
+    assert TrainState.from_json(state) == good
     with pytest.raises(ValueError, match=next(iter(change))):
         TrainState.from_json(state | change)
     missing = next(iter(typing.get_type_hints(TrainState)))

@@ -44,6 +44,13 @@ def test_classes_counts_and_skipped_files_are_said(root: Path) -> None:
     assert f"{root}: skipped 2 .gif, 2 hidden, 1 without ending" in found.notes[1]
 
 
+def test_a_class_whose_name_is_no_text_is_found_at_start(root: Path) -> None:
+    """No checkpoint could hold its name: it would be found at the first save."""
+    shutil.copytree(root / "cat", root / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(ValueError, match=r"the name of class 'caf\\udce9' is not UTF-8; rename that folder"):
+        sets(root)
+
+
 def test_several_frames_and_what_is_no_image_are_said_at_start(root: Path) -> None:
     frames = [Image.new("L", (4, 4), 200 * i) for i in range(2)]
     frames[0].save(root / "cat" / "moving.webp", save_all=True, append_images=frames[1:])

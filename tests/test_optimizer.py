@@ -260,6 +260,7 @@ WRONG_STATE = {
     "another's": (lambda t: t | {"exp_avg.nobody": torch.zeros(1)}, "exp_avg.nobody: not in this model"),
     "count as integer": (lambda t: t | {"step": torch.tensor(3)}, r"step: \(\) int64 instead of"),
     "count too high": (lambda t: t | {"step": torch.tensor(1e9)}, "step: 1e[+]09 of 3 steps"),
+    "count in between": (lambda t: t | {"step": torch.tensor(1.5)}, "step: 1.5 of 3 steps"),
     "count not finite": (lambda t: t | {"step": torch.tensor(float("nan"))}, "NaN or infinity in step"),
 }
 
@@ -280,13 +281,21 @@ def test_state_of_the_same_optimizer_that_does_not_fit_is_refused(case: str, tmp
     assert caught.value.exit_code == CHECKPOINT
 
 
-def test_moments_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "number", "message"),
+    [
+        ("exp_avg", float("inf"), "holds NaN or infinity in exp_avg[.]"),
+        ("exp_avg_sq", float("nan"), "holds NaN or infinity in exp_avg_sq[.]"),
+        ("exp_avg_sq", -1e-9, "holds numbers below 0 in exp_avg_sq[.]"),  # its root would make the weights NaN
+    ],
+)
+def test_moments_that_no_optimizer_can_have_are_refused(tmp_path: Path, key: str, number: float, message: str) -> None:
     net, update = make_backend("adamw")
     train(net, update, 0.01, range(3))
-    next(iter(update.optimizer.state.values()))["exp_avg"][0] = float("inf")
+    next(iter(update.optimizer.state.values()))[key][0] = number
     checkpoint = saved(update, tmp_path, 3)
     assert optimizer_fits(checkpoint, update.state_layout)
-    with pytest.raises(UserError, match="holds NaN or infinity in exp_avg"):
+    with pytest.raises(UserError, match=message):
         update.restore(checkpoint, with_optimizer=True)
 
 

@@ -147,6 +147,14 @@ def test_the_same_command_continues_to_the_same_weights(data: Path, halfway: Pat
     assert json.loads((halfway / "status.json").read_text())["state"] == "finished"
 
 
+def test_the_same_command_continues_where_steps_were_typed_over_a_files_epochs(data: Path, tmp_path: Path) -> None:
+    """As over the epochs of a preset."""
+    (tmp_path / "epochs.yaml").write_text("max_epochs: 90\n")
+    command = flags(data, tmp_path / "run", "--config", str(tmp_path / "epochs.yaml"))
+    launch(*command, "--stop_at_step", "4")
+    assert "Finished at step 12" in launch(*command)
+
+
 def test_what_is_not_typed_comes_from_the_checkpoint_not_from_the_defaults(data: Path, halfway: Path) -> None:
     launch("--output_dir", str(halfway))  # no model flag, no data flag
     assert steps(halfway) == [4, 8, 12]
@@ -679,6 +687,7 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "state-a-list": ("trainer_state.json", lambda path: path.write_text("[]")),
     "deep-json": ("trainer_state.json", lambda path: path.write_text(deep())),
     "loss-scale": ("trainer_state.json", edit_json("loss_scale", {"scale": -1.0, "growth": 0})),
+    "loss-scale-no-fp32": ("trainer_state.json", edit_json("loss_scale", {"scale": 1e300, "growth": 0})),
     "another-step": ("trainer_state.json", edit_json("train_state.step", 7)),
 }
 

@@ -269,6 +269,16 @@ def test_a_link_to_nowhere_is_named_with_its_target(tmp_path: Path) -> None:
     assert not (tmp_path / "scratch").exists()
 
 
+def test_a_folder_whose_name_is_no_text_is_refused_at_once(tmp_path: Path) -> None:
+    """safetensors writes there, and does not read it again."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    for run, flag in ((RunDirectory(odd), "--output_dir"), (RunDirectory(tmp_path / "run", odd), "--checkpoint_dir")):
+        with pytest.raises(UserError, match=rf"caf\\udce9.* is not UTF-8; choose another folder with {flag}") as refused:
+            run.prepare()
+        assert refused.value.exit_code == CHECKPOINT
+    assert not odd.exists()
+
+
 def test_a_pipe_or_folder_in_place_of_a_file_is_refused_instead_of_waiting_for_a_reader(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "command.txt")
     with pytest.raises(UserError, match=r"command.txt is not an ordinary file.*--output_dir") as refused:

@@ -32,7 +32,12 @@ class UserError(Exception):
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """What a person can do where the machine refused: a file, memory, threads, a home; None for any other error."""
+    """What a person can do where the machine refused: a file, memory, threads, a home; None for any other error.
+
+    A UserError has its words already.
+    """
+    if isinstance(error, UserError):
+        return error
     text = one_line(error, 300)
     signs = ("can't start new thread", "cannot allocate memory", "failed to map segment")
     number = error.errno if isinstance(error, OSError) else None

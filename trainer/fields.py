@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import types
 import typing
@@ -12,16 +13,24 @@ from typing import Any
 def problem_of(hints: Mapping[str, Any], value: Any, whole: bool = True) -> str | None:
     """What is wrong, in words, with `value` as fields {name: type hint}; None if nothing is. `whole`: none may be missing."""
     if not isinstance(value, dict):
-        return f"is {value!r:.40}, not a mapping"
+        return f"is {shown(value)}, not a mapping"
     for key in value:
         if key not in hints:
-            return f"has an unknown {key!r:.60}: was it written by another version?"
+            return f"has an unknown {shown(key)}: was it written by another version?"
     for key, hint in hints.items():
         if key not in value and whole:
             return f"lacks {key!r}"
         if key in value and not is_a(hint, value[key]):
-            return f"has {key} {value[key]!r:.60}"
+            return f"has {key} {shown(value[key])}"
     return None
+
+
+def shown(value: Any) -> str:
+    """A value for a message. Its whole `repr` may be endless: YAML's aliases make a list of billions of a few lines."""
+    try:
+        return f"{reprlib.repr(value):.60}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def is_a(hint: Any, value: Any) -> bool:

@@ -17,13 +17,13 @@ from trainer.backends.backend import layers
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.checkpoints.saving import Saver
 from trainer.data import loader
-from trainer.data.bad_samples import REPLACED, is_bad_sample
+from trainer.data.bad_samples import REPLACED, reading_failed
 from trainer.data.seeding import seed_generators
 from trainer.data.stream import TrainingOrder
 from trainer.distributed.control import PendingSum
 from trainer.distributed.stopping import StopReason, StopRequests, finished_reason
 from trainer.distributed.votes import StepVotes
-from trainer.errors import BAD_INPUT, NOT_FINITE, UserError, one_line
+from trainer.errors import NOT_FINITE, UserError
 from trainer.evaluation.exact import evaluate
 from trainer.optimisation.finite import BadSteps
 from trainer.recipe import Batch
@@ -174,14 +174,8 @@ class Training:
             self.save(False, None)
         error = None
         if reason is not None:
-            kind = "" if isinstance(reason, UserError) else f"{type(reason).__name__}: "
-            ways = ["the same command goes on once the data are as before"]
-            if is_bad_sample(reason) and self.run_config.bad_samples == "stop":
-                ways.append("with --bad_samples skip it takes the next sample instead")
-            if self.saver.saved_step == self.state.step:
-                ways = [f"Step {self.state.step:,} is saved", *ways, "with --data_changed accept it goes on with changed data"]
-            text = f"reading data failed on rank {self.launch.rank}: {kind}{one_line(reason)[-600:]}. {'; '.join(ways)}"
-            error = UserError(text, reason.exit_code if isinstance(reason, UserError) else BAD_INPUT)
+            saved_step = self.state.step if self.saver.saved_step == self.state.step else None
+            error = reading_failed(reason, self.launch.rank, saved_step, self.run_config)
         self.launch.control.raise_if_any(error)
 
     def term_weights(self, item_counts: list[float]) -> Tensor:

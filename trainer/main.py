@@ -89,7 +89,7 @@ def leaving_at_the_time_limit(hours: float | None, console: Console) -> Abstract
 
 def report_error(error: Exception, console: Console, alike: bool = True) -> int:
     """One line for an error that a person can mend, a traceback for a bug; the exit code. `alike`: it is so on every rank."""
-    known = error if isinstance(error, UserError) else user_error(error)
+    known = user_error(error)
     if known is not None:
         console.error(str(known), on_any_rank=not (alike or known.known_to_all), log_only=known.printed_by_other_rank)
         console.log_traceback(error)

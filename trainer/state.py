@@ -49,4 +49,6 @@ class TrainState:
             raise ValueError(problem)
         for key in (key for key, hint in hints.items() if hint is int and value[key] < 0):
             raise ValueError(f"has {key} {value[key]}")
+        if len(value["loss_sums"]) != len(value["item_counts"]):
+            raise ValueError(f"has {len(value['loss_sums'])} loss_sums and {len(value['item_counts'])} item_counts")
         return cls(**value)

@@ -22,8 +22,17 @@ READERS = 16  # threads: files may lie far away
 
 
 def class_folders(root: Path) -> list[str]:
-    """The names of its folders, sorted; hidden ones (.ipynb_checkpoints) are no classes."""
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """The names of its folders, sorted; hidden ones (.ipynb_checkpoints) are no classes.
+
+    ValueError for a name that is no text: no checkpoint could hold it.
+    """
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{root}: the name of class {name!a} is not UTF-8; rename that folder") from None
+    return names
 
 
 class FolderImages:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainer.checkpoints.tensor_file import DTYPES
 from trainer.errors import CHECKPOINT, UserError, one_line
-from trainer.fields import problem_of
+from trainer.fields import is_a, problem_of, shown
 from trainer.state import TrainState
 
 FORMAT = 2
@@ -40,6 +40,10 @@ STATE_HINTS = {
     "data_fingerprint": str,
     "versions": dict[str, str],
 }
+MOST_SCALE, MOST_GROWTH = 2.0**127, 2**31
+"""above what a loss scale (fp32) and its count of good steps (int32) can be"""
+NEVER_NEGATIVE = ("exp_avg_sq.", "max_exp_avg_sq.")
+"""how the names of moments begin whose square root is taken"""
 SCALE_HINTS = {"scale": float, "growth": int, "hysteresis": int}
 TEMPORARY = ".unfinished-"
 """how the name of a folder begins that is not (or no longer) a checkpoint"""
@@ -54,12 +58,14 @@ class Checkpoint:
         self.path = path
         content = self._content(MANIFEST)
         manifest = self._json(MANIFEST, content)
-        version = manifest.get("format")
-        if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
+        version: Any = manifest.get("format")
+        if not is_a(int, version) or not isinstance(manifest.get("files"), dict):
             raise self.damaged(MANIFEST, "is not a manifest")
         if version != FORMAT:
             way_out = "update samecurve" if version > FORMAT else "use the version that wrote it"
-            raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}; {way_out}", CHECKPOINT)
+            raise UserError(
+                f"{path} has checkpoint format {shown(version)}, this version reads {FORMAT}; {way_out}", CHECKPOINT
+            )
         self.files: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in self.files.items():
             if Path(name).name != name:
@@ -121,7 +127,8 @@ class Checkpoint:
         state = self._json(STATE)
         scale = state.get("loss_scale")
         problem = problem_of(STATE_HINTS, state) or (scale and problem_of(SCALE_HINTS, scale, whole=False))
-        if not problem and scale and not (scale.get("scale", 0) > 0 <= scale.get("growth", -1)):
+        growth = scale.get("growth", -1) if not problem and scale else 0
+        if not problem and scale and not (0 < scale.get("scale", 0) <= MOST_SCALE and 0 <= growth < MOST_GROWTH):
             problem = f"has loss_scale {scale}"
         if problem:
             raise self.damaged(STATE, problem)
@@ -204,6 +211,8 @@ class Checkpoint:
         tensor = self._tensors(file).get_tensor(name)
         if finite and not bool(torch.isfinite(tensor).all()):
             raise self.damaged(file, f"holds NaN or infinity in {name}")
+        if stem == "optimizer" and name.startswith(NEVER_NEGATIVE) and bool((tensor < 0).any()):
+            raise self.damaged(file, f"holds numbers below 0 in {name}")
         return tensor
 
 

@@ -77,8 +77,9 @@ def optimizer_fits(saved: Checkpoint, layout: StateLayout) -> bool:
     if wrong and saved.state["optimizer"] != layout.optimizer:
         return False
     step = saved.train_state.step
-    if not wrong and "step" in wanted and not 0 <= float(saved.tensor("optimizer", "step")) <= step:
-        wrong = f"step: {float(saved.tensor('optimizer', 'step')):g} of {step} steps"
+    taken = float(saved.tensor("optimizer", "step")) if not wrong and "step" in wanted else 0.0
+    if not (0 <= taken <= step and taken.is_integer()):
+        wrong = f"step: {taken:g} of {step} steps"
     if wrong:
         way_out = f"choose another checkpoint, or take the weights only: --init_from {saved.path}"
         raise UserError(f"{saved.path} does not hold the state of this {layout.optimizer}: {wrong}; {way_out}", CHECKPOINT)

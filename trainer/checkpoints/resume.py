@@ -273,6 +273,8 @@ def _merge(
     for name, (before, after) in configuration.changed(config, original, ("optimisation",)).items():
         if name in ("batch_size", "gradient_accumulation_steps"):
             continue  # the same effective batch, split otherwise
+        if name == "max_epochs" and old.max_steps and new.max_steps:
+            continue  # which decides: the epochs of a preset say nothing, and no checkpoint keeps them
         if same_run and not parsed.config.run.resume_from:
             raise UserError(
                 f"{name}: the run has {before}, asked for {after}; to change it in mid-run add --resume_from {saved.path}, "

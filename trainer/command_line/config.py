@@ -179,10 +179,13 @@ def _check_folder(name: str, value: str) -> None:
 
 
 def with_absolute_paths(config: Any, data_paths: Sequence[str]) -> Any:
-    """`config` for any working directory: paths made absolute, where they are not names of something else."""
+    """`config` for any working directory: paths made absolute, where they are not names of something else.
+
+    No shell reads a YAML file, so its `~` is replaced here.
+    """
 
     def absolute(section: Any, names: Sequence[str]) -> Any:
-        paths = {name: getattr(section, name) for name in names if getattr(section, name, None)}
+        paths = {name: os.path.expanduser(getattr(section, name)) for name in names if getattr(section, name, None)}
         there = {name: os.path.abspath(p) for name, p in paths.items() if name in PLACES or os.path.exists(p)}
         return dataclasses.replace(section, **there)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from trainer.command_line.sections import Run
 from trainer.data.stream import length_of
-from trainer.errors import UserError, one_line
+from trainer.errors import BAD_INPUT, UserError, one_line
 
 REPLACED = "replaced samples"
 """key of a batch: a line on each of its samples that another one stands for"""
@@ -23,6 +24,29 @@ def is_bad_sample(error: Exception | None) -> bool:
     return isinstance(error, ValueError | OSError) and number not in PASSING
 
 
+def reason_of(error: Exception) -> str:
+    """Class and text of an error in one line, without the traceback that torch puts before it where a data worker raised it."""
+    name, text = type(error).__name__, str(error)
+    if text.startswith(f"Caught {name} in "):
+        text = re.split(rf"^(?:\w+\.)*{name}: ", text, flags=re.MULTILINE)[-1]
+    return f"{name}: {one_line(ValueError(text), 600)}"
+
+
+def reading_failed(error: Exception, rank: int, saved_step: int | None, run: Run) -> UserError:
+    """What ends a run whose data cannot be read, with the ways on; `saved_step`: the current one, if it is saved."""
+    ways = [] if saved_step is None else [f"Step {saved_step:,} is saved"]
+    if isinstance(error, UserError):  # which says the way on itself
+        what, code = one_line(error, 600), error.exit_code
+    else:
+        what, code = reason_of(error), BAD_INPUT
+        ways.append("the same command goes on once the data are as before")
+        if is_bad_sample(error) and run.bad_samples == "stop":
+            ways.append("with --bad_samples skip it takes the next sample instead")
+        if saved_step is not None:
+            ways.append("with --data_changed accept it goes on with changed data")
+    return UserError(". ".join(filter(None, [f"reading data failed on rank {rank}: {what}", "; ".join(ways)])), code)
+
+
 def guarded(dataset: Any, run: Run) -> Any:
     """`dataset`, or what reads it past its bad samples if `--bad_samples skip` says so."""
     if run.bad_samples == "stop" or getattr(dataset, "on_device", False):
@@ -35,7 +59,7 @@ def first_batch(dataset: Any, numbers: Sequence[int], run: Run, way_on: str = "m
     try:
         batch = guarded(dataset, run).__getitems__(numbers)
     except (ValueError, OSError) as error:
-        raise UserError(f"reading data failed: {type(error).__name__}: {one_line(error, 600)}; {way_on}") from error
+        raise UserError(f"reading data failed: {reason_of(error)}; {way_on}") from error
     return {name: value for name, value in batch.items() if name != REPLACED}
 
 

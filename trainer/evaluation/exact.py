@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from trainer.command_line.sections import Run
 from trainer.data import loader
-from trainer.data.bad_samples import REPLACED, is_bad_sample
+from trainer.data.bad_samples import REPLACED, is_bad_sample, reason_of
 from trainer.data.stream import EvaluationOrder
 from trainer.distributed.launch import Launch
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError
 from trainer.evaluation.objective import summarise
 from trainer.recipe import Recipe
 
@@ -23,7 +23,7 @@ def raise_error(error: Exception | None) -> bool:
     if error is not None:
         if not is_bad_sample(error):
             raise error
-        raise UserError(f"reading data failed: {type(error).__name__}: {one_line(error, 600)}; mend the data") from error
+        raise UserError(f"reading data failed: {reason_of(error)}; mend the data") from error
     return False
 
 

@@ -74,6 +74,7 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints):
             flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
             try:
+                str(folder).encode()
                 for link in (folder, *folder.parents):
                     if link.is_symlink() and not link.exists():
                         way_out = f"mount or make that, or choose another with {flag}"
@@ -85,6 +86,9 @@ class RunDirectory:
                 probe = folder / f".writable.{os.getpid()}"
                 write_text_atomic(probe, "x")
                 probe.unlink()
+            except UnicodeEncodeError:  # safetensors would write there, and not read it again
+                message = f"{str(folder)!a} is not UTF-8; choose another folder with {flag}"
+                raise UserError(message, CHECKPOINT) from None
             except OSError as error:
                 why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
                 message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
