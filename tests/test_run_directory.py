@@ -314,3 +314,10 @@ def test_atomic_write_respects_the_umask_and_cleans_up(tmp_path: Path, monkeypat
     assert target.read_text() == "new"
     assert sorted(tmp_path.iterdir()) == [outside, target]
     assert RunDirectory(tmp_path).write_status("failed") is False
+
+
+def test_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", tmp_path / "run")
+    directory.prepare()
+    directory.lock(print)
+    directory.release()

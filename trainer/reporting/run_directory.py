@@ -99,7 +99,7 @@ class RunDirectory:
 
     def lock(self, log: Callable[[str], None]) -> None:
         """Keep other runs out of both folders: another run's `--checkpoint_dir` may point into this one. Raises UserError."""
-        self._locks = [Lock(self.path, log), Lock(self.checkpoints, log)]
+        self._locks = [Lock(folder, log) for folder in dict.fromkeys(f.resolve() for f in (self.path, self.checkpoints))]
         for lock in self._locks:
             lock.acquire()
 
