@@ -199,10 +199,27 @@ def test_the_default_model_has_124439808_parameters() -> None:
     assert sum(p.numel() for p in network.parameters()) == 124_439_808
     c = network.config
     assert (c.n_embd, c.n_layer, c.n_head, c.n_inner, c.n_positions) == (768, 12, 12, 3072, 1024)
-    assert c.activation_function == "gelu_new"
     assert (c.resid_pdrop, c.embd_pdrop, c.attn_pdrop) == (0.1, 0.1, 0.1)
     assert (c.eos_token_id, c.vocab_size) == (50256, 50257)
     assert network.lm_head.weight is network.transformer.wte.weight
+
+
+def test_the_activation_is_gpt2s_own() -> None:
+    """Published GPT-2s say `gelu_new`, seven operations for the function that torch has in one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours = tiny(d_model=64, num_layers=3).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(**{**ours.config.to_diff_dict(), "activation_function": "gelu_new"})).eval()
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for network in (ours, theirs):
+        output = network(input_ids=tokens, labels=tokens)
+        output.loss.backward()
+        logits.append(output.logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_residual_projections_start_smaller() -> None:
