@@ -31,6 +31,7 @@ from trainer.setup import set_up
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
 CPU = torch.device("cpu")
+ONE = torch.ones(())
 
 
 def network(width: int = 6) -> nn.Module:
@@ -51,7 +52,7 @@ def make_backend(
 
 def take(net: nn.Module, update: PlainBackend, factor: float = 1.0, rate: float = 0.01, seed: int = 0) -> Any:
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
-    update.backward((net(x).square().mean()) * factor)
+    update.backward((net(x).square().mean()) * factor, ONE)
     return update.step(rate)
 
 
@@ -91,12 +92,12 @@ def test_gradients_are_cleared_and_micro_batches_add_up() -> None:
     net, update = make_backend("sgd", 0.0)
     x = torch.randn(8, 6)
     with update.micro_step(last=False):
-        update.backward(net(x[:4]).square().sum() / 16)
+        update.backward(net(x[:4]).square().sum() / 16, ONE)
     with update.micro_step(last=True):
-        update.backward(net(x[4:]).square().sum() / 16)
+        update.backward(net(x[4:]).square().sum() / 16, ONE)
     halves = update.step(0.0).grad_norm
     assert all(p.grad is None for p in net.parameters())
-    update.backward(net(x).square().mean())
+    update.backward(net(x).square().mean(), ONE)
     assert float(update.step(0.0).grad_norm) == pytest.approx(float(halves), rel=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_training_goes_on_as_if_a_bad_first_step_had_not_been(name: str) -> None
 def test_one_bad_element_is_enough() -> None:
     net, update = make_backend("adamw")
     before = [p.detach().clone() for p in net.parameters()]
-    update.backward(net(torch.randn(5, 6)).square().mean())
+    update.backward(net(torch.randn(5, 6)).square().mean(), ONE)
     net[0].weight.grad[0, 0] = float("nan")
     assert update.step(0.1).bad
     assert same([p.detach() for p in net.parameters()], before)
@@ -468,7 +469,7 @@ def test_norms_by_layer_are_those_before_clipping_and_make_up_the_whole(scale: L
     right, _ = make_backend("sgd", 0.0)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     right(x).square().mean().backward()
-    update.backward(net(x).square().mean())
+    update.backward(net(x).square().mean(), ONE)
     norms = update.layer_norms(layers(net))
     step = update.step(0.01)
     assert list(norms) == ["0", "2", "3"]

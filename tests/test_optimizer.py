@@ -21,6 +21,7 @@ from trainer.optimisation import optimizers as optimizer
 from trainer.optimisation.optimizers import MuonAndAdamW
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
+ONE = torch.ones(())
 RATES = {"adamw": 0.02, "adam": 0.02, "sgd": 0.3, "muon": 0.02}
 
 
@@ -83,7 +84,7 @@ def train(net: nn.Module, update: PlainBackend, rate: float, steps: Iterable[int
     for step in steps:
         ids = torch.randint(0, 11, (16,), generator=torch.Generator().manual_seed(step))
         loss = nn.functional.cross_entropy(net(ids), (ids + 3) % 11)
-        update.backward(loss)
+        update.backward(loss, ONE)
         update.step(rate)
         losses.append(loss.item())
     return losses
@@ -219,7 +220,7 @@ def test_names_in_a_checkpoint(name: str) -> None:
 def test_the_step_count_is_the_optimizers_own() -> None:
     net, update = make_backend("adamw")
     train(net, update, 0.01, range(3))
-    update.backward(net(torch.arange(4)).sum() * float("nan"))
+    update.backward(net(torch.arange(4)).sum() * float("nan"), ONE)
     update.step(0.01)
     counts = {entry.name: entry for entry in update.optimizer_tensors()}
     assert counts["step"].read() == 3.0
@@ -387,7 +388,7 @@ def test_a_parameter_without_dimensions_keeps_its_own_state(name: str, tmp_path:
     def steps(backend: PlainBackend, numbers: Iterable[int]) -> None:
         for number in numbers:
             x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
-            backend.backward(backend.model(x).square().mean())
+            backend.backward(backend.model(x).square().mean(), ONE)
             backend.step(0.05)
 
     straight, halfway = make(), make()

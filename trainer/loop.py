@@ -122,7 +122,7 @@ class Training:
             for number, batch in enumerate(next_step.micro_batches, start=1):
                 with backend.micro_step(last=number == accumulation):
                     loss_sums = backend.model(loader.to_device(batch, self.launch.device))
-                    backend.backward((loss_sums * term_weights).sum())  # by global counts: nothing is left to average
+                    backend.backward(loss_sums, term_weights)  # by global counts: nothing is left to average
                 self.logger.add_losses(loss_sums)
             state.step += 1
             learning_rate = recipe.learning_rate(state.step, self.session.total_steps, self.session.config)

@@ -66,7 +66,7 @@ def stepper(argv: list[str], launch: Launch, bf16: bool, compiled: bool) -> Call
 
     def step(number: int) -> None:
         batch = data.train.__getitems__(range(number * batch_size, (number + 1) * batch_size))
-        backend.backward((backend.model(batch) * scale).sum())
+        backend.backward(backend.model(batch), scale)
         backend.step(1e-4)
 
     return step

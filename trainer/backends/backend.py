@@ -88,8 +88,8 @@ class Backend(ABC):
         """Around forward and backward of a micro-batch; `last`: of the step's, after which gradients are complete."""
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss`, this process's part of the objective."""
+    def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
+        """Accumulate the gradient of this process's part of the objective, the sum of `loss_sums` x `weights` [terms]."""
 
     def layer_norms(self, layers: Layers) -> dict[str, Tensor]:
         """Gradient norms of some layers before clipping, between the last backward and `step`."""

@@ -32,10 +32,10 @@ class TorchBackend(Backend):
         self.skips_on_device = all(group.get("fused") for group in optimizer.param_groups)
         self.state_layout = tensors.state_layout(optimizer, network)
 
-    def backward(self, loss: Tensor) -> None:
-        """DDP and FSDP2 average over processes, hence the factor."""
-        loss = loss * self.launch.processes
-        (loss if self.scale is None else loss * self.scale.scale).backward()
+    def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
+        """DDP and FSDP2 average over processes, hence the factor. The weights are the gradient of the sums."""
+        weights = weights * self.launch.processes
+        loss_sums.backward(weights if self.scale is None else weights * self.scale.scale)
 
     def layer_norms(self, layers: Layers) -> dict[str, Tensor]:
         """By layer."""

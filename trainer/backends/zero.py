@@ -136,9 +136,9 @@ class ZeroBackend(Backend):
         if not last:
             self.engine.step()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
         """With the last micro-batch gradients are reduced as well."""
-        self.engine.backward(loss * self.factor)
+        self.engine.backward((loss_sums * weights).sum() * self.factor)
 
     def step(self, learning_rate: float) -> StepResult:
         """The engine clips, updates and clears; it skips a step that is not finite (it reads the device for that)."""

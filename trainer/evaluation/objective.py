@@ -36,7 +36,8 @@ class Objective(nn.Module):
         sums = self.recipe.loss(self.network, batch)
         if sums.keys() != set(self.terms):
             raise UserError(f"loss gives the terms {', '.join(sums)}, items counts {', '.join(self.terms)}; name the same")
-        return torch.stack([sums[term].float() for term in self.terms])
+        losses = [sums[term].float() for term in self.terms]
+        return torch.stack(losses) if len(losses) > 1 else losses[0].reshape(1)
 
 
 def _pair(total: Tensor | float, count: Tensor | float) -> Tensor:
