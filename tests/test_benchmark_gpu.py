@@ -89,7 +89,7 @@ def test_a_piece_that_fails_hangs_or_dies_costs_no_other(tmp_path: Path, monkeyp
     results = ResultFile(tmp_path / "results.json")
     answers: dict[str, Callable[[], Result]] = {"a": Result, "b": lambda: 1 / 0, "c": lambda: __import__("not_there")}  # type: ignore[dict-item, return-value]
     monkeypatch.setattr(gpu, "run_piece", lambda piece, *_: answers[piece]())
-    gpu.run_pieces(["a", "b", "c"], results, rehearse=True)
+    gpu.run_pieces(["a", "b", "c"], results, rehearse=True, seconds=60.0)
     found = results.read()
     assert found["a"]["error"] == ""
     assert "ZeroDivisionError" in found["b"]["error"]

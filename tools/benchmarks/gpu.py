@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
+import math
 import os
 import signal
 import subprocess
@@ -38,7 +40,7 @@ MODULES = {
     "i": "reliability",
     "j": "overhead",
 }
-LIMIT_SECONDS = {"a": 280.0, "h": 240.0}
+LIMIT_SECONDS = {"a": 330.0, "h": 240.0}
 """of a piece; LIMIT for the others"""
 LIMIT = 150.0
 REHEARSAL_LIMIT = 240.0
@@ -62,6 +64,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="stop before this; the same command goes on")
     parser.add_argument("--rehearse", action="store_true", help="every piece small, on a CPU")
     parser.add_argument("--piece", nargs="+", choices=TITLES, help=argparse.SUPPRESS)  # what a process of ours does
+    parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # until it is ended
     parser.add_argument("--launched", type=Path, help=argparse.SUPPRESS)  # what a process of piece (h) does
     parser.add_argument("--precisions", nargs="+", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
@@ -70,7 +73,7 @@ def main(arguments: list[str]) -> None:
     if flags.launched:
         importlib.import_module("benchmarks.gpu_pieces.launches").launched(flags.launched, flags.precisions, flags.rehearse)
     elif flags.piece:
-        run_pieces(flags.piece, results, flags.rehearse)
+        run_pieces(flags.piece, results, flags.rehearse, flags.seconds)
     else:
         sys.exit(run_all(flags.only, results, flags.rehearse, flags.minutes))
 
@@ -130,9 +133,9 @@ def environment_of_pieces(folder: Path, rehearse: bool) -> dict[str, str]:
     if rehearse:
         # torch.compile is called and does nothing: compiling alone would take minutes.
         return environment | {"TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    # Several models take turns on one card; pieces that compile the same model find it compiled.
+    # Pieces that compile the same model, and a second call, find it compiled.
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "benchmark_gpu_compiled")))
-    return environment | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCHINDUCTOR_CACHE_DIR": cache}
+    return environment | {"TORCHINDUCTOR_CACHE_DIR": cache}
 
 
 def run_process(
@@ -143,7 +146,7 @@ def run_process(
     for piece in pieces:
         print(f"({piece}) {TITLES[piece]} ...", flush=True)
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "gpu", "--json", str(results.path)]
-    command += ["--rehearse"] if rehearse else []
+    command += ["--seconds", f"{limit_seconds:.0f}", *(["--rehearse"] if rehearse else [])]
     log_path = results.path.with_suffix(".log")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("a+", encoding="utf-8", errors="replace") as log:
@@ -180,20 +183,23 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def run_pieces(pieces: list[str], results: ResultFile, rehearse: bool) -> None:
-    """What a process does: each piece, whose result it writes, error and all."""
+def run_pieces(pieces: list[str], results: ResultFile, rehearse: bool, seconds: float) -> None:
+    """What a process does: each piece, whose result it writes, error and all. It is ended after so many seconds."""
+    until = time.monotonic() + seconds
     import torch
 
     on_gpu = torch.cuda.is_available() and not rehearse
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "torch": torch.__version__,
+        "accelerate": importlib.metadata.version("accelerate"),
+        "cores": os.cpu_count(),
         "rehearsal": rehearse,
     }
     for piece in pieces:
         started, result = time.monotonic(), Result()
         try:
-            result = run_piece(piece, results, rehearse)
+            result = run_piece(piece, results, rehearse, until)
         except ModuleNotFoundError as error:
             result.notes.append(reason(error))
         except Exception as error:
@@ -201,10 +207,10 @@ def run_pieces(pieces: list[str], results: ResultFile, rehearse: bool) -> None:
         results.write(piece, result, **facts, seconds=time.monotonic() - started)
 
 
-def run_piece(piece: str, results: ResultFile, rehearse: bool) -> Result:
+def run_piece(piece: str, results: ResultFile, rehearse: bool, until: float) -> Result:
     """One piece, in a folder that is removed afterwards."""
     module = importlib.import_module(f"benchmarks.gpu_pieces.{MODULES[piece]}")
     sessions = importlib.import_module("benchmarks.gpu_pieces.sessions")
     with tempfile.TemporaryDirectory() as folder:
-        place = sessions.Place(sessions.connected(rehearse), Path(folder), results, rehearse)
+        place = sessions.Place(sessions.connected(rehearse), Path(folder), results, rehearse, until)
         return getattr(module, f"piece_{piece}")(place)

@@ -7,6 +7,7 @@ between its rounds; never do two threads work at once.
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import statistics
 import threading
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks.gpu_pieces.results import reason
 
+LAST_SECONDS = 15.0  # what a piece does after its rounds
 Within = Callable[[], AbstractContextManager[Any]]
 
 
@@ -122,7 +124,8 @@ class Rounds:
     """of a step, by contender, a number for each round"""
     peak_gib: dict[str, float] = field(default_factory=dict)
     """GPU memory at its highest, what the other contenders hold left out"""
-    failed: dict[str, BaseException] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """why in one line: an error itself would keep the tensors of its traceback"""
 
     def median(self, name: str) -> float:
         """Seconds of a step."""
@@ -135,7 +138,7 @@ class Rounds:
 
     def notes(self) -> list[str]:
         """Who is missing, and why."""
-        return [f"{name}: {reason(error)}" for name, error in self.failed.items()]
+        return [f"{name}: {why}" for name, why in self.failed.items()]
 
     def spread(self) -> dict[str, list[float]]:
         """{contender: [fastest, median, slowest] in ms}."""
@@ -152,11 +155,14 @@ def interleave(
     steps: int,
     warmup: int,
     required: str = "",
+    until: float = math.inf,
 ) -> Rounds:
     """Make each contender and let it warm up (and compile); then rounds of `steps` steps of each in turn.
 
-    One that fails is left out of the rest, unless it is the `required` one, whose error is raised.
+    One that fails is left out of the rest, unless it is the `required` one, whose error is raised. `until`: the end on the
+    monotonic clock, before which fewer contenders, or fewer rounds, are what can still be had.
     """
+    no_more_contenders = until - 0.4 * (until - time.monotonic())
     measured, contenders, held = Rounds(), dict[str, Contender](), dict[str, int]()
 
     def attempt(name: str, action: Callable[[], None]) -> None:
@@ -165,12 +171,14 @@ def interleave(
         except Exception as error:
             if name == required:
                 raise
-            measured.failed[name] = error
+            measured.failed[name] = reason(error)
             measured.seconds.pop(name, None)
             if name in contenders:
                 contenders.pop(name).close()
 
     def make(name: str, maker: Callable[[], Contender]) -> None:
+        if time.monotonic() > no_more_contenders and name != required:
+            raise TimeoutError("no time left to make it")
         before = allocated(device)
         contenders[name] = maker()
         contenders[name].run(warmup)
@@ -195,6 +203,8 @@ def interleave(
         for name, maker in makers.items():
             attempt(name, lambda name=name, maker=maker: make(name, maker))  # type: ignore[misc]
         for _ in range(rounds):
+            if time.monotonic() > until - LAST_SECONDS and all(measured.seconds.values()):
+                break
             for name in list(contenders):
                 attempt(name, lambda name=name: take_round(name))  # type: ignore[misc]
     finally:

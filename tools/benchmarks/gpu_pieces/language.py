@@ -134,8 +134,8 @@ def compare_tokens(
 ) -> Result:
     """Rounds of all, and what a language model is asked for; `tokens` of a step, `goal` in tokens per second."""
     result = Result()
-    rounds, steps = place.size((8, 10), (2, 2))
-    measured = interleave(makers, place.device, rounds, steps, warmup=place.size(5, 1), required="ours")
+    rounds, steps = place.size((7, 8), (2, 2))
+    measured = interleave(makers, place.device, rounds, steps, warmup=place.size(5, 1), required="ours", until=place.until)
     result.notes += measured.notes()
     data = recipe.build_data(config)
     with torch.device("meta"):

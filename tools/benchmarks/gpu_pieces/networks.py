@@ -41,7 +41,7 @@ def piece_d(place: Place) -> Result:
         "stacked, CUDA graphs": lambda: bare_loop(*stacked, place.launch, graphs),
     }
     rounds, steps = place.size((8, 10), (2, 2))
-    measured = interleave(makers, place.device, rounds, steps, place.size(5, 1), required="stacked")
+    measured = interleave(makers, place.device, rounds, steps, place.size(5, 1), required="stacked", until=place.until)
     result.notes += measured.notes()
     for name in measured.seconds:
         result.add(f"{name}, a step", 1000 * measured.median(name), "ms")
@@ -106,7 +106,7 @@ def piece_e(place: Place) -> Result:
         "plain": lambda: OurLoop(*without, place.launch, place.new_folder()),
     }
     rounds, steps = place.size((8, 8), (2, 2))
-    measured = interleave(makers, place.device, rounds, steps, place.size(4, 1), required="relative")
+    measured = interleave(makers, place.device, rounds, steps, place.size(4, 1), required="relative", until=place.until)
     result.notes += measured.notes()
     with torch.device("meta"):
         network = recipe.build_model(config, Data(None, {}, extra={"classes": ["0"] * config.data.num_classes}))
@@ -164,7 +164,7 @@ def piece_f(place: Place) -> Result:
         "bare loop, generating in between": lambda: bare_loop(*collatz(place), place.launch),
     }
     rounds, steps, warmup = place.size((2, 120, 5), (2, 4, 1))
-    measured = interleave(makers, place.device, rounds, steps, warmup, required="ours")
+    measured = interleave(makers, place.device, rounds, steps, warmup, required="ours", until=place.until)
     result.notes += measured.notes()
     for name in measured.seconds:
         result.add(f"{name}, steps/s", 1 / measured.median(name), "")

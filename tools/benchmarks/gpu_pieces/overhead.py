@@ -44,7 +44,7 @@ def piece_b(place: Place) -> Result:
         "bare again": lambda: bare_loop(recipe, config, place.launch, compile_mode=None),
     }
     rounds, steps = place.size((15, 40), (2, 2))
-    measured = interleave(makers, place.device, rounds, steps, place.size(20, 1), required="ours")
+    measured = interleave(makers, place.device, rounds, steps, place.size(20, 1), required="ours", until=place.until)
     result.add("ours above bare, small model", 1e6 * (measured.median("ours") - measured.median("bare")), "us a step", "40")
     result.add(
         "bare again above bare (the noise)", 1e6 * (measured.median("bare again") - measured.median("bare")), "us a step"

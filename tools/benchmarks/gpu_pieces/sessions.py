@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Place:
     results: ResultFile
     rehearse: bool
     """everything small, on a CPU"""
+    until: float = math.inf
+    """when the process is ended, on the monotonic clock"""
 
     @property
     def device(self) -> torch.device:
