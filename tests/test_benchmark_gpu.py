@@ -164,7 +164,10 @@ def test_what_is_missing_or_has_failed_is_measured_until_the_time_is_over(
     monkeypatch.setattr(gpu, "run_process", lambda pieces, *_: started.append(pieces))
     results = ResultFile(tmp_path / "results.json")
     for piece in "abcdefg":
-        results.write(piece, Result(error="lost" if piece in "bd" else ""))
+        result = Result(error="lost" if piece == "b" else "")
+        if piece != "d":  # it lacked a package
+            result.add("steps/s", 1.0, "")
+        results.write(piece, result)
     assert gpu.run_all(None, results, False, 8.0) == 0
     assert started == [["b"], ["d"], ["h"], ["i"], ["j"]]
     assert gpu.run_all(["c", "a"], results, False, 8.0) == 0
