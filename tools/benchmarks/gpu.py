@@ -137,7 +137,9 @@ def environment_of_pieces(folder: Path, rehearse: bool) -> dict[str, str]:
         return environment | {"TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # Pieces that compile the same model, and a second call, find it compiled.
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "benchmark_gpu_compiled")))
-    return environment | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    # One GPU: the Trainer of transformers would take all that it sees.
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    return environment | {"CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_CACHE_DIR": cache}
 
 
 def run_process(
