@@ -1,0 +1,220 @@
+"""All that is claimed of one GPU, measured by one command beside peers in the same run: `python tools/benchmark.py gpu`.
+
+Ten pieces, most important first, each in a process of its own with a time-out; a piece's result is in the JSON file as soon as
+it is there. The same command goes on with what is missing or has failed. It needs no network, and of the packages only those
+that are there: what cannot be measured says which one it lacks, and is tried again by the next call.
+
+python tools/benchmark.py gpu --rehearse     # every piece small, on a CPU, in seconds: to find out what is broken
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_pieces.results import TITLES, Result, ResultFile, reason, table
+
+ROOT = Path(__file__).parents[2]
+MODULES = {
+    "a": "language",
+    "b": "overhead",
+    "c": "language",
+    "d": "networks",
+    "e": "networks",
+    "f": "networks",
+    "g": "reliability",
+    "h": "launches",
+    "i": "reliability",
+    "j": "overhead",
+}
+LIMIT_SECONDS = {"a": 330.0, "h": 240.0}
+"""of a piece; LIMIT for the others"""
+LIMIT = 150.0
+REHEARSAL_LIMIT = 240.0
+LEAST_SECONDS = 45.0
+"""a piece is not begun with less than this left"""
+TYRO = {
+    "__init__.py": "from tyro import conf\n",
+    "conf.py": "class Positional:\n    def __class_getitem__(cls, of): return of\n\n\ndef arg(**_): return None\n",
+}
+"""in place of the library that reads command lines, where it is not installed: the recipes' fields name it, and here no command
+line is read"""
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what is missing in the JSON file, and print the table of all of it. Exit status 1 if a piece has failed."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="results (default: runs/benchmark_gpu.json, or ..._rehearsal.json)")
+    parser.add_argument("--only", nargs="+", choices=TITLES, metavar="PIECE", help="measure these again, nothing else (a to j)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop before this; the same command goes on")
+    parser.add_argument("--rehearse", action="store_true", help="every piece small, on a CPU")
+    parser.add_argument("--piece", nargs="+", choices=TITLES, help=argparse.SUPPRESS)  # what a process of ours does
+    parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # until it is ended
+    parser.add_argument("--launched", type=Path, help=argparse.SUPPRESS)  # what a process of piece (h) does
+    parser.add_argument("--precisions", nargs="+", help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    name = "benchmark_gpu_rehearsal.json" if flags.rehearse else "benchmark_gpu.json"
+    results = ResultFile((flags.json or Path("runs", name)).resolve())
+    if flags.launched:
+        importlib.import_module("benchmarks.gpu_pieces.launches").launched(flags.launched, flags.precisions, flags.rehearse)
+    elif flags.piece:
+        run_pieces(flags.piece, results, flags.rehearse, flags.seconds)
+    else:
+        sys.exit(run_all(flags.only, results, flags.rehearse, flags.minutes))
+
+
+def run_all(only: list[str] | None, results: ResultFile, rehearse: bool, minutes: float) -> int:
+    """All pieces that are to be measured, each in its process; the exit status."""
+    if not rehearse and not _sees_a_gpu():
+        print("benchmark gpu: torch sees no GPU here; --rehearse runs every piece small on a CPU", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * minutes
+    there = results.read()
+    # A result without figures lacked a package, which may be there by now.
+    done = {piece for piece, result in there.items() if result["figures"] and not result["error"]}
+    wanted = only or [piece for piece in TITLES if piece not in done]
+    for piece in wanted:
+        results.drop(piece)
+    with tempfile.TemporaryDirectory(prefix="benchmark_gpu_") as folder:
+        environment = environment_of_pieces(Path(folder), rehearse)
+        # In a rehearsal one process for all: most of its time goes into imports. (h) starts its own and need not wait.
+        groups = [wanted] if rehearse else [[piece] for piece in wanted]
+        for group in groups:
+            left = deadline - time.monotonic()
+            if left < LEAST_SECONDS:
+                print(f"({group[0]}) and what follows: no time left; the same command goes on", flush=True)
+                break
+            limit = REHEARSAL_LIMIT if rehearse else LIMIT_SECONDS.get(group[0], LIMIT)
+            run_process(group, results, rehearse, min(limit, left), environment)
+    found = results.read()
+    print(json.dumps(found))
+    print(*table(found), sep="\n")
+    print(f"JSON: {results.path}")
+    return 1 if any(result["error"] for result in found.values()) else 0
+
+
+def _sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def environment_of_pieces(folder: Path, rehearse: bool) -> dict[str, str]:
+    """Of every process: this source tree and no other, one cache of what is compiled, and no network."""
+    paths = [str(ROOT), str(ROOT / "tools")]
+    if find_spec("tyro") is None:
+        stand_in = folder / "stand_in" / "tyro"
+        stand_in.mkdir(parents=True)
+        for file, text in TYRO.items():
+            (stand_in / file).write_text(text)
+        paths.append(str(stand_in.parent))
+    given = os.environ.get("PYTHONPATH")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])]),
+        "SAMECURVE_CACHE": str(folder / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "TMPDIR": str(folder),
+    }
+    if rehearse:
+        # torch.compile is called and does nothing: compiling alone would take minutes.
+        return environment | {"TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # Pieces that compile the same model, and a second call, find it compiled.
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "benchmark_gpu_compiled")))
+    # One GPU: the Trainer of transformers would take all that it sees.
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    return environment | {"CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_CACHE_DIR": cache}
+
+
+def run_process(
+    pieces: list[str], results: ResultFile, rehearse: bool, limit_seconds: float, environment: dict[str, str]
+) -> None:
+    """Run pieces in a process; one that left no result, killed or hanging, gets one that says so."""
+    started = time.monotonic()
+    for piece in pieces:
+        print(f"({piece}) {TITLES[piece]} ...", flush=True)
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "gpu", "--json", str(results.path)]
+    command += ["--seconds", f"{limit_seconds:.0f}", *(["--rehearse"] if rehearse else [])]
+    log_path = results.path.with_suffix(".log")
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("a+", encoding="utf-8", errors="replace") as log:
+        begin = log.tell()
+        # In a session of its own, so that its data workers and launches end with it.
+        process = subprocess.Popen(
+            [*command, "--piece", *pieces],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            ended = f"exit status {process.wait(limit_seconds)}"
+        except subprocess.TimeoutExpired:
+            ended = f"took longer than {limit_seconds:.0f} s"
+        finally:
+            _kill_group(process)
+        log.seek(begin)
+        tail = log.read()[-2000:]
+    there = results.read()
+    for piece in pieces:
+        if piece not in there:
+            seconds = time.monotonic() - started
+            results.write(piece, Result(error=f"{tail}\nno result: {ended}"), rehearsal=rehearse, seconds=seconds)
+
+
+def _kill_group(process: subprocess.Popen[Any]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run_pieces(pieces: list[str], results: ResultFile, rehearse: bool, seconds: float) -> None:
+    """What a process does: each piece, whose result it writes, error and all. It is ended after so many seconds."""
+    until = time.monotonic() + seconds
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not rehearse
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "accelerate": importlib.metadata.version("accelerate"),
+        "cores": os.cpu_count(),
+        "rehearsal": rehearse,
+    }
+    for piece in pieces:
+        started, result = time.monotonic(), Result()
+        try:
+            result = run_piece(piece, results, rehearse, until)
+        except ModuleNotFoundError as error:
+            result.notes.append(reason(error))
+        except Exception as error:
+            result.error = f"{traceback.format_exc()}\n{reason(error)}"
+        results.write(piece, result, **facts, seconds=time.monotonic() - started)
+
+
+def run_piece(piece: str, results: ResultFile, rehearse: bool, until: float) -> Result:
+    """One piece, in a folder that is removed afterwards."""
+    module = importlib.import_module(f"benchmarks.gpu_pieces.{MODULES[piece]}")
+    sessions = importlib.import_module("benchmarks.gpu_pieces.sessions")
+    with tempfile.TemporaryDirectory() as folder:
+        place = sessions.Place(sessions.connected(rehearse), Path(folder), results, rehearse, until)
+        return getattr(module, f"piece_{piece}")(place)

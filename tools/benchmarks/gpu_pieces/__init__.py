@@ -1,0 +1,1 @@
+"""The pieces of tools/benchmarks/gpu.py, each run in a process of its own."""

@@ -1,0 +1,81 @@
+"""A peer: transformers' Trainer on its own GPT-2, the same shape and batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_pieces.contenders import OwnLoop
+from benchmarks.gpu_pieces.nanogpt import Shape
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of ids, end to end; the model shifts the labels itself."""
+
+    def __init__(self, ids: Path, length: int) -> None:
+        self.ids, self.length = np.memmap(ids, np.uint16, "r"), length
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.length
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        window = self.ids[number * self.length : (number + 1) * self.length]
+        tokens = torch.from_numpy(window.astype(np.int64))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class HfTrainerLoop(OwnLoop):
+    """`Trainer.train`, told to stand still between rounds by a callback."""
+
+    def __init__(self, shape: Shape, batch_size: int, ids: Path, folder: Path, device: torch.device) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+        loop = self
+
+        class Steps(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                loop.step_done()
+
+        sizes: dict[str, Any] = {
+            "n_positions": shape.length,
+            "n_embd": shape.width,
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+        }
+        dropouts: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        tokens: dict[str, Any] = {"vocab_size": shape.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+        before = dict(os.environ)
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **tokens, use_cache=False))
+        on_gpu = device.type == "cuda"
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=batch_size,
+            max_steps=1_000_000,
+            learning_rate=6e-4,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=on_gpu,
+            torch_compile=on_gpu,
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            logging_steps=100,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        self.trainer: Any = Trainer(model=model, args=arguments, train_dataset=Windows(ids, shape.length), callbacks=[Steps()])
+        # Its settings for Accelerate are kept in the environment, where the next trainer of this process would find them.
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        super().__init__(self.trainer.train)
+
+    def close(self) -> None:
+        """End the loop."""
+        super().close()
+        self.trainer = None

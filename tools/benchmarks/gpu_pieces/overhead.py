@@ -1,0 +1,98 @@
+"""Pieces (b) and (j): what the loop adds to a step, how often the host waits for the device, and where its time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu_pieces.contenders import Contender, interleave, wait_for
+from benchmarks.gpu_pieces.language import gpt2, tinystories
+from benchmarks.gpu_pieces.results import Result
+from benchmarks.gpu_pieces.sessions import OurLoop, Place, bare_loop
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense", "aten::item")
+"""calls in which the host reads, or waits for, the device"""
+
+
+def profiled(contender: Contender, device: torch.device, steps: int) -> list[Any]:
+    """Averages by name over so many steps, recorded in the thread that takes them."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    recorded: list[profile] = []
+
+    def within() -> profile:
+        recorded.append(profile(activities=activities))
+        return recorded[0]
+
+    with profile(activities=activities):  # it starts its library in the thread that imported torch, and takes its time
+        wait_for(device)
+    contender.run(steps, within)
+    wait_for(device)
+    return list(recorded[0].key_averages())
+
+
+def piece_b(place: Place) -> Result:
+    """A model so small that the host is what takes the time: the loop beside a bare one, its waits and operations counted."""
+    result = Result()
+    small = {"d_model": 128, "num_layers": 2, "num_heads": 2, "d_ff": 256, "batch_size": 8}
+    recipe, config = tinystories(place, **place.size(small, {}), compile=False)
+    makers: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: OurLoop(recipe, config, place.launch, place.new_folder()),
+        "bare": lambda: bare_loop(recipe, config, place.launch, compile_mode=None),
+        "bare again": lambda: bare_loop(recipe, config, place.launch, compile_mode=None),
+    }
+    rounds, steps = place.size((15, 40), (2, 2))
+    measured = interleave(makers, place.device, rounds, steps, place.size(20, 1), required="ours", until=place.until)
+    result.add("ours above bare, small model", 1e6 * (measured.median("ours") - measured.median("bare")), "us a step", "40")
+    result.add(
+        "bare again above bare (the noise)", 1e6 * (measured.median("bare again") - measured.median("bare")), "us a step"
+    )
+    result.add("ours / bare, speed, small model", measured.ratio("ours", "bare"), "x")
+    result.details["ms per step: fastest, median, slowest"] = measured.spread()
+    steps = place.size(20, 2)
+    for name in ("ours", "bare"):
+        contender = makers[name]()
+        contender.run(place.size(5, 1))
+        averages = profiled(contender, place.device, steps)
+        contender.close()
+        counts = {event.key: event.count for event in averages}
+        operations = sum(n for key, n in counts.items() if key.startswith("aten::"))
+        result.add(f"{name}, operations", operations / steps, "a step")
+        for wait in WAITS:
+            # The end of the profile itself waits for the device once.
+            result.add(f"{name}, {wait}", counts.get(wait, 0) / steps, "a step", "0" if name == "ours" else "")
+        result.details[f"{name}: CUDA calls a step"] = {
+            key: n / steps for key, n in sorted(counts.items()) if key.startswith(("cuda", "cuLaunch"))
+        }
+    return result
+
+
+def piece_j(place: Place) -> Result:
+    """The ten kernels (on a CPU: operations) that take most of a GPT-2 step, and the part of the time that the GPU is busy."""
+    result, on_gpu = Result(), place.device.type == "cuda"
+    batch_size = int(place.results.figure("a", "batch") or place.size(32, 2))
+    loop = OurLoop(*gpt2(place, batch_size), place.launch, place.new_folder())
+    loop.run(place.size(5, 1))
+    steps = place.size(5, 2)
+    averages = profiled(loop, place.device, steps)
+    loop.close()
+
+    def own_time_us(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    if on_gpu:
+        # Without the ranges that annotations span, whose kernels would count twice.
+        averages = [e for e in averages if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    averages.sort(key=own_time_us, reverse=True)
+    total = sum(map(own_time_us, averages)) or 1.0
+    result.add("all kernels" if on_gpu else "all operations", total / steps / 1000, "ms a step")
+    for event in averages[:10]:
+        result.add(event.key[:52], own_time_us(event) / total, "of it")
+    result.details["kernels"] = [
+        {"name": event.key, "ms a step": own_time_us(event) / steps / 1000, "calls a step": event.count / steps}
+        for event in averages[:30]
+    ]
+    return result

@@ -1,0 +1,109 @@
+"""Pieces (g) and (i): what a save costs, and whether a resumed run is the same to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_pieces.contenders import free, wait_for
+from benchmarks.gpu_pieces.language import gpt2, tinystories
+from benchmarks.gpu_pieces.networks import pfn, vit
+from benchmarks.gpu_pieces.results import Result, noting
+from benchmarks.gpu_pieces.sessions import OurLoop, Place
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.recipe import Recipe
+
+
+def piece_g(place: Place) -> Result:
+    """GPT-2 saved while it trains: the steps with a save beside those without, and torch.save of the same tensors."""
+    result = Result()
+    every, saves = place.size((40, 4), (3, 2))
+    # Every step of the loop is waited for, so that the clock shows each one's own time.
+    recipe, config = gpt2(place, place.size(8, 2), compile=False, save_every=every, keep_last=1)
+    folder = place.new_folder()
+    loop, stamps = OurLoop(recipe, config, place.launch, folder), list[float]()
+
+    def stamp() -> None:
+        wait_for(place.device)
+        stamps.append(time.perf_counter())
+
+    loop.on_step = stamp
+    assert loop.training is not None
+    network, optimizer = loop.session.network, loop.session.backend.optimizer
+    loop.run(every * saves + 2)  # a save comes before the step after it
+    seconds = [after - before for before, after in itertools.pairwise(stamps)]
+    # The interval that begins at stamp i - 1 holds the save of step i.
+    with_save = [value for i, value in enumerate(seconds, start=1) if i % every == 0]
+    without = [value for i, value in enumerate(seconds, start=1) if i % every and i > 1]
+    stall = statistics.median(with_save) - statistics.median(without)
+    plain = []
+    for number in range(saves):
+        wait_for(place.device)
+        started = time.perf_counter()
+        torch.save({"model": network.state_dict(), "optimizer": optimizer.state_dict()}, place.folder / "peer.pt")
+        if number or saves == 1:  # the first one warms up
+            plain.append(time.perf_counter() - started)
+    loop.close()
+    newest = max(folder.glob("checkpoints/*_[0-9]*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    result.add("a save holds up the loop for", 1000 * stall, "ms", "100")
+    result.add("torch.save of the same tensors takes", 1000 * statistics.median(plain), "ms")
+    result.add("a step without a save", 1000 * statistics.median(without), "ms")
+    result.add("checkpoint", size / 1e9, "GB")
+    result.details["ms of the steps with a save"] = [1000 * value for value in with_save]
+    return result
+
+
+def piece_i(place: Place) -> Result:
+    """Runs that are stopped in the middle and go on from their checkpoint, beside ones that are not; with --deterministic."""
+    # Read when CUDA's libraries start; `set_up` sets it too, but in a run of several recipes not before the first.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    result = Result()
+    steps = place.size(12, 4)
+    shared: dict[str, Any] = {"max_steps": steps, "save_every": steps // 2, "compile": False, "deterministic": True}
+    small_gpt2 = place.size({"num_layers": 4}, {})
+    makers: dict[str, Callable[[], tuple[Recipe, Any]]] = {
+        "GPT-2": lambda: gpt2(place, place.size(8, 2), **(shared | small_gpt2 | {"dropout": 0.1})),
+        "TinyStories": lambda: tinystories(place, **shared),
+        "ViT": lambda: vit(place, **(shared | {"dropout": 0.1} | place.size({"batch_size": 16, "num_layers": 4}, {}))),
+        "PFN": lambda: pfn(place, **(shared | {"max_steps": max(6, steps), "save_every": max(6, steps) // 2})),
+    }
+    try:
+        for name, make in makers.items():
+            with noting(result, name):
+                equal, different = same_tensors(place, *make())
+                result.add(f"{name}, files with the same bits", equal / (equal + len(different)), "of it", "1")
+                if different:
+                    result.notes.append(f"{name}: {', '.join(different)} differ")
+            free(place.device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return result
+
+
+def same_tensors(place: Place, recipe: Recipe, config: Any) -> tuple[int, list[str]]:
+    """(how many tensor files of the last checkpoint are the same, the names of those that are not) after a resume halfway."""
+    middle, last = config.run.save_every, config.optimisation.max_steps
+
+    def train(checkpoint: Path | None) -> Path:
+        folder = place.new_folder()
+        loop = OurLoop(recipe, config, place.launch, folder, checkpoint)
+        # The loop ends by itself, having saved its last step.
+        loop.run(last + 1)
+        loop.close()
+        return folder / "checkpoints"
+
+    name = recipe.checkpoint_prefix
+    straight = train(None)
+    resumed = train(straight / f"{name}{middle}")
+    files = [Checkpoint(folder / f"{name}{last}").files for folder in (straight, resumed)]
+    hashes = [{file: entry["sha256"] for file, entry in own.items() if file.endswith(".safetensors")} for own in files]
+    different = [file for file in hashes[0] if hashes[0][file] != hashes[1].get(file)]
+    return len(hashes[0]) - len(different), different
