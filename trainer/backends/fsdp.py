@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
 from trainer.backends.torch_backend import TorchBackend
@@ -134,4 +135,7 @@ def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
         )
     if replicas == 1:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # which torch gives its own default, ten minutes with NCCL
+        _set_pg_timeout(launch.control.timeout, group)
+    return mesh
