@@ -17,7 +17,7 @@ from toy_recipe import ToyRecipe
 from trainer.backends import backend_of
 from trainer.backends.backend import layers
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
-from trainer.backends.fsdp import FsdpBackend, blocks, check_environment
+from trainer.backends.fsdp import FsdpBackend, blocks, check_environment, check_ties
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
 from trainer.checkpoints.network import build_network
@@ -552,4 +552,23 @@ def test_a_network_without_named_blocks_is_refused_for_fsdp(monkeypatch: pytest.
 def test_the_backend_of_each_launch() -> None:
     assert backend_of({"ACCELERATE_USE_FSDP": "true"}) is FsdpBackend
     assert backend_of({"ACCELERATE_USE_CPU": "true"}) is PlainBackend
+def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = [nn.Linear(2, 2) for _ in range(3)]
+    network = nn.ModuleList([nn.Sequential(inner[0]), nn.Sequential(inner[1]), inner[2]])
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Sequential, Linear")
+    found = blocks(network)
+    assert found.index(inner[0]) < found.index(network[0])
+    check_ties(network, found)
+    inner[0].bias = inner[1].bias
+    with pytest.raises(UserError, match=r"1\.0\.bias is tied"):
+        check_ties(network, found)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Sequential")
+    inner[0].bias = nn.Parameter(torch.zeros(2))
+    inner[1].bias = inner[2].bias
+    with pytest.raises(UserError, match=r"2\.bias is tied"):
+        check_ties(network, blocks(network))
+    network[2] = network[1]  # the same block twice
+    check_ties(network, blocks(network))
+
+
     assert backend_of({"ACCELERATE_USE_DEEPSPEED": "true"}) is ZeroBackend
