@@ -521,12 +521,15 @@ def test_a_launch_that_no_backend_is_for_is_refused(environ: dict[str, str], nam
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
         ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "head"}, "leave it out"),
         ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "hsdp.yaml HYBRID_SHARD"),
+        ({"FSDP_VERSION": "2", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "use --compile"),
     ],
 )
 def test_settings_of_fsdp_that_would_be_another_launch_are_refused(setting: dict[str, str], way: str) -> None:
     with pytest.raises(UserError, match=way):
         check_environment(setting)
     check_environment({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "true"})
+    check_environment({"FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "ACCELERATE_DYNAMO_BACKEND": "NO"})
 
 
 @pytest.mark.parametrize("recipe", ["toy", *TINY])
@@ -549,9 +552,6 @@ def test_a_network_without_named_blocks_is_refused_for_fsdp(monkeypatch: pytest.
     assert blocks(network) == [network[0]]
 
 
-def test_the_backend_of_each_launch() -> None:
-    assert backend_of({"ACCELERATE_USE_FSDP": "true"}) is FsdpBackend
-    assert backend_of({"ACCELERATE_USE_CPU": "true"}) is PlainBackend
 def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = [nn.Linear(2, 2) for _ in range(3)]
     network = nn.ModuleList([nn.Sequential(inner[0]), nn.Sequential(inner[1]), inner[2]])
@@ -571,4 +571,7 @@ def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypa
     check_ties(network, blocks(network))
 
 
+def test_the_backend_of_each_launch() -> None:
+    assert backend_of({"ACCELERATE_USE_FSDP": "true"}) is FsdpBackend
+    assert backend_of({"ACCELERATE_USE_CPU": "true"}) is PlainBackend
     assert backend_of({"ACCELERATE_USE_DEEPSPEED": "true"}) is ZeroBackend

@@ -22,6 +22,7 @@ from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, path_of
 
 FSDP = "accelerate_configs/fsdp.yaml"
+HSDP = "accelerate_configs/hsdp.yaml"
 
 
 class FsdpBackend(TorchBackend):
@@ -135,8 +136,16 @@ def check_environment(environ: Mapping[str, str]) -> None:
     for name, way in ways.items():
         if environ.get(name, "false").lower() in ("true", "1"):
             raise UserError(f"the launcher sets {name.lower()}: {way}")
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError("the launcher sets dynamo_backend: use --compile")
     if environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(f"the launcher asks for FSDP version {environ.get('FSDP_VERSION', '1')}; use {path_of(FSDP)}")
+    strategy = environ.get("FSDP_SHARDING_STRATEGY", "").upper()
+    if strategy not in ("", "1", "FULL_SHARD"):
+        raise UserError(
+            f"the launcher sets fsdp_sharding_strategy {strategy}, which FSDP version 2 does not know; leave it out: "
+            f"fsdp_reshard_after_forward false is SHARD_GRAD_OP, {path_of(HSDP)} HYBRID_SHARD, {path_of(DDP)} NO_SHARD"
+        )
     if environ.get("FSDP_IGNORED_MODULES"):
         raise UserError("the launcher sets fsdp_ignored_modules, whose gradients nobody would reduce; leave it out")
     if environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
