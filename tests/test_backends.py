@@ -17,7 +17,7 @@ from toy_recipe import ToyRecipe
 from trainer.backends import backend_of
 from trainer.backends.backend import layers
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
-from trainer.backends.fsdp import FsdpBackend, blocks, check_environment
+from trainer.backends.fsdp import FsdpBackend, blocks, check_environment, check_ties
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
 from trainer.checkpoints.network import build_network
@@ -522,12 +522,15 @@ def test_a_launch_that_no_backend_is_for_is_refused(environ: dict[str, str], nam
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
         ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "head"}, "leave it out"),
         ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "hsdp.yaml HYBRID_SHARD"),
+        ({"FSDP_VERSION": "2", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "use --compile"),
     ],
 )
 def test_settings_of_fsdp_that_would_be_another_launch_are_refused(setting: dict[str, str], way: str) -> None:
     with pytest.raises(UserError, match=way):
         check_environment(setting)
     check_environment({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "true"})
+    check_environment({"FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "ACCELERATE_DYNAMO_BACKEND": "NO"})
 
 
 @pytest.mark.parametrize("recipe", ["toy", *TINY])
@@ -548,6 +551,25 @@ def test_a_network_without_named_blocks_is_refused_for_fsdp(monkeypatch: pytest.
         blocks(network)
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Linear")
     assert blocks(network) == [network[0]]
+
+
+def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = [nn.Linear(2, 2) for _ in range(3)]
+    network = nn.ModuleList([nn.Sequential(inner[0]), nn.Sequential(inner[1]), inner[2]])
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Sequential, Linear")
+    found = blocks(network)
+    assert found.index(inner[0]) < found.index(network[0])
+    check_ties(network, found)
+    inner[0].bias = inner[1].bias
+    with pytest.raises(UserError, match=r"1\.0\.bias is tied"):
+        check_ties(network, found)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Sequential")
+    inner[0].bias = nn.Parameter(torch.zeros(2))
+    inner[1].bias = inner[2].bias
+    with pytest.raises(UserError, match=r"2\.bias is tied"):
+        check_ties(network, blocks(network))
+    network[2] = network[1]  # the same block twice
+    check_ties(network, blocks(network))
 
 
 def test_the_backend_of_each_launch() -> None:

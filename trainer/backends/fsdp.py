@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
 from trainer.backends.torch_backend import TorchBackend
@@ -21,6 +22,7 @@ from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, path_of
 
 FSDP = "accelerate_configs/fsdp.yaml"
+HSDP = "accelerate_configs/hsdp.yaml"
 
 
 class FsdpBackend(TorchBackend):
@@ -63,7 +65,9 @@ class FsdpBackend(TorchBackend):
             # Over fp32 weights, so that the numbers are DDP's. A cache would keep a copy in bf16 of every block's weights.
             autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
             objective.forward = autocast(objective.forward)
-        for block in blocks(network):
+        found = blocks(network)
+        check_ties(network, found)
+        for block in found:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
         # Its weights are needed last and then first, so torch keeps them gathered in between.
         self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
@@ -92,7 +96,10 @@ class FsdpBackend(TorchBackend):
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one at a time: those whose classes the network names in `_no_split_modules`, as
-    transformers' models do, or the launcher in `fsdp_transformer_layer_cls_to_wrap`. UserError if there are none."""
+    transformers' models do, or the launcher in `fsdp_transformer_layer_cls_to_wrap`. UserError if there are none.
+
+    A block within another comes before it, as `fully_shard` wants them.
+    """
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     classes = [name.strip() for name in named.split(",") if name.strip()] or getattr(network, "_no_split_modules", None) or []
     found = [module for module in network.modules() if type(module).__name__ in classes]
@@ -101,7 +108,22 @@ def blocks(network: nn.Module) -> list[nn.Module]:
             f"FSDP gathers a model block by block, and {type(network).__name__} has none called {', '.join(classes) or 'so'}: "
             "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
         )
-    return found
+    return found[::-1]
+
+
+def check_ties(network: nn.Module, found: list[nn.Module]) -> None:
+    """UserError for a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only,
+    and not every torch says so."""
+    blocks_by_name = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in found}
+    gathered_with: dict[nn.Parameter, nn.Module] = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        around = (blocks_by_name.get(".".join(parts[:end])) for end in reversed(range(len(parts))))
+        block = next((module for module in around if module is not None), network)
+        if gathered_with.setdefault(p, block) is not block:
+            raise UserError(
+                f"{name} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}"
+            )
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
@@ -114,8 +136,16 @@ def check_environment(environ: Mapping[str, str]) -> None:
     for name, way in ways.items():
         if environ.get(name, "false").lower() in ("true", "1"):
             raise UserError(f"the launcher sets {name.lower()}: {way}")
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError("the launcher sets dynamo_backend: use --compile")
     if environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(f"the launcher asks for FSDP version {environ.get('FSDP_VERSION', '1')}; use {path_of(FSDP)}")
+    strategy = environ.get("FSDP_SHARDING_STRATEGY", "").upper()
+    if strategy not in ("", "1", "FULL_SHARD"):
+        raise UserError(
+            f"the launcher sets fsdp_sharding_strategy {strategy}, which FSDP version 2 does not know; leave it out: "
+            f"fsdp_reshard_after_forward false is SHARD_GRAD_OP, {path_of(HSDP)} HYBRID_SHARD, {path_of(DDP)} NO_SHARD"
+        )
     if environ.get("FSDP_IGNORED_MODULES"):
         raise UserError("the launcher sets fsdp_ignored_modules, whose gradients nobody would reduce; leave it out")
     if environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
@@ -134,4 +164,7 @@ def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
         )
     if replicas == 1:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # which torch gives its own default, ten minutes with NCCL
+        _set_pg_timeout(launch.control.timeout, group)
+    return mesh

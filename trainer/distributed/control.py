@@ -36,7 +36,7 @@ class Control:
     """
 
     def __init__(self, rank: int, processes: int, timeout: timedelta) -> None:
-        self.rank, self.processes, self._timeout = rank, processes, timeout
+        self.rank, self.processes, self.timeout = rank, processes, timeout
         self._group = dist.new_group(backend="gloo", timeout=timeout) if processes > 1 else None
 
     def sum(self, values: Sequence[float]) -> PendingSum:
@@ -46,7 +46,7 @@ class Control:
     def barrier(self) -> None:
         """Wait for every process; a missing one is named when the time-out passes."""
         if self._group is not None:
-            dist.monitored_barrier(self._group, timeout=self._timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timeout=self.timeout, wait_all_ranks=True)
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
         """The JSON value that process `source` holds."""
