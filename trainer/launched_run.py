@@ -25,6 +25,10 @@ from trainer.reporting.run_directory import write_text_atomic
 from trainer.reporting.trackers import WANDB_EXIT_SECONDS, Trackers, WandbSettings
 from trainer.setup import Session, describe, set_up
 
+MAIN_FIRST_SECONDS = 1.0
+"""How much later the other ranks leave where a launch fails: the launcher ends all at the first, and rank 0, which writes down
+why, may be about to fail of the same."""
+
 
 class LaunchedRun:
     """What surrounds the loop: the files of the run directory before it, the report after it, the status if it fails."""
@@ -58,6 +62,8 @@ class LaunchedRun:
             except BaseException as error:
                 failing.set()
                 self._record_failure(text_of(error))
+                if not self.launch.is_main:
+                    time.sleep(MAIN_FIRST_SECONDS)
                 raise
             finally:
                 self.alerts.close()
