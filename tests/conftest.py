@@ -11,6 +11,8 @@ from fault_injector import guard
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test is imported, in the process that runs tests: pytest, or each of its workers."""
+    # Two files at a time already: more threads would wait for each other. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     guard()
     if config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
         return  # the workers must inherit whether a hangup is ignored, to ignore it too
