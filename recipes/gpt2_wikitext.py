@@ -31,7 +31,8 @@ from trainer.reporting.trackers import read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GPT2LMHeadModel
+
+    from recipes.models.gpt2 import Gpt2
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class Gpt2Wikitext(Recipe[Config]):
             extra={"text": text},
         )
 
-    def build_model(self, config: Config, data: Data) -> GPT2LMHeadModel:
-        """transformers' GPT2LMHeadModel, with the vocabulary of the data."""
+    def build_model(self, config: Config, data: Data) -> Gpt2:
+        """GPT-2, with the vocabulary of the data."""
         from recipes.models.gpt2 import build_gpt2
 
         text, recompute = data.extra["text"], config.run.gradient_checkpointing
@@ -158,10 +159,7 @@ class Gpt2Wikitext(Recipe[Config]):
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy, summed in fp32. No attention mask: padding is on the right, where causal attention never reaches."""
-        from torch.nn.functional import cross_entropy
-
-        logits = network(input_ids=batch["input_ids"]).logits.flatten(0, 1).float()  # [batch x time, vocab]
-        return {"next_token": cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100, reduction="sum")}
+        return {"next_token": network(batch["input_ids"], batch["labels"])}
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per token."""
@@ -179,9 +177,7 @@ class Gpt2Wikitext(Recipe[Config]):
 
     def flops_per_item(self, config: Config, network: Any) -> float:
         """Training FLOPs of a token."""
-        from recipes.models.gpt2 import training_flops_per_token
-
-        return training_flops_per_token(network.config)
+        return network.training_flops_per_token()
 
 
 if __name__ == "__main__":

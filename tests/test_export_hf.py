@@ -156,7 +156,7 @@ def test_gpt2_stays_as_it_is(tmp_path: Path) -> None:
     assert not any(info.values())
     tokens = torch.randint(320, (2, 32))
     with torch.no_grad():
-        assert torch.allclose(network(tokens).logits, theirs.eval()(tokens).logits, atol=1e-5)
+        assert torch.allclose(network(tokens), theirs.eval()(tokens).logits, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == end
     assert "| validation loss | 1.3333 |" in (tmp_path / "out" / "README.md").read_text()
 

@@ -25,6 +25,7 @@ from recipes.data.text import Text, TokenSplit
 from recipes.data.token_samples import TokenBlocks
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.gpt2 import build_gpt2
+from recipes.models.next_token_loss import next_token_loss
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.network import evaluate_network
 from trainer.command_line import config as configuration
@@ -291,10 +292,10 @@ def test_evaluate_gives_the_number_training_logged_for_any_batch_size(place: Sim
 class KnowsThePast(torch.nn.Module):
     """On a text that repeats every 12 tokens: certain where it has seen 12 tokens, else guessing among 50."""
 
-    def forward(self, input_ids: Tensor) -> Any:
-        logits = torch.zeros(*input_ids.shape, 50)
-        logits[:, 11:] = 50.0 * torch.nn.functional.one_hot(input_ids[:, :-11], 50).float()
-        return SimpleNamespace(logits=logits)
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        certain = torch.zeros(*input_ids.shape, 50)
+        certain[:, 11:] = 50.0 * torch.nn.functional.one_hot(input_ids[:, :-11], 50).float()
+        return next_token_loss(certain, torch.eye(50), labels)
 
 
 def test_a_smaller_stride_gives_every_token_more_context() -> None:
@@ -379,7 +380,7 @@ def test_transformers_opens_a_checkpoint_and_gives_the_same_logits(place: Simple
     ids = tokenizer(row, return_tensors="pt").input_ids[:, :32]
     assert ids[0].tolist() == text.tokenizer().encode(row).ids[:32]
     with torch.no_grad():
-        one, two = ours(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits
+        one, two = ours(ids), theirs.eval()(input_ids=ids).logits
         assert torch.equal(one, two)
         loss = theirs(input_ids=ids, labels=ids).loss.item()
     assert loss < math.log(300)

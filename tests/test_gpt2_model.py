@@ -1,7 +1,7 @@
 """GPT-2 and its loss against transformers' own, and its guaranteed properties."""
 
+import json
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from recipes.commands.language_model import perplexity
 from recipes.data.text import TokenSplit
 from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
-from recipes.models.gpt2 import build_gpt2, training_flops_per_token
+from recipes.models.gpt2 import as_transformers, build_gpt2
+from recipes.models.next_token_loss import next_token_loss
 from trainer.evaluation.objective import Objective
 
 RECIPE = Gpt2Wikitext()
@@ -37,9 +38,14 @@ def random_split(count: int = 200) -> TokenSplit:
     return split(np.random.RandomState(0).randint(1, 50, count))
 
 
-def theirs(network: Any, ids: Tensor) -> Tensor:
-    """transformers' loss; it shifts the labels by itself, so that they are the inputs."""
-    return network(input_ids=ids, labels=ids).loss
+def in_transformers(network: Any, activation: str = "gelu_new") -> Any:
+    """A copy in transformers' own GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = json.loads(network.config.to_json_string()) | {"activation_function": activation}
+    theirs = GPT2LMHeadModel(GPT2Config(**config)).eval()
+    theirs.load_state_dict(network.state_dict())
+    return theirs
 
 
 # --------------------------------------------------------------------------------------------------------------- loss
@@ -52,18 +58,49 @@ def test_the_loss_is_transformers_own() -> None:
     ours = RECIPE.loss(network, batch)["next_token"] / RECIPE.items(batch)["next_token"]
     whole = torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1)
     assert whole.shape == (3, 16)
-    assert ours.item() == pytest.approx(theirs(network, whole).item(), abs=1e-5)
+    theirs = in_transformers(network)(input_ids=whole, labels=whole).loss  # it shifts the labels by itself
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
 
 
-def test_gradients_are_transformers_own() -> None:
-    network, data = tiny(), random_split()
+def test_logits_and_gradients_are_transformers_own() -> None:
+    """Published GPT-2s say `gelu_new`, seven operations for the function that torch has in one."""
+    network, data = tiny(num_layers=3), random_split()
+    others = [in_transformers(network), in_transformers(network, "gelu_pytorch_tanh")]
     batch = TokenBlocks(data, 15, 50, END).__getitems__([0, 3, 7])
     (RECIPE.loss(network, batch)["next_token"] / RECIPE.items(batch)["next_token"]).backward()
-    ours = [p.grad.clone() for p in network.parameters()]
-    network.zero_grad()
-    theirs(network, torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1)).backward()
-    for one, p in zip(ours, network.parameters(), strict=True):
-        assert torch.allclose(one, p.grad, atol=1e-6)
+    whole = torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1)
+    for theirs in others:
+        output = theirs(input_ids=whole, labels=whole)
+        output.loss.backward()
+        torch.testing.assert_close(network(whole), output.logits, rtol=1e-5, atol=1e-6)
+        gradients = {name: p.grad for name, p in theirs.named_parameters()}
+        assert gradients.keys() == {name for name, _ in network.named_parameters()}
+        for name, p in network.named_parameters():
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_generation_is_transformers_own(random: bool) -> None:
+    network, ids = tiny().eval(), torch.tensor([[3, 1, 4]])
+    settings: dict[str, Any] = {"do_sample": random, "max_new_tokens": 8, "pad_token_id": END, "attention_mask": ids > -1}
+    continued = []
+    for model in (as_transformers(network), in_transformers(network)):
+        torch.manual_seed(1)
+        continued.append(model.generate(ids, **settings).tolist())
+    assert continued[0] == continued[1]
+    weights = dict(network.named_parameters())
+    for name, p in as_transformers(network).named_parameters():
+        assert p.data_ptr() == weights[name].data_ptr()  # not a copy
+
+
+def test_config_json_is_what_other_libraries_look_for() -> None:
+    """vLLM and llama.cpp stop without `architectures`; without `use_cache` every token is generated from the whole prefix."""
+    from transformers import AutoConfig
+
+    written = json.loads(tiny().config.to_json_string())
+    assert (written["architectures"], written["dtype"], written["use_cache"]) == (["GPT2LMHeadModel"], "float32", True)
+    named = {name: value for name, value in written.items() if name != "model_type"}
+    assert AutoConfig.for_model("gpt2", **named).to_dict().items() >= {"n_embd": 32, "n_layer": 2, "n_inner": 128}.items()
 
 
 class Oracle(torch.nn.Module):
@@ -73,8 +110,9 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.token = token
 
-    def forward(self, input_ids: Tensor) -> Any:
-        return SimpleNamespace(logits=30.0 * torch.nn.functional.one_hot(self.token(input_ids), 50).float())
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        certain = 30.0 * torch.nn.functional.one_hot(self.token(input_ids), 50).float()
+        return next_token_loss(certain, torch.eye(50), labels)
 
 
 @pytest.mark.parametrize("cut", [TokenBlocks, TokenRows])
@@ -123,8 +161,8 @@ def test_items_count_what_the_loss_sums_over() -> None:
     for dataset in (TokenBlocks(data, 16, 50, END), TokenRows(data, 16, 50, END)):
         batch = dataset.__getitems__(range(len(dataset)))
         count = RECIPE.items(batch)["next_token"]
-        uniform = SimpleNamespace(logits=torch.zeros(*batch["labels"].shape, 50))
-        total = RECIPE.loss(lambda input_ids, uniform=uniform: uniform, batch)["next_token"].item()
+        hidden = torch.zeros(*batch["labels"].shape, 1)
+        total = next_token_loss(hidden, torch.zeros(50, 1), batch["labels"]).item()
         assert total / count == pytest.approx(np.log(50), rel=1e-5)
         assert count == (46 if isinstance(dataset, TokenBlocks) else 47 - 5)
 
@@ -152,15 +190,6 @@ def test_a_batch_without_labels_has_loss_0_and_finite_gradients() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
-
-
-def test_the_loss_is_summed_in_fp32_whatever_the_logits_are() -> None:
-    logits = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "labels": torch.arange(16).reshape(2, 8)}
-    low = RECIPE.loss(lambda input_ids: SimpleNamespace(logits=logits.bfloat16()), batch)["next_token"]
-    assert low.dtype == torch.float32
-    exact = -logits.bfloat16().double().log_softmax(-1).gather(-1, batch["labels"][..., None]).sum()
-    assert low.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_what_leaves_the_objective_is_scalars() -> None:
@@ -202,24 +231,6 @@ def test_the_default_model_has_124439808_parameters() -> None:
     assert (c.resid_pdrop, c.embd_pdrop, c.attn_pdrop) == (0.1, 0.1, 0.1)
     assert (c.eos_token_id, c.vocab_size) == (50256, 50257)
     assert network.lm_head.weight is network.transformer.wte.weight
-
-
-def test_the_activation_is_gpt2s_own() -> None:
-    """Published GPT-2s say `gelu_new`, seven operations for the function that torch has in one."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    ours = tiny(d_model=64, num_layers=3).eval()
-    theirs = GPT2LMHeadModel(GPT2Config(**{**ours.config.to_diff_dict(), "activation_function": "gelu_new"})).eval()
-    theirs.load_state_dict(ours.state_dict())
-    tokens = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(0))
-    logits = []
-    for network in (ours, theirs):
-        output = network(input_ids=tokens, labels=tokens)
-        output.loss.backward()
-        logits.append(output.logits)
-    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_residual_projections_start_smaller() -> None:
@@ -268,8 +279,8 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 def test_flops_by_hand() -> None:
     """Width 4, inner 8, one layer, 10 tokens, length 6: weights 3*16 + 16 + 2*32 + 40 = 168; 6*168 + 12*4*6 = 1296."""
-    config = SimpleNamespace(n_embd=4, n_inner=8, n_layer=1, vocab_size=10, n_positions=6)
-    assert training_flops_per_token(config) == 1296.0
+    sizes = {"max_length": 6, "d_model": 4, "num_layers": 1, "num_heads": 1, "d_ff": 8, "dropout": 0.0}
+    assert build_gpt2(10, END, **sizes).training_flops_per_token() == 1296.0
     with torch.device("meta"):
         network = tiny(d_model=32, num_layers=3, d_ff=64, max_length=7)
     per_layer = 32 * 96 + 32 * 32 + 2 * 32 * 64

@@ -6,6 +6,7 @@ twice, or not at all, padding that counts, or a bin that is off by one, all show
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +96,8 @@ def test_gpt2(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
     run = tiny("gpt2", tmp_path, "--packing", packing)
     length, text = run.config.model.max_length, run.data.extra["text"]
-    plain = GPT2LMHeadModel(GPT2Config.from_dict({**run.network.config.to_dict(), "attn_implementation": "eager"})).eval()
+    sizes = json.loads(run.network.config.to_json_string())
+    plain = GPT2LMHeadModel(GPT2Config(**{**sizes, "attn_implementation": "eager", "activation_function": "gelu_new"})).eval()
     plain.load_state_dict(run.network.state_dict())
 
     lines = (tmp_path / "text" / "train.txt").read_text().splitlines()

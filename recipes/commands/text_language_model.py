@@ -93,13 +93,14 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
 
 def sample(network: Any, text: Text, flags: Generate) -> str:
     """Continue a prompt with `transformers`' generate. UserError if the flags do not fit the network."""
+    from recipes.models.gpt2 import as_transformers
 
     def continuation(ids: Tensor) -> Tensor:
         free = network.config.n_positions - len(ids)
         if free < 1:
             raise UserError(f"the prompt has {len(ids)} tokens and the model reads {network.config.n_positions}; shorten it")
         random = {"do_sample": True, "temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
-        return network.generate(
+        return as_transformers(network).generate(
             ids[None],
             attention_mask=ids[None].new_ones(1, len(ids)),
             max_new_tokens=min(flags.max_new_tokens, free),

@@ -1,15 +1,177 @@
-"""GPT-2 as `transformers` has it, built from flags: tanh GELU, tied embeddings, pre-norm (Radford et al. 2019)."""
+"""GPT-2 (Radford et al. 2019): learned positions, pre-norm, tanh GELU, tied embeddings. Weights as transformers names them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recipes.models.next_token_loss import next_token_loss
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GPT2LMHeadModel
 
+INIT_STD = 0.02
 
-CAUSAL_ATTENTION = "causal_sdpa"
+
+@dataclass(frozen=True)
+class Gpt2Config:
+    """Of a `Gpt2`, in transformers' words. ValueError where the width does not divide into the heads."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    resid_pdrop: float
+    embd_pdrop: float
+    attn_pdrop: float
+    bos_token_id: int
+    eos_token_id: int
+    activation_function: str = "gelu_pytorch_tanh"
+    """published GPT-2s say `gelu_new`, the same function in seven operations"""
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"d_model {self.n_embd} does not divide into {self.n_head} heads; give a --num_heads that divides it"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """The width, by the name that DeepSpeed looks for."""
+        return self.n_embd
+
+    def to_json_string(self) -> str:
+        """The `config.json` of a folder that transformers, and what is built on it, can open."""
+        named = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32", "use_cache": True}
+        return json.dumps(named | asdict(self), indent=2) + "\n"
+
+
+class Projection(nn.Module):
+    """x @ weight + bias: a linear layer whose weight lies [d_in, d_out], as in GPT-2's checkpoints."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(d_in, d_out)), nn.Parameter(torch.empty(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out]."""
+        return F.linear(x, self.weight.T, self.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: Gpt2Config) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.resid_dropout = config.n_head, config.attn_pdrop, config.resid_pdrop
+        self.c_attn, self.c_proj = Projection(config.n_embd, 3 * config.n_embd), Projection(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, width] -> the same."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.dropout(self.c_proj(attended.transpose(1, 2).flatten(2)), self.resid_dropout, self.training)
+
+
+class Mlp(nn.Module):
+    """Two projections with GELU between them."""
+
+    def __init__(self, config: Gpt2Config) -> None:
+        super().__init__()
+        self.dropout = config.resid_pdrop
+        self.c_fc, self.c_proj = Projection(config.n_embd, config.n_inner), Projection(config.n_inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same."""
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: Gpt2Config) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attn, self.mlp = Attention(config), Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, width] -> the same."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Head(nn.Linear):
+    """Hidden states [batch, time, width] -> logits [batch, time, vocab_size]; with labels, the loss instead."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """One or the other, in a module's own forward, where ZeRO-3 has gathered the weight."""
+        return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels)
+
+
+class Gpt2(nn.Module):
+    """Ids [batch, time] -> logits [batch, time, vocab_size], or with the ids that follow them their summed loss."""
+
+    _no_split_modules: ClassVar = ["Block"]
+    """what FSDP gathers at a time, by class, as transformers' models say it"""
+
+    def __init__(self, config: Gpt2Config, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.n_positions, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """N(0, 0.02), biases 0; projections into the residual stream 1 / sqrt(2 x layers) of that."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=INIT_STD / (2 * self.config.n_layer) ** 0.5 if residual else INIT_STD)
+
+    def embeddings_and_heads(self) -> list[nn.Parameter]:
+        """The parameters with a row per token or position, which Muon leaves to AdamW."""
+        return [*self.transformer["wte"].parameters(), *self.transformer["wpe"].parameters()]
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits; with `labels` [batch, time], ids that are not shifted any more, `next_token_loss` instead.
+
+        Purely causal: with padding on the right no position attends to any.
+        """
+        wte, wpe, layers, ln_f = self.transformer.values()
+        x = wte(input_ids) + wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
+        x = F.dropout(x, self.config.embd_pdrop, self.training)
+        for layer in layers:  # type: ignore[attr-defined]
+            recompute = self.gradient_checkpointing and self.training
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        return self.lm_head(ln_f(x), labels)
+
+    def training_flops_per_token(self) -> float:
+        """Forward and backward FLOPs: 6 per weight in a matrix product, 12 x layers x width x length for attention.
+
+        Kaplan et al. 2020, section 2.1, with the output layer counted and the embedding lookups not; PaLM (2022), appendix B.
+        """
+        c = self.config
+        weights = c.n_layer * (4 * c.n_embd * c.n_embd + 2 * c.n_embd * c.n_inner) + c.vocab_size * c.n_embd
+        return 6.0 * weights + 12.0 * c.n_layer * c.n_embd * c.n_positions
 
 
 def build_gpt2(
@@ -23,55 +185,37 @@ def build_gpt2(
     d_ff: int | None,
     dropout: float,
     gradient_checkpointing: bool = False,
-) -> GPT2LMHeadModel:
-    """A GPT2LMHeadModel with fresh weights; `num_heads` None means heads of 64, `d_ff` None 4 x d_model.
-
-    Residual projections start with a standard deviation of 0.02 / sqrt(2 x layers). ValueError where sizes do not fit.
-    """
-    from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    heads = num_heads or max(1, d_model // 64)
-    if d_model % heads:
-        raise ValueError(f"d_model {d_model} does not divide into {heads} heads; give a --num_heads that divides it")
-    config = GPT2Config(
+) -> Gpt2:
+    """A network of these flags with fresh weights; `num_heads` None means heads of 64, `d_ff` None 4 x d_model."""
+    config = Gpt2Config(
         vocab_size=vocab_size,
         n_positions=max_length,
         n_embd=d_model,
         n_layer=num_layers,
-        n_head=heads,
+        n_head=num_heads or max(1, d_model // 64),
         n_inner=d_ff or 4 * d_model,
-        activation_function="gelu_pytorch_tanh",  # `gelu_new` by its other name: one operation instead of seven
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
-        use_cache=False,
     )
-    model = GPT2LMHeadModel(config)
-    # Purely causal attention without a mask tensor. transformers would look for packed sequences in every forward, which
-    # reads the device on the host, and under torch.compile would hand over a mask that keeps flash attention away.
-    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
-    model.config._attn_implementation = CAUSAL_ATTENTION
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return Gpt2(config, gradient_checkpointing)
 
 
-def pretrained_gpt2(name: str) -> dict[str, Tensor]:
-    """Weights of a pretrained GPT-2 by the names of `build_gpt2`'s model. OSError where the hub or folder has none."""
+def as_transformers(network: Gpt2) -> GPT2LMHeadModel:
+    """The same weights, not copied, in transformers' model, for its `generate`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config(**json.loads(network.config.to_json_string())))
+    theirs.load_state_dict(network.state_dict(), assign=True)
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def pretrained_gpt2(name: str) -> dict[str, Any]:
+    """Weights of a pretrained GPT-2 by the names of `Gpt2`. OSError where the hub or folder has none."""
     from transformers import GPT2LMHeadModel
 
     return GPT2LMHeadModel.from_pretrained(name, use_safetensors=True).state_dict()
-
-
-def training_flops_per_token(config: Any) -> float:
-    """Forward and backward FLOPs for one token: 6 per weight in a matrix product, 12 x layers x width x length for attention.
-
-    Kaplan et al. 2020, section 2.1, with the output layer counted and the embedding lookups not; PaLM (2022), appendix B.
-    """
-    width, inner = config.n_embd, config.n_inner
-    per_layer = 4 * width * width + 2 * width * inner
-    weights = config.n_layer * per_layer + config.vocab_size * width
-    return 6.0 * weights + 12.0 * config.n_layer * width * config.n_positions

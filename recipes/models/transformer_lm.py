@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recipes.models.next_token_loss import next_token_loss
+
 EPS = 1e-5  # of every norm
 
 
@@ -133,8 +135,16 @@ class Block(nn.Module):
         return self.ln2(x + self.ffn(x))
 
 
+class Head(Linear):
+    """Hidden states [batch, time, d_model] -> logits [batch, time, vocab_size]; with labels, the loss instead."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """One or the other, in a module's own forward, where ZeRO-3 has gathered the weight."""
+        return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels)
+
+
 class TransformerLM(nn.Module):
-    """Token ids [batch, time] -> logits [batch, time, vocab_size].
+    """Token ids [batch, time] -> logits [batch, time, vocab_size], or with the ids that follow them their summed loss.
 
     `norm_position` "post" has no final norm (the last block ends in one); `rope` False leaves positions out; with
     `tie_embeddings` the output layer is the embedding, started as an output layer is. ValueError where sizes do not fit.
@@ -176,7 +186,7 @@ class TransformerLM(nn.Module):
             Block(d_model, num_heads, d_ff, pre_norm, ffn == "swiglu", qk_norm) for _ in range(num_layers)
         )
         self.ln_final = RMSNorm(d_model) if pre_norm else nn.Identity()
-        self.lm_head = Linear(d_model, vocab_size)
+        self.lm_head = Head(d_model, vocab_size)
         if tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
 
@@ -193,8 +203,8 @@ class TransformerLM(nn.Module):
         weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
         return 6.0 * weights + 12.0 * len(self.layers) * self.lm_head.in_features * self.context_length
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: integers [batch, time], time at most `context_length`."""
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """tokens: integers [batch, time], time at most `context_length`; labels: int64 [batch, time], for `next_token_loss`."""
         x = self.token_embeddings(tokens)
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         # Anew in each forward: no buffer that a backend could round to bf16, and a fraction of a layer's time.
@@ -202,7 +212,7 @@ class TransformerLM(nn.Module):
         for layer in self.layers:
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(layer, x, angles, use_reentrant=False) if recompute else layer(x, angles)
-        return self.lm_head(self.ln_final(x))
+        return self.lm_head(self.ln_final(x), labels)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
