@@ -197,8 +197,7 @@ def test_what_leaves_the_objective_is_scalars() -> None:
     objective = Objective(tiny(), RECIPE, ["next_token"])
     assert objective(batch).shape == (1,)
     measured = objective(batch, measuring=True)["next_token"]
-    assert measured.dtype == torch.float64
-    assert measured[1] == RECIPE.items(batch)["next_token"]
+    assert (measured.dtype, measured.shape) == (torch.float64, (1,))  # its items are counted on the host
     assert measured[0].item() == pytest.approx(objective(batch)[0].item(), rel=1e-6)
 
 

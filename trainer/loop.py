@@ -67,6 +67,7 @@ class Training:
         saved_with = plan.checkpoint.state["data_fingerprint"] if plan.checkpoint else session.data.fingerprint
         if saved_with != session.data.fingerprint:
             self.state.data_changes.append((self.state.step, saved_with))
+        self.weighed_counts: list[float] = []
         self.bad_steps = BadSteps(self.state.bad_steps, self.state.bad_steps_in_a_row)
         self.warned_of_bad_step = False
         self.logger = MetricsLogger(session, self.state, trackers, console, alerts)
@@ -179,10 +180,13 @@ class Training:
         self.launch.control.raise_if_any(error)
 
     def term_weights(self, item_counts: list[float]) -> Tensor:
-        """What an item of each loss term weighs in the objective of a step [terms]."""
-        weights = self.session.loss_weights
-        per_item = [weights[term] / max(count, 1.0) for term, count in zip(self.terms, item_counts, strict=True)]
-        return torch.tensor(per_item).to(self.launch.device, non_blocking=True)
+        """What an item of each loss term weighs in the objective of a step [terms]; most often as in the step before."""
+        if item_counts != self.weighed_counts:
+            weights, factor = self.session.loss_weights, self.backend.averaged_over
+            per_item = [factor * weights[term] / max(count, 1.0) for term, count in zip(self.terms, item_counts, strict=True)]
+            self.weighed_counts = item_counts
+            self.weights = torch.tensor(per_item).to(self.launch.device, non_blocking=True)
+        return self.weights
 
     def end_reason(self) -> StopReason | None:
         """Why the run, or this launch, is over; the same on every rank."""

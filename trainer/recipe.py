@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, Union
 
 from trainer.command_line.sections import Optimisation, Run
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from trainer.reporting.run_directory import RunDirectory
 
 Batch = dict[str, "Tensor"]
+Measured = Union["Tensor", float, tuple["Tensor | float", "Tensor | float"]]
+"""a sum and its count, or a sum alone"""
 Log = Callable[[str], None]
 """prints a line: on stdout and in train.log, on rank 0"""
 
@@ -195,10 +197,12 @@ class Recipe(Generic[ConfigT]):
 
     # ---- measured how
 
-    def measure(self, network: Any, batch: Batch) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
-        """{name: (sum, count)} of one evaluation batch: the loss terms, which are the default, and whatever else."""
-        counts = self.items(batch)
-        return {term: (total, counts[term]) for term, total in self.loss(network, batch).items()}
+    def measure(self, network: Any, batch: Batch) -> Mapping[str, Measured]:
+        """{name: (sum, count)} of one evaluation batch: the loss terms, which are the default, and whatever else.
+
+        A sum alone, under the name of a loss term, is one over its `items`, which the host counts.
+        """
+        return self.loss(network, batch)
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics that follow from means (perplexity from a loss); for training and evaluation alike."""

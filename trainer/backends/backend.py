@@ -22,12 +22,13 @@ Layers = Mapping[str, Sequence[nn.Parameter]]
 
 
 class StepResult(NamedTuple):
-    """What became of a step. Device scalars: reading them waits for the device."""
+    """What became of a step. Scalars of the device: reading them waits for it."""
 
     grad_norm: Tensor
     """global gradient norm before clipping"""
-    bad: Tensor
-    """1.0 if the norm was not finite, so no weight was changed, and a loss scale on its way down does not explain it"""
+    bad: Tensor | None
+    """1.0 if the norm was not finite, so no weight was changed, and a loss scale on its way down does not explain it; None
+    where the host knows that it was finite"""
 
 
 class Backend(ABC):
@@ -82,6 +83,11 @@ class Backend(ABC):
         return []
 
     # ---- a step: micro_step around each forward and backward, then step
+
+    @property
+    def averaged_over(self) -> int:
+        """What gradients are divided by on their way to the optimizer: the weights of the objective make up for it."""
+        return self.launch.processes
 
     @abstractmethod
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -40,9 +40,9 @@ class PlainBackend(TorchBackend):
     def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
         """Accelerate's `prepare`, on the model alone: the wrapped optimizer would cost a tenth of a millisecond a step."""
         self.model = self.accelerator.prepare(objective)
+        self.no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
         self.take(network, make_optimizer())
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced with the last micro-batch only."""
-        no_sync = getattr(self.model, "no_sync", None)
-        return contextlib.nullcontext() if last or no_sync is None else no_sync()
+        return contextlib.nullcontext() if last else self.no_sync()

@@ -98,8 +98,6 @@ class ZeroBackend(Backend):
                 f"DeepSpeed file: {one_line(error, 300)}; write numbers there, as in {path_of('ds_configs')}"
             ) from error
         self.engine = self.model
-        # The engine averages over both.
-        self.factor = self.launch.processes * self.settings.gradient_accumulation_steps
         if self._dynamic_scaler() is not None:
             self._dynamic_scaler().raise_error_at_min_scale = False  # the loop counts bad steps, and ends with a message
         # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, which holds ours: its groups are the flat partitions now.
@@ -128,6 +126,11 @@ class ZeroBackend(Backend):
         setting = {"fp16": "DeepSpeed fp16", "bf16": "DeepSpeed bf16.enabled"}
         return [f"{setting[kept]}: weights are kept in {kept}, so this run's numbers differ from DDP's"] if kept else []
 
+    @property
+    def averaged_over(self) -> int:
+        """The engine averages over micro-batches too."""
+        return self.launch.processes * self.settings.gradient_accumulation_steps
+
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         """`engine.step` after a micro-batch that is not the last advances the engine's own counters."""
@@ -138,7 +141,7 @@ class ZeroBackend(Backend):
 
     def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
         """With the last micro-batch gradients are reduced as well."""
-        self.engine.backward((loss_sums * weights).sum() * self.factor)
+        self.engine.backward((loss_sums * weights).sum())
 
     def step(self, learning_rate: float) -> StepResult:
         """The engine clips, updates and clears; it skips a step that is not finite (it reads the device for that)."""
@@ -148,7 +151,7 @@ class ZeroBackend(Backend):
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow)
         norm = torch.as_tensor(math.inf if skipped else self.engine.get_global_grad_norm())
-        return StepResult(norm, torch.tensor(float(skipped and scale_before <= 1.0)))
+        return StepResult(norm, torch.ones(()) if skipped and scale_before <= 1.0 else None)
 
     def model_tensors(self) -> list[TensorEntry]:
         """Parameters from the fp32 master weights, and buffers."""

@@ -19,13 +19,16 @@ class PendingSum:
     """A sum over all processes that is on its way."""
 
     def __init__(self, values: Sequence[float], group: Any) -> None:
-        self._tensor = torch.tensor(values, dtype=torch.float64)
-        self._work = None if group is None else dist.all_reduce(self._tensor, group=group, async_op=True)
+        self._values, self._work = values, None
+        if group is not None:
+            self._tensor = torch.tensor(values, dtype=torch.float64)
+            self._work = dist.all_reduce(self._tensor, group=group, async_op=True)
 
     def wait(self) -> list[float]:
         """The sums, in float64; the same on every process."""
-        if self._work is not None:
-            self._work.wait()
+        if self._work is None:
+            return [float(value) for value in self._values]
+        self._work.wait()
         return self._tensor.tolist()
 
 

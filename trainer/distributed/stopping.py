@@ -166,7 +166,7 @@ class StopRequests:
         saves = (seconds * max(1.0, self._slowdown / slowdown) for seconds, slowdown in self._saves)
         save = max(saves, default=self._expected_save_seconds * self._slowdown)
         self._look(2 * step + 1.5 * save)
-        return [float(reason in self._requested) for reason in REQUESTS]
+        return [float(reason in self._requested) for reason in REQUESTS] if self._requested else [0.0] * len(REQUESTS)
 
     def any_requested(self) -> bool:
         """Whether this rank has to stop now."""

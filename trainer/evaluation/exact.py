@@ -51,6 +51,7 @@ def evaluate(
     order = EvaluationOrder(length, batch_size, launch.rank, launch.processes)
     batches = loader.read(dataset, order, run, launch.device, stop_requested)
     totals: dict[str, Tensor] = {}
+    item_counts: dict[str, int] = {}
     was_training = model.training
     model.eval()
     try:
@@ -71,16 +72,19 @@ def evaluate(
                 lines = batch.pop(REPLACED, [])
                 if replaced is not None and own_samples:
                     replaced += lines
+                items = recipe.items(batch)  # on the host: in the forward it would wait for the device
                 measured = model(loader.to_device(batch, launch.device), measuring=True)
-                for name, pair in measured.items():
+                for name, numbers in measured.items():
                     # A process that has run out of samples read a spare one: it takes part, and does not count.
-                    counted = pair if own_samples else torch.zeros_like(pair)
-                    totals[name] = totals.get(name, torch.zeros_like(pair)) + counted
+                    counted = numbers if own_samples else torch.zeros_like(numbers)
+                    totals[name] = totals.get(name, torch.zeros_like(numbers)) + counted
+                    if len(numbers) == 1:
+                        item_counts[name] = item_counts.get(name, 0) + (items[name] if own_samples else 0)
     finally:
         model.train(was_training)
         loader.close(batches)
     names = list(totals)
-    flat = [value for name in names for value in totals[name].tolist()]
+    flat = [value for name in names for value in [*totals[name].tolist(), item_counts.get(name, 0)][:2]]
     sums = launch.control.sum(flat).wait()
     means = {name: sums[2 * i] / max(sums[2 * i + 1], 1.0) for i, name in enumerate(names)}
     return summarise(recipe, means, loss_weights)

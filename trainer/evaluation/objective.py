@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.recipe import Batch, Recipe
+from trainer.recipe import Batch, Measured, Recipe
 
 
 class Objective(nn.Module):
@@ -24,7 +24,7 @@ class Objective(nn.Module):
         self.config = getattr(network, "config", None)  # where DeepSpeed looks for hidden_size when a bucket is "auto"
 
     def forward(self, batch: Batch, measuring: bool = False) -> Any:
-        """Loss sums [terms]; with `measuring` {name: [sum, count]} in float64."""
+        """Loss sums [terms]; with `measuring` {name: [sum, count], or [sum] over the term's items} in float64."""
         if measuring:
             measured = self.recipe.measure(self.network, batch)
             missing = [term for term in self.terms if term not in measured and term not in self.recipe.monitored]
@@ -32,7 +32,7 @@ class Objective(nn.Module):
                 raise UserError(
                     f"measure gives {', '.join(measured)} without {', '.join(missing)}; give the loss terms as well"
                 )
-            return {name: _pair(total, count) for name, (total, count) in measured.items()}
+            return {name: _numbers(value) for name, value in measured.items()}
         sums = self.recipe.loss(self.network, batch)
         if sums.keys() != set(self.terms):
             raise UserError(f"loss gives the terms {', '.join(sums)}, items counts {', '.join(self.terms)}; name the same")
@@ -40,9 +40,9 @@ class Objective(nn.Module):
         return torch.stack(losses) if len(losses) > 1 else losses[0].reshape(1)
 
 
-def _pair(total: Tensor | float, count: Tensor | float) -> Tensor:
-    total = torch.as_tensor(total)
-    return torch.stack([total.double(), torch.as_tensor(count, device=total.device).double()])
+def _numbers(measured: Measured) -> Tensor:
+    total, *count = (torch.as_tensor(value) for value in (measured if isinstance(measured, tuple) else (measured,)))
+    return torch.stack([total.double(), *(value.to(total.device).double() for value in count)])
 
 
 def objective_weights(recipe: Recipe, config: Any, terms: Iterable[str]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import math
+import mmap
 import netrc
 import os
 import queue
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 from trainer.errors import CHECKPOINT, UserError
@@ -189,15 +190,23 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 def _start_file(path: Path, resumed_step: int | None) -> None:
     """Empties the file, or cuts it after the rows up to `resumed_step`. Steps only grow in it, so what has to go is its
     end, and one truncate cannot be interrupted half-way and needs no space on a full disk."""
-    keep_bytes = 0
     with open(path, "ab+") as file:
-        file.seek(0)
-        for line in file if resumed_step is not None else ():
-            row = _parse_row(line)
-            if not line.endswith(b"\n") or (row and row["step"] > resumed_step):
+        file.truncate(0 if resumed_step is None else _end_of_rows(file, resumed_step))
+
+
+def _end_of_rows(file: BinaryIO, last_step: int) -> int:
+    """Where the last row ends whose step is at most `last_step`; looked for from the end, as a long run has a million rows."""
+    if not file.seek(0, os.SEEK_END):  # nothing that could be mapped
+        return 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as rows:
+        end = rows.rfind(b"\n") + 1
+        while end:
+            start = rows.rfind(b"\n", 0, end - 1) + 1
+            row = _parse_row(rows[start:end])
+            if row is not None and row["step"] <= last_step:
                 break
-            keep_bytes += len(line)
-        file.truncate(keep_bytes)
+            end = start
+        return end
 
 
 def _append_row(path: Path, row: dict[str, float | None]) -> None:
