@@ -66,7 +66,9 @@ def measured_by_hand(run: Finished) -> dict[str, float]:
     counts: dict[str, float] = {}
     with torch.no_grad():
         for number in range(9):
-            for name, (total, count) in recipe.measure(network, data.evaluation["val"].__getitems__([number])).items():
+            batch = data.evaluation["val"].__getitems__([number])
+            for name, value in recipe.measure(network, batch).items():
+                total, count = value if isinstance(value, tuple) else (value, recipe.items(batch)[name])
                 sums[name] = sums.get(name, 0.0) + float(total)
                 counts[name] = counts.get(name, 0.0) + count
     means = {name: sums[name] / counts[name] for name in sums}

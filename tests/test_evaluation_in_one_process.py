@@ -49,7 +49,9 @@ def by_hand(network: nn.Module) -> dict[str, tuple[float, float]]:
     totals: dict[str, tuple[float, float]] = {}
     with torch.no_grad():
         for number in range(len(VALIDATION)):
-            for name, (total, count) in RECIPE.measure(network, VALIDATION.__getitems__([number])).items():
+            batch = VALIDATION.__getitems__([number])
+            for name, value in RECIPE.measure(network, batch).items():
+                total, count = value if isinstance(value, tuple) else (value, RECIPE.items(batch)[name])
                 before = totals.get(name, (0.0, 0.0))
                 totals[name] = (before[0] + float(total), before[1] + float(count))
     return totals

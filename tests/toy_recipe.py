@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.command_line import sections
 from trainer.main import main
-from trainer.recipe import Batch, Data, Recipe
+from trainer.recipe import Batch, Data, Measured, Recipe
 
 IGNORED = -100
 VOCABULARY = 32
@@ -137,11 +137,12 @@ class ToyRecipe(Recipe[Config]):
     def loss_weights(self, config: Any) -> dict[str, float]:
         return {"value": 0.3}
 
-    def measure(self, network: nn.Module, batch: Batch) -> dict[str, tuple[Tensor | float, float]]:
+    def measure(self, network: nn.Module, batch: Batch) -> dict[str, Measured]:
+        """One with a count of its own, one over its items, and one that is no loss."""
         outputs, counts = network(batch["tokens"]), self.items(batch)
         right = (outputs[0].argmax(-1) == batch["labels"]).sum()
-        sums = {term: (total, counts[term]) for term, total in self._sums(outputs, batch).items()}
-        return {**sums, "accuracy": (right, counts["token"])}
+        sums = self._sums(outputs, batch)
+        return {"token": sums["token"], "value": (sums["value"], counts["value"]), "accuracy": (right, counts["token"])}
 
 
 if __name__ == "__main__":
