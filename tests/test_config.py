@@ -116,11 +116,14 @@ def test_no_flag_gives_the_documented_defaults() -> None:
 
 def test_booleans_none_and_the_last_of_two() -> None:
     assert values("--compile", "--no_use_tensorboard", "--no-pin-memory") == {
-        "compile": True,
+        "compile": "yes",
         "use_tensorboard": False,
         "pin_memory": False,
     }
-    assert values("--compile", "--no_compile") == {}
+    assert values("--compile", "--no_compile") == {"compile": "no"}
+    assert values("--no-compile", "--compile", "--d_model", "8") == {"compile": "yes", "d_model": 8}
+    assert values("--no_compile", "--compile=auto") == values("--compile", "auto") == {}
+    assert values("--pin_memory", "--no_pin_memory") == {"pin_memory": False}
     assert values("--max_training_hours", "None") == {"max_training_hours": None}
     assert values("--d_model", "512", "--d_model", "256") == {"d_model": 256}
 
@@ -258,7 +261,14 @@ def test_yaml_flat_and_in_sections_mean_the_same(write: object) -> None:
     flat = "d_model: 512\nlr: 1e-3\nmax_epochs: 2\ncompile: true\nuse_tensorboard: no\ndata_dir: ~\nd-ff: 99\n"
     sections = "model: {d-model: 512, d_ff: 99}\noptimisation:\n  learning_rate: 0.001\n  max_epochs: 2\n"
     sections += "run:\n  compile: yes\n  use_tensorboard: false\ndata:\n  data_dir: null\n"
-    expected = {"d_model": 512, "d_ff": 99, "learning_rate": 1e-3, "max_epochs": 2.0, "compile": True, "use_tensorboard": False}
+    expected = {
+        "d_model": 512,
+        "d_ff": 99,
+        "learning_rate": 1e-3,
+        "max_epochs": 2.0,
+        "compile": "yes",
+        "use_tensorboard": False,
+    }
     assert values("--config", write(flat)) == expected
     assert values(f"--config={write(sections)}") == expected
     names = {"d_model", "d_ff", "learning_rate", "max_epochs", "compile", "use_tensorboard", "data_dir", "config"}
@@ -289,7 +299,7 @@ def test_a_checkpoints_config_stands_in_for_the_defaults() -> None:
     saved = parse("--d_model", "512", "--compile", "--lr", "1e-3").config
     again = configuration.parse(Config, PRESETS, ["--lr", "2e-3"], "x", default=saved)
     assert again.config.model.d_model == 512
-    assert again.config.run.compile
+    assert again.config.run.compile == "yes"
     assert again.config.optimisation.learning_rate == 2e-3
     assert again.typed == {"learning_rate"}
 
@@ -316,7 +326,8 @@ def test_a_checkpoints_config_stands_in_for_the_defaults() -> None:
         ("d_model: 512\n? [1, 2]\n: 3\n", ["line"]),
         ("batch_size: -1\n", ["batch_size -1"]),
         ("d_model: true\n", ["d_model"]),
-        ("compile: perhaps\n", ["perhaps"]),
+        ("compile: perhaps\n", ["compile takes true, false or auto", "perhaps"]),
+        ("patience: 3\neval_every: 0\neval_epochs: 0\n", ["patience 3", "--eval_every"]),
         ("d_model: " + "[" * 5000, ["nested too deeply"]),
         ("max_steps:\n", ["mine.yaml: max_steps has no value"]),
         ("run:\n  run_name:\n", ["mine.yaml: run_name has no value"]),
@@ -346,7 +357,8 @@ def test_bad_yaml_is_refused(content: str | bytes, parts: list[str], write: obje
     ("content", "expected"),
     [
         ("mixed_precision: no\n", {"mixed_precision": "no"}),
-        ("compile: On\nuse_tensorboard: no\n", {"compile": True, "use_tensorboard": False}),
+        ("compile: On\nuse_tensorboard: no\n", {"compile": "yes", "use_tensorboard": False}),
+        ("compile: auto\n", {}),
         ("max_steps: 010\n", {"max_steps": 10}),
         ("run_name: 010\n", {"run_name": "010"}),
         ("run_name: 2024-01-01\n", {"run_name": "2024-01-01"}),

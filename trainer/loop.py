@@ -195,14 +195,15 @@ class Training:
         return reason or (StopReason.STOP_AT_STEP if stop_at and self.state.step >= stop_at else None)
 
     def evaluation_due(self) -> bool:
-        """Every `eval_every` steps, at the end of an epoch, and at the end of the run; once."""
+        """Every `eval_every` steps, every `eval_epochs` epochs, and at the end of the run; once. Never if both are 0."""
         state, every, reason = self.state, self.run_config.eval_every, self.end_reason()
-        if not self.session.data.evaluation:
+        epochs, every_epochs = self.session.epochs, self.run_config.eval_epochs
+        if not self.session.data.evaluation or not (every or every_epochs):
             return False
         if reason is not None and reason.finished:
             # The launch that finishes a run reports its last evaluation, also if the one before was killed after it.
             return state.evaluated_step != state.step or not self.last_evaluation
-        epoch_ended = self.session.epochs(state.step - 1) < self.session.epochs(state.step)
+        epoch_ended = every_epochs and epochs(state.step - 1) // every_epochs < epochs(state.step) // every_epochs
         due = (every and state.step % every == 0) or epoch_ended
         return bool(due and state.step > 0 and state.evaluated_step != state.step)
 

@@ -79,10 +79,10 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     extra_files = recipe.checkpoint_files(config, network, data)
 
     objective = Objective(network, recipe, list(loss_weights))
-    if config.run.compile:
-        warning = backend.compile(objective)
-        if warning:
-            log(warning)
+    on_gpu = launch.device.type == "cuda"
+    if config.run.compile == "yes" or (config.run.compile == "auto" and on_gpu and backend.gains_by_compiling):
+        backend.compile(objective, config.run.compile_mode)
+        log("Compiling: the first step takes up to minutes (--no_compile turns it off)")
     backend.prepare(objective, network, lambda: recipe.optimizer(network, config))
     if plan.checkpoint is not None:
         restore(backend, plan.checkpoint, extra_files, list(loss_weights), log)
@@ -138,6 +138,7 @@ def make_backend(config: Any, launch: Launch) -> Backend:
             "--log_grad_norms needs the gradients of each layer, and ZeRO flattens them; leave it out, or use FSDP or DDP"
         )
     precision = resolve_precision(run.mixed_precision, launch)
+    torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -60,7 +60,7 @@ def stepper(argv: list[str], launch: Launch, bf16: bool, compiled: bool) -> Call
     precision = "bf16" if bf16 else "no"
     backend = PlainBackend(launch, precision, precision, config.optimisation)
     if compiled:
-        backend.compile(objective)
+        backend.compile(objective, "default")
     backend.prepare(objective, network, lambda: recipe.optimizer(network, config))
     scale = torch.tensor([1.0 / n for n in counts.values()], device=launch.device)
 

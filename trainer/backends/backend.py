@@ -70,13 +70,15 @@ class Backend(ABC):
     def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
         """Spread the model and its optimizer over the processes. `network` is the part of `objective` that is saved."""
 
-    def compile(self, objective: nn.Module) -> str | None:
+    gains_by_compiling = True
+    """what `--compile auto` asks on a GPU"""
+
+    def compile(self, objective: nn.Module, mode: str) -> None:
         """`torch.compile` network and loss as one graph: in place, before `prepare`, so that names stay bare.
 
-        Returns a warning for the user, if there is one.
+        DDP cuts the graph at its buckets, when it is compiled in its forward, so that they are reduced during the backward.
         """
-        objective.compile()
-        return None
+        objective.compile(mode=mode)
 
     def notes(self) -> list[str]:
         """What the user should know of the prepared model, a line each."""

@@ -81,11 +81,10 @@ class FsdpBackend(TorchBackend):
                 group |= {"fused": False, "foreach": True}
         self.take(network, optimizer)
 
-    def compile(self, objective: nn.Module) -> str | None:
+    def compile(self, objective: nn.Module, mode: str) -> None:
         """Block by block: what gathers the weights of a block stands between them."""
         for block in blocks(objective.network):  # type: ignore[arg-type]
-            block.compile()
-        return None
+            block.compile(mode=mode)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -30,6 +30,8 @@ from trainer.errors import UserError, one_line, path_of
 class ZeroBackend(Backend):
     """DeepSpeed's engine, made by Accelerate."""
 
+    gains_by_compiling = False  # it breaks the graph at every gathered layer
+
     def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
         from accelerate import Accelerator
 
@@ -114,11 +116,6 @@ class ZeroBackend(Backend):
             self.base.state[flat] = counts | moments
         if not self.stage3 and self.moments:
             zero._lazy_init_hp_params_optimizer_state()
-
-    def compile(self, objective: nn.Module) -> str | None:
-        """As everywhere, though it hardly pays."""
-        super().compile(objective)
-        return "WARNING: --compile under ZeRO breaks the graph at every gathered layer and gains little"
 
     def notes(self) -> list[str]:
         """Where this run's numbers differ from DDP's."""

@@ -162,6 +162,10 @@ def check(config: Any) -> None:
     optimisation = getattr(config, "optimisation", None)
     if optimisation is None:
         return
+    if config.run.patience and not config.run.eval_every and not config.run.eval_epochs:
+        raise UserError(
+            f"patience {config.run.patience} waits for evaluations, and there are none; give an --eval_every or --eval_epochs"
+        )
     if not optimisation.max_steps and not optimisation.max_epochs:
         raise UserError("max_steps and max_epochs are both 0; give one of them")
     if optimisation.min_lr > optimisation.learning_rate:

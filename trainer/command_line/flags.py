@@ -18,6 +18,9 @@ from trainer.command_line.secrets import without_urls
 from trainer.errors import UserError, one_line
 
 SECTIONS = ("model", "data", "optimisation", "run")
+Switch = typing.Literal["auto", "yes", "no"]
+"""a flag that is on, `--compile`, off, `--no_compile`, or decided by what the launch is"""
+_OF_A_SWITCH = "true, false or auto"
 
 
 def flag_names(config_class: Any) -> dict[str, str]:
@@ -135,6 +138,7 @@ def _kinds(config_class: Any) -> dict[str, tuple[str, bool]]:
         if may_be_null and len(inner) == 1:
             hint = inner[0]
         kind = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
+        kind = _OF_A_SWITCH if hint == Switch else kind
         kinds[name] = (kind, may_be_null)
     return kinds
 
@@ -213,8 +217,10 @@ def _checked(leaf: Any, wanted: str, may_be_null: bool, shown: str) -> Any:
     parts = leaf if isinstance(leaf, list) else [leaf]
     if any(part is NOTHING for part in parts):
         raise UserError(f"{shown} has no value; write one, or remove the line")
-    if wanted == "true or false" and isinstance(leaf, str):
+    if wanted in ("true or false", _OF_A_SWITCH) and isinstance(leaf, str):
         leaf = _SWITCHES.get(leaf.lower(), leaf)
+    if wanted == _OF_A_SWITCH and (leaf == "auto" or isinstance(leaf, bool)):
+        return leaf
     if leaf is None and may_be_null:
         return None
     if _kind(leaf) != wanted:
@@ -233,7 +239,8 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, descri
     extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(marker, args=list(argv), prog=prog, description=description, use_underscores=True, **extra)
+            words = switched(argv, config_class)
+            return tyro.cli(marker, args=words, prog=prog, description=description, use_underscores=True, **extra)
     except SystemExit as end:
         if not end.code:
             raise
@@ -242,6 +249,23 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, descri
         cli(config_class, safe, prog, default, description)
         raise UserError("the command line cannot be read; --help lists all flags")
     raise UserError(_one_line(printed.getvalue(), config_class))
+
+
+def switched(argv: Sequence[str], config_class: Any) -> list[str]:
+    """A command line with the values of its switches written out: `--compile` as `--compile=yes`."""
+    hints = {name: hint for part in _parts(config_class) for name, hint in typing.get_type_hints(part).items()}
+    words = list(argv)
+    for i, word in enumerate(words):
+        name, following = word.removeprefix("--").replace("-", "_"), words[i + 1 : i + 2] or ["--"]
+        if word.startswith("--") and hints.get(name.removeprefix("no_")) == Switch and following[0].startswith("--"):
+            words[i] = f"--{name.removeprefix('no_')}={'no' if name.startswith('no_') else 'yes'}"
+    return words
+
+
+def _parts(config_class: Any) -> list[Any]:
+    """A config class and its sections."""
+    sections = typing.get_type_hints(config_class).values()
+    return [config_class, *(hint for hint in sections if dataclasses.is_dataclass(hint))]
 
 
 def _one_line(box: str, config_class: type) -> str:

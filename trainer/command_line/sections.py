@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from trainer.command_line.bounds import Fraction, NotNegative, Positive
+from trainer.command_line.flags import Switch
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,12 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: what the launcher says, else bf16 on a GPU and fp32 on a CPU"""
-    compile: bool = False
-    """torch.compile the network together with its loss"""
+    compile: Switch = "auto"
+    """torch.compile the network together with its loss (auto: on a GPU, but not under ZeRO, where it gains little)"""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
+    """reduce-overhead: CUDA graphs, for small models; max-autotune-no-cudagraphs: minutes at start, faster kernels"""
+    tf32: bool = False
+    """fp32 matrix products on a GPU with 10 bits of mantissa instead of 23: several times faster, other numbers"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     deterministic: bool = False
@@ -81,6 +86,8 @@ class Run:
     """with each log line the gradient norm of every layer too (not under ZeRO)"""
     eval_every: Annotated[int, NotNegative, arg(aliases=("--eval_interval",))] = 500
     """optimizer steps between evaluations (0: only at the end of epochs and of the run)"""
+    eval_epochs: Annotated[int, NotNegative] = 1
+    """epochs between evaluations (0: none at their ends; together with --eval_every 0 never, the end of the run included)"""
     eval_iters: Annotated[int, NotNegative] = 0
     """samples per evaluation, counted in steps of training: so many times the effective batch (0: the whole set)"""
     save_every: Annotated[int, NotNegative, arg(aliases=("--checkpoint_interval",))] = 1000

@@ -49,6 +49,8 @@ def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path
     except Exception as error:
         console.log_traceback(error)
         console.log(f"WARNING: no plot: {error}")
+    if not (session.config.run.eval_every or session.config.run.eval_epochs):
+        return console.log("Never evaluated, so no comparison with baselines; `evaluate` makes one")
     try:
         report.after_training(session.config, session.data, directory, checkpoint, console.log)
     except Exception as error:

@@ -49,7 +49,7 @@ def gpt2(place: Place, batch_size: int, **values: Any) -> tuple[SyntheticGpt2, A
         random_ids(ids, place.size(20_000_000, 5000), vocab_size)
     recipe = SyntheticGpt2(ids, vocab_size)
     small = {"d_model": 32, "num_layers": 2, "num_heads": 2, "max_length": 16}
-    settings = place.size({}, small) | {"dropout": 0.0, "batch_size": batch_size, "compile": True}
+    settings = place.size({}, small) | {"dropout": 0.0, "batch_size": batch_size, "compile": "yes"}
     return recipe, configured(recipe, **(settings | values))
 
 
@@ -62,7 +62,7 @@ def tinystories(place: Place, **values: Any) -> tuple[TinyStoriesLM, Any]:
     recipe = TinyStoriesLM()
     small = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "context_length": 12, "batch_size": 4}
     settings = place.size({}, small) | {"train_data_path": str(ids), "val_data_path": str(ids), "vocab_size": vocab_size}
-    return recipe, configured(recipe, **({"compile": True} | settings | values))
+    return recipe, configured(recipe, **({"compile": "yes"} | settings | values))
 
 
 def fitted_batch(place: Place) -> int:

@@ -130,7 +130,7 @@ def launched(answer: Path, precisions: list[str], rehearse: bool) -> None:
     found: dict[str, dict[str, object]] = {}
     for precision in precisions:
         # Learning begins at once, so that the curve has something to show.
-        recipe, config = tinystories(place, mixed_precision=precision, log_every=1, warmup_steps=2, compile=False)
+        recipe, config = tinystories(place, mixed_precision=precision, log_every=1, warmup_steps=2, compile="no")
         losses: list[float] = []
         free(launch.device)
         if launch.device.type == "cuda":

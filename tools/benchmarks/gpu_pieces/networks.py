@@ -24,7 +24,7 @@ def pfn(place: Place, models: int = 0, **values: Any) -> tuple[PFNRaventos, Any]
     """(recipe, configuration): its defaults, compiled; `models` of them stacked, or one."""
     small = {"d_model": 16, "examples": 6, "task_size": 3, "d_vocab": 8, "batch_size": 4}
     pools = {"stack": tuple(2**i for i in range(models))} if models else {}
-    return PFNRaventos(), configured(PFNRaventos(), **({"compile": True} | place.size({}, small) | pools | values))
+    return PFNRaventos(), configured(PFNRaventos(), **({"compile": "yes"} | place.size({}, small) | pools | values))
 
 
 def piece_d(place: Place) -> Result:
@@ -92,7 +92,7 @@ def vit(place: Place, relative: bool = True, **values: Any) -> tuple[SyntheticVi
     """(recipe, configuration): ViT-B/16 at 224 pixels without dropout, compiled."""
     base = {"d_model": 768, "num_layers": 12, "num_heads": 12, "image_size": 224, "num_classes": 1000, "batch_size": 128}
     small = {"d_model": 16, "num_layers": 2, "num_heads": 2, "image_size": 32, "num_classes": 5, "batch_size": 4}
-    shared = {"patch_size": 16, "dropout": 0.0, "relative_position": relative, "compile": True}
+    shared = {"patch_size": 16, "dropout": 0.0, "relative_position": relative, "compile": "yes"}
     return SyntheticVit(), configured(SyntheticVit(), **(shared | place.size(base, small) | values))
 
 
@@ -131,7 +131,7 @@ def collatz(place: Place, **values: Any) -> tuple[Any, Any]:
     from recipes.collatz import Collatz
 
     small = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 24, "max_len": 60, "prefix_len": 12, "batch_size": 8}
-    settings = {"compile": True, "val_numbers": 16} | place.size({}, small)
+    settings = {"compile": "yes", "val_numbers": 16} | place.size({}, small)
     return Collatz(), configured(Collatz(), **(settings | values))
 
 

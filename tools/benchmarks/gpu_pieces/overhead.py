@@ -38,7 +38,7 @@ def piece_b(place: Place) -> Result:
     """A model so small that the host is what takes the time: the loop beside a bare one, its waits and operations counted."""
     result = Result()
     small = {"d_model": 128, "num_layers": 2, "num_heads": 2, "d_ff": 256, "batch_size": 8}
-    recipe, config = tinystories(place, **place.size(small, {}), compile=False)
+    recipe, config = tinystories(place, **place.size(small, {}), compile="no")
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: OurLoop(recipe, config, place.launch, place.new_folder()),
         "bare": lambda: bare_loop(recipe, config, place.launch, compile_mode=None),

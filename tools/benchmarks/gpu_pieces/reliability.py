@@ -27,7 +27,7 @@ def piece_g(place: Place) -> Result:
     result = Result()
     every, saves = place.size((40, 4), (3, 2))
     # Every step of the loop is waited for, so that the clock shows each one's own time.
-    recipe, config = gpt2(place, place.size(8, 2), compile=False, save_every=every, keep_last=1)
+    recipe, config = gpt2(place, place.size(8, 2), compile="no", save_every=every, keep_last=1)
     folder = place.new_folder()
     loop, stamps = OurLoop(recipe, config, place.launch, folder), list[float]()
 
@@ -69,7 +69,7 @@ def piece_i(place: Place) -> Result:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     result = Result()
     steps = place.size(12, 4)
-    shared: dict[str, Any] = {"max_steps": steps, "save_every": steps // 2, "compile": False, "deterministic": True}
+    shared: dict[str, Any] = {"max_steps": steps, "save_every": steps // 2, "compile": "no", "deterministic": True}
     small_gpt2 = place.size({"num_layers": 4}, {})
     makers: dict[str, Callable[[], tuple[Recipe, Any]]] = {
         "GPT-2": lambda: gpt2(place, place.size(8, 2), **(shared | small_gpt2 | {"dropout": 0.1})),
