@@ -6,6 +6,7 @@ each -> update -> log
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -88,9 +89,12 @@ class Training:
         train, device = self.session.data.train, self.launch.device
         self.batches = loader.read(train, order, self.run_config, device, self.stops.any_requested)
         self.backend.model.train()
+        gc.collect()
+        gc.freeze()  # what is here stays: no collection has to look at it again
         try:
             return self.steps()
         finally:
+            gc.unfreeze()
             loader.close(self.batches)
 
     def steps(self) -> StopReason:

@@ -1,4 +1,4 @@
-"""A peer: transformers' Trainer on its own GPT-2, the same shape and batch."""
+"""A peer: transformers' Trainer, on its own GPT-2 or any model that answers `input_ids` and `labels` with a loss."""
 
 from __future__ import annotations
 
@@ -28,11 +28,29 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
+def hf_gpt2(shape: Shape) -> torch.nn.Module:
+    """transformers' own GPT-2, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {
+        "n_positions": shape.length,
+        "n_embd": shape.width,
+        "n_layer": shape.layers,
+        "n_head": shape.heads,
+    }
+    dropouts: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens: dict[str, Any] = {"vocab_size": shape.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **tokens, use_cache=False))
+
+
 class HfTrainerLoop(OwnLoop):
     """`Trainer.train`, told to stand still between rounds by a callback."""
 
-    def __init__(self, shape: Shape, batch_size: int, ids: Path, folder: Path, device: torch.device) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+    def __init__(
+        self, model: torch.nn.Module, length: int, batch_size: int, ids: Path, folder: Path, device: torch.device
+    ) -> None:
+        from transformers import Trainer, TrainerCallback, TrainingArguments
 
         loop = self
 
@@ -40,17 +58,7 @@ class HfTrainerLoop(OwnLoop):
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 loop.step_done()
 
-        sizes: dict[str, Any] = {
-            "n_positions": shape.length,
-            "n_embd": shape.width,
-            "n_layer": shape.layers,
-            "n_head": shape.heads,
-        }
-        dropouts: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        tokens: dict[str, Any] = {"vocab_size": shape.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
         before = dict(os.environ)
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **tokens, use_cache=False))
         on_gpu = device.type == "cuda"
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -69,7 +77,7 @@ class HfTrainerLoop(OwnLoop):
             report_to=[],
             disable_tqdm=True,
         )
-        self.trainer: Any = Trainer(model=model, args=arguments, train_dataset=Windows(ids, shape.length), callbacks=[Steps()])
+        self.trainer: Any = Trainer(model=model, args=arguments, train_dataset=Windows(ids, length), callbacks=[Steps()])
         # Its settings for Accelerate are kept in the environment, where the next trainer of this process would find them.
         for name in os.environ.keys() - before.keys():
             del os.environ[name]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_pieces.contenders import Contender, allocated, free, interleave, wait_for
-from benchmarks.gpu_pieces.hf_trainer import HfTrainerLoop
+from benchmarks.gpu_pieces.hf_trainer import HfTrainerLoop, hf_gpt2
 from benchmarks.gpu_pieces.nanogpt import PADDED_VOCABULARY, Shape, nanogpt_steps
 from benchmarks.gpu_pieces.results import Result
 from benchmarks.gpu_pieces.sessions import OurLoop, Place, bare_loop, configured, random_ids
@@ -113,7 +113,9 @@ def measure_gpt2(place: Place, batch_size: int) -> Result:
         "ours": lambda: OurLoop(recipe, config, place.launch, place.new_folder()),
         "bare loop": lambda: bare_loop(recipe, config, place.launch),
         "nanoGPT's arrangement": lambda: nanogpt_steps(shape, batch_size, recipe.ids, place.device),
-        "HF Trainer": lambda: HfTrainerLoop(hf_shape, batch_size, recipe.ids, place.new_folder(), place.device),
+        "HF Trainer": lambda: HfTrainerLoop(
+            hf_gpt2(hf_shape), m.max_length, batch_size, recipe.ids, place.new_folder(), place.device
+        ),
     }
     return compare_tokens(place, makers, recipe, config, batch_size * m.max_length, 450_000)
 
