@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from launching import FAULTY, ROOT, environment
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
-from trainer.distributed.control import Control
 
 
 def run(*argv: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -55,10 +53,9 @@ def test_invalid_arguments_are_reported(argv: list[str], message: str, capsys: p
 
 def write(directory: Path, step: int, value: float = 0.0) -> Path:
     tensor = torch.full((8,), float(step) + value)
-    entry = TensorEntry("w", (8,), torch.float32, lambda: tensor)
+    entry = TensorEntry("w", (8,), torch.float32, lambda _: tensor)
     tensors = {"model": [entry], "optimizer": [entry]}
-    control = Control(0, 1, timedelta(minutes=1))
-    return writing.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {}, control)
+    return writing.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {})
 
 
 def test_damage_and_rolled_back_checkpoints_are_detected(tmp_path: Path) -> None:

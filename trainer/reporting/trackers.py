@@ -187,8 +187,9 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _start_file(path: Path, resumed_step: int | None) -> None:
-    """Empties the file, or cuts it after the rows up to `resumed_step`. Steps only grow in it, so what has to go is its
-    end, and one truncate cannot be interrupted half-way and needs no space on a full disk."""
+    """Empties the file, or cuts it before the first row after `resumed_step`. Steps grow in it (but for the row of a save,
+    which comes when that has ended), so what has to go is its end, and one truncate cannot be interrupted half-way and needs
+    no space on a full disk."""
     keep_bytes = 0
     with open(path, "ab+") as file:
         file.seek(0)
