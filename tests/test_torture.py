@@ -98,7 +98,18 @@ def test_phases_are_derived_from_the_files_of_a_run(tmp_path: Path) -> None:
     metrics.write_text(json.dumps({**row, "step": torture.EVAL_EVERY}) + "\n")
     assert torture.phase(tmp_path, since) == "inside an evaluation"
     (tmp_path / "checkpoints" / ".unfinished-checkpoint_step_6").mkdir()
-    assert torture.phase(tmp_path, since) == "inside a save"
+    assert torture.phase(tmp_path, since) == "while it is written"
     shutil.rmtree(tmp_path / "checkpoints" / ".unfinished-checkpoint_step_6")
+    (tmp_path / "copying").touch()
+    assert torture.phase(tmp_path, since) == "inside the copy"
+    assert torture.phase(tmp_path, time.time() + 5) == "start-up"  # left by a launch that was killed there
+    (tmp_path / "copying").unlink()
+    checkpoint = write(tmp_path, 6)
+    for best_step, phase in ((3, "inside an evaluation"), (6, "before its links")):
+        state = {"train_state": {"step": 6, "best_step": best_step}}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        assert torture.phase(tmp_path, since) == phase
+    (tmp_path / "checkpoints" / "best_model").symlink_to(checkpoint.name)
+    assert torture.phase(tmp_path, since) == "inside an evaluation"
     (tmp_path / "status.json").write_text(json.dumps({"state": "finished"}))
     assert torture.phase(tmp_path, since) == "after the last step"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.checkpoints import retention
 from trainer.checkpoints.resume import LaunchPlan, nothing_to_do
+from trainer.checkpoints.writing import check_shared
 from trainer.command_line import config as configuration
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
@@ -73,6 +74,7 @@ class LaunchedRun:
         words = stops.before_the_first_step
         leaving = stops.acted_on_at_once(lambda reason: self._leave_before_the_first_step(words(reason), reason))
         with leaving, explained(launch, plan.config.optimisation):  # which waits: another rank may be gone for the same reason
+            check_shared(plan.directory.checkpoints, launch)
             session = set_up(self.recipe, plan, launch, log)
             message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
         if message:

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from trainer.reporting.run_directory import fsync_directory
 SHARD_BYTES = 1_000_000_000
 """most of a file, but for a tensor that is larger: small enough to spread over many writers"""
 POLL_SECONDS = 0.02
+LAG_SECONDS = 10.0
+"""how long a name that one host has made may take to show on another"""
 Tensors = Mapping[str, Sequence[TensorEntry]]
 """by stem of the file name: `model`, `optimizer`"""
 
@@ -123,6 +127,39 @@ def write(folder: Path, name: str, tensors: Tensors, texts: Mapping[str, str], s
     if failure is not None:
         raise UserError(failure, CHECKPOINT)
     return folder / name
+
+
+def check_shared(folder: Path, launch: Launch) -> None:
+    """Refuse a launch whose ranks do not all write into the same `folder`, before anything is trained. Collective."""
+    if launch.processes == 1:
+        return
+    probe = folder / launch.control.on_main(lambda: _make_probe(folder))
+    failure, end = _touch(probe / str(launch.rank)), time.monotonic() + LAG_SECONDS
+    while isinstance(failure, FileNotFoundError) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+        failure = _touch(probe / str(launch.rank))
+    way_out = "give --output_dir (and --checkpoint_dir) on a file system that all hosts share, which every rank may write to"
+    message = f"rank {launch.rank} on {socket.gethostname()} cannot write where rank 0 does, {folder}: {failure}; {way_out}"
+    try:
+        launch.control.raise_if_any(None if failure is None else UserError(message, CHECKPOINT))
+    finally:
+        if launch.is_main:
+            remove(probe)
+
+
+def _touch(path: Path) -> OSError | None:
+    try:
+        path.touch()
+    except OSError as error:
+        return error
+    return None
+
+
+def _make_probe(folder: Path) -> str:
+    """A new folder in it."""
+    name = f"{TEMPORARY}probe-{uuid.uuid4().hex}"
+    (folder / name).mkdir()
+    return name
 
 
 def files_of(tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> tuple[dict[str, list[TensorEntry]], dict[str, str]]:
