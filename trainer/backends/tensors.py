@@ -98,13 +98,13 @@ def gathered(tensor: DTensor, writer: int) -> Tensor | None:
     group, dim = mesh.get_group(cut), tensor.placements[cut].dim  # type: ignore[attr-defined]
     if writer not in dist.get_process_group_ranks(group):
         return None
-    # As torch.chunk cuts: all parts are of the same size, but for the last that are not empty.
+    part = local.movedim(dim, 0).to(mesh.device_type).contiguous()
     size, parts = tensor.shape[dim], mesh.size(cut)
-    rows = local.movedim(dim, 0)
-    part = torch.zeros(-(-size // parts), *rows.shape[1:], dtype=rows.dtype, device=mesh.device_type)
-    part[: len(rows)] = rows
-    whole = part.new_empty(parts * len(part), *part.shape[1:]) if dist.get_rank() == writer else None
-    dist.gather(part, None if whole is None else list(whole.split(len(part))), dst=writer, group=group)
+    most = -(-size // parts)
+    if len(part) < most:  # as torch.chunk cuts, the last ones are smaller, or empty
+        part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
+    whole = part.new_empty(parts * most, *part.shape[1:]) if dist.get_rank() == writer else None
+    dist.gather(part, None if whole is None else list(whole.split(most)), dst=writer, group=group)
     return None if whole is None else whole[:size].movedim(0, dim)
 
 
