@@ -3,8 +3,9 @@ and, with one process, the safetensors library's `save_file`: `python tools/benc
 
 Every process holds its part of each tensor, as under FSDP2. All ways in turn, round after round, in the same processes, so that
 a slow minute affects them all. Each brings its files to the disk; hashes are samecurve's alone, and so are files that do not
-depend on the number of processes. `stands still` is how long training would wait. The first round, which takes the memory, is
-left out of the seconds; memory is what a process takes beside the tensors, at most.
+depend on the number of processes. `stands still` is how long training would wait; CPU seconds, of all processes together, say
+more where the machine has other work. The first round, which takes the memory, is left out of the seconds; memory is what a
+process takes beside the tensors, at most.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ROWS, COLUMNS = 1024, 1024
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each number of processes and each way."""
     parser = argparse.ArgumentParser(prog="benchmark save", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=1024, help="MiB of fp32 tensors in the checkpoint, over all processes")
+    parser.add_argument("--megabytes", type=int, default=1536, help="MiB of fp32 weights and two moments, over all processes")
     parser.add_argument("--writers", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--rounds", type=int, default=4, help="the first takes the memory")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
@@ -80,22 +81,24 @@ def measure(megabytes: int, rounds: int, folder: Path) -> None:
         for name, begin in ways.items():
             launch.control.barrier()
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            before, started = peak_megabytes(), time.perf_counter()
+            before, started, cpu_started = peak_megabytes(), time.perf_counter(), time.process_time()
             wait = begin(folder / "checkpoint")
-            stall = time.perf_counter() - started
+            stall, cpu_stall = time.perf_counter() - started, time.process_time() - cpu_started
             wait()
+            cpu = time.process_time() - cpu_started
             launch.control.barrier()
-            figures = [stall, time.perf_counter() - started, peak_megabytes() - before]
-            of_all = launch.control.gather(figures)
+            of_all = launch.control.gather([stall, time.perf_counter() - started, peak_megabytes() - before, cpu_stall, cpu])
             if launch.is_main:
-                found.setdefault(name, []).append([max(values) for values in zip(*of_all, strict=True)])
+                stalls, seconds, memory, cpu_stalls, cpus = zip(*of_all, strict=True)
+                figures = [max(stalls), max(seconds), max(memory), sum(cpu_stalls), sum(cpus)]
+                found.setdefault(name, []).append(figures)
                 shutil.rmtree(folder / "checkpoint")
-    for name, figures_by_round in found.items():
-        stall, seconds, _ = (statistics.median(values) for values in zip(*figures_by_round[1:], strict=True))
-        memory = max(figures[2] for figures in figures_by_round)
+    for name, rounds_of_it in found.items():
+        stall, total, _, cpu_stall, cpu = (statistics.median(values) for values in zip(*rounds_of_it[1:], strict=True))
+        most = max(figures[2] for figures in rounds_of_it)
         print(
-            f"{launch.processes} processes  {name:12} stands still {stall:6.2f} s, written after {seconds:6.2f} s "
-            f"({megabytes / 1024 / seconds:.2f} GiB/s), {memory:6.0f} MB of memory more",
+            f"{launch.processes} processes  {name:12} stands still {stall:6.2f} s ({cpu_stall:5.2f} CPU s), written after "
+            f"{total:6.2f} s ({cpu:5.2f} CPU s), {most:6.0f} MB of memory more",
             flush=True,
         )
     leave(0)
@@ -110,9 +113,10 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
     from trainer.checkpoints.writing import Share
 
     share, entries = Share(launch), whole_entries(weights)
+    cut = len(entries) // 3
 
     def samecurve(folder: Path) -> Callable[[], object]:
-        share.copy({"model": entries})
+        share.copy({"model": entries[:cut], "optimizer": entries[cut:]})
         return lambda: share.write(folder, "checkpoint_step_1", {})
 
     def async_save(folder: Path) -> Callable[[], object]:

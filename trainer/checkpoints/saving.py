@@ -144,7 +144,7 @@ class Saver:
         if save.writes:  # a link alone says nothing of what a save takes
             self.saved_step = save.step
             seconds = ended - save.started
-            self.stops.record_save(seconds)
+            self.stops.record_save(seconds + time.monotonic() - max(ended, started))  # what a stop waits for: to agree, too
             self.logger.write({"checkpoint/seconds": seconds, "checkpoint/stall_seconds": save.stall_seconds}, save.step)
         what = "Saved checkpoint to" if save.writes else "Linked checkpoint"
         names = f" ({', '.join(save.links)})" if save.links else ""
