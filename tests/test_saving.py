@@ -20,6 +20,7 @@ from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.tensor_file import TensorFile
 from trainer.command_line import config
 from trainer.distributed.launch import connect
+from trainer.errors import UserError
 from trainer.main import train
 from trainer.recipe import Batch, Report
 from trainer.reporting.console import Console
@@ -53,17 +54,12 @@ class Stepped(ToyRecipe):
         return {**super().measure(network, batch), "script": (self.script.get(self.step, 0.0), 1.0)}
 
 
-def run(recipe: Stepped, directory: Path, *flags: str) -> str:
+def run(recipe: Stepped, directory: Path, *flags: str, timeout_minutes: float = 1.0) -> str:
     """One launch in this process; its output."""
     argv, output = [*COMMON, "--output_dir", str(directory), *flags], io.StringIO()
+    parsed = config.parse(recipe.config_class, recipe.presets, argv, recipe.name)
     with contextlib.redirect_stdout(output):
-        train(
-            recipe,
-            config.parse(recipe.config_class, recipe.presets, argv, recipe.name),
-            argv,
-            connect("cpu", 1),
-            Console(None, True),
-        )
+        train(recipe, parsed, argv, connect("cpu", timeout_minutes), Console(None, True))
     return output.getvalue()
 
 
@@ -163,3 +159,15 @@ def test_an_error_of_the_thread_that_is_no_fault_of_the_disk_ends_the_run(
     with pytest.raises(IndexError):
         run(Stepped(), tmp_path, "--max_steps", "5", "--save_every", "2")
     assert steps(tmp_path) == []
+
+
+def test_a_disk_that_hangs_is_named_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = threading.Event()
+    instead_of_writing(monkeypatch, lambda path: hanging.wait(60))
+    try:
+        with pytest.raises(
+            UserError, match=r"step_2 is still being written after --timeout_minutes 0\.01, by ranks 0"
+        ):
+            run(Stepped(), tmp_path, "--max_steps", "5", "--save_every", "2", timeout_minutes=0.01)
+    finally:
+        hanging.set()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints.tensor_file import TYPES, TensorFile
+from trainer.checkpoints.tensor_file import TYPES, TensorFile, in_file_order
 from trainer.checkpoints.writing import Share
 from trainer.distributed.launch import alone
 
@@ -23,7 +23,7 @@ def entries(tensors: dict[str, torch.Tensor]) -> list[TensorEntry]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
-    file = TensorFile(entries(tensors))
+    file = TensorFile(in_file_order(entries(tensors)))
     for name, tensor in tensors.items():
         file.fill(name, tensor)
     return file.write(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     """of the file, which `read` may differ from"""
-    read: Callable[[int], Tensor | None] = field(compare=False)
+    read: Callable[[int], Tensor | None]
 
     @property
     def size_bytes(self) -> int:

@@ -56,6 +56,13 @@ class SaveInFlight:
     stall_seconds: float
     outcome: Future[Outcome]
 
+    def done(self) -> bool:
+        """Whether this rank has done its part."""
+        if not self.outcome.done():
+            return False
+        self.outcome.result()  # raises what is no fault of the disk
+        return True
+
 
 class Saver:
     """Writes the checkpoints of a run. Made, and called, on every process.
@@ -115,10 +122,7 @@ class Saver:
 
     def done(self) -> bool:
         """Whether this rank has done its part of the save in flight."""
-        if self.in_flight is None or not self.in_flight.outcome.done():
-            return False
-        self.in_flight.outcome.result()  # raises what is no fault of the disk
-        return True
+        return self.in_flight is not None and self.in_flight.done()
 
     def settle(self) -> int | None:
         """Wait for the save in flight, if there is one, and report it. Collective. The step of one that failed where training
@@ -126,10 +130,8 @@ class Saver:
         started, save = time.monotonic(), self.in_flight
         if save is None:
             return None
-        # Asked again and again, so that none waits for a rank that is gone.
-        while self.launch.control.sum([float(self.done())]).wait()[0] < self.launch.processes:
-            wait([save.outcome], POLL_SECONDS)
         self.in_flight = None
+        self._wait_for_all(save)
         failure, warning, ended = save.outcome.result()
         self.logger.exclude_from_timing(time.monotonic() - started)
         try:
@@ -143,13 +145,27 @@ class Saver:
             self.logger.announce("save", warning)
         if save.writes:  # a link alone says nothing of what a save takes
             self.saved_step = save.step
-            seconds = ended - save.started
-            self.stops.record_save(seconds + time.monotonic() - max(ended, started))  # what a stop waits for: to agree, too
-            self.logger.write({"checkpoint/seconds": seconds, "checkpoint/stall_seconds": save.stall_seconds}, save.step)
+            took = ended - save.started
+            self.stops.record_save(took + time.monotonic() - max(ended, started))  # what a stop waits for: to agree, too
+            self.logger.write({"checkpoint/seconds": took, "checkpoint/stall_seconds": save.stall_seconds}, save.step)
         what = "Saved checkpoint to" if save.writes else "Linked checkpoint"
         names = f" ({', '.join(save.links)})" if save.links else ""
         self.logger.console.log(f"{what} {self.folder / save.name}{names}")
         return None
+
+    def _wait_for_all(self, save: SaveInFlight) -> None:
+        """Until every rank has done its part. They ask each other again and again, so that none waits for one that is gone."""
+        ranks, timeout = range(self.launch.processes), self.launch.control.timeout
+        end = time.monotonic() + timeout.total_seconds()
+        while not all(done := self.launch.control.sum([float(r == self.launch.rank and save.done()) for r in ranks]).wait()):
+            wait([save.outcome], POLL_SECONDS)
+            if time.monotonic() > end:
+                writing = ", ".join(str(r) for r in ranks if not done[r])
+                raise UserError(
+                    f"checkpoint {self.folder / save.name} is still being written after --timeout_minutes "
+                    f"{timeout.total_seconds() / 60:g}, by ranks {writing} (0 waits for the others); does a disk hang?",
+                    CHECKPOINT,
+                )
 
     def _finish(self, name: str, texts: Mapping[str, str] | None, links: list[str]) -> Outcome:
         """In the thread: write what was copied, if anything was; then, on rank 0, set the links."""

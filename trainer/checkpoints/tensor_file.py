@@ -44,26 +44,30 @@ def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
+def header_of(entries: Sequence[TensorEntry]) -> bytes:
+    """The beginning of a file of these tensors, in this order, up to the first of them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.size_bytes
+        header[entry.name] = {"dtype": TYPES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class TensorFile:
-    """A file in host memory, which may be filled and written again and again.
+    """A file in host memory, of tensors `in_file_order`, which may be filled and written again and again.
 
     `pinned`: in page-locked memory, to which a GPU copies faster than it trains, and without anybody waiting.
     """
 
     def __init__(self, entries: Sequence[TensorEntry], pinned: bool = False) -> None:
-        self.entries = in_file_order(entries)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for entry in self.entries:
-            start, end = end, end + entry.size_bytes
-            header[entry.name] = {"dtype": TYPES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self._content = torch.empty(len(self.header) + end, dtype=torch.uint8, pin_memory=pinned)
+        self.header = header_of(entries)
+        sizes = [len(self.header), *(entry.size_bytes for entry in entries)]
+        self._content = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
         self._content[: len(self.header)] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
-        sizes = [len(self.header), *(entry.size_bytes for entry in self.entries)]
-        parts = zip(self.entries, self._content.split(sizes)[1:], strict=True)
+        parts = zip(entries, self._content.split(sizes)[1:], strict=True)
         self._places = {entry.name: part.view(entry.dtype).view(entry.shape) for entry, part in parts}
 
     def fill(self, name: str, tensor: Tensor) -> None:

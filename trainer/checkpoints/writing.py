@@ -23,7 +23,7 @@ import torch
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints.checkpoint import FORMAT, MANIFEST, TEMPORARY
-from trainer.checkpoints.tensor_file import TensorFile, in_file_order
+from trainer.checkpoints.tensor_file import TensorFile, header_of, in_file_order
 from trainer.distributed.launch import Launch, alone
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.run_directory import fsync_directory
@@ -60,7 +60,7 @@ class Share:
         for number, (name, entries) in enumerate(files.items()):
             writer = number % self.launch.processes
             if writer == rank:
-                fits = name in kept and kept[name].entries == entries
+                fits = name in kept and kept[name].header == header_of(entries)
                 self._files[name] = kept[name] if fits else TensorFile(entries, pinned)
             for entry in entries:
                 tensor = entry.read(writer)
