@@ -165,9 +165,7 @@ def test_a_disk_that_hangs_is_named_when_the_time_is_up(tmp_path: Path, monkeypa
     hanging = threading.Event()
     instead_of_writing(monkeypatch, lambda path: hanging.wait(60))
     try:
-        with pytest.raises(
-            UserError, match=r"step_2 is still being written after --timeout_minutes 0\.01, by ranks 0"
-        ):
+        with pytest.raises(UserError, match=r"step_2 is still being written after --timeout_minutes 0\.01, by ranks 0"):
             run(Stepped(), tmp_path, "--max_steps", "5", "--save_every", "2", timeout_minutes=0.01)
     finally:
         hanging.set()
