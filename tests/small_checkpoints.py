@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from datetime import timedelta
 from pathlib import Path
 
 from trainer.backends.backend import Backend
 from trainer.backends.tensors import split_names
 from trainer.checkpoints import writing
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.distributed.control import Control
 from trainer.state import TrainState
 
 
@@ -38,5 +36,4 @@ def saved(backend: Backend, folder: Path, step: int) -> Checkpoint:
     layout = backend.state_layout
     without = sorted(layout.tensors.keys() - split_names(entry.name for entry in tensors["optimizer"])[0].keys())
     text = trainer_state(step, optimizer=layout.optimizer, parameters_without_state=without)
-    alone = Control(0, 1, timedelta(minutes=1))
-    return Checkpoint(writing.write(folder, f"checkpoint_step_{step}", tensors, {"trainer_state.json": text}, alone))
+    return Checkpoint(writing.write(folder, f"checkpoint_step_{step}", tensors, {"trainer_state.json": text}))

@@ -3,12 +3,20 @@ stopped. Each part is a launch of its own; it carries on several runs, so that o
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from scenarios import TOY, Finished, launch
 from test_same_maths import sample
 
-KINDS = ("one", "fsdp", "zero3", "ddp:3", "hsdp", "zero1", "fsdp_offload", "fsdp:3", "one")
+from trainer.backends.tensors import whole_entries
+from trainer.checkpoints import writing
+from trainer.checkpoints.checkpoint import Checkpoint
+
+KINDS = ("one", "fsdp", "zero3", "ddp:3", "hsdp", "zero1", "fsdp_offload", "fsdp:3", "zero2:3", "one")
 CHAIN = tuple((kind, 3 * number) for number, kind in enumerate(KINDS, start=1))
 STEPS = CHAIN[-1][1]
 # A micro-batch that 2, 3 and 4 processes share evenly.
@@ -30,9 +38,36 @@ RUNS = {
 }
 
 
-def until(step: int) -> dict[str, tuple[str, list[str]]]:
+# No step after the first part changes anything.
+SKIPPED = ["--nan_samples", *(sample(step, step % 2, BATCH * ACCUMULATION) for step in range(4, STEPS + 1))]
+STANDING = {"standing still": (TOY, [*COMMON, *SKIPPED, "--max_bad_steps", "100"])}
+
+
+def until(step: int, runs: dict[str, tuple[str, list[str]]] = RUNS) -> dict[str, tuple[str, list[str]]]:
     """The runs, stopped at `step`."""
-    return {name: (recipe, [*argv, "--stop_at_step", str(step)]) for name, (recipe, argv) in RUNS.items()}
+    return {name: (recipe, [*argv, "--stop_at_step", str(step)]) for name, (recipe, argv) in runs.items()}
+
+
+def plant_negative_zeros(path: Path) -> None:
+    """In every tensor of a checkpoint: added up over ranks that hold nothing they would become 0.0."""
+    saved = Checkpoint(path)
+    tensors = {}
+    for stem in ("model", "optimizer"):
+        values = {name: saved.tensor(stem, name) for name in saved.names(stem)}
+        for value in values.values():
+            if value.ndim:
+                value.view(-1)[::3] = -0.0
+        named = [entry for entry in saved_order(path / f"{stem}.safetensors") if entry in values]
+        tensors[stem] = whole_entries({name: values[name] for name in named})
+    texts = {name: saved.text(name) for name in saved.files if not name.endswith(".safetensors")}
+    shutil.rmtree(path)
+    writing.write(path.parent, path.name, tensors, texts)
+
+
+def saved_order(path: Path) -> list[str]:
+    """The names of a file's tensors, as they follow each other in it."""
+    with path.open("rb") as file:
+        return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +82,14 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     runs = tmp_path_factory.mktemp("chained")
     for number, (kind, step) in enumerate(CHAIN):
         folder = tmp_path_factory.mktemp(f"part_{number}")
-        finished = launch(kind, until(step), folder, runs)
+        finished = launch(kind, until(step, RUNS | STANDING), folder, runs)
         for name, run in finished.items():
             assert {outcome["reason"] for outcome in run.outcomes} == {"stop_at_step"}, (name, kind, run.outcomes)
             assert run.steps()[-1] == step
         resumed = (folder / "log.txt").read_text().count(f"Resumed from step {CHAIN[number - 1][1]}\n")
-        assert resumed == (len(RUNS) if number else 0)
+        assert resumed == (len(RUNS | STANDING) if number else 0)
+        if not number:
+            plant_negative_zeros(runs / "standing still" / "checkpoints" / f"checkpoint_step_{step}")
     return finished
 
 
@@ -80,6 +117,18 @@ def test_every_checkpoint_of_the_chain_holds_what_the_whole_run_had(
             assert actual[tensor_name].shape == tensor.shape
             assert apart < 1e-4, (stem, tensor_name, apart)
     assert any(tensor.numel() == 1 for tensor in whole[name].tensors("model", step).values())
+
+
+def test_the_tensor_files_of_one_state_are_the_same_bytes_whichever_launch_wrote_them(chained: dict[str, Finished]) -> None:
+    folders = [chained["standing still"].path / "checkpoints" / f"checkpoint_step_{step}" for _, step in CHAIN]
+    hashes = [
+        {name: entry["sha256"] for name, entry in Checkpoint(folder).files.items() if name.endswith(".safetensors")}
+        for folder in folders
+    ]
+    assert hashes[0].keys() == {"model.safetensors", "optimizer.safetensors"}
+    assert dict(zip(KINDS, hashes, strict=True)) == dict.fromkeys(KINDS, hashes[0])
+    planted = Checkpoint(folders[-1]).tensor("optimizer", "exp_avg.embed.weight").view(-1)[::3]
+    assert torch.signbit(planted).all()
 
 
 def test_the_count_of_adam_falls_behind_at_skipped_steps_on_every_backend(chained: dict[str, Finished]) -> None:

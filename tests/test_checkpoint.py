@@ -17,7 +17,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,6 @@ from trainer.checkpoints import checkpoint, retention, writing
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.command_line import config as configuration
 from trainer.command_line.sections import Optimisation
-from trainer.distributed.control import Control
 from trainer.distributed.launch import connect
 from trainer.errors import CHECKPOINT, UserError
 from trainer.main import train
@@ -41,11 +39,10 @@ from trainer.recipe import Report
 from trainer.reporting.console import Console
 
 PREFIX = "checkpoint_step_"
-ALONE = Control(0, 1, timedelta(minutes=1))
 
 
 def entries(**tensors: torch.Tensor) -> list[TensorEntry]:
-    return [TensorEntry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
+    return [TensorEntry(name, tuple(t.shape), t.dtype, lambda _, t=t: t) for name, t in tensors.items()]
 
 
 def write(folder: Path, step: int, shard_bytes: int = writing.SHARD_BYTES, **tensors: torch.Tensor) -> Path:
@@ -53,7 +50,7 @@ def write(folder: Path, step: int, shard_bytes: int = writing.SHARD_BYTES, **ten
     tensors = tensors or {name: torch.full((5, 3), float(step)) for name in ("a.weight", "b.weight")}
     documents = {"trainer_state.json": trainer_state(step), "config.yaml": f"step: {step}\n"}
     both = {"model": entries(**tensors), "optimizer": entries(step=torch.tensor(float(step)))}
-    return writing.write(folder, f"{PREFIX}{step}", both, documents, ALONE, shard_bytes)
+    return writing.write(folder, f"{PREFIX}{step}", both, documents, shard_bytes)
 
 
 def read_verified(path: Path) -> Checkpoint:
@@ -138,7 +135,7 @@ def test_shared_and_tied_tensors_are_written(tmp_path: Path) -> None:
     backend = PlainBackend(connect("cpu", 1), "no", "no", Optimisation())
     backend.prepare(network, network, lambda: torch.optim.AdamW(network.parameters()))
     both = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
-    loaded = Checkpoint(writing.write(tmp_path, f"{PREFIX}1", both, {}, ALONE))
+    loaded = Checkpoint(writing.write(tmp_path, f"{PREFIX}1", both, {}))
     assert loaded.names("model") == {"embedding.weight", "first", "second", "table"}  # the tied weight once
     assert loaded.tensor("model", "first").equal(network.first)
     assert loaded.tensor("model", "second").equal(network.second)

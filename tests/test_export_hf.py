@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from recipes.tinystories_lm import Config, ModelConfig
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
 from trainer.command_line.config import to_yaml
-from trainer.distributed.control import Control
 from trainer.errors import BAD_INPUT, CHECKPOINT
 from trainer.state import TrainState
 
@@ -36,13 +34,12 @@ def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[
     state = trainer_state(20, recipe=recipe, train_state=asdict(measured))
     written = {"trainer_state.json": state, "config.yaml": to_yaml(config), **(documents or {})}
     entries = [
-        TensorEntry(n, tuple(p.shape), torch.float32, lambda p=p: p.detach().clone()) for n, p in network.named_parameters()
+        TensorEntry(n, tuple(p.shape), torch.float32, lambda _, p=p: p.detach().clone()) for n, p in network.named_parameters()
     ]
-    control = Control(0, 1, timedelta(minutes=1))
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rows = [{"step": 10, "eval/val_loss": 1.25}, {"step": 20, "eval/val_loss": 1.3333, "eval/train_loss": 1.1111}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return writing.write(folder / "checkpoints", "checkpoint_iter_20", {"model": entries}, written, control)
+    return writing.write(folder / "checkpoints", "checkpoint_iter_20", {"model": entries}, written)
 
 
 def story_checkpoint(folder: Path, model: ModelConfig = SMALL, **documents: str) -> tuple[Path, TransformerLM]:

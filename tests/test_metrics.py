@@ -59,6 +59,20 @@ def test_a_new_run_starts_empty_and_a_resumed_one_drops_what_comes_after_its_che
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_row_of_a_save_comes_late_and_keeps_no_row_before_it(tmp_path: Path) -> None:
+    """It is written when the save has ended, which took some steps."""
+    metrics = start(tmp_path)
+    for step in (10, 20, 21, 22):
+        metrics.log(step, {"train/loss": float(step)})
+    metrics.log(20, {"checkpoint/seconds": 1.5})
+    metrics.log(23, {"train/loss": 23.0})
+    start(tmp_path, resumed_step=20)
+    assert losses(tmp_path) == {10: 10.0, 20: 20.0}
+    start(tmp_path, resumed_step=20).log(20, {"checkpoint/seconds": 1.5})
+    start(tmp_path, resumed_step=20)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 20]
+
+
 def test_half_a_row_is_dropped_even_if_its_step_is_not_after_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 2.0}')
     start(tmp_path, resumed_step=2).log(3, {"train/loss": 3.0})

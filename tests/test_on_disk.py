@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,13 @@ import torch
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import retention, writing
-from trainer.distributed.control import Control
 from trainer.reporting.run_directory import write_text_atomic
 
 
 def write(folder: Path, shard_bytes: int) -> Path:
     """A checkpoint of two tensors and a text."""
-    entries = [TensorEntry(name, (4, 4), torch.float32, lambda: torch.ones(4, 4)) for name in ("one", "two")]
-    control = Control(0, 1, timedelta(minutes=1))
-    return writing.write(folder, "checkpoint_step_3", {"model": entries}, {"config.yaml": "step: 3"}, control, shard_bytes)
+    entries = [TensorEntry(name, (4, 4), torch.float32, lambda _: torch.ones(4, 4)) for name in ("one", "two")]
+    return writing.write(folder, "checkpoint_step_3", {"model": entries}, {"config.yaml": "step: 3"}, shard_bytes)
 
 
 class Disk:

@@ -181,8 +181,8 @@ def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> Non
 
     net, update = make_backend(name, beta1=beta1)
     train(net, update, RATES[name], range(3))
-    weights = {entry.name: entry.read().clone() for entry in update.model_tensors()}
-    saved = {entry.name: entry.read().clone() for entry in update.optimizer_tensors()}
+    weights = {entry.name: entry.read(0).clone() for entry in update.model_tensors()}
+    saved = {entry.name: entry.read(0).clone() for entry in update.optimizer_tensors()}
     for entry in [*update.model_tensors(), *update.optimizer_tensors()]:
         tensor = {**weights, **saved}[entry.name]
         assert entry.shape == tuple(tensor.shape)
@@ -203,7 +203,7 @@ def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_checkpoint(name: str) -> None:
     net, update = make_backend(name)
-    assert not any(entry.read().any() for entry in update.optimizer_tensors())
+    assert not any(entry.read(0).any() for entry in update.optimizer_tensors())
     train(net, update, RATES[name], range(2))
     names = [entry.name for entry in update.optimizer_tensors()]
     parameters = [key for key, _ in net.named_parameters()]
@@ -223,9 +223,9 @@ def test_the_step_count_is_the_optimizers_own() -> None:
     update.backward(net(torch.arange(4)).sum() * float("nan"), ONE)
     update.step(0.01)
     counts = {entry.name: entry for entry in update.optimizer_tensors()}
-    assert counts["step"].read() == 3.0
+    assert counts["step"].read(0) == 3.0
     net, update = make_backend("adamw")
-    saved = {name: entry.read() for name, entry in counts.items()}
+    saved = {name: entry.read(0) for name, entry in counts.items()}
     update.restore(Saved(saved), with_optimizer=True)
     assert {float(own["step"]) for own in update.optimizer.state.values()} == {3.0}
 
@@ -272,7 +272,7 @@ def test_state_of_the_same_optimizer_that_does_not_fit_is_refused(case: str, tmp
     change, message = WRONG_STATE[case]
     net, update = make_backend("adamw")
     train(net, update, 0.01, range(3))
-    kept = {entry.name: entry.read().clone() for entry in update.optimizer_tensors()}
+    kept = {entry.name: entry.read(0).clone() for entry in update.optimizer_tensors()}
     assert optimizer_fits(saved(update, tmp_path, 3), update.state_layout)
     update.optimizer_tensors = lambda: whole_entries(change(kept))  # type: ignore[method-assign]
     wrong = saved(update, tmp_path / "wrong", 3)
@@ -343,8 +343,8 @@ def test_any_optimizer_goes_on_from_saved_state_bit_for_bit() -> None:
     straight = {key: value.clone() for key, value in net.state_dict().items()}
     net, backend = make_odd_backend()
     train(net, backend, 0.1, range(3))
-    weights = {entry.name: entry.read().clone() for entry in backend.model_tensors()}
-    saved = {entry.name: entry.read().to(entry.dtype).clone() for entry in backend.optimizer_tensors()}
+    weights = {entry.name: entry.read(0).clone() for entry in backend.model_tensors()}
+    saved = {entry.name: entry.read(0).to(entry.dtype).clone() for entry in backend.optimizer_tensors()}
     assert {"taken", "decay", "seen", "row.embed.weight"} <= set(saved)
     net, backend = make_odd_backend()
     with torch.no_grad():

@@ -37,6 +37,11 @@ def test_memory_of_a_billion_parameters_with_adam() -> None:
     assert plan.bytes_of_state(10**9, 2, "FSDP2", 8, True) / 1e9 == pytest.approx(5.5)
 
 
+def test_a_checkpoint_is_dealt_out_in_files() -> None:
+    """Of weights and two moments: 1.5 + 3 GB are files of 1, 0.5, 1, 1 and 1 GB."""
+    assert [plan.largest_share(1_500_000_000, 3_000_000_000, n) / 1e9 for n in (1, 2, 3, 8)] == [4.5, 3.0, 2.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

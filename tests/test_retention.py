@@ -45,7 +45,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_training_goes_
     class Obstructed(ToyRecipe):
         report_class = ObstructedReport
 
-    argv = ["--max_steps", "7", "--save_every", "1", "--keep_last", "2", "--train_rows", "640", "--output_dir", str(tmp_path)]
+    argv = ["--max_steps", "7", "--save_every", "1", "--keep_last", "2", "--train_rows", "640", "--save_sync"]
+    argv += ["--output_dir", str(tmp_path)]
     recipe, output = Obstructed(), io.StringIO()
     with contextlib.redirect_stdout(output):
         parsed = config.parse(recipe.config_class, recipe.presets, argv, recipe.name)

@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are those that the safetensors library reads, and take no memory beside the tensors."""
+"""Files put together tensor by tensor are those that the safetensors library reads, in memory that is used again."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ import hashlib
 import io
 import json
 import re
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints import writing
 from trainer.checkpoints.tensor_file import TYPES, TensorFile, in_file_order
-from trainer.distributed.control import Control
+from trainer.checkpoints.writing import Share
+from trainer.distributed.launch import alone
 
 
 def entries(tensors: dict[str, torch.Tensor]) -> list[TensorEntry]:
-    return [TensorEntry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
+    return [TensorEntry(name, tuple(t.shape), t.dtype, lambda _, t=t: t) for name, t in tensors.items()]
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
-    file = TensorFile(path, in_file_order(entries(tensors)))
-    for entry in in_file_order(entries(tensors)):
-        file.add(entry, entry.read())
-    summary = file.finish()
-    file.close()
-    return summary
+    file = TensorFile(in_file_order(entries(tensors)))
+    for name, tensor in tensors.items():
+        file.fill(name, tensor)
+    return file.write(path)
 
 
 def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
@@ -83,38 +79,44 @@ def test_what_a_write_does_not_take_is_written_again(tmp_path: Path, monkeypatch
 
 
 def test_a_tensor_becomes_what_was_announced(tmp_path: Path) -> None:
-    """bf16 weights stand in a checkpoint as fp32; another shape would shift all that follows."""
-    announced = TensorEntry("w", (4,), torch.float32, lambda: torch.arange(4).bfloat16())
-    file = TensorFile(tmp_path / "file", [announced])
+    """bf16 weights stand in a checkpoint as fp32; another shape would not be the one in the header."""
+    file = TensorFile([TensorEntry("w", (4,), torch.float32, lambda _: None)])
     with pytest.raises(AssertionError, match="w: "):
-        file.add(announced, torch.zeros(5))
-    file.add(announced, announced.read())
-    file.finish()
-    file.close()
+        file.fill("w", torch.zeros(1))  # which copying would spread over all four
+    file.fill("w", torch.arange(4).bfloat16())
+    file.write(tmp_path / "file")
     assert load_file(tmp_path / "file")["w"].equal(torch.arange(4.0))
 
 
-def test_an_unfinished_file_is_no_safetensors_file(tmp_path: Path) -> None:
-    both = entries({"a": torch.ones(3), "b": torch.ones(3)})
-    file = TensorFile(tmp_path / "file", both)
-    file.add(both[0], both[0].read())
-    file.close()
-    with pytest.raises(SafetensorError):
-        load_file(tmp_path / "file")
-
-
-def test_a_save_takes_one_tensor_of_memory_not_a_second_model(tmp_path: Path) -> None:
-    """64 MB of live bf16 weights, each 1 MB: as fp32 a copy of all would be 128 MB."""
+def test_saves_take_the_memory_of_one_copy_and_use_it_again(tmp_path: Path) -> None:
+    """64 MB of live bf16 weights, each 1 MB: as fp32 a copy is 128 MB."""
     weights = {f"layer{i}": torch.zeros(500_000, dtype=torch.bfloat16) + i for i in range(64)}
-    tensor_entries = [TensorEntry(name, (500_000,), torch.float32, lambda t=t: t) for name, t in weights.items()]
+    model = [TensorEntry(name, (500_000,), torch.float32, lambda _, t=t: t) for name, t in weights.items()]
 
     def peak_megabytes() -> float:
         match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert match is not None
         return int(match[1]) / 1000
 
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = peak_megabytes()
-    path = writing.write(tmp_path, "step_1", {"model": tensor_entries}, {}, Control(0, 1, timedelta(minutes=1)))
-    assert peak_megabytes() - before < 16
-    assert (path / "model.safetensors").stat().st_size > 128e6
+    share = Share(alone())
+    more = []
+    for step in (1, 2):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = peak_megabytes()
+        share.copy({"model": model})
+        assert share.write(tmp_path, f"step_{step}", {}) is None
+        more.append(peak_megabytes() - before)
+        assert (tmp_path / f"step_{step}" / "model.safetensors").stat().st_size > 128e6
+    assert 120 < more[0] < 150
+    assert more[1] < 16
+
+
+def test_memory_that_fits_no_longer_is_replaced(tmp_path: Path) -> None:
+    """An optimizer keeps more after a parameter was first used."""
+    share = Share(alone())
+    for step, shapes in enumerate(({"a": 3}, {"a": 3, "b": 2}, {"a": 4, "b": 2})):
+        tensors = {name: torch.rand(size) for name, size in shapes.items()}
+        share.copy({"optimizer": entries(tensors)})
+        assert share.write(tmp_path, f"step_{step}", {}) is None
+        loaded = load_file(tmp_path / f"step_{step}" / "optimizer.safetensors")
+        assert {name: tensor.tolist() for name, tensor in loaded.items()} == {n: t.tolist() for n, t in tensors.items()}

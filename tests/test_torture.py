@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from launching import FAULTY, ROOT, environment
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
-from trainer.distributed.control import Control
 
 
 def run(*argv: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -55,10 +53,9 @@ def test_invalid_arguments_are_reported(argv: list[str], message: str, capsys: p
 
 def write(directory: Path, step: int, value: float = 0.0) -> Path:
     tensor = torch.full((8,), float(step) + value)
-    entry = TensorEntry("w", (8,), torch.float32, lambda: tensor)
+    entry = TensorEntry("w", (8,), torch.float32, lambda _: tensor)
     tensors = {"model": [entry], "optimizer": [entry]}
-    control = Control(0, 1, timedelta(minutes=1))
-    return writing.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {}, control)
+    return writing.write(directory / "checkpoints", f"checkpoint_step_{step}", tensors, {})
 
 
 def test_damage_and_rolled_back_checkpoints_are_detected(tmp_path: Path) -> None:
@@ -101,7 +98,18 @@ def test_phases_are_derived_from_the_files_of_a_run(tmp_path: Path) -> None:
     metrics.write_text(json.dumps({**row, "step": torture.EVAL_EVERY}) + "\n")
     assert torture.phase(tmp_path, since) == "inside an evaluation"
     (tmp_path / "checkpoints" / ".unfinished-checkpoint_step_6").mkdir()
-    assert torture.phase(tmp_path, since) == "inside a save"
+    assert torture.phase(tmp_path, since) == "while it is written"
     shutil.rmtree(tmp_path / "checkpoints" / ".unfinished-checkpoint_step_6")
+    (tmp_path / "copying").touch()
+    assert torture.phase(tmp_path, since) == "inside the copy"
+    assert torture.phase(tmp_path, time.time() + 5) == "start-up"  # left by a launch that was killed there
+    (tmp_path / "copying").unlink()
+    checkpoint = write(tmp_path, 6)
+    for best_step, phase in ((3, "inside an evaluation"), (6, "before its links")):
+        state = {"train_state": {"step": 6, "best_step": best_step}}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        assert torture.phase(tmp_path, since) == phase
+    (tmp_path / "checkpoints" / "best_model").symlink_to(checkpoint.name)
+    assert torture.phase(tmp_path, since) == "inside an evaluation"
     (tmp_path / "status.json").write_text(json.dumps({"state": "finished"}))
     assert torture.phase(tmp_path, since) == "after the last step"

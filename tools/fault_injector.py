@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,10 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[1]
 MARK = "SAMECURVE_STARTED_AS"
 GUARD = f"SAMECURVE_GUARDED_BY_{uuid.uuid4().hex}"  # unique, because guarded processes may guard others
+COPYING = "copying"
+"""the mark of `marked_run.py` in a run directory"""
 POLL_SECONDS = 0.0002  # a save of a tiny model takes a few milliseconds
+FAMILY_SECONDS = 1.0
 
 
 def free_port() -> int:
@@ -179,8 +183,29 @@ def reached(step: int) -> Moment:
     return lambda directory, since: any(row["step"] >= step for row in rows(directory, since))
 
 
+def inside_the_copy(directory: Path, since: float) -> bool:
+    """While `marked_run.py`, with the mark COPYING, says that rank 0 copies what is to be saved."""
+    try:
+        return (directory / COPYING).stat().st_mtime >= since
+    except FileNotFoundError:
+        return False
+
+
+def between_commit_and_links(directory: Path, since: float) -> bool:
+    """The newest checkpoint has its name, and not yet the link `best_model`, which it has earned."""
+    folder = directory / "checkpoints"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or gone meanwhile
+        steps = [entry for entry in os.scandir(folder) if re.search(r"^[^.].*_\d+$", entry.name) and not entry.is_symlink()]
+        newest = max(steps, key=lambda entry: int(entry.name.rpartition("_")[2]))
+        link = folder / "best_model"
+        if newest.stat().st_mtime >= since and not (link.is_symlink() and os.readlink(link) == newest.name):
+            state = json.loads(Path(newest.path, "trainer_state.json").read_text())["train_state"]
+            return state["best_step"] == state["step"]
+    return False
+
+
 def inside_a_save(directory: Path, since: float) -> bool:
-    """Between the creation of the temporary folder and its renaming."""
+    """While a checkpoint is written: between the creation of the temporary folder and its renaming."""
     try:
         entries = list(os.scandir(directory / "checkpoints"))
         names = (e for e in entries if e.name.startswith(".unfinished-") and not e.name.endswith(".link"))
@@ -211,11 +236,15 @@ def kill_at_moment(process: Started, directory: Path, moment: Moment, seconds: f
     Raises TimeoutError, after killing all, if neither the moment nor the end comes within `seconds`.
     """
     end = time.monotonic() + seconds
+    family, known_until = [process.pid], 0.0
     while process.poll() is None:
+        if time.monotonic() > known_until:  # to look for them takes longer than some moments last
+            family, known_until = process.family(), time.monotonic() + FAMILY_SECONDS
         if time.monotonic() > end:
             process.kill_all()
             raise TimeoutError(f"hung: {process.log.read_text(errors='replace')[-3000:]}")
         if moment(directory, process.since):
+            send(family, signal.SIGSTOP)
             family = process.family()
             send(family, signal.SIGSTOP)
             one = None if rank is None else process.rank(rank)

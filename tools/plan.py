@@ -96,7 +96,17 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
         ),
         f"Checkpoint: {size_text(saved)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
         f"disk at once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * saved)} in all",
+        f"Saving: a process keeps a copy of its share in host memory, at most "
+        f"{size_text(largest_share(FP32_BYTES * parameters, round(moments * FP32_BYTES * parameters), processes))}",
     ]
+
+
+def largest_share(weights_bytes: int, state_bytes: int, processes: int) -> int:
+    """Bytes of a checkpoint's tensors that one process copies and writes, at most: files are dealt out in turn."""
+    from trainer.checkpoints.writing import SHARD_BYTES
+
+    files = [min(SHARD_BYTES, size - start) for size in (weights_bytes, state_bytes) for start in range(0, size, SHARD_BYTES)]
+    return max(sum(files[rank::processes]) for rank in range(processes))
 
 
 def state_share(optimizer: Optimizer) -> float:

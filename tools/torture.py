@@ -24,10 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_injector import (
+    COPYING,
     ROOT,
     Moment,
     Started,
     after,
+    between_commit_and_links,
     both,
     command,
     curve,
@@ -35,6 +37,7 @@ from fault_injector import (
     environment,
     inside_a_save,
     inside_an_evaluation,
+    inside_the_copy,
     kill_at_moment,
     rows,
 )
@@ -50,7 +53,13 @@ TINY = {
     "gpt2_wikitext": "--dataset embedded --tokenizer train --vocab_size 512 --d_model 96 --num_layers 3 --num_heads 2 "
     "--max_length 32 --dropout 0.1 --batch_size 4 --max_steps 100 --warmup_steps 10 --eval_iters 30"
 }
-PHASES = ("start-up", "step", "inside a save", "inside an evaluation", "after the last step")
+SAVING: dict[str, Moment] = {
+    "inside the copy": inside_the_copy,
+    "while it is written": inside_a_save,
+    "before its links": between_commit_and_links,
+}
+"""the phases of a save"""
+PHASES = ("start-up", "step", *SAVING, "inside an evaluation", "after the last step")
 ORPHAN_SECONDS, HANG_SECONDS = 15.0, 90.0
 
 
@@ -141,7 +150,8 @@ class Campaign:
         arguments = [*self.flags, *EVERY_RUN.split(), "--output_dir", str(directory)]
         env = environment(SAMECURVE_CACHE=str(self.folder / "cache"), PYTHONPATH=str(ROOT))
         self.tally.launches += 1
-        return Started(command(self.kind, self.script, *arguments), directory.with_suffix(".log"), env)
+        marked = [str(directory / COPYING), str(self.script), *arguments]
+        return Started(command(self.kind, ROOT / "tools" / "marked_run.py", *marked), directory.with_suffix(".log"), env)
 
     def run(self, kills: int) -> None:
         """The uninterrupted run, whose duration bounds the moments of the kills, and then the campaign."""
@@ -202,10 +212,10 @@ class Campaign:
                 return
 
     def choose(self) -> tuple[Moment, int | None]:
-        """(when to kill, the rank to kill or None for all). Uniform over the time of a run; in a third of the cases the next
-        save after it, at times the next evaluation; with two processes, in a third of the cases one rank alone."""
+        """(when to kill, the rank to kill or None for all). Uniform over the time of a run; in most cases the next phase of a
+        save, or the next evaluation, after it; with two processes, in a third of the cases one rank alone."""
         moment = after(self.random.uniform(0, self.seconds))
-        inside = self.random.choices([None, inside_a_save, inside_an_evaluation(EVAL_EVERY)], [50, 35, 15])[0]
+        inside = self.random.choices([None, *SAVING.values(), inside_an_evaluation(EVAL_EVERY)], [30, 20, 20, 20, 10])[0]
         alone = self.kind != "one" and self.random.random() < 1 / 3
         return (both(moment, inside) if inside else moment), (self.random.randrange(2) if alone else None)
 
@@ -228,8 +238,9 @@ class Campaign:
 
 def phase(directory: Path, since: float) -> str:
     """What a launch is doing, derived from its files."""
-    if inside_a_save(directory, since):
-        return "inside a save"
+    for name, inside in SAVING.items():
+        if inside(directory, since):
+            return name
     status = directory / "status.json"
     if status.is_file() and status.stat().st_mtime >= since and json.loads(status.read_text())["state"] == "finished":
         return "after the last step"

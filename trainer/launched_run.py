@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from trainer.checkpoints import retention
 from trainer.checkpoints.resume import LaunchPlan, nothing_to_do
+from trainer.checkpoints.writing import check_shared
 from trainer.command_line import config as configuration
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
@@ -73,6 +75,7 @@ class LaunchedRun:
         words = stops.before_the_first_step
         leaving = stops.acted_on_at_once(lambda reason: self._leave_before_the_first_step(words(reason), reason))
         with leaving, explained(launch, plan.config.optimisation):  # which waits: another rank may be gone for the same reason
+            check_shared(plan.directory.checkpoints, launch)
             session = set_up(self.recipe, plan, launch, log)
             message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
         if message:
@@ -89,6 +92,8 @@ class LaunchedRun:
             at = f"at step {step:,} of {session.total_steps:,} on {socket.gethostname()}"
             self.alerts.send("started", f"Started {at}. {description[0]}", step=step)
             stops.unsaved = True
+            gc.collect()
+            gc.freeze()  # what is here stays: no collection has to look at it again
             reason = self.training.run()
             stops.unsaved = False
             launch.control.barrier()  # the last thing the processes do together: none waits for the report of rank 0
@@ -100,6 +105,7 @@ class LaunchedRun:
                     log_final_metrics(self.training.logger, self.training.last_evaluation)
             code = FINISHED
         finally:
+            gc.unfreeze()
             if trackers is not None:
                 trackers.close(code)
         if launch.is_main and reason.finished and checkpoint is not None:

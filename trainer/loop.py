@@ -6,7 +6,6 @@ each -> update -> log
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from trainer.data.stream import TrainingOrder
 from trainer.distributed.control import PendingSum
 from trainer.distributed.stopping import StopReason, StopRequests, finished_reason
 from trainer.distributed.votes import StepVotes
-from trainer.errors import NOT_FINITE, UserError
-from trainer.evaluation.exact import evaluate
+from trainer.errors import UserError
+from trainer.evaluation.exact import evaluate, improves
 from trainer.optimisation.finite import BadSteps
 from trainer.recipe import Batch
 from trainer.reporting.alerts import Alerts
@@ -89,13 +88,12 @@ class Training:
         train, device = self.session.data.train, self.launch.device
         self.batches = loader.read(train, order, self.run_config, device, self.stops.any_requested)
         self.backend.model.train()
-        gc.collect()
-        gc.freeze()  # what is here stays: no collection has to look at it again
         try:
             return self.steps()
         finally:
-            gc.unfreeze()
             loader.close(self.batches)
+            if self.launch.processes == 1:
+                self.settle()  # an error elsewhere loses no save
 
     def steps(self) -> StopReason:
         """The loop itself."""
@@ -106,12 +104,15 @@ class Training:
             self.save(False, None)  # only its link: a kill may have come between the save and that
         while True:
             votes = self.wait_for_votes(next_step)
+            if votes.saved == self.launch.processes:
+                self.settle()
             reason, is_best = votes.stop_reason, False
             if reason and state.step == first_step:  # nothing was trained
+                self.settle()
                 self.logger.console.log(self.stops.before_the_first_step(reason))
                 return reason
             if reason is None and self.evaluation_due():
-                is_best, reason = self.evaluate()
+                is_best, reason = self.evaluate(votes.save > 0)
             reason = reason or self.end_reason()
             if reason or is_best or votes.save or self.saver.due():
                 self.save(is_best, reason)
@@ -162,8 +163,8 @@ class Training:
         except Exception as reason:  # every rank hears of it, so that none waits for a batch that never comes
             error = reason
         self.logger.add_data_seconds(time.monotonic() - started)
-        save = self.launch.is_main and self.saver.due_by_the_clock()
-        votes = StepVotes(item_counts, self.stops.votes(), float(save), float(error is not None), float(len(replaced)))
+        flags = (self.saver.due_by_the_clock(), error is not None, len(replaced), self.saver.done())
+        votes = StepVotes(item_counts, self.stops.votes(), *map(float, flags))
         return NextStep(micro_batches, self.launch.control.sum(votes.pack()), error, replaced)
 
     def wait_for_votes(self, next_step: NextStep) -> StepVotes:
@@ -177,6 +178,7 @@ class Training:
         """Save what has been trained; then a UserError, on every rank, with the reason of one that could not read its data."""
         if self.state.step and self.saver.saved_step != self.state.step:
             self.save(False, None)
+            self.settle()
         error = None
         if reason is not None:
             saved_step = self.state.step if self.saver.saved_step == self.state.step else None
@@ -211,8 +213,8 @@ class Training:
         due = (every and state.step % every == 0) or epoch_ended
         return bool(due and state.step > 0 and state.evaluated_step != state.step)
 
-    def evaluate(self) -> tuple[bool, StopReason | None]:
-        """Measure the evaluation sets. (whether the best metric improved, why to stop if a rank asked to meanwhile)."""
+    def evaluate(self, save_due: bool) -> tuple[bool, StopReason | None]:
+        """Measure the evaluation sets. (whether these weights are to be kept as the best, why to stop if a rank asked to)."""
         started, state, recipe, reason = time.monotonic(), self.state, self.recipe, None
 
         def interrupted(error: Exception | None) -> bool:
@@ -251,28 +253,38 @@ class Training:
                 raise UserError(f"eval/{name} is to be watched, but measured are {', '.join(metrics)}; name one of them")
         metric, watched = metrics[f"eval/{recipe.best_metric}"], metrics[f"eval/{patience_metric}"]
         state.evaluated_step, state.evaluated_metric = state.step, metric if math.isfinite(metric) else None
-        is_best = improves(metric, state.best_metric, recipe.best_is)
-        if is_best:
-            self.previous_best = (state.best_metric, state.best_step)
-            state.best_metric, state.best_step = metric, state.step
         if improves(watched, state.patience_best, direction):
             state.patience_best, state.evaluations_without_improvement = watched, 0
         else:
             state.evaluations_without_improvement += 1
         self.logger.log_evaluation(metrics, replaced)
         self.logger.exclude_from_timing(time.monotonic() - started)
+        if self.saver.in_flight and self.saver.in_flight.step == state.best_step:
+            self.settle()  # is the best one so far kept?
+        kept = self.run_config.save_best or save_due or self.saver.due() or self.end_reason() is not None
+        is_best = kept and improves(metric, state.best_metric, recipe.best_is)
+        if is_best:
+            self.previous_best = (state.best_metric, state.best_step)
+            state.best_metric, state.best_step = metric, state.step
         return is_best, None
 
     def save(self, is_best: bool, reason: StopReason | None) -> None:
-        """Write a checkpoint of this step, if there is none, and point to it by the names it has earned."""
+        """Begin a checkpoint of this step, if there is none, and the links it has earned; a stop waits for its end."""
+        self.settle()  # one at a time
         self.bad_steps.read()
         self.check_bad_steps()  # a run that must end must not leave a checkpoint it cannot go on from
         state = self.state
         state.bad_steps, state.bad_steps_in_a_row = self.bad_steps.total, self.bad_steps.in_a_row
         state.loss_sums, state.item_counts = self.logger.unlogged()
         state.hours = self.logger.hours()
-        if not self.saver.save(is_best, reason) and is_best:
-            state.best_metric, state.best_step = self.previous_best  # the weights of the new best are lost
+        self.saver.save(is_best, reason)
+        if reason or self.run_config.save_sync:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if there is one, and hear what became of it."""
+        if self.saver.settle() == self.state.best_step:
+            self.state.best_metric, self.state.best_step = self.previous_best  # the weights of the new best are lost
 
     def check_bad_steps(self) -> None:
         """Warn of this launch's first non-finite step; end the run after too many in a row. Neither changes the weights."""
@@ -281,19 +293,5 @@ class Training:
             step = self.bad_steps.last_step
             self.logger.announce("bad step", f"WARNING: the gradient of step {step:,} was not finite; it changed no weight")
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
-            raise UserError(
-                f"the gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step "
-                f"{self.bad_steps.last_step}; lower --learning_rate, lengthen --warmup_steps, or look at the data (checkpoints "
-                "are kept)",
-                NOT_FINITE,
-                known_to_all=True,
-            )
-
-
-def improves(value: float, before: float | None, direction: str) -> bool:
-    """Whether `value` is finite and better than the best one before it; `direction`: is `lower` or `higher` better."""
-    if not math.isfinite(value):
-        return False
-    if before is None:
-        return True
-    return value < before if direction == "lower" else value > before
+            self.settle()  # what was saved before them is kept
+            raise self.bad_steps.too_many()

@@ -14,7 +14,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from trainer.backends.tensors import TensorEntry, whole_entries, whole_entry
 from trainer.checkpoints import retention, writing
 from trainer.checkpoints.checkpoint import TEMPORARY, Checkpoint
 from trainer.command_line import config as configuration
-from trainer.distributed.control import Control
 from trainer.recipe import Log, Recipe
 from trainer.reporting.run_directory import RunDirectory
 from trainer.reporting.trackers import read_metrics
@@ -118,14 +116,13 @@ def _unstack_checkpoints(
     folders = dict(reversed(retention.step_folders(source.checkpoints, recipe.checkpoint_prefix)))
     best_key = f"eval/{recipe.best_metric}"
     evaluations = [(row[best_key], row["step"]) for row in rows if row.get(best_key) is not None and row["step"] in folders]
-    control = Control(0, 1, timedelta(minutes=1))
     step, best = 0, (None, 0)
     for step, folder in folders.items():
         stacked = Checkpoint(folder)
         best = min((pair for pair in evaluations if pair[1] <= step), default=(None, 0))
         state = _trainer_state(stacked.state, index, rows, step, best)
         texts = {"trainer_state.json": json.dumps(state, indent=1), "config.yaml": configuration.to_yaml(config)}
-        writing.write(run.checkpoints, folder.name, _tensors_of_model(stacked, index), texts, control)
+        writing.write(run.checkpoints, folder.name, _tensors_of_model(stacked, index), texts)
     return step, best[1]
 
 
@@ -136,8 +133,8 @@ def _tensors_of_model(stacked: Checkpoint, index: int) -> dict[str, list[TensorE
         tensor = stacked.tensor(stem, name)
         if not tensor.ndim:
             return whole_entry(name, tensor)
-        # Read again when it is written, so that no more than one tensor is in memory.
-        return TensorEntry(name, tuple(tensor.shape[1:]), tensor.dtype, lambda: stacked.tensor(stem, name)[index].contiguous())
+        # Read again when it is written, so that no more than one tensor of the stack is in memory.
+        return TensorEntry(name, tuple(tensor.shape[1:]), tensor.dtype, lambda _: stacked.tensor(stem, name)[index])
 
     entries = {stem: [entry(stem, name) for name in sorted(stacked.names(stem))] for stem in ("model", "optimizer")}
     return entries | {"tasks": whole_entries({"model_1": stacked.tensor("tasks", f"model_{index + 1}")})}

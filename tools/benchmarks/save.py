@@ -1,94 +1,142 @@
-"""Seconds and memory of writing a checkpoint, compared with the safetensors library: all tensors copied, written, read again
-for their hashes. Each in a process of its own, the two in turn: `python tools/benchmark.py save --parameters 250000000`.
+"""Seconds and memory of a checkpoint by the number of processes that write it, beside `torch.distributed.checkpoint.async_save`
+and, with one process, the safetensors library's `save_file`: `python tools/benchmark.py save --writers 1 2 4`.
+
+Every process holds its part of each tensor, as under FSDP2. All ways in turn, round after round, in the same processes, so that
+a slow minute affects them all. Each brings its files to the disk; hashes are samecurve's alone, and so are files that do not
+depend on the number of processes. `stands still` is how long training would wait; CPU seconds, of all processes together, say
+more where the machine has other work. The first round, which takes the memory, is left out of the seconds; memory is what a
+process takes beside the tensors, at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trainer.backends.tensors import TensorEntry
+from fault_injector import environment, free_port
 
-PIECE = 1_000_000
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.distributed.launch import Launch
+
+    Way = Callable[[Path], Callable[[], object]]
+    """begins a save, and gives what waits for its end"""
+
+ROWS, COLUMNS = 1024, 1024
+"""of a tensor: 4 MiB"""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each way: median seconds, gigabytes a second, and the memory it took beside the tensors themselves."""
+    """Print a line for each number of processes and each way."""
     parser = argparse.ArgumentParser(prog="benchmark save", description=__doc__)
-    parser.add_argument("--parameters", type=int, default=250_000_000, help="fp32 numbers in the checkpoint: 1 GB by default")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=int, default=1536, help="MiB of fp32 weights and two moments, over all processes")
+    parser.add_argument("--writers", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
+    parser.add_argument("--rounds", type=int, default=4, help="the first takes the memory")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
-    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    if flags.only:
-        print(*measure(flags.only, flags.parameters, flags.folder))
+    if "RANK" in os.environ:
+        measure(flags.megabytes, flags.rounds, flags.folder)
         return
-    results: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    for _ in range(flags.rounds):
-        for way in WAYS:
-            command = [sys.executable, *sys.argv[:2], "--parameters", str(flags.parameters), "--folder", str(flags.folder)]
-            output = subprocess.run([*command, "--only", way], check=True, capture_output=True, text=True).stdout
-            seconds, megabytes = map(float, output.split())
-            results[way].append((seconds, megabytes))
-    size = 4 * flags.parameters / 1e9
-    for way, rounds in results.items():
-        seconds, megabytes = (statistics.median(values) for values in zip(*rounds, strict=True))
-        print(f"{way:12} {size:.2f} GB in {seconds:.2f} s ({size / seconds:.2f} GB/s), {megabytes:.0f} MB of memory more")
+    for writers in flags.writers:
+        with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
+            shared = {"WORLD_SIZE": str(writers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            command = [sys.executable, *sys.argv[:2], "--megabytes", str(flags.megabytes), "--rounds", str(flags.rounds)]
+            ranks = [environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(writers)]
+            processes = [subprocess.Popen([*command, "--folder", folder], env=env) for env in ranks]
+            for process in processes:
+                if process.wait():
+                    raise SystemExit("benchmark save: a process failed, as said above")
 
 
-def measure(way: str, parameters: int, folder: Path) -> tuple[float, float]:
-    """(seconds, peak memory above that of the tensors in MB) of one save."""
+def measure(megabytes: int, rounds: int, folder: Path) -> None:
+    """What each process of a launch does; rank 0 prints."""
     import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
 
-    from trainer.backends.tensors import TensorEntry
+    from trainer.distributed.launch import connect
+    from trainer.distributed.signals import leave
 
-    sizes = [min(PIECE, parameters - start) for start in range(0, parameters, PIECE)]
-    weights = {f"layer.{i}.weight": torch.randn(size) for i, size in enumerate(sizes)}
+    launch = connect("cpu", 10.0)
+    torch.manual_seed(launch.rank)
+    rows = ROWS // launch.processes
+    weights: dict[str, Tensor] = {f"layer.{i}.weight": torch.randn(rows, COLUMNS) for i in range(megabytes // 4)}
+    if launch.processes > 1:
+        mesh = init_device_mesh("cpu", (launch.processes,))
+        weights = {name: DTensor.from_local(own, mesh, [Shard(0)]) for name, own in weights.items()}
+    found: dict[str, list[list[float]]] = {}
+    ways = ways_to_save(weights, launch)
+    for _ in range(rounds):
+        for name, begin in ways.items():
+            launch.control.barrier()
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            before, started, cpu_started = peak_megabytes(), time.perf_counter(), time.process_time()
+            wait = begin(folder / "checkpoint")
+            stall, cpu_stall = time.perf_counter() - started, time.process_time() - cpu_started
+            wait()
+            cpu = time.process_time() - cpu_started
+            launch.control.barrier()
+            of_all = launch.control.gather([stall, time.perf_counter() - started, peak_megabytes() - before, cpu_stall, cpu])
+            if launch.is_main:
+                stalls, seconds, memory, cpu_stalls, cpus = zip(*of_all, strict=True)
+                figures = [max(stalls), max(seconds), max(memory), sum(cpu_stalls), sum(cpus)]
+                found.setdefault(name, []).append(figures)
+                shutil.rmtree(folder / "checkpoint")
+    for name, rounds_of_it in found.items():
+        stall, total, _, cpu_stall, cpu = (statistics.median(values) for values in zip(*rounds_of_it[1:], strict=True))
+        most = max(figures[2] for figures in rounds_of_it)
+        print(
+            f"{launch.processes} processes  {name:12} stands still {stall:6.2f} s ({cpu_stall:5.2f} CPU s), written after "
+            f"{total:6.2f} s ({cpu:5.2f} CPU s), {most:6.0f} MB of memory more",
+            flush=True,
+        )
+    leave(0)
 
-    def entry(name: str, tensor: torch.Tensor) -> TensorEntry:
-        return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
-    entries = [entry(name, tensor) for name, tensor in weights.items()]
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before, started = _peak_megabytes(), time.monotonic()
-        WAYS[way](Path(place), entries)
-        return time.monotonic() - started, _peak_megabytes() - before
+def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way]:
+    """By name, each with what it keeps from save to save."""
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import save_file
+
+    from trainer.backends.tensors import whole_entries
+    from trainer.checkpoints.writing import Share
+
+    share, entries = Share(launch), whole_entries(weights)
+    cut = len(entries) // 3
+
+    def samecurve(folder: Path) -> Callable[[], object]:
+        share.copy({"model": entries[:cut], "optimizer": entries[cut:]})
+        return lambda: share.write(folder, "checkpoint_step_1", {})
+
+    def async_save(folder: Path) -> Callable[[], object]:
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+        saving = dcp.async_save(dict(weights), storage_writer=writer)
+        return saving.result  # type: ignore[union-attr]
+
+    def plain(folder: Path) -> Callable[[], object]:
+        folder.mkdir()
+        save_file(dict(weights), folder / "model.safetensors")
+        with (folder / "model.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
+        return lambda: None
+
+    ways: dict[str, Way] = {"samecurve": samecurve, "async_save": async_save}
+    return ways if launch.processes > 1 else {**ways, "save_file": plain}
 
 
-def _peak_megabytes() -> float:
+def peak_megabytes() -> float:
+    """Of this process, since it was last forgotten."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) / 1000
-
-
-def _samecurve(folder: Path, entries: Sequence[TensorEntry]) -> None:
-    from trainer.checkpoints import writing
-    from trainer.distributed.control import Control
-
-    writing.write(folder, "checkpoint_step_1", {"model": entries}, {}, Control(0, 1, timedelta(minutes=1)))
-
-
-def _safetensors(folder: Path, entries: Sequence[TensorEntry]) -> None:
-    from safetensors.torch import save_file
-
-    path = folder / "model.safetensors"
-    save_file({entry.name: entry.read().clone() for entry in entries}, path)
-    with path.open("rb") as file:
-        hashlib.file_digest(file, "sha256")
-        os.fsync(file.fileno())
-
-
-WAYS = {"samecurve": _samecurve, "safetensors": _safetensors}

@@ -109,7 +109,7 @@ class Backend(ABC):
 
     # ---- a checkpoint: named tensors out and in
 
-    # Entries are taken anew for every checkpoint; they are read after the optimizer step, on every process if `collective`.
+    # Entries are taken anew for every checkpoint, and read after the optimizer step, on every process in the same order.
 
     @abstractmethod
     def model_tensors(self) -> list[TensorEntry]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -25,15 +27,17 @@ WHOLE = "parameters are flattened and cut here, so use another optimizer, or DDP
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint; `read` gives it in full, on any device: the live one where it is whole anyway."""
+    """One tensor of a checkpoint.
+
+    Every process calls `read(writer)`, in the same order. It gives the tensor in full, on any device, to rank `writer`: the
+    live one where it is whole anyway. What the others get means nothing.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     """of the file, which `read` may differ from"""
-    read: Callable[[], Tensor]
-    collective: bool = False
-    """whether every process has to call `read`"""
+    read: Callable[[int], Tensor | None]
 
     @property
     def size_bytes(self) -> int:
@@ -78,9 +82,30 @@ class TensorSource(Protocol):
 
 def whole_entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorEntry:
     """An entry for a tensor that is whole on this process, or a DTensor; in the file it has `dtype`, or its own."""
-    if isinstance(tensor, DTensor):
-        return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, tensor.full_tensor, collective=True)
-    return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, lambda: tensor)
+    read = partial(gathered, tensor) if isinstance(tensor, DTensor) else lambda _: tensor
+    return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, read)
+
+
+def gathered(tensor: DTensor, writer: int) -> Tensor | None:
+    """A tensor that is cut along a dimension over a group of ranks, in full on rank `writer`, and only there.
+
+    The parts come from the writer's own group; other replicas have nothing to do.
+    """
+    mesh, local = tensor.device_mesh, tensor.to_local().detach()
+    cut = next((i for i, placement in enumerate(tensor.placements) if placement.is_shard()), None)
+    if cut is None:
+        return local
+    group, dim = mesh.get_group(cut), tensor.placements[cut].dim  # type: ignore[attr-defined]
+    if writer not in dist.get_process_group_ranks(group):
+        return None
+    part = local.movedim(dim, 0).to(mesh.device_type).contiguous()
+    size, parts = tensor.shape[dim], mesh.size(cut)
+    most = -(-size // parts)
+    if len(part) < most:  # as torch.chunk cuts, the last ones are smaller, or empty
+        part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
+    whole = part.new_empty(parts * most, *part.shape[1:]) if dist.get_rank() == writer else None
+    dist.gather(part, None if whole is None else list(whole.split(most)), dst=writer, group=group)
+    return None if whole is None else whole[:size].movedim(0, dim)
 
 
 def laid_out_like(p: Tensor, value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -152,42 +153,43 @@ class ZeroBackend(Backend):
 
     def model_tensors(self) -> list[TensorEntry]:
         """Parameters from the fp32 master weights, and buffers."""
-        parameters = [
-            TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(self._weight, p), collective=True)
-            for name, p in self.network.named_parameters()
-        ]
+        parameters = [self._entry(name, p, None) for name, p in self.network.named_parameters()]
         return parameters + tensors.buffer_entries(self.network)
-
-    def _weight(self, p: Tensor) -> Tensor:
-        from deepspeed import zero
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if p.requires_grad:
-            return safe_get_full_fp32_param(p).view(tensors.whole_shape(p))
-        with zero.GatheredParameters([p], enabled=self.stage3):  # frozen: no master copy
-            return p.detach().clone() if self.stage3 else p
-
-    def _moment(self, p: Tensor, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(p, key).view(tensors.whole_shape(p))
 
     def optimizer_tensors(self) -> list[TensorEntry]:
         """Moments by parameter, and counts, which are the same for every partition."""
-        entries = [
-            TensorEntry(
-                f"{key}.{name}",
-                tensors.whole_shape(p),
-                torch.float32,
-                partial(self._moment, p, key),
-                collective=True,
-            )
-            for name, p in self.network.named_parameters()
-            if p.requires_grad
-            for key in self.moments
-        ]
+        trained = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+        entries = [self._entry(f"{key}.{name}", p, key) for name, p in trained for key in self.moments]
         first = self.base.state[self.partitions[0]]
         return entries + tensors.count_entries([first], set(first) - set(self.moments))
+
+    def _entry(self, name: str, p: Tensor, key: str | None) -> TensorEntry:
+        read = self._from_shares if self.stage3 else self._from_fragments
+        return TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(read, p, key))
+
+    def _from_shares(self, p: Any, key: str | None, writer: int) -> Tensor | None:
+        """Stage 3: a master weight (key None) or a moment lies on all ranks in shares of one size, the last padded."""
+        from deepspeed import utils
+
+        if key is not None:
+            share = utils.safe_get_local_optimizer_state(p, key)
+        else:
+            share = utils.safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor  # frozen: no master copy
+        shares = share.new_empty(self.launch.processes, share.numel()) if self.launch.rank == writer else None
+        dist.gather(share.data, None if shares is None else list(shares), dst=writer)
+        return None if shares is None else shares.flatten()[: p.ds_numel].view(p.ds_shape)
+
+    def _from_fragments(self, p: Any, key: str | None, writer: int) -> Tensor:
+        """Stages 1 and 2: some ranks hold fragments of it."""
+        if not p.requires_grad:
+            return p
+        whole = torch.zeros(p.numel(), device=p.device)
+        if p._hp_mapping is not None:
+            held = p._hp_mapping.lp_fragment_address
+            whole[held.start : held.start + held.numel] = p._hp_mapping.get_hp_fragment(key)
+        # Each number is on one rank, and zero bits on all others. As numbers -0.0 + 0.0 would be 0.0.
+        dist.reduce(whole.view(torch.int32), dst=writer)
+        return whole.view(p.shape)
 
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
         """Master weights too: DeepSpeed makes them from weights that pure bf16 has already rounded."""

@@ -27,7 +27,7 @@ from trainer.distributed.stopping import StopReason, finished_reason
 from trainer.errors import CHECKPOINT, UserError
 from trainer.recipe import Recipe
 from trainer.reporting.run_directory import RunDirectory
-from trainer.reporting.trackers import read_metrics
+from trainer.reporting.trackers import SAVE_SECONDS, read_metrics
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def nothing_to_do(recipe: Recipe, plan: LaunchPlan, total_steps: int) -> str | N
 def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> None:
     """Before a run starts at step 0: UserError (exit 5) if its directory tells of checkpoints, which are not there."""
     rows = list(read_metrics(directory.metrics)) if directory.metrics.is_file() else []
-    saved_steps = [row["step"] for row in rows if "checkpoint/seconds" in row]
+    saved_steps = [row["step"] for row in rows if SAVE_SECONDS in row]
     try:
         known = json.loads(directory.status.read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

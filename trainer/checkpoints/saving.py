@@ -6,16 +6,21 @@ import dataclasses
 import importlib.metadata
 import json
 import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.backends.tensors import split_names, whole_entries
-from trainer.checkpoints import retention, writing
+from trainer.checkpoints import retention
 from trainer.checkpoints.resume import LaunchPlan
+from trainer.checkpoints.writing import Share
 from trainer.command_line.config import to_yaml
 from trainer.distributed.stopping import StopReason, StopRequests
-from trainer.errors import UserError
+from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.metrics_logger import MetricsLogger
+from trainer.reporting.trackers import SAVE_SECONDS
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -25,10 +30,47 @@ if TYPE_CHECKING:
 STOP_LINKS = {StopReason.TIME_LIMIT: "checkpoint_time_limit"}
 # What a save takes, until the first one has been timed: fp32 weights and two moments onto a slow disk, bytes per second.
 SLOW_SAVE_SECONDS, SLOW_DISK = 1.0, 200e6
+POLL_SECONDS = 0.05
+
+
+class Outcome(NamedTuple):
+    """What a rank's thread knows of a save when it is done. Of rank 0 it is what became of the whole save."""
+
+    failure: str | None
+    warning: str | None
+    ended: float
+    """on time.monotonic()"""
+
+
+@dataclass(frozen=True)
+class SaveInFlight:
+    """A save whose state has been copied, and is being written."""
+
+    step: int
+    name: str
+    links: list[str]
+    last: bool
+    """whether the launch ends with it"""
+    writes: bool
+    """False: it only sets links to a checkpoint that is there"""
+    started: float
+    stall_seconds: float
+    outcome: Future[Outcome]
+
+    def done(self) -> bool:
+        """Whether this rank has done its part."""
+        if not self.outcome.done():
+            return False
+        self.outcome.result()  # raises what is no fault of the disk
+        return True
 
 
 class Saver:
-    """Writes the checkpoints of a run. Made, and called, on every process."""
+    """Writes the checkpoints of a run. Made, and called, on every process.
+
+    The loop stands still while `save` copies the state. A thread of each rank writes, and that of rank 0 gives the checkpoint
+    its name when all have; at most one save is in flight. `settle` tells what became of it.
+    """
 
     def __init__(
         self, session: Session, plan: LaunchPlan, state: TrainState, logger: MetricsLogger, stops: StopRequests
@@ -38,6 +80,8 @@ class Saver:
         self.folder = plan.directory.checkpoints
         self.saved_step = state.step if plan.checkpoint and plan.same_run else None
         self.saved_at = time.monotonic()
+        self.share, self.thread = Share(self.launch), ThreadPoolExecutor(1, "checkpoint")
+        self.in_flight: SaveInFlight | None = None
         size_bytes = sum(entry.size_bytes for entry in session.backend.model_tensors())
         stops.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
 
@@ -53,44 +97,82 @@ class Saver:
         return bool(every) and self.session.epochs(step) // every > self.session.epochs(step - 1) // every
 
     def due_by_the_clock(self) -> bool:
-        """Whether `save_minutes` have passed since the last save."""
+        """Whether `save_minutes` have passed since the last save, by the clock of rank 0."""
         minutes = self.run.save_minutes
-        return bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
+        return self.launch.is_main and bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
 
     def saved_as(self) -> Path | None:
         """The checkpoint of the current step, if there is one."""
         name = f"{self.recipe.checkpoint_prefix}{self.state.step}"
         return self.folder / name if self.saved_step == self.state.step else None
 
-    def save(self, is_best: bool, reason: StopReason | None) -> bool:
-        """Write a checkpoint of this step, if there is none, and point to it by the names it has earned. Collective.
+    def save(self, is_best: bool, reason: StopReason | None) -> None:
+        """Begin a checkpoint of this step, if there is none, and the links it has earned. Collective, and none is in flight.
 
-        `reason`: why the launch ends with it, if it does. False where it failed and training can go on; raises UserError
-        (exit 5) where it was the last one.
+        `reason`: why the launch ends with it, if it does.
         """
-        started, name = time.monotonic(), f"{self.recipe.checkpoint_prefix}{self.state.step}"
-        links = self._links(is_best, reason)
-        write = self.saved_step != self.state.step
-        only_best = is_best and reason is None and not self.due()
+        started, step = time.monotonic(), self.state.step
+        name, links = f"{self.recipe.checkpoint_prefix}{step}", self._links(is_best, reason)
+        writes = self.saved_step != step
+        texts = self._copy(only_best=is_best and reason is None and not self.due()) if writes else None
+        outcome = self.thread.submit(self._finish, name, texts, links)
+        self.saved_at = time.monotonic()
+        stall = self.saved_at - started
+        self.logger.exclude_from_timing(stall)
+        self.in_flight = SaveInFlight(step, name, links, reason is not None, writes, started, stall, outcome)
+
+    def done(self) -> bool:
+        """Whether this rank has done its part of the save in flight."""
+        return self.in_flight is not None and self.in_flight.done()
+
+    def settle(self) -> int | None:
+        """Wait for the save in flight, if there is one, and report it. Collective. The step of one that failed where training
+        can go on; UserError (exit 5) where it was the last one."""
+        started, save = time.monotonic(), self.in_flight
+        if save is None:
+            return None
+        self.in_flight = None
+        self._wait_for_all(save)
+        failure, warning, ended = save.outcome.result()
+        self.logger.exclude_from_timing(time.monotonic() - started)
         try:
-            if write:
-                self._write(name, only_best)
-                self.saved_step = self.state.step
-            self.launch.control.on_main(lambda: self._set_links(links, name))
-        except UserError as failure:
-            if reason:
+            self.launch.control.raise_if_any(UserError(failure, CHECKPOINT) if failure else None)
+        except UserError as error:
+            if save.last:
                 raise
-            self.logger.announce("save failed", f"WARNING: {failure}. Training goes on; the checkpoint before it stays")
-            return False
-        finally:
-            self.saved_at = time.monotonic()
-            self.logger.exclude_from_timing(self.saved_at - started)
-        if write:  # a link alone says nothing of what a save takes
-            self.stops.record_save(self.saved_at - started)
-            self.logger.write({"checkpoint/seconds": time.monotonic() - started})
-        what = "Saved checkpoint to" if write else "Linked checkpoint"
-        self.logger.console.log(f"{what} {self.folder / name}" + (f" ({', '.join(links)})" if links else ""))
-        return True
+            self.logger.announce("save failed", f"WARNING: {error}. Training goes on; the checkpoint before it stays")
+            return save.step
+        if warning:
+            self.logger.announce("save", warning)
+        if save.writes:  # a link alone says nothing of what a save takes
+            self.saved_step = save.step
+            took = ended - save.started
+            self.stops.record_save(took + time.monotonic() - max(ended, started))  # what a stop waits for: to agree, too
+            self.logger.write({SAVE_SECONDS: took, "checkpoint/stall_seconds": save.stall_seconds}, save.step)
+        what = "Saved checkpoint to" if save.writes else "Linked checkpoint"
+        names = f" ({', '.join(save.links)})" if save.links else ""
+        self.logger.console.log(f"{what} {self.folder / save.name}{names}")
+        return None
+
+    def _wait_for_all(self, save: SaveInFlight) -> None:
+        """Until every rank has done its part. They ask each other again and again, so that none waits for one that is gone."""
+        ranks, timeout = range(self.launch.processes), self.launch.control.timeout
+        end = time.monotonic() + timeout.total_seconds()
+        while not all(done := self.launch.control.sum([float(r == self.launch.rank and save.done()) for r in ranks]).wait()):
+            wait([save.outcome], POLL_SECONDS)
+            if time.monotonic() > end:
+                writing = ", ".join(str(r) for r in ranks if not done[r])
+                raise UserError(
+                    f"checkpoint {self.folder / save.name} is still being written after --timeout_minutes "
+                    f"{timeout.total_seconds() / 60:g}, by ranks {writing} (0 waits for the others); does a disk hang?",
+                    CHECKPOINT,
+                )
+
+    def _finish(self, name: str, texts: Mapping[str, str] | None, links: list[str]) -> Outcome:
+        """In the thread: write what was copied, if anything was; then, on rank 0, set the links."""
+        failure = self.share.write(self.folder, name, texts) if texts is not None else None
+        warning = self._set_links(links, name) if self.launch.is_main and failure is None else None
+        return Outcome(failure, warning, time.monotonic())
 
     def _links(self, is_best: bool, reason: StopReason | None) -> list[str]:
         """The names that this checkpoint has earned."""
@@ -105,16 +187,18 @@ class Saver:
             links.append("checkpoint_final")
         return links
 
-    def _set_links(self, links: list[str], name: str) -> None:
-        """On rank 0: point to the checkpoint, and remove old ones."""
+    def _set_links(self, links: list[str], name: str) -> str | None:
+        """Point to the checkpoint, and remove old ones; a warning where that fails."""
         try:
             for link in links:
                 retention.link(self.folder, link, name)
             retention.prune(self.folder, self.recipe.checkpoint_prefix, self.run.keep_last)
         except OSError as error:
-            self.logger.announce("save", f"WARNING: {error}: a link was not set or an old checkpoint not removed")
+            return f"WARNING: {error}: a link was not set or an old checkpoint not removed"
+        return None
 
-    def _write(self, name: str, only_best: bool) -> None:
+    def _copy(self, only_best: bool) -> dict[str, str]:
+        """Copy the tensors; the other files of the checkpoint. Collective."""
         backend, extra = self.session.backend, self.session.extra_files
         tensors = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
         with_state = split_names(entry.name for entry in tensors["optimizer"])[0].keys()
@@ -131,9 +215,9 @@ class Saver:
             "data_fingerprint": self.session.data.fingerprint,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
         }
-        texts = {
+        self.share.copy(tensors)
+        return {
             "trainer_state.json": json.dumps(trainer_state, indent=1),
             "config.yaml": to_yaml(self.session.config),
             **{file: text for file, text in extra.items() if isinstance(text, str)},
         }
-        writing.write(self.folder, name, tensors, texts, self.launch.control)

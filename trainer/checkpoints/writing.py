@@ -1,7 +1,8 @@
 """Checkpoint folders, written: whole or not at all.
 
-A folder is written under a temporary name beside its place, every file is fsynced, the manifest (sizes and SHA-256 of all
-others) comes last, and a rename makes it count. Recurring names (`best_model`, `checkpoint_epoch_3`) are relative links to it.
+A folder is written under a temporary name beside its place, by all ranks at once, each its own files; every file is fsynced,
+the manifest (sizes and SHA-256 of all others) comes last, and a rename makes it count. Recurring names (`best_model`,
+`checkpoint_epoch_3`) are relative links to it.
 """
 
 from __future__ import annotations
@@ -11,82 +12,172 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import torch
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints.checkpoint import FORMAT, MANIFEST, TEMPORARY
-from trainer.checkpoints.tensor_file import TensorFile, in_file_order
-from trainer.distributed.control import Control
+from trainer.checkpoints.tensor_file import TensorFile, header_of, in_file_order
+from trainer.distributed.launch import Launch, alone
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.run_directory import fsync_directory
 
-T = TypeVar("T")
+SHARD_BYTES = 1_000_000_000
+"""most of a file, but for a tensor that is larger: small enough to spread over many writers"""
+POLL_SECONDS = 0.02
+LAG_SECONDS = 10.0
+"""how long a name that one host has made may take to show on another"""
+Tensors = Mapping[str, Sequence[TensorEntry]]
+"""by stem of the file name: `model`, `optimizer`"""
 
-SHARD_BYTES = 5_000_000_000
 
+class Share:
+    """What one rank writes of each checkpoint: of all files, numbered from 0, every number that is its rank modulo the ranks.
 
-def write(
-    folder: Path,
-    name: str,
-    tensors: Mapping[str, Sequence[TensorEntry]],
-    texts: Mapping[str, str],
-    control: Control,
-    shard_bytes: int = SHARD_BYTES,
-) -> Path:
-    """Write checkpoint `folder/name`. Collective: every process calls it, and all return or all raise UserError (exit 5).
-
-    `tensors` maps a stem (`model`, `optimizer`) to its entries; `texts` a file name to its content. Rank 0 writes, one
-    tensor in memory at a time. Where that fails the others go on gathering to the end, so that nobody hangs, and the
-    temporary folder is removed.
+    Which files there are, and every byte of them, follows from the tensors alone. `copy` takes a state into host memory, which
+    is kept for the next; `write` brings it to the disk, and may do so in a thread while training goes on. One after the other.
     """
-    temporary = folder / f"{TEMPORARY}{name}"
-    failure: UserError | None = None
 
-    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
-        nonlocal failure
-        if control.rank == 0 and failure is None:
+    def __init__(self, launch: Launch, shard_bytes: int = SHARD_BYTES) -> None:
+        self.launch, self.shard_bytes = launch, shard_bytes
+        self._files: dict[str, TensorFile] = {}
+        self._indexes: dict[str, str] = {}
+        self._copied: torch.cuda.Event | None = None
+        self._copies = 0
+
+    def copy(self, tensors: Tensors) -> None:
+        """Copy this rank's files. Collective. What a GPU copies is there before its next kernel runs: training may go on."""
+        rank, pinned = self.launch.rank, self.launch.device.type == "cuda"
+        self._copies += 1
+        files, self._indexes = files_of(tensors, self.shard_bytes)
+        kept, self._files = self._files, {}
+        for number, (name, entries) in enumerate(files.items()):
+            writer = number % self.launch.processes
+            if writer == rank:
+                fits = name in kept and kept[name].header == header_of(entries)
+                self._files[name] = kept[name] if fits else TensorFile(entries, pinned)
+            for entry in entries:
+                tensor = entry.read(writer)
+                if writer == rank:
+                    assert tensor is not None, entry.name
+                    self._files[name].fill(entry.name, tensor)
+        if pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def write(self, folder: Path, name: str, texts: Mapping[str, str]) -> str | None:
+        """Write this rank's files of checkpoint `folder/name`; on rank 0 `texts` too, by file name, and, once all ranks have
+        written theirs, the manifest and the name. On rank 0 it returns why there is no such checkpoint, if there is none.
+
+        Every rank calls it, once for each `copy`, but none waits for the others, except for rank 0.
+        """
+        temporary = folder / f"{TEMPORARY}{name}"
+        if self._copied is not None:
+            self._copied.synchronize()
+        report: dict[str, Any] = {"files": {}, "failure": None}
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            for file, tensor_file in self._files.items():
+                report["files"][file] = tensor_file.write(temporary / file)
+            for file, text in {**self._indexes, **texts}.items() if self.launch.is_main else ():
+                report["files"][file] = _write_text(temporary / file, text)
+        except OSError as error:
+            report["failure"] = f"rank {self.launch.rank}: {error}" if self.launch.rank else str(error)
+        reports = self._gather(str(temporary), report)
+        if not self.launch.is_main:
+            return None
+        failure = next((each["failure"] for each in reports if each["failure"]), None)
+        if failure is None:
             try:
-                return action(*arguments)
+                _commit(temporary, folder / name, {file: entry for each in reports for file, entry in each["files"].items()})
+                return None
             except OSError as error:
-                failure = UserError(
-                    f"checkpoint {folder / name} could not be written: {error}; is there space, and the right to write?",
-                    CHECKPOINT,
-                )
-        return None
+                failure = str(error)
+        remove(temporary)
+        return f"checkpoint {folder / name} could not be written: {failure}; is there space, and the right to write?"
 
-    attempt(remove, temporary)
-    attempt(partial(temporary.mkdir, parents=True))
-    files: dict[str, Any] = {}
+    def _gather(self, what: str, report: Any) -> list[Any]:
+        """Every rank's report, on rank 0. Not by a collective: in a thread it would meet another one of the main thread's."""
+        if self.launch.store is None:
+            return [report]
+        store, keys = self.launch.store, [f"{what} {self._copies} {rank}" for rank in range(self.launch.processes)]
+        store.set(keys[self.launch.rank], json.dumps(report))
+        if not self.launch.is_main:
+            return []
+        while not store.check(keys):  # a rank that dies meanwhile ends the main thread, and so this one
+            time.sleep(POLL_SECONDS)
+        reports = [json.loads(store.get(key)) for key in keys]
+        for key in keys:
+            store.delete_key(key)
+        return reports
+
+
+def write(folder: Path, name: str, tensors: Tensors, texts: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write checkpoint `folder/name`, of tensors that are whole on this process, by it alone. UserError (exit 5) where that
+    fails."""
+    share = Share(alone(), shard_bytes)
+    share.copy(tensors)
+    failure = share.write(folder, name, texts)
+    if failure is not None:
+        raise UserError(failure, CHECKPOINT)
+    return folder / name
+
+
+def check_shared(folder: Path, launch: Launch) -> None:
+    """Refuse a launch whose ranks do not all write into the same `folder`, before anything is trained. Collective."""
+    if launch.processes == 1:
+        return
+    probe = folder / launch.control.on_main(lambda: _make_probe(folder))
+    failure, end = _touch(probe / str(launch.rank)), time.monotonic() + LAG_SECONDS
+    while isinstance(failure, FileNotFoundError) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+        failure = _touch(probe / str(launch.rank))
+    way_out = "give --output_dir (and --checkpoint_dir) on a file system that all hosts share, which every rank may write to"
+    message = f"rank {launch.rank} on {socket.gethostname()} cannot write where rank 0 does, {folder}: {failure}; {way_out}"
+    try:
+        launch.control.raise_if_any(None if failure is None else UserError(message, CHECKPOINT))
+    finally:
+        if launch.is_main:
+            remove(probe)
+
+
+def _touch(path: Path) -> OSError | None:
+    try:
+        path.touch()
+    except OSError as error:
+        return error
+    return None
+
+
+def _make_probe(folder: Path) -> str:
+    """A new folder in it."""
+    name = f"{TEMPORARY}probe-{uuid.uuid4().hex}"
+    (folder / name).mkdir()
+    return name
+
+
+def files_of(tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> tuple[dict[str, list[TensorEntry]], dict[str, str]]:
+    """({file: its tensors, in its order}, {index file: its content} of what takes several files)."""
+    files: dict[str, list[TensorEntry]] = {}
+    indexes: dict[str, str] = {}
     for stem, entries in tensors.items():
         shards = _shards(entries, shard_bytes)
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensor_file = attempt(TensorFile, temporary / file, shard)
-            for entry in shard:
-                if entry.collective or (tensor_file is not None and failure is None):
-                    tensor = entry.read()
-                    if tensor_file is not None:
-                        attempt(tensor_file.add, entry, tensor)
-            if tensor_file is not None:
-                files[file] = attempt(tensor_file.finish)
-                tensor_file.close()
-            weight_map |= {entry.name: file for entry in shard}
-        if len(shards) > 1:
-            total = sum(entry.size_bytes for entry in entries)
-            index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-            texts = {**texts, f"{stem}.safetensors.index.json": index}
-    for file, text in texts.items():
-        files[file] = attempt(_write_text, temporary / file, text)
-    attempt(_commit, temporary, folder / name, files)
-    if failure is not None:
-        remove(temporary)
-    control.raise_if_any(failure)
-    control.barrier()
-    return folder / name
+        if len(shards) == 1:
+            files[f"{stem}.safetensors"] = shards[0]
+            continue
+        named = {f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}
+        weight_map = {entry.name: file for file, shard in named.items() for entry in shard}
+        total = sum(entry.size_bytes for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files |= named
+        indexes[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=1)
+    return files, indexes
 
 
 def _shards(entries: Sequence[TensorEntry], limit: int) -> list[list[TensorEntry]]:

@@ -96,6 +96,10 @@ class Run:
     """epochs between checkpoints that are kept, as checkpoint_epoch_E (0: off)"""
     save_minutes: Annotated[float, NotNegative] = 0.0
     """minutes between checkpoints (0: off)"""
+    save_best: bool = True
+    """save for a new best alone too; else best_model is the best of what is saved anyway"""
+    save_sync: bool = False
+    """training stands still until a checkpoint is written, not only while the state is copied"""
     keep_last: Annotated[int, NotNegative] = 3
     """step checkpoints to keep (0: all); those of new bests alone do not count, and what a link points to always stays"""
     checkpoint_dir: str | None = None

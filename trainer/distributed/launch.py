@@ -41,6 +41,11 @@ class Launch:
         return self.rank == 0
 
 
+def alone() -> Launch:
+    """A process by itself, on the CPU, whatever launch it is part of."""
+    return Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta()))
+
+
 def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool], None] = lambda on_cpu: None) -> Launch:
     """Join the other processes of this launch, on GPUs if there are some and `device` allows; else on CPUs with gloo.
 

@@ -165,7 +165,7 @@ class StopRequests:
         step = max(self._step_seconds, default=FIRST_STEP_SECONDS * self._slowdown)
         saves = (seconds * max(1.0, self._slowdown / slowdown) for seconds, slowdown in self._saves)
         save = max(saves, default=self._expected_save_seconds * self._slowdown)
-        self._look(2 * step + 1.5 * save)
+        self._look(2 * step + 2.5 * save)  # of which one may have begun just before
         return [float(reason in self._requested) for reason in REQUESTS] if self._requested else [0.0] * len(REQUESTS)
 
     def any_requested(self) -> bool:

@@ -21,12 +21,14 @@ class StepVotes:
     """ranks (rank 0 alone has the clock) that want a checkpoint by the clock"""
     read_failed: float
     """ranks that could not read their micro-batches"""
-    replaced: float = 0.0
+    replaced: float
     """samples that could not be read, and another one stands for"""
+    saved: float
+    """ranks that have done their part of the save in flight"""
 
     def pack(self) -> list[float]:
         """As numbers to be summed."""
-        return [*self.item_counts, *self.stop_requests, self.save, self.read_failed, self.replaced]
+        return [*self.item_counts, *self.stop_requests, self.save, self.read_failed, self.replaced, self.saved]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float], terms: int) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,3 +89,12 @@ def evaluate(
     sums = launch.control.sum(flat).wait()
     means = {name: sums[2 * i] / max(sums[2 * i + 1], 1.0) for i, name in enumerate(names)}
     return summarise(recipe, means, loss_weights)
+
+
+def improves(value: float, before: float | None, direction: str) -> bool:
+    """Whether `value` is finite and better than the best one before it; `direction`: is `lower` or `higher` better."""
+    if not math.isfinite(value):
+        return False
+    if before is None:
+        return True
+    return value < before if direction == "lower" else value > before

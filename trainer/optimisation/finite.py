@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import NOT_FINITE, UserError
+
 
 class LossScale:
     """Dynamic loss scale for fp16 (Micikevicius et al. 2018): halved at an overflow, doubled after 2,000 clean steps."""
@@ -54,6 +56,15 @@ class BadSteps:
         arrived.synchronize()
         self._unread = None
         self._count(bool(bad), step)
+
+    def too_many(self) -> UserError:
+        """What ends a run with so many in a row; every rank has counted the same."""
+        return UserError(
+            f"the gradient was not finite in {self.in_a_row} steps in a row, up to step {self.last_step}; lower "
+            "--learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",
+            NOT_FINITE,
+            known_to_all=True,
+        )
 
     def _count(self, is_bad: bool, step: int) -> None:
         self.total += is_bad

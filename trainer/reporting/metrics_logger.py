@@ -154,10 +154,10 @@ class MetricsLogger:
         more = sum(number for number, _ in gathered) - sum(len(lines) for _, lines in gathered)
         return [*lines, f"... and {more} more"] if more else lines
 
-    def write(self, metrics: Mapping[str, float]) -> None:
-        """To metrics.jsonl and the trackers."""
+    def write(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """To metrics.jsonl and the trackers; of the current step, or of an earlier one."""
         if self.trackers is not None:
-            self.trackers.log(self.state.step, metrics)
+            self.trackers.log(self.state.step if step is None else step, metrics)
 
     def announce(self, event: str, text: str) -> None:
         """Something out of the ordinary: to the console and, as an alert, to whoever is far away."""

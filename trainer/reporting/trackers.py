@@ -27,6 +27,8 @@ from urllib.parse import urlsplit
 from trainer.errors import CHECKPOINT, UserError
 from trainer.recipe import Log
 
+SAVE_SECONDS = "checkpoint/seconds"
+"""what a save took; its row comes when that has ended, after those of later steps"""
 REACHABLE_SECONDS = 2.0  # how long the W&B server may take to answer before the run goes offline
 INIT_SECONDS = 20.0  # how long `wandb.init` may take: the other processes wait for it
 WANDB_EXIT_SECONDS = 15.0  # FINISH_SECONDS, and what its thread may take on top
@@ -188,25 +190,27 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _start_file(path: Path, resumed_step: int | None) -> None:
-    """Empties the file, or cuts it after the rows up to `resumed_step`. Steps only grow in it, so what has to go is its
-    end, and one truncate cannot be interrupted half-way and needs no space on a full disk."""
+    """Empties the file, or cuts it before the first row after `resumed_step`. Steps grow in it (but for the row of a save,
+    which comes when that has ended), so what has to go is its end, and one truncate cannot be interrupted half-way and needs
+    no space on a full disk."""
     with open(path, "ab+") as file:
         file.truncate(0 if resumed_step is None else _end_of_rows(file, resumed_step))
 
 
 def _end_of_rows(file: BinaryIO, last_step: int) -> int:
-    """Where the last row ends whose step is at most `last_step`; looked for from the end, as a long run has a million rows."""
+    """Where the first row begins whose step is after `last_step`; looked for from the end: a long run has a million rows."""
     if not file.seek(0, os.SEEK_END):  # nothing that could be mapped
         return 0
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as rows:
-        end = rows.rfind(b"\n") + 1
+        kept = end = rows.rfind(b"\n") + 1
         while end:
-            start = rows.rfind(b"\n", 0, end - 1) + 1
-            row = _parse_row(rows[start:end])
-            if row is not None and row["step"] <= last_step:
+            end = rows.rfind(b"\n", 0, end - 1) + 1
+            row = _parse_row(rows[end : rows.find(b"\n", end)])
+            if row is None or row["step"] > last_step:
+                kept = end
+            elif SAVE_SECONDS not in row:
                 break
-            end = start
-        return end
+        return kept
 
 
 def _append_row(path: Path, row: dict[str, float | None]) -> None:
