@@ -90,9 +90,7 @@ class TorchBackend(Backend):
                 if names[p] not in keys_of:
                     continue  # it was never used
                 device = p.device if on_device else torch.device("cpu")
-                state = {
-                    key: tensors.laid_out_like(p, saved.tensor("optimizer", f"{key}.{names[p]}")) for key in keys_of[names[p]]
-                }
+                state = {key: tensors.restored_like(p, saved, f"{key}.{names[p]}") for key in keys_of[names[p]]}
                 for key in self.state_layout.counts[names[p]]:
                     state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
                 self.optimizer.state[p] = state
