@@ -91,6 +91,15 @@ class Backend(ABC):
         """What the user should know of the prepared model, a line each."""
         return []
 
+    @abstractmethod
+    def held_tensors(self) -> list[Tensor]:
+        """This process's part of weights and moments."""
+
+    def release(self) -> None:
+        """Free the memory of weights and moments at the end of a run. The model cannot be used afterwards."""
+        for tensor in self.held_tensors():
+            tensor.untyped_storage().resize_(0)
+
     # ---- a step: micro_step around each forward and backward, then step
 
     @abstractmethod

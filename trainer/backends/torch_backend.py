@@ -95,6 +95,12 @@ class TorchBackend(Backend):
                     state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
                 self.optimizer.state[p] = state
 
+    def held_tensors(self) -> list[Tensor]:
+        """Parameters, and what the optimizer keeps of each."""
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        held = [*self.named_parameters.values(), *states]
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held]
+
     def loss_scale_state(self) -> dict[str, Any]:
         """Scale and growth count."""
         return {} if self.scale is None else {"scale": float(self.scale.scale), "growth": int(self.scale.growth)}

@@ -255,6 +255,12 @@ class ZeroBackend(Backend):
         first, last = start // row, min(shape[0], -(-(start + length) // row))
         return read(slice(first, last)).flatten()[start - first * row :][:length]
 
+    def held_tensors(self) -> list[Tensor]:
+        """Parameters or this process's parts of them, their master copies, and moments."""
+        weights = [p.ds_tensor if self.stage3 else p for p in self.network.parameters()]  # type: ignore[attr-defined]
+        moments = [self.base.state[flat][key] for flat in self.partitions for key in self.moments]
+        return [*weights, *self.partitions, *moments]
+
     def loss_scale_state(self) -> dict[str, Any]:
         """Scale, growth count and hysteresis of fp16."""
         scaler = self._dynamic_scaler()
