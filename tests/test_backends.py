@@ -67,6 +67,16 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
     return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def test_a_released_model_leaves_no_memory_behind() -> None:
+    net, backend = make_backend("adamw")
+    take(net, backend)
+    held = [*net.parameters(), *(value for state in backend.optimizer.state.values() for value in state.values())]
+    assert len(held) == 3 * 6 + 6  # weights, two moments and a count of each of six parameters
+    assert all(tensor.untyped_storage().nbytes() for tensor in held)
+    backend.release()
+    assert not any(tensor.untyped_storage().nbytes() for tensor in held)
+
+
 # ----------------------------------------------------------------------------------------------------------- clipping
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from toy_recipe import ToyRecipe
 
-from trainer import setup
+from trainer.checkpoints.network import build_network
 from trainer.command_line import config
 from trainer.data import loader
 from trainer.distributed.launch import Launch
@@ -40,7 +40,7 @@ class Rank:
 
 @pytest.fixture
 def network() -> nn.Module:
-    return setup.build_network(RECIPE, SETTINGS, DATA)
+    return build_network(RECIPE, SETTINGS, DATA)
 
 
 def by_hand(network: nn.Module) -> dict[str, tuple[float, float]]:

@@ -20,11 +20,11 @@ from launching import RECIPE, environment, run_in_turn
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recipes.commands.language_model import trained_network
 from recipes.commands.text_language_model import Evaluate, Generate, generate
 from recipes.data.text import Text, TokenSplit
 from recipes.data.token_samples import TokenBlocks
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
-from recipes.models.gpt2 import build_gpt2
 from recipes.models.next_token_loss import next_token_loss
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.network import evaluate_network
@@ -34,7 +34,7 @@ from trainer.distributed.control import Control
 from trainer.distributed.launch import Launch
 from trainer.errors import BAD_INPUT, UserError
 from trainer.main import read_command_line
-from trainer.setup import load_weights
+from trainer.recipe import Data
 
 DOCUMENTED = r"""
 python recipes/gpt2_wikitext.py train --max_training_hours 8.0
@@ -370,9 +370,8 @@ def test_transformers_opens_a_checkpoint_and_gives_the_same_logits(place: Simple
     folder = run_folder(place) / "checkpoints" / "best_model"
     checkpoint = Checkpoint(folder.resolve())
     text = Text.without_data(checkpoint.text("tokenizer.json"))
-    m = parsed(SCRIPT["base"])[1].config.model
-    ours = build_gpt2(text.vocab_size, text.end_of_text, **vars(m)).eval()
-    load_weights(ours, checkpoint)
+    config = parsed(SCRIPT["base"])[1].config
+    ours = trained_network(Gpt2Wikitext(), config, Data(None, {}, extra={"text": text}), folder.resolve())
     theirs, info = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in info)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

@@ -19,7 +19,7 @@ from scenarios import recipe_of
 from tiny_runs import TINY
 from torch import Tensor
 
-from trainer import setup
+from trainer.checkpoints.network import build_network
 from trainer.command_line import config
 from trainer.evaluation.objective import objective_weights
 
@@ -30,7 +30,7 @@ def tiny(name: str, folder: Path, *flags: str) -> SimpleNamespace:
     recipe = recipe_of(where)
     settings = config.parse(recipe.config_class, recipe.presets, [*argv(folder), *flags], recipe.name).config
     data = recipe.build_data(settings)
-    network = setup.build_network(recipe, settings, data).eval()
+    network = build_network(recipe, settings, data).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -216,6 +216,17 @@ def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
+def test_every_backend_begins_with_the_same_bits(kind: str, finished: dict[str, dict[str, Finished]], folder: Path) -> None:
+    """The weights after a first step that is not finite, which changes none, are those of a network built in one process."""
+    recipe, argv = recipe_of(TOY), runs(folder)["nan adamw"][1]
+    settings = config.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
+    initial = dict(build_network(recipe, settings, recipe.build_data(settings)).named_parameters())
+    saved = finished[kind]["nan adamw"].tensors("model", 1)
+    assert saved.keys() == initial.keys()
+    assert all(torch.equal(saved[name], p) for name, p in initial.items())
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
 def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dict[str, Finished]]) -> None:
     for name in (name for name in RECIPES if tried(kind, f"{name} bf16")):
         alone = finished["one"][f"{name} bf16"]

@@ -28,6 +28,7 @@ LAYERS = (
     "evaluation",
     "recipe",
     "optimisation",
+    "initial_weights",
     "data",
     "command_line",
     "distributed",

@@ -2,7 +2,7 @@
 
 python tools/plan.py recipes/gpt2_wikitext.py --processes 8 -- --d_model 1024 --num_layers 24 --num_heads 16 --batch_size 32
 
-What follows `--` is the recipe's command line. The data are read and the model is built, on the CPU; nothing is trained.
+What follows `--` is the recipe's command line. The data are read; the model is built without weights, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -61,9 +61,13 @@ def load_recipe(path: Path) -> Recipe:
 
 def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     """The lines of the plan. Raises UserError as the run itself would."""
+    import torch
+
+    from trainer.checkpoints.network import build_empty_network
     from trainer.data import stream
+    from trainer.initial_weights import replace_tensors
     from trainer.optimisation.schedule import warmup_for
-    from trainer.setup import build_network, total_steps
+    from trainer.setup import total_steps
 
     if processes < 1:
         raise UserError(f"processes {processes} must be at least 1")
@@ -75,7 +79,9 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     if "warmup_steps" not in parsed.typed:
         settings = replace(settings, warmup_steps=warmup_for(settings.warmup_steps, steps)[0])
         config = replace(config, optimisation=settings)
-    network = build_network(recipe, config, data)
+    network, _ = build_empty_network(recipe, config, data)
+    # An optimizer may want a device that computes: shapes on the CPU, without memory.
+    replace_tensors(network, lambda name, tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     parameters = sum(p.numel() for p in network.parameters())
     moments = state_share(recipe.optimizer(network, config))
     saved = FP32_BYTES * parameters * (1 + moments)

@@ -110,6 +110,7 @@ class LaunchedRun:
                 trackers.close(code)
         if launch.is_main and reason.finished and checkpoint is not None:
             with stops.acted_on_at_once(self._cut_report_short):
+                session.backend.release()  # the report reads a model from the checkpoint
                 draw_report(self.training.logger, plan.directory, checkpoint)
         return reason
 

@@ -178,7 +178,11 @@ class Recipe(Generic[ConfigT]):
         raise TypeError(f"{type(self).__name__} lacks build_data")
 
     def build_model(self, config: ConfigT, data: Data) -> nn.Module:
-        """The bare network, with fresh weights from torch's (seeded) generator; `data` may decide its vocabulary."""
+        """The bare network; `data` may decide its vocabulary.
+
+        It initialises itself as usual, with any of torch's functions. These are recorded, and done for one parameter at a time,
+        drawn from (seed, its name); so nothing here can look at a tensor's values.
+        """
         raise TypeError(f"{type(self).__name__} lacks build_model")
 
     # ---- with which loss

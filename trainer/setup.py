@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ from torch import Tensor, nn
 from trainer.backends import backend_of
 from trainer.backends.backend import Backend
 from trainer.backends.tensors import TensorForm
-from trainer.checkpoints.checkpoint import ENDINGS as CHECKPOINT_ENDINGS
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
-from trainer.checkpoints.network import build_network, differences, load_weights, optimizer_fits
+from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import stream
 from trainer.data.bad_samples import first_batch
@@ -72,8 +69,8 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     steps = total_steps(plan.config, stream.length_of(data.train))
     config = plan.config if plan.checkpoint else cut_warmup(plan, steps, log)
 
-    network = build_network(recipe, config, data)
-    fill_network(recipe, network, plan.checkpoint, config.optimisation.init_from, log)
+    network, initial = build_empty_network(recipe, config, data)
+    weights = first_weights(recipe, network, initial, plan.checkpoint, config.optimisation.init_from, launch.control, log)
     check_same_everywhere(network, data, launch)
     loss_weights = objective_weights(recipe, config, loss_terms(recipe, config, data))
     extra_files = recipe.checkpoint_files(config, network, data)
@@ -83,7 +80,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     if config.run.compile == "yes" or (config.run.compile == "auto" and on_gpu and backend.gains_by_compiling):
         backend.compile(objective, config.run.compile_mode)
         log("Compiling: the first step takes up to minutes (--no_compile turns it off)")
-    backend.prepare(objective, network, lambda: recipe.optimizer(network, config))
+    backend.prepare(objective, network, lambda: recipe.optimizer(network, config), weights)
     if plan.checkpoint is not None:
         restore(backend, plan.checkpoint, extra_files, list(loss_weights), log)
     for note in backend.notes():
@@ -102,7 +99,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
 
 
 def restore(backend: Backend, saved: Checkpoint, extra_files: Mapping[str, Any], terms: Sequence[str], log: Log) -> None:
-    """Continue from a checkpoint, whose weights the network has already. UserError, before anything else is changed, for what
+    """Continue from a checkpoint, whose weights the backend has already. UserError, before anything else is changed, for what
     does not fit this launch."""
     for file, tensors in extra_files.items():
         if not isinstance(tensors, str):
@@ -211,31 +208,6 @@ def cut_warmup(plan: LaunchPlan, steps: int, log: Log) -> Any:
     if message:
         log(message)
     return dataclasses.replace(plan.config, optimisation=dataclasses.replace(optimisation, warmup_steps=warmup))
-
-
-def fill_network(recipe: Recipe, network: nn.Module, resumed: Checkpoint | None, init_from: str | None, log: Log) -> None:
-    """Give a fresh network the weights it starts from, if they are not its own."""
-    if resumed is not None:
-        load_weights(network, resumed)
-        return
-    if not init_from:
-        return
-    folder = Path(re.sub(CHECKPOINT_ENDINGS, "", init_from))
-    # One of ours is always checked, also if its manifest is what was lost.
-    if any((folder / file).exists() for file in ("manifest.json", "trainer_state.json")):
-        checkpoint = Checkpoint(folder)
-        checkpoint.verify()
-        load_weights(network, checkpoint)
-    else:
-        try:
-            network.load_state_dict(recipe.pretrained(init_from))
-        except (ValueError, OSError) as error:
-            raise UserError(f"--init_from {init_from}: {one_line(error)}") from error
-        except RuntimeError as error:
-            raise UserError(
-                f"--init_from {init_from} holds another model: {one_line(error, 600)}; give its model flags"
-            ) from None
-    log(f"Initial weights from {init_from}")
 
 
 def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:

@@ -45,7 +45,7 @@ def visualise(recipe: Recipe, flags: Visualise, launch: Launch, log: Log) -> Non
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
     data = load_data(recipe, config, launch)
-    network = load_network(recipe, checkpoint, config, data, launch)
+    network = load_network(recipe, checkpoint, config, data, launch.device)
     of_run = checkpoint.path.parent.name == "checkpoints"
     folder = Path(flags.plots_dir or (checkpoint.path.parent.parent / "plots" if of_run else "plots"))
 

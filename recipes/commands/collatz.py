@@ -88,7 +88,7 @@ def predict(recipe: Recipe, flags: Predict, launch: Launch, log: Log) -> None:
 
     numbers = read_numbers(flags.numbers)
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
-    network = load_network(recipe, checkpoint, config, Data(None, {}), launch)
+    network = load_network(recipe, checkpoint, config, Data(None, {}), launch.device)
     launch.control.on_main(lambda: log("\n".join(prediction_lines(network, Layout.of(config.model), numbers, launch.device))))
 
 
@@ -162,7 +162,7 @@ def analyse(recipe: Recipe, flags: Analyse, launch: Launch, log: Log) -> None:
         dataset = held_out_with_baselines("analysis", count, data.start, data.val_span, layout, measured)
     except ValueError as reason:
         raise UserError(f"--numbers: {reason}") from None
-    network = load_network(recipe, checkpoint, config, Data(None, {}), launch)
+    network = load_network(recipe, checkpoint, config, Data(None, {}), launch.device)
     means = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     log(f"{checkpoint.path} on {len(dataset):,} numbers held out of training, {beside_baselines(means)}")
     folder = Path(flags.output_dir) if flags.output_dir else checkpoint.path.resolve().parent.parent / "plots"

@@ -52,7 +52,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     dataset = {"train": data.train.without_augmentation(), "validation": data.evaluation["val"], "test": data.test}[split]
     if dataset is None:
         raise UserError(f"{config.data.dataset} has no test split; use --split validation")
-    network = load_network(recipe, checkpoint, config, data, launch)
+    network = load_network(recipe, checkpoint, config, data, launch.device)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     log(f"{split}: {_accuracies(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")

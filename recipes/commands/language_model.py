@@ -57,12 +57,12 @@ def continue_prompt(network: Any, text: Text, flags: Sampling, generate: Callabl
 
 def trained_network(recipe: Recipe, config: Any, data: Data, checkpoint: Path) -> nn.Module:
     """The plain network with a checkpoint's weights, on the CPU and in evaluation mode."""
-    from trainer.checkpoints.checkpoint import Checkpoint
-    from trainer.checkpoints.network import build_network, load_weights
+    import torch
 
-    network = build_network(recipe, config, data)
-    load_weights(network, Checkpoint(checkpoint))
-    return network.eval()
+    from trainer.checkpoints.checkpoint import Checkpoint
+    from trainer.checkpoints.network import load_network
+
+    return load_network(recipe, Checkpoint(checkpoint), config, data, torch.device("cpu"))
 
 
 def perplexity(nats: float) -> float:

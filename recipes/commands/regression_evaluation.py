@@ -96,13 +96,12 @@ def evaluate_after_training(recipe: Recipe, config: Any, run: RunDirectory, chec
 
 def load_model(recipe: Recipe, checkpoint: Checkpoint, config: Any, device: torch.device) -> tuple[Any, Tensor]:
     """(the network in evaluation mode, its pool of tasks [pool, size]) of a checkpoint."""
-    from trainer.checkpoints.network import build_network, load_weights
+    from trainer.checkpoints.network import load_network
 
     if config.data.stack:
         raise UserError(f"{checkpoint.path} holds {len(config.data.stack)} stacked models; give one of the runs made of them")
-    network = build_network(recipe, config, Data(None, {}))
-    load_weights(network, checkpoint)
-    return network.to(device).eval(), checkpoint.tensor("tasks", "model_1").to(device)
+    network = load_network(recipe, checkpoint, config, Data(None, {}), device)
+    return network, checkpoint.tensor("tasks", "model_1").to(device)
 
 
 def compare_with_baselines(

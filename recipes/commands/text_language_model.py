@@ -73,7 +73,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
             raise UserError(f"--{reason}") from None
         packing = "blocks"
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    network = load_network(recipe, checkpoint, config, data, launch)
+    network = load_network(recipe, checkpoint, config, data, launch.device)
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     if launch.is_main:
         log_perplexities(text, flags.split, packing, length, result["loss"], log)
@@ -86,7 +86,7 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
     check_sampling(flags)
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
     text = Text.without_data(checkpoint.text("tokenizer.json"))
-    network = load_network(recipe, checkpoint, config, Data(None, {}, extra={"text": text}), launch)
+    network = load_network(recipe, checkpoint, config, Data(None, {}, extra={"text": text}), launch.device)
     log(f"Generating with {checkpoint.path}")
     launch.control.on_main(lambda: log(sample(network, text, flags)))
 

@@ -151,7 +151,7 @@ def _trainer_state(state: Row, index: int, rows: Sequence[Row], step: int, best:
         "best_metric": best[0],
         "best_step": best[1],
         "patience_best": best[0],
-        "evaluations_without_improvement": 0,
+        "evaluations_without_improvement": sum("eval/val_loss" in row and best[1] < row["step"] <= step for row in rows),
     }
     own |= {name: of_stack[name][index : index + 1] for name in ("loss_sums", "item_counts")}
     return {**state, "train_state": {**of_stack, **own}}

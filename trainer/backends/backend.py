@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from trainer.backends.tensors import StateLayout, TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
+from trainer.initial_weights import Weights
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
 
@@ -67,8 +68,17 @@ class Backend(ABC):
         """As it is printed at start."""
 
     @abstractmethod
-    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
-        """Spread the model and its optimizer over the processes. `network` is the part of `objective` that is saved."""
+    def prepare(
+        self,
+        objective: nn.Module,
+        network: nn.Module,
+        make_optimizer: Callable[[], Optimizer],
+        weights: Weights | None = None,
+    ) -> None:
+        """Spread the model and its optimizer over the processes. `network` is the part of `objective` that is saved.
+
+        It is on the meta device and gets `weights`, of which a process reads what it will hold; or, without, has its own.
+        """
 
     gains_by_compiling = True
     """what `--compile auto` asks on a GPU"""
@@ -83,6 +93,15 @@ class Backend(ABC):
     def notes(self) -> list[str]:
         """What the user should know of the prepared model, a line each."""
         return []
+
+    @abstractmethod
+    def held_tensors(self) -> list[Tensor]:
+        """This process's part of weights and moments."""
+
+    def release(self) -> None:
+        """Free the memory of weights and moments at the end of a run. The model cannot be used afterwards."""
+        for tensor in self.held_tensors():
+            tensor.untyped_storage().resize_(0)
 
     # ---- a step: micro_step around each forward and backward, then step
 
@@ -121,7 +140,7 @@ class Backend(ABC):
 
     @abstractmethod
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
-        """Continue from a checkpoint; its weights were in the bare network before `prepare`.
+        """Continue from a checkpoint, whose weights `prepare` has been given.
 
         `with_optimizer`: with the state of its optimizer too, which fits `state_layout`; otherwise ours starts afresh.
         """

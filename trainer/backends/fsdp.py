@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from trainer.backends import tensors
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, path_of
+from trainer.initial_weights import Weights
 
 FSDP = "accelerate_configs/fsdp.yaml"
 HSDP = "accelerate_configs/hsdp.yaml"
@@ -51,7 +54,13 @@ class FsdpBackend(TorchBackend):
         replicas = f" ({self.mesh.shape[0]} replicas x {self.mesh.shape[1]} shards)" if self.mesh.ndim == 2 else ""
         return ("HSDP" if replicas else "FSDP2") + replicas
 
-    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
+    def prepare(
+        self,
+        objective: nn.Module,
+        network: nn.Module,
+        make_optimizer: Callable[[], Optimizer],
+        weights: Weights | None = None,
+    ) -> None:
         """Cut the weights of each block, then what is left; the optimizer is made for the cut ones."""
         from accelerate import FullyShardedDataParallelPlugin
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -71,6 +80,9 @@ class FsdpBackend(TorchBackend):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
         # Its weights are needed last and then first, so torch keeps them gathered in between.
         self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
+        if weights is not None:
+            objective.to_empty(device="cpu" if offload else self.launch.device)
+            fill_shards(network, weights)
         optimizer = make_optimizer()
         if getattr(optimizer, "needs_whole_matrices", False):
             raise UserError(
@@ -91,6 +103,16 @@ class FsdpBackend(TorchBackend):
         """Gradients are reduced with the last micro-batch only; until then they are kept whole."""
         self.model.set_requires_gradient_sync(last)
         yield
+
+
+@torch.no_grad()
+def fill_shards(network: nn.Module, weights: Weights) -> None:
+    """Give each parameter its rows of this process, and each buffer its values, one after the other."""
+    for name, p in network.named_parameters():
+        assert isinstance(p, DTensor)
+        p.to_local().copy_(weights(name, tensors.own_rows(p, len(p))))
+    for name, buffer in network.named_buffers():
+        buffer.copy_(weights(name))
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from trainer.errors import UserError
+from trainer.initial_weights import ALL_ROWS
 
 TRIAL_SIZES = (2, 3, 5, 7, 11, 13)
 """sizes of a trial parameter's dimensions: different, so that those of its state tell which dimension they come from"""
@@ -76,8 +77,11 @@ class TensorSource(Protocol):
     def names(self, stem: str) -> set[str]:
         """Names of the tensors of `model` or `optimizer`."""
 
-    def tensor(self, stem: str, name: str) -> Tensor:
-        """One tensor, on the host."""
+    def form(self, stem: str, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+        """Shape and type of a tensor."""
+
+    def tensor(self, stem: str, name: str, *, rows: slice = ALL_ROWS) -> Tensor:
+        """One tensor, or some rows of it (places in its first dimension), on the host."""
 
 
 def whole_entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorEntry:
@@ -108,12 +112,22 @@ def gathered(tensor: DTensor, writer: int) -> Tensor | None:
     return None if whole is None else whole[:size].movedim(0, dim)
 
 
-def laid_out_like(p: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole on every process, where and as the parameter of that shape lies: of a DTensor each cuts its own part."""
+def own_rows(p: DTensor, rows: int) -> slice:
+    """Which of `rows` rows this process holds of a tensor that is cut like `p`: as `torch.chunk` cuts them."""
+    dimension = p.placements.index(Shard(0))  # of the mesh; HSDP has one of replicas before it
+    size = -(-rows // p.device_mesh.size(dimension))
+    start = size * p.device_mesh.get_local_rank(dimension)
+    return slice(min(start, rows), min(start + size, rows))
+
+
+def restored_like(p: Tensor, saved: TensorSource, name: str) -> Tensor:
+    """A saved tensor of the optimizer where and as the parameter `p` lies: a process reads only the rows that it will hold."""
     if not isinstance(p, DTensor):
-        return value.to(p.device)
-    # Without a source rank nothing is sent.
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
+        return saved.tensor("optimizer", name).to(p.device)
+    shape, _ = saved.form("optimizer", name)
+    own = saved.tensor("optimizer", name, rows=own_rows(p, shape[0])).to(p.device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def whole_entries(tensors: Mapping[str, Tensor]) -> list[TensorEntry]:

@@ -96,12 +96,16 @@ class TorchBackend(Backend):
                 if names[p] not in keys_of:
                     continue  # it was never used
                 device = p.device if on_device else torch.device("cpu")
-                state = {
-                    key: tensors.laid_out_like(p, saved.tensor("optimizer", f"{key}.{names[p]}")) for key in keys_of[names[p]]
-                }
+                state = {key: tensors.restored_like(p, saved, f"{key}.{names[p]}") for key in keys_of[names[p]]}
                 for key in self.state_layout.counts[names[p]]:
                     state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), device)
                 self.optimizer.state[p] = state
+
+    def held_tensors(self) -> list[Tensor]:
+        """Parameters, and what the optimizer keeps of each."""
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        held = [*self.named_parameters.values(), *states]
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held]
 
     def loss_scale_state(self) -> dict[str, Any]:
         """Scale and growth count."""

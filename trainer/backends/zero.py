@@ -26,6 +26,7 @@ from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, one_line, path_of
+from trainer.initial_weights import ALL_ROWS, Weights, replace_tensors, rows_of
 
 
 class ZeroBackend(Backend):
@@ -76,13 +77,22 @@ class ZeroBackend(Backend):
         """As it is printed at start."""
         return "DeepSpeed ZeRO"
 
-    def prepare(self, objective: nn.Module, network: nn.Module, make_optimizer: Callable[[], Optimizer]) -> None:
-        """Accelerate's `prepare`, on model and optimizer together; then the optimizer state of every partition.
+    def prepare(
+        self,
+        objective: nn.Module,
+        network: nn.Module,
+        make_optimizer: Callable[[], Optimizer],
+        weights: Weights | None = None,
+    ) -> None:
+        """Accelerate's `prepare`, on model and optimizer together; the optimizer state of every partition; then the weights.
 
         ZeRO-1 and 2 link moments to parameters after the *first group's* step, and never if the first step is skipped; so
         every partition gets its initial state here, before DeepSpeed links them. The training curve is the same as without.
         """
         self.network = network
+        if weights is not None:
+            # DeepSpeed wants parameters of a real device to cut: memory that is reserved, and used by one at a time.
+            replace_tensors(network, lambda name, tensor: torch.empty_like(tensor, device="cpu"))
         self.optimizer = make_optimizer()
         if getattr(self.optimizer, "needs_whole_matrices", False):
             raise UserError(
@@ -117,6 +127,23 @@ class ZeroBackend(Backend):
             self.base.state[flat] = counts | moments
         if not self.stage3 and self.moments:
             zero._lazy_init_hp_params_optimizer_state()
+        if weights is not None:
+            self._fill(weights)
+
+    @torch.no_grad()
+    def _fill(self, weights: Weights) -> None:
+        """Give each parameter, and its fp32 master copy, the values of this process, one after the other; buffers too."""
+        for name, p in self.network.named_parameters():
+            read = partial(weights, name) if self.stage3 else partial(rows_of, weights(name))
+            own = self._own_part(p, read)
+            if self.stage3:
+                p.ds_tensor.zero_()[: len(own)].copy_(own)  # type: ignore[attr-defined]
+            else:
+                p.copy_(read(ALL_ROWS))
+            if p.requires_grad:
+                self._set(p, own, None)
+        for name, buffer in self.network.named_buffers():
+            buffer.copy_(weights(name))
 
     def notes(self) -> list[str]:
         """Where this run's numbers differ from DDP's."""
@@ -192,37 +219,49 @@ class ZeroBackend(Backend):
         return whole.view(p.shape)
 
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
-        """Master weights too: DeepSpeed makes them from weights that pure bf16 has already rounded."""
+        """Give each partition the state it had: of every tensor this process reads the rows that its part lies in."""
         keys_of, counts = tensors.split_names(saved.names("optimizer") if with_optimizer else ())
         for name, p in self.network.named_parameters():
-            if p.requires_grad:
-                self._set(p, saved.tensor("model", name), None)
-                for key in keys_of.get(name, ()):
-                    self._set(p, saved.tensor("optimizer", f"{key}.{name}"), key)
+            for key in keys_of.get(name, ()):
+                self._set(p, self._own_part(p, partial(_rows, saved, f"{key}.{name}")), key)
         for flat in self.partitions:
             state = self.base.state[flat]
             for key in counts:
                 state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), flat.device)
 
-    def _set(self, p: Any, value: Tensor, key: str | None) -> None:
-        """Set the master weight (key None) or a moment of a parameter from its whole value."""
-        from deepspeed import utils
+    def _set(self, p: Any, own: Tensor, key: str | None) -> None:
+        """Set this process's part (`_own_part`) of a parameter's master weight (key None) or of a moment."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        if not self.stage3 and key is None:
-            utils.safe_set_full_fp32_param(p, value)
-            return
         if not self.stage3:
-            utils.safe_set_full_optimizer_state(p, value, key)
+            if len(own):
+                p._hp_mapping.get_hp_fragment(key).copy_(own)
             return
-        # safe_set_full_* fails where the size is not a multiple of the number of processes: pad, and cut our own slice.
-        local = p.ds_tensor
-        n = local.ds_numel if hasattr(local, "ds_numel") else local.numel()
-        padded = F.pad(value.flatten(), (0, n * self.launch.processes - value.numel()))
-        shard = padded[n * self.launch.rank : n * (self.launch.rank + 1)]
+        # safe_set_full_* fails where the size is not a multiple of the number of processes: hence the local form, padded.
+        padded = F.pad(own, (0, p.ds_tensor.ds_numel - len(own)))
         if key is None:
-            utils.safe_set_local_fp32_param(p, shard)
+            safe_set_local_fp32_param(p, padded)
         else:
-            utils.safe_set_local_optimizer_state(p, shard, key)
+            safe_set_local_optimizer_state(p, padded, key)
+
+    def _own_part(self, p: Any, read: Callable[[slice], Tensor]) -> Tensor:
+        """What this process holds of a flattened parameter, or of a moment of it, from the rows that this lies in."""
+        shape, start, length = tensors.whole_shape(p), 0, 0
+        if self.stage3:
+            start, length = p.ds_tensor.ds_numel * self.launch.rank, p.ds_tensor.ds_numel
+        elif getattr(p, "_hp_mapping", None) is not None:  # else it is frozen, or another process's
+            start, length = p._hp_mapping.lp_fragment_address.start, p._hp_mapping.lp_fragment_address.numel
+        if not shape:
+            return read(ALL_ROWS).reshape(1)[start : start + length]
+        row = math.prod(shape[1:])
+        first, last = start // row, min(shape[0], -(-(start + length) // row))
+        return read(slice(first, last)).flatten()[start - first * row :][:length]
+
+    def held_tensors(self) -> list[Tensor]:
+        """Parameters or this process's parts of them, their master copies, and moments."""
+        weights = [p.ds_tensor if self.stage3 else p for p in self.network.parameters()]  # type: ignore[attr-defined]
+        moments = [self.base.state[flat][key] for flat in self.partitions for key in self.moments]
+        return [*weights, *self.partitions, *moments]
 
     def loss_scale_state(self) -> dict[str, Any]:
         """Scale, growth count and hysteresis of fp16."""
@@ -244,6 +283,10 @@ class ZeroBackend(Backend):
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def _rows(saved: TensorSource, name: str, rows: slice) -> Tensor:
+    return saved.tensor("optimizer", name, rows=rows)
 
 
 def _copy_to(device: torch.device, value: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from trainer.checkpoints.tensor_file import DTYPES
 from trainer.errors import CHECKPOINT, UserError, one_line
 from trainer.fields import is_a, problem_of, shown
+from trainer.initial_weights import ALL_ROWS
 from trainer.state import TrainState
 
 FORMAT = 2
@@ -107,9 +108,10 @@ class Checkpoint:
             raise self.damaged(file, "holds no JSON object")
         return value
 
-    def verify(self) -> None:
-        """Raise UserError (exit 5), naming the file, unless every file has the size and hash of the manifest."""
-        for name, recorded in self.files.items():
+    def verify(self, share: slice = ALL_ROWS) -> None:
+        """Raise UserError (exit 5), naming the file, unless the files (of those in the manifest, `share`) have its size and
+        hash."""
+        for name, recorded in list(self.files.items())[share]:
             with self._reading(name) as path:
                 size = path.stat().st_size
                 if size != recorded["size"]:
@@ -205,10 +207,13 @@ class Checkpoint:
         except SafetensorError as error:
             raise self.damaged(file, f"lacks {name} ({error})") from None
 
-    def tensor(self, stem: str, name: str, finite: bool = True) -> Tensor:
-        """One tensor, on the host. UserError for NaN or infinity, unless it may hold them."""
+    def tensor(self, stem: str, name: str, finite: bool = True, *, rows: slice = ALL_ROWS) -> Tensor:
+        """One tensor, or some rows of it, in memory of its own on the host; the other rows are not read. UserError for NaN or
+        infinity, unless it may hold them."""
         file = self._files_of(stem)[name]
-        tensor = self._tensors(file).get_tensor(name)
+        tensors = self._tensors(file)
+        # What safetensors gives lies in the file still, which may be deleted any time.
+        tensor = (tensors.get_tensor(name) if rows == ALL_ROWS else tensors.get_slice(name)[rows]).clone()
         if finite and not bool(torch.isfinite(tensor).all()):
             raise self.damaged(file, f"holds NaN or infinity in {name}")
         if stem == "optimizer" and name.startswith(NEVER_NEGATIVE) and bool((tensor < 0).any()):

@@ -3,46 +3,101 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, saved_buffers
-from trainer.checkpoints import checkpoint
+from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries
+from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.verification import Verify, verify_together
 from trainer.command_line import config as configuration
 from trainer.data.bad_samples import first_batch
-from trainer.data.seeding import seed_generators
+from trainer.distributed.control import Control
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import CHECKPOINT, UserError, one_line
 from trainer.evaluation.exact import evaluate
 from trainer.evaluation.objective import Objective, objective_weights
-from trainer.recipe import ConfigT, Data, Recipe
+from trainer.initial_weights import ALL_ROWS, Weights, build_empty, fill, rows_of
+from trainer.recipe import ConfigT, Data, Log, Recipe
 
 
 def build_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> nn.Module:
-    """The bare network, on the host, with fresh weights from the run's seed."""
-    seed_generators(torch.device("cpu"), config.optimisation.seed, "initial weights")
+    """The bare network, on the host, with the weights that a run of this seed begins with."""
+    network, initial = build_empty_network(recipe, config, data)
+    fill(network, initial, torch.device("cpu"))
+    return network
+
+
+def build_empty_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> tuple[nn.Module, Weights]:
+    """(the bare network, on the meta device; the values that a run of this seed begins with)."""
     try:
-        return recipe.build_model(config, data)
+        return build_empty(lambda: recipe.build_model(config, data), config.optimisation.seed)
     except (ValueError, OSError) as error:
         raise UserError(one_line(error)) from error
 
 
-def load_weights(network: nn.Module, saved: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a bare network. UserError, before anything is changed, listing what does not fit."""
-    parameters, buffers = dict(network.named_parameters()), dict(saved_buffers(network))
+def saved_weights(network: nn.Module, initial: Weights, saved: Checkpoint) -> Weights:
+    """A checkpoint's values for a network, and the initial ones for what no checkpoint keeps. Reads nothing yet.
+
+    UserError listing what does not fit.
+    """
+    parameters = dict(network.named_parameters())
     wanted = {name: TensorForm(tuple(p.shape), torch.float32) for name, p in parameters.items()}
     wanted |= {entry.name: TensorForm(entry.shape, entry.dtype) for entry in buffer_entries(network)}
     wrong = differences(saved, "model", wanted)
     if wrong:
         raise UserError(f"{saved.path} holds another model: {wrong}; give its model flags", CHECKPOINT)
-    with torch.no_grad():
-        for name, target in (parameters | buffers).items():
-            target.copy_(saved.tensor("model", name, finite=name in parameters))
+
+    def read(name: str, rows: slice = ALL_ROWS) -> Tensor:
+        if name not in wanted:
+            return initial(name, rows)
+        return saved.tensor("model", name, finite=name in parameters, rows=rows)
+
+    return read
+
+
+def first_weights(
+    recipe: Recipe,
+    network: nn.Module,
+    initial: Weights,
+    resumed: Checkpoint | None,
+    init_from: str | None,
+    control: Control,
+    log: Log,
+) -> Weights:
+    """The weights that this launch starts from: a checkpoint's, those of --init_from, or fresh ones."""
+    if resumed is not None:
+        return saved_weights(network, initial, resumed)
+    if not init_from:
+        return initial
+    folder = Path(re.sub(checkpoint.ENDINGS, "", init_from))
+    # One of ours is always checked, also if its manifest is what was lost.
+    if any((folder / file).exists() for file in ("manifest.json", "trainer_state.json")):
+        weights = saved_weights(network, initial, verify_together(folder, control))
+    else:
+        weights = pretrained_weights(recipe, network, initial, init_from)
+    log(f"Initial weights from {init_from}")
+    return weights
+
+
+def pretrained_weights(recipe: Recipe, network: nn.Module, initial: Weights, init_from: str) -> Weights:
+    """The weights that the recipe finds under a name; UserError where they are not this network's."""
+    try:
+        given = recipe.pretrained(init_from)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--init_from {init_from}: {one_line(error)}") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that nothing is copied to the meta device: it is only compared
+            network.load_state_dict(given)
+    except RuntimeError as error:
+        raise UserError(f"--init_from {init_from} holds another model: {one_line(error, 600)}; give its model flags") from None
+    return lambda name, rows=ALL_ROWS: rows_of(given[name], rows) if name in given else initial(name, rows)
 
 
 def differences(saved: Checkpoint, stem: str, wanted: Mapping[str, TensorForm]) -> str | None:
@@ -92,27 +147,27 @@ def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) ->
     Collective. UserError if there is none, it is damaged, or another recipe wrote it.
     """
 
-    def search() -> str:
+    def search(verify: Verify) -> str:
         root = Path("runs", recipe.name)
         runs = sorted(root.iterdir(), key=lambda p: p.stat().st_mtime, reverse=True) if root.is_dir() else []
         path = checkpoint.resolve(model_path, [folder for run in runs for folder in (run, run / "checkpoints")])
         candidate = Checkpoint(path)
-        candidate.verify()
+        verify(candidate)
         written_by = candidate.state["recipe"]
         if written_by != recipe.name:
             raise UserError(f"{path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
         return str(path)
 
-    saved = Checkpoint(Path(launch.control.on_main(search)))
+    saved = Checkpoint(Path(verification.on_main(search, launch.control)))
     source = str(saved.path / checkpoint.CONFIG)
     return saved, configuration.from_mapping(recipe.config_class, saved.config, source)
 
 
-def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> nn.Module:
-    """The plain network with the checkpoint's weights, on this process's device, for inference: no mode or gradient to set."""
-    network = build_network(recipe, config, data)
-    load_weights(network, saved)
-    return network.to(launch.device).eval().requires_grad_(False)
+def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, device: torch.device) -> nn.Module:
+    """The plain network with the checkpoint's weights, on a device, for inference: no mode or gradient to set."""
+    network, initial = build_empty_network(recipe, config, data)
+    fill(network, saved_weights(network, initial, saved), device)
+    return network.eval().requires_grad_(False)
 
 
 def evaluate_network(

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from trainer.checkpoints import checkpoint as checkpoints
-from trainer.checkpoints import retention
+from trainer.checkpoints import retention, verification
 from trainer.checkpoints.checkpoint import CONFIG, STATE, Checkpoint
+from trainer.checkpoints.verification import Verify
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
 from trainer.command_line.sections import PER_LAUNCH, Run
@@ -78,13 +79,13 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
     """Decide on rank 0, and tell the other processes. Collective. On rank 0 the directory is locked: release it at the end."""
     plan, failure = None, None
 
-    def decide() -> dict[str, Any]:
+    def decide(verify: Verify) -> dict[str, Any]:
         nonlocal plan
-        plan = make_plan(recipe, parsed, argv, log)
+        plan = make_plan(recipe, parsed, argv, log, verify)
         return plan.to_json()
 
     try:
-        decision = launch.control.on_main(decide)
+        decision = verification.on_main(decide, launch.control)
         if plan is None:
             try:
                 plan = LaunchPlan.from_json(recipe, decision, launch.rank)
@@ -99,7 +100,7 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
     return plan
 
 
-def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None]) -> LaunchPlan:
+def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None], verify: Verify) -> LaunchPlan:
     """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
     parsed = dataclasses.replace(parsed, config=configuration.with_absolute_paths(parsed.config, recipe.paths))
     run = parsed.config.run
@@ -118,7 +119,7 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable
         directory.prepare()
         directory.lock(log)
         retention.clear_unfinished(directory.checkpoints)
-        saved, same_run = _choose(recipe, run, directory, log)
+        saved, same_run = _choose(recipe, run, directory, log, verify)
         if saved is None:
             _check_nothing_lost(directory, log)
         config = parsed.config if saved is None else _merge(recipe, parsed, argv, saved, same_run, log)
@@ -183,7 +184,9 @@ def _restarted(environ: Any = os.environ) -> bool:
     return any(int(environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def _choose(recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None]) -> tuple[Checkpoint | None, bool]:
+def _choose(
+    recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None], verify: Verify
+) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to start from, and whether it is this run's own."""
     folder = directory.checkpoints
     existing = retention.step_folders(folder, recipe.checkpoint_prefix)
@@ -199,20 +202,20 @@ def _choose(recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[st
         path = checkpoints.resolve(run.resume_from, [folder, directory.path])
         inside = path.parent == folder.resolve()
         if inside or not existing:
-            return _read(recipe, path), inside
+            return _read(recipe, path, verify), inside
         if not _restarted() and _earlier_value(directory.path, "resume_from") != run.resume_from:
             raise UserError(
                 f"{folder} holds another run, at step {existing[0][0]}, which did not start from {run.resume_from}; leave "
                 "--resume_from out to continue it, or choose another --run_name"
             )
         log(f"{folder} already holds a run: continuing it (--resume_from {run.resume_from} was its start)")
-    return retention.newest_good(folder, recipe.checkpoint_prefix, lambda path: _read(recipe, path), log), True
+    return retention.newest_good(folder, recipe.checkpoint_prefix, lambda path: _read(recipe, path, verify), log), True
 
 
-def _read(recipe: Recipe, path: Path) -> Checkpoint:
+def _read(recipe: Recipe, path: Path, verify: Verify) -> Checkpoint:
     """The checkpoint at `path`. UserError unless it is what a save left there, every byte and every value."""
     saved = Checkpoint(path)
-    saved.verify()
+    verify(saved)
     number = path.name.removeprefix(recipe.checkpoint_prefix)
     if number.isdigit() and int(number) != saved.train_state.step:
         raise saved.damaged(STATE, f"is of step {saved.train_state.step}, so this folder is a copy of another")

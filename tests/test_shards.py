@@ -1,0 +1,89 @@
+"""FSDP2 from the meta device: each process reads and holds its own rows, and together they are the whole."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from forked import forked
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from trainer.backends.fsdp import fill_shards
+from trainer.backends.tensors import restored_like
+from trainer.initial_weights import ALL_ROWS, build_empty
+
+PROCESSES = 3
+SIZES = {"0.weight": 7, "0.bias": 7, "1.weight": 2, "1.bias": 2, "2.weight": 2, "2.bias": 2}  # rows; of 2, one has none
+
+
+class Saved:
+    """A checkpoint, and which rows of it were read."""
+
+    rows: ClassVar = torch.arange(7.0)[:, None] * torch.ones(4)
+
+    def __init__(self) -> None:
+        self.read: list[tuple[int, int]] = []
+
+    def names(self, stem: str) -> set[str]:
+        return {"row.0.weight"}
+
+    def form(self, stem: str, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return tuple(self.rows.shape), self.rows.dtype
+
+    def tensor(self, stem: str, name: str, *, rows: slice = ALL_ROWS) -> Tensor:
+        self.read.append((rows.start, rows.stop))
+        return self.rows[rows]
+
+
+def shard(rank: int) -> dict[str, Any]:
+    """What one process does, and what it has read."""
+    network, initial = build_empty(lambda: nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2), nn.BatchNorm1d(2)), 42)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    fully_shard(network, mesh=mesh)
+    network.to_empty(device="cpu")
+    read: dict[str, tuple[int, int]] = {}
+
+    def weights(name: str, rows: slice = ALL_ROWS) -> Tensor:
+        read[name] = (rows.start, rows.stop)
+        return initial(name, rows)
+
+    fill_shards(network, weights)
+    parameters: dict[str, Any] = dict(network.named_parameters())
+    same = all(torch.equal(p.full_tensor(), initial(name)) for name, p in parameters.items())
+    same = same and all(torch.equal(buffer, initial(name)) for name, buffer in network.named_buffers())
+    saved = Saved()
+    state: Any = restored_like(parameters["0.weight"], saved, "row.0.weight")
+    held = [len(state.to_local()), state.to_local().stride() == (4, 1)]
+    return {
+        "same": same,
+        "read": read,
+        "held": held,
+        "whole": torch.equal(state.full_tensor(), saved.rows),
+        "saved": saved.read,
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank."""
+    return forked(PROCESSES, tmp_path_factory.mktemp("shards"), shard)
+
+
+def test_together_the_processes_hold_the_weights_and_buffers_of_one(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome["same"] for outcome in outcomes] == [True] * PROCESSES
+
+
+def test_each_reads_its_own_rows_of_a_parameter_and_no_other(outcomes: list[dict[str, Any]]) -> None:
+    for name, rows in SIZES.items():
+        parts = [range(*outcome["read"][name]) for outcome in outcomes]
+        assert [row for part in parts for row in part] == list(range(rows)), name
+        assert max(map(len, parts)) == -(-rows // PROCESSES)
+
+
+def test_a_state_of_another_shape_is_cut_likewise(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome["saved"] for outcome in outcomes] == [[[0, 3]], [[3, 6]], [[6, 7]]]
+    assert [outcome["held"] for outcome in outcomes] == [[3, True], [3, True], [1, True]]
+    assert all(outcome["whole"] for outcome in outcomes)

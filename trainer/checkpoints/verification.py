@@ -1,0 +1,57 @@
+"""Hashing a checkpoint once over a launch: each process reads its share of the files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.distributed.control import Control
+from trainer.errors import UserError
+
+T = TypeVar("T")
+Verify = Callable[[Checkpoint], None]
+
+
+def on_main(action: Callable[[Verify], T], control: Control) -> T:
+    """`control.on_main` for an action that looks at checkpoints: all processes do what the `verify` it is given asks for."""
+
+    def verify(saved: Checkpoint) -> None:
+        control.broadcast([str(saved.path), saved.digest])
+        _verify_share(saved, control)
+
+    def act() -> T:
+        try:
+            return action(verify)
+        finally:
+            control.broadcast(None)  # nothing more to verify
+
+    while control.rank and (asked := control.broadcast(None)) is not None:
+        saved = None
+        with contextlib.suppress(UserError):
+            saved = Checkpoint(Path(asked[0]))
+        with contextlib.suppress(UserError):  # rank 0 decides what follows from it
+            _verify_share(saved if saved is not None and saved.digest == asked[1] else None, control)
+    return control.on_main(act)
+
+
+def verify_together(path: Path, control: Control) -> Checkpoint:
+    """The checkpoint at `path`, every byte of which one process has verified. Collective; UserError on all if one objects."""
+    on_main(lambda verify: verify(Checkpoint(path)), control)
+    return Checkpoint(path)
+
+
+def _verify_share(saved: Checkpoint | None, control: Control) -> None:
+    """Verify this process's share of the files; None if it does not see what rank 0 sees, which others check for it then."""
+    ranks = range(control.processes)
+    seeing = control.sum([float(rank == control.rank and saved is not None) for rank in ranks]).wait()
+    helpers = [rank for rank in ranks if seeing[rank]]
+    failure = None
+    if saved is not None:
+        try:
+            saved.verify(slice(helpers.index(control.rank), None, len(helpers)))
+        except UserError as error:
+            failure = error
+    control.raise_if_any(failure)

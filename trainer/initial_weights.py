@@ -1,0 +1,220 @@
+"""A network without its weights, and how each of them begins: drawn from (run seed, its name), alone and in any order.
+
+A network is built as its author wrote it, on tensors that have shapes and no memory. What would have been computed is
+recorded; the calls that lead to one parameter or buffer are done when its values are wanted. So a process holds one whole
+tensor at a time, and every process, under any launch, draws the same bits without the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from trainer.data.seeding import seed_generators
+from trainer.errors import UserError
+
+OVERWRITE = ("normal_", "uniform_", "fill_", "zero_", "copy_")
+"""in-place operations that do not read what they write to: of what came before, nothing is left"""
+
+
+ALL_ROWS = slice(None)
+
+
+class Weights(Protocol):
+    """Values by the names of a network's parameters and buffers: those it begins with, or those of a checkpoint."""
+
+    def __call__(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """A tensor on the host, or some rows of it (places in its first dimension)."""
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    result: Any
+    reads: set[int]
+    """the memories (`_memory`) it depends on"""
+    writes: set[int]
+
+
+class InitialWeights:
+    """The values that a network begins with, by the names of its parameters and buffers."""
+
+    def __init__(self, calls: list[_Call], tensors: Mapping[str, Tensor], seed: int) -> None:
+        self._calls, self._tensors, self._seed = calls, tensors, seed
+        self._owners = {_memory(tensor): name for name, tensor in tensors.items()}
+
+    def owner(self, name: str) -> str:
+        """The last name of what lies in the same memory: the same one, unless something is a view of it."""
+        return self._owners[_memory(self._tensors[name])]
+
+    def __call__(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """See `Weights`. The whole tensor is made for any rows of it; torch's CPU generator is seeded.
+
+        Random numbers of a parameter that is copied from another one of the network are that one's; what was drawn for no
+        parameter at all (a layer that was copied several times) is drawn for each.
+        """
+        wanted = {_memory(self._tensors[name])}
+        needed: list[_Call] = []
+        for call in reversed(self._calls):
+            if call.writes & wanted:
+                needed.append(call)
+                wanted = wanted - (call.writes - call.reads) | call.reads
+        if not needed and self._tensors[name].numel():
+            raise UserError(f"{name} has no initial value: whoever builds the network leaves it empty; fill it there")
+        memories: dict[int, torch.UntypedStorage] = {}
+        draws: Counter[str] = Counter()
+
+        def real(value: Any) -> Any:
+            if not isinstance(value, FakeTensor):
+                return value.clone() if isinstance(value, Tensor) else value
+            if _memory(value) not in memories:
+                memories[_memory(value)] = torch.UntypedStorage(value.untyped_storage().nbytes())
+            empty = torch.empty(0, dtype=value.dtype)
+            return empty.set_(memories[_memory(value)], value.storage_offset(), value.shape, value.stride())
+
+        with torch.no_grad():
+            for call in reversed(needed):
+                owner = next((self._owners[memory] for memory in call.writes if memory in self._owners), name)
+                draws[owner] += 1
+                seed_generators(torch.device("cpu"), self._seed, "initial weights", owner, draws[owner])
+                arguments, keywords = tree_map(real, (call.arguments, call.keywords))
+                result = call.function(*arguments, **keywords)
+                for planned, made in zip(tree_leaves(call.result), tree_leaves(result), strict=True):
+                    if isinstance(planned, FakeTensor) and _memory(planned) not in memories:
+                        assert (made.stride(), made.storage_offset()) == (planned.stride(), planned.storage_offset())
+                        memories[_memory(planned)] = made.untyped_storage()
+            whole = real(self._tensors[name])
+        return rows_of(whole, rows)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls that compute something, whose tensors have no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        result = func(*args, **keywords)
+        reads, made = _memories((args, keywords)), _memories(result)
+        writes = (made or reads) if func._schema.is_mutable else made - reads  # of a view nothing is left
+        name = func.overloadpacket.__name__
+        if name in OVERWRITE and _fills_memory(args[0]):
+            reads = _memories((args[1:], keywords))
+        if writes and "empty" not in name:
+            self.calls.append(_Call(func, args, keywords, result, reads, writes))
+        return result
+
+    def truncated_normal(self, tensor: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        """In the place of torch's, which looks at the numbers it has drawn."""
+        memories = _memories(tensor)
+        reads = set() if _fills_memory(tensor) else memories
+        self.calls.append(_Call(_truncated_normal, (tensor, *arguments), keywords, tensor, reads, memories))
+        return tensor
+
+
+with FakeTensorMode():
+    _FAKES_OWN = {*vars(nn.Parameter(torch.empty(0)))}
+_truncated_normal = nn.init._no_grad_trunc_normal_  # what nn.init.trunc_normal_ calls; private, and held by a test
+
+
+def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, InitialWeights]:
+    """(the network that `build` makes, on the meta device; its values). UserError if `build` looks at a tensor's values."""
+    with _recorded() as recorder:
+        try:
+            network = build()
+        except DataDependentOutputException as error:
+            raise UserError(
+                f"building the network reads the values of a tensor ({error.func}), and there are none yet: parameters are "
+                "filled one by one later; compute with Python's numbers there"
+            ) from error
+    tensors: dict[str, Tensor] = {}
+
+    def on_meta(name: str, tensor: Tensor) -> Tensor:
+        tensors[name] = tensor.detach()
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    replace_tensors(network, on_meta)
+    values = InitialWeights(recorder.calls, tensors, seed)
+    check(network, values)
+    return network, values
+
+
+def check(network: nn.Module, values: InitialWeights) -> None:
+    """UserError for tensors of a network that could not be filled one by one."""
+    for name, module in network.named_modules():
+        for attribute in (key for key, value in vars(module).items() if isinstance(value, FakeTensor)):
+            raise UserError(
+                f"{f'{name}.' if name else ''}{attribute} is a tensor that is neither parameter nor buffer, so nobody would "
+                "fill or move it; register it as a buffer"
+            )
+    for name, _ in network.named_parameters():
+        if values.owner(name) != name:
+            raise UserError(f"{name} and {values.owner(name)} lie in the same memory; tie them (one Parameter), or copy")
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[_Recorder]:
+    recorder = _Recorder()
+    nn.init._no_grad_trunc_normal_ = recorder.truncated_normal
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy, which is right
+            yield recorder
+    finally:
+        nn.init._no_grad_trunc_normal_ = _truncated_normal
+
+
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Those rows, or the tensor itself for all, also if it has no dimension."""
+    return tensor if rows == ALL_ROWS else tensor[rows]
+
+
+def replace_tensors(network: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Put `make(name, tensor)` in the place of each parameter and buffer, one after the other; what is tied stays tied.
+
+    A parameter keeps whether it is trained, and what else its author has said of it in attributes.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for prefix, module in network.named_modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    new = make(f"{prefix}.{key}" if prefix else key, tensor)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                        vars(new).update({key: value for key, value in vars(tensor).items() if key not in _FAKES_OWN})
+                    made[tensor] = new
+                own[key] = made[tensor]
+
+
+def fill(network: nn.Module, weights: Weights, device: torch.device) -> None:
+    """Give a network on the meta device its values, whole, one tensor at a time."""
+    replace_tensors(network, lambda name, tensor: weights(name).to(device, tensor.dtype))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _memories(values: Any) -> set[int]:
+    return {_memory(value) for value in tree_leaves(values) if isinstance(value, FakeTensor)}
+
+
+def _fills_memory(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
