@@ -8,18 +8,23 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from toy_recipe import ToyRecipe
 
+from trainer.backends.tensors import whole_entries
 from trainer.checkpoints import retention
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.tensor_file import TensorFile
+from trainer.checkpoints.writing import Share
 from trainer.command_line import config
-from trainer.distributed.launch import connect
+from trainer.distributed.launch import Launch, alone, connect
 from trainer.errors import UserError
 from trainer.main import train
 from trainer.recipe import Batch, Report
@@ -89,6 +94,46 @@ def fail_at(step: int) -> Callable[[Path], None]:
             raise OSError(28, "No space left on device", str(path))
 
     return fail
+
+
+def write_together(folder: Path, processes: int, tensors: Mapping[str, Tensor]) -> list[str | None]:
+    """Checkpoint `folder/one`, in files of two tensors, by so many ranks, which are threads here; what each returned."""
+    store, control = dist.HashStore(), alone().control
+    entries = whole_entries(tensors)
+
+    def write(rank: int) -> str | None:
+        share = Share(Launch(rank, processes, rank, torch.device("cpu"), control, store), shard_bytes=800)
+        share.copy({"model": entries, "optimizer": entries[:1]})
+        return share.write(folder, "one", {"config.yaml": "a: 1"})
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(write, range(processes)))
+
+
+def test_any_number_of_ranks_writes_the_same_folder(tmp_path: Path) -> None:
+    tensors = {f"layer{i}": torch.randn(10, 10) for i in range(7)}  # 400 bytes each: four files, and one more
+    folders = []
+    for processes in (1, 2, 3, 8):
+        assert write_together(tmp_path / str(processes), processes, tensors) == [None] * processes
+        folders.append(tmp_path / str(processes) / "one")
+    names = {path.name for path in folders[0].iterdir()}
+    assert {"model-00004-of-00004.safetensors", "model.safetensors.index.json", "optimizer.safetensors"} <= names
+    for folder in folders:
+        Checkpoint(folder).verify()
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: (folders[0] / n).read_bytes() for n in names}
+
+
+def test_a_rank_that_cannot_write_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        if path.name == "model-00003-of-00004.safetensors":
+            raise OSError(28, "No space left on device")
+
+    instead_of_writing(monkeypatch, fail)
+    failure, *others = write_together(tmp_path, 3, {f"layer{i}": torch.randn(10, 10) for i in range(7)})
+    assert failure is not None
+    assert "one could not be written: rank 2: [Errno 28] No space left on device" in failure
+    assert others == [None, None]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_steps_are_taken_while_a_checkpoint_is_written_and_it_holds_what_was_copied(

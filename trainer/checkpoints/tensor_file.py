@@ -59,7 +59,7 @@ def header_of(entries: Sequence[TensorEntry]) -> bytes:
 class TensorFile:
     """A file in host memory, of tensors `in_file_order`, which may be filled and written again and again.
 
-    `pinned`: in page-locked memory, to which a GPU copies faster than it trains, and without anybody waiting.
+    `pinned`: in page-locked memory, into which a GPU copies while the host goes on.
     """
 
     def __init__(self, entries: Sequence[TensorEntry], pinned: bool = False) -> None:
