@@ -25,7 +25,7 @@ from trainer.recipe import Recipe
 def piece_g(place: Place) -> Result:
     """GPT-2 saved while it trains: the steps with a save beside those without, and `save_file` of the same tensors."""
     result = Result()
-    every, saves = place.size((40, 4), (3, 2))
+    every, saves = place.size((110, 3), (3, 2))  # longer than writing takes, which the next save waits for
     # Every step of the loop is waited for, so that the clock shows each one's own time.
     recipe, config = gpt2(place, place.size(8, 2), compile="no", save_every=every, keep_last=1)
     folder = place.new_folder()
