@@ -8,13 +8,11 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from toy_recipe import ToyRecipe
 
@@ -22,7 +20,7 @@ from trainer.backends.tensors import whole_entries
 from trainer.checkpoints import retention
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.tensor_file import TensorFile
-from trainer.checkpoints.writing import Share
+from trainer.checkpoints.writing import Share, commit
 from trainer.command_line import config
 from trainer.distributed.launch import Launch, alone, connect
 from trainer.errors import UserError
@@ -96,25 +94,21 @@ def fail_at(step: int) -> Callable[[Path], None]:
     return fail
 
 
-def write_together(folder: Path, processes: int, tensors: Mapping[str, Tensor]) -> list[str | None]:
-    """Checkpoint `folder/one`, in files of two tensors, by so many ranks, which are threads here; what each returned."""
-    store, control = dist.HashStore(), alone().control
-    entries = whole_entries(tensors)
-
-    def write(rank: int) -> str | None:
-        share = Share(Launch(rank, processes, rank, torch.device("cpu"), control, store), shard_bytes=800)
+def write_together(folder: Path, processes: int, tensors: Mapping[str, Tensor]) -> str | None:
+    """Checkpoint `folder/one`, in files of two tensors, by so many ranks, one after the other here; why there is none."""
+    entries, reports = whole_entries(tensors), []
+    for rank in range(processes):
+        share = Share(Launch(rank, processes, rank, torch.device("cpu"), alone().control), shard_bytes=800)
         share.copy({"model": entries, "optimizer": entries[:1]})
-        return share.write(folder, "one", {"config.yaml": "a: 1"})
-
-    with ThreadPoolExecutor(processes) as pool:
-        return list(pool.map(write, range(processes)))
+        reports.append(share.write(folder, "one", {"config.yaml": "a: 1"}))
+    return commit(folder, "one", reports)
 
 
 def test_any_number_of_ranks_writes_the_same_folder(tmp_path: Path) -> None:
     tensors = {f"layer{i}": torch.randn(10, 10) for i in range(7)}  # 400 bytes each: four files, and one more
     folders = []
     for processes in (1, 2, 3, 8):
-        assert write_together(tmp_path / str(processes), processes, tensors) == [None] * processes
+        assert write_together(tmp_path / str(processes), processes, tensors) is None
         folders.append(tmp_path / str(processes) / "one")
     names = {path.name for path in folders[0].iterdir()}
     assert {"model-00004-of-00004.safetensors", "model.safetensors.index.json", "optimizer.safetensors"} <= names
@@ -129,10 +123,9 @@ def test_a_rank_that_cannot_write_is_named_and_nothing_is_left(tmp_path: Path, m
             raise OSError(28, "No space left on device")
 
     instead_of_writing(monkeypatch, fail)
-    failure, *others = write_together(tmp_path, 3, {f"layer{i}": torch.randn(10, 10) for i in range(7)})
+    failure = write_together(tmp_path, 3, {f"layer{i}": torch.randn(10, 10) for i in range(7)})
     assert failure is not None
     assert "one could not be written: rank 2: [Errno 28] No space left on device" in failure
-    assert others == [None, None]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints.tensor_file import TYPES, TensorFile, in_file_order
-from trainer.checkpoints.writing import Share
+from trainer.checkpoints.writing import Share, commit
 from trainer.distributed.launch import alone
 
 
@@ -104,7 +104,7 @@ def test_saves_take_the_memory_of_one_copy_and_use_it_again(tmp_path: Path) -> N
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = peak_megabytes()
         share.copy({"model": model})
-        assert share.write(tmp_path, f"step_{step}", {}) is None
+        assert commit(tmp_path, f"step_{step}", [share.write(tmp_path, f"step_{step}", {})]) is None
         more.append(peak_megabytes() - before)
         assert (tmp_path / f"step_{step}" / "model.safetensors").stat().st_size > 128e6
     assert 120 < more[0] < 150
@@ -117,6 +117,6 @@ def test_memory_that_fits_no_longer_is_replaced(tmp_path: Path) -> None:
     for step, shapes in enumerate(({"a": 3}, {"a": 3, "b": 2}, {"a": 4, "b": 2})):
         tensors = {name: torch.rand(size) for name, size in shapes.items()}
         share.copy({"optimizer": entries(tensors)})
-        assert share.write(tmp_path, f"step_{step}", {}) is None
+        assert commit(tmp_path, f"step_{step}", [share.write(tmp_path, f"step_{step}", {})]) is None
         loaded = load_file(tmp_path / f"step_{step}" / "optimizer.safetensors")
         assert {name: tensor.tolist() for name, tensor in loaded.items()} == {n: t.tolist() for n, t in tensors.items()}

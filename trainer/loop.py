@@ -105,7 +105,7 @@ class Training:
         while True:
             votes = self.wait_for_votes(next_step)
             if votes.saved == self.launch.processes:
-                self.settle()
+                self.settle(wait_for_end=False)
             reason, is_best = votes.stop_reason, False
             if reason and state.step == first_step:  # nothing was trained
                 self.settle()
@@ -281,9 +281,9 @@ class Training:
         if reason or self.run_config.save_sync:
             self.settle()
 
-    def settle(self) -> None:
-        """Wait for the save in flight, if there is one, and hear what became of it."""
-        if self.saver.settle() == self.state.best_step:
+    def settle(self, wait_for_end: bool = True) -> None:
+        """Bring the save in flight, if there is one, to its end, or one step nearer; hear what became of it."""
+        if self.saver.settle(wait_for_end) == self.state.best_step:
             self.state.best_metric, self.state.best_step = self.previous_best  # the weights of the new best are lost
 
     def check_bad_steps(self) -> None:

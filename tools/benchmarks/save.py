@@ -110,14 +110,19 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
     from safetensors.torch import save_file
 
     from trainer.backends.tensors import whole_entries
-    from trainer.checkpoints.writing import Share
+    from trainer.checkpoints.writing import Share, commit
 
     share, entries = Share(launch), whole_entries(weights)
     cut = len(entries) // 3
 
     def samecurve(folder: Path) -> Callable[[], object]:
         share.copy({"model": entries[:cut], "optimizer": entries[cut:]})
-        return lambda: share.write(folder, "checkpoint_step_1", {})
+        return lambda: finish(folder)
+
+    def finish(folder: Path) -> None:
+        reports = launch.control.gather(share.write(folder, "checkpoint_step_1", {}))
+        if launch.is_main:
+            assert commit(folder, "checkpoint_step_1", reports) is None
 
     def async_save(folder: Path) -> Callable[[], object]:
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)

@@ -6,16 +6,16 @@ import dataclasses
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.backends.tensors import split_names, whole_entries
 from trainer.checkpoints import retention
 from trainer.checkpoints.resume import LaunchPlan
-from trainer.checkpoints.writing import Share
+from trainer.checkpoints.writing import Report, Share, commit
 from trainer.command_line.config import to_yaml
 from trainer.distributed.stopping import StopReason, StopRequests
 from trainer.errors import CHECKPOINT, UserError
@@ -34,17 +34,16 @@ POLL_SECONDS = 0.05
 
 
 class Outcome(NamedTuple):
-    """What a rank's thread knows of a save when it is done. Of rank 0 it is what became of the whole save."""
+    """What became of a save, on rank 0."""
 
     failure: str | None
     warning: str | None
-    ended: float
-    """on time.monotonic()"""
+    seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class SaveInFlight:
-    """A save whose state has been copied, and is being written."""
+    """A save whose state has been copied: it is being written by all ranks, and then committed by rank 0."""
 
     step: int
     name: str
@@ -53,23 +52,27 @@ class SaveInFlight:
     """whether the launch ends with it"""
     writes: bool
     """False: it only sets links to a checkpoint that is there"""
-    started: float
     stall_seconds: float
-    outcome: Future[Outcome]
+    seconds: float
+    """of work so far"""
+    job: Future[Any]
+    """what this rank's thread does for it now"""
+    committing: bool = False
 
     def done(self) -> bool:
         """Whether this rank has done its part."""
-        if not self.outcome.done():
+        if not self.job.done():
             return False
-        self.outcome.result()  # raises what is no fault of the disk
+        self.job.result()  # raises what is no fault of the disk
         return True
 
 
 class Saver:
     """Writes the checkpoints of a run. Made, and called, on every process.
 
-    The loop stands still while `save` copies the state. A thread of each rank writes, and that of rank 0 gives the checkpoint
-    its name when all have; at most one save is in flight. `settle` tells what became of it.
+    The loop stands still while `save` copies the state. A thread of each rank writes its share; when all have, `settle` gathers
+    what they report, and that of rank 0 gives the checkpoint its name. At most one save is in flight. No thread makes a
+    collective, which would meet another one of the main thread's.
     """
 
     def __init__(
@@ -115,25 +118,36 @@ class Saver:
         name, links = f"{self.recipe.checkpoint_prefix}{step}", self._links(is_best, reason)
         writes = self.saved_step != step
         texts = self._copy(only_best=is_best and reason is None and not self.due()) if writes else None
-        outcome = self.thread.submit(self._finish, name, texts, links)
+        job = self.thread.submit(self.share.write, self.folder, name, texts) if texts else self.thread.submit(dict)
         self.saved_at = time.monotonic()
         stall = self.saved_at - started
         self.logger.exclude_from_timing(stall)
-        self.in_flight = SaveInFlight(step, name, links, reason is not None, writes, started, stall, outcome)
+        self.in_flight = SaveInFlight(step, name, links, reason is not None, writes, stall, stall, job)
 
     def done(self) -> bool:
         """Whether this rank has done its part of the save in flight."""
         return self.in_flight is not None and self.in_flight.done()
 
-    def settle(self) -> int | None:
-        """Wait for the save in flight, if there is one, and report it. Collective. The step of one that failed where training
-        can go on; UserError (exit 5) where it was the last one."""
-        started, save = time.monotonic(), self.in_flight
+    def settle(self, wait_for_end: bool) -> int | None:
+        """Once every rank's thread is done, have the save in flight, if there is one, committed; then report it, now if
+        `wait_for_end`, else when called again. Collective. The step of one that failed where training can go on; UserError
+        (exit 5) where it was the last one."""
+        started, save, control = time.monotonic(), self.in_flight, self.launch.control
         if save is None:
             return None
         self.in_flight = None
         self._wait_for_all(save)
-        failure, warning, ended = save.outcome.result()
+        if not save.committing:
+            report = save.job.result()
+            reports = control.gather(report)
+            save.seconds += max((each["seconds"] for each in reports or [report] if each), default=0.0)
+            save.job, save.committing = self.thread.submit(self._commit, save, reports), True
+            if not wait_for_end:
+                self.in_flight = save
+                return None
+            self._wait_for_all(save)
+        failure, warning, seconds = save.job.result()
+        save.seconds += seconds
         self.logger.exclude_from_timing(time.monotonic() - started)
         try:
             self.launch.control.raise_if_any(UserError(failure, CHECKPOINT) if failure else None)
@@ -146,9 +160,9 @@ class Saver:
             self.logger.announce("save", warning)
         if save.writes:  # a link alone says nothing of what a save takes
             self.saved_step = save.step
-            took = ended - save.started
-            self.stops.record_save(took + time.monotonic() - max(ended, started))  # what a stop waits for: to agree, too
-            self.logger.write({SAVE_SECONDS: took, "checkpoint/stall_seconds": save.stall_seconds}, save.step)
+            self.stops.record_save(save.seconds)
+            row = {SAVE_SECONDS: save.seconds, "checkpoint/stall_seconds": save.stall_seconds}
+            self.logger.write(row, save.step)
         what = "Saved checkpoint to" if save.writes else "Linked checkpoint"
         names = f" ({', '.join(save.links)})" if save.links else ""
         self.logger.console.log(f"{what} {self.folder / save.name}{names}")
@@ -159,20 +173,22 @@ class Saver:
         ranks, timeout = range(self.launch.processes), self.launch.control.timeout
         end = time.monotonic() + timeout.total_seconds()
         while not all(done := self.launch.control.sum([float(r == self.launch.rank and save.done()) for r in ranks]).wait()):
-            wait([save.outcome], POLL_SECONDS)
+            wait([save.job], POLL_SECONDS)
             if time.monotonic() > end:
                 writing = ", ".join(str(r) for r in ranks if not done[r])
                 raise UserError(
                     f"checkpoint {self.folder / save.name} is still being written after --timeout_minutes "
-                    f"{timeout.total_seconds() / 60:g}, by ranks {writing} (0 waits for the others); does a disk hang?",
+                    f"{timeout.total_seconds() / 60:g}, by ranks {writing}; does a disk hang?",
                     CHECKPOINT,
                 )
 
-    def _finish(self, name: str, texts: Mapping[str, str] | None, links: list[str]) -> Outcome:
-        """In the thread: write what was copied, if anything was; then, on rank 0, set the links."""
-        failure = self.share.write(self.folder, name, texts) if texts is not None else None
-        warning = self._set_links(links, name) if self.launch.is_main and failure is None else None
-        return Outcome(failure, warning, time.monotonic())
+    def _commit(self, save: SaveInFlight, reports: Sequence[Report]) -> Outcome:
+        """In the thread, when all ranks have written; what there is to do does rank 0."""
+        started, failure, warning = time.monotonic(), None, None
+        if self.launch.is_main:
+            failure = commit(self.folder, save.name, reports) if save.writes else None
+            warning = self._set_links(save.links, save.name) if failure is None else None
+        return Outcome(failure, warning, time.monotonic() - started)
 
     def _links(self, is_best: bool, reason: StopReason | None) -> list[str]:
         """The names that this checkpoint has earned."""

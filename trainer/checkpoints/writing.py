@@ -35,6 +35,8 @@ LAG_SECONDS = 10.0
 """how long a name that one host has made may take to show on another"""
 Tensors = Mapping[str, Sequence[TensorEntry]]
 """by stem of the file name: `model`, `optimizer`"""
+Report = dict[str, Any]
+"""JSON: a rank's `files`, each with size and hash as a manifest has them, `failure` (None: it wrote them all), and `seconds`"""
 
 
 class Share:
@@ -49,12 +51,10 @@ class Share:
         self._files: dict[str, TensorFile] = {}
         self._indexes: dict[str, str] = {}
         self._copied: torch.cuda.Event | None = None
-        self._copies = 0
 
     def copy(self, tensors: Tensors) -> None:
         """Copy this rank's files. Collective. What a GPU copies is there before its next kernel runs: training may go on."""
         rank, pinned = self.launch.rank, self.launch.device.type == "cuda"
-        self._copies += 1
         files, self._indexes = files_of(tensors, self.shard_bytes)
         kept, self._files = self._files, {}
         for number, (name, entries) in enumerate(files.items()):
@@ -71,51 +71,37 @@ class Share:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def write(self, folder: Path, name: str, texts: Mapping[str, str]) -> str | None:
-        """Write this rank's files of checkpoint `folder/name`; on rank 0 `texts` too, by file name, and, once all ranks have
-        written theirs, the manifest and the name. On rank 0 it returns why there is no such checkpoint, if there is none.
-
-        Every rank calls it, once for each `copy`, but none waits for the others, except for rank 0.
-        """
-        temporary = folder / f"{TEMPORARY}{name}"
+    def write(self, folder: Path, name: str, texts: Mapping[str, str]) -> Report:
+        """Bring this rank's files of checkpoint `folder/name` to the disk, on rank 0 `texts` too, by file name."""
+        temporary, started = _temporary(folder, name), time.monotonic()
         if self._copied is not None:
             self._copied.synchronize()
-        report: dict[str, Any] = {"files": {}, "failure": None}
+        files: dict[str, Any] = {}
+        failure = None
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             for file, tensor_file in self._files.items():
-                report["files"][file] = tensor_file.write(temporary / file)
+                files[file] = tensor_file.write(temporary / file)
             for file, text in {**self._indexes, **texts}.items() if self.launch.is_main else ():
-                report["files"][file] = _write_text(temporary / file, text)
+                files[file] = _write_text(temporary / file, text)
         except OSError as error:
-            report["failure"] = f"rank {self.launch.rank}: {error}" if self.launch.rank else str(error)
-        reports = self._gather(str(temporary), report)
-        if not self.launch.is_main:
-            return None
-        failure = next((each["failure"] for each in reports if each["failure"]), None)
-        if failure is None:
-            try:
-                _commit(temporary, folder / name, {file: entry for each in reports for file, entry in each["files"].items()})
-                return None
-            except OSError as error:
-                failure = str(error)
-        remove(temporary)
-        return f"checkpoint {folder / name} could not be written: {failure}; is there space, and the right to write?"
+            failure = f"rank {self.launch.rank}: {error}" if self.launch.rank else str(error)
+        return {"files": files, "failure": failure, "seconds": time.monotonic() - started}
 
-    def _gather(self, what: str, report: Any) -> list[Any]:
-        """Every rank's report, on rank 0. Not by a collective: in a thread it would meet another one of the main thread's."""
-        if self.launch.store is None:
-            return [report]
-        store, keys = self.launch.store, [f"{what} {self._copies} {rank}" for rank in range(self.launch.processes)]
-        store.set(keys[self.launch.rank], json.dumps(report))
-        if not self.launch.is_main:
-            return []
-        while not store.check(keys):  # a rank that dies meanwhile ends the main thread, and so this one
-            time.sleep(POLL_SECONDS)
-        reports = [json.loads(store.get(key)) for key in keys]
-        for key in keys:
-            store.delete_key(key)
-        return reports
+
+def commit(folder: Path, name: str, reports: Sequence[Report]) -> str | None:
+    """Give checkpoint `folder/name` its manifest and its name, once each rank has written and reported; on one rank. Why there
+    is no such checkpoint, if there is none: then nothing of it is left."""
+    temporary = _temporary(folder, name)
+    failure = next((report["failure"] for report in reports if report["failure"]), None)
+    if failure is None:
+        try:
+            _commit(temporary, folder / name, {file: entry for report in reports for file, entry in report["files"].items()})
+            return None
+        except OSError as error:
+            failure = str(error)
+    remove(temporary)
+    return f"checkpoint {folder / name} could not be written: {failure}; is there space, and the right to write?"
 
 
 def write(folder: Path, name: str, tensors: Tensors, texts: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> Path:
@@ -123,10 +109,14 @@ def write(folder: Path, name: str, tensors: Tensors, texts: Mapping[str, str], s
     fails."""
     share = Share(alone(), shard_bytes)
     share.copy(tensors)
-    failure = share.write(folder, name, texts)
+    failure = commit(folder, name, [share.write(folder, name, texts)])
     if failure is not None:
         raise UserError(failure, CHECKPOINT)
     return folder / name
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    return folder / f"{TEMPORARY}{name}"
 
 
 def check_shared(folder: Path, launch: Launch) -> None:
