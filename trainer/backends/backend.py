@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trainer.backends.tensors import StateLayout, TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
-from trainer.initial_weights import Weights
+from trainer.initial_weights import Weights, fill
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
 
@@ -60,6 +60,11 @@ class Backend(ABC):
     def before_connect(on_cpu: bool) -> None:
         """What has to happen before the process group is made; by default nothing."""
         return
+
+    @staticmethod
+    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
+        """Give a network on the meta device its values, to be called on every process alike; by default whole on each."""
+        fill(network, weights, launch.device)
 
     @property
     @abstractmethod
