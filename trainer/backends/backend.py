@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -100,10 +101,11 @@ class Backend(ABC):
     def held_tensors(self) -> list[Tensor]:
         """This process's part of weights and moments."""
 
+    @torch.no_grad()
     def release(self) -> None:
-        """Free the memory of weights and moments at the end of a run. The model cannot be used afterwards."""
+        """Let go of weights and moments at the end of a run. The model cannot be used afterwards."""
         for tensor in self.held_tensors():
-            tensor.untyped_storage().resize_(0)
+            tensor.data = tensor.new_empty(0)  # its storage could not be resized: a save has shown it to NumPy
 
     # ---- a step: micro_step around each forward and backward, then step
 
