@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from forked import forked
+from forked import TIMEOUT, forked
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from toy_recipe import ToyRecipe
 
 from trainer.backends.fsdp import fill_shards
-from trainer.backends.tensors import restored_like
+from trainer.backends.tensors import restored_like, whole_entries
+from trainer.checkpoints import writing
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.network import build_network, evaluate_network, load_for_evaluation
+from trainer.command_line import config
+from trainer.distributed.control import Control
+from trainer.distributed.launch import Launch
 from trainer.initial_weights import ALL_ROWS, build_empty
 
 PROCESSES = 3
@@ -87,3 +96,29 @@ def test_a_state_of_another_shape_is_cut_likewise(outcomes: list[dict[str, Any]]
     assert [outcome["saved"] for outcome in outcomes] == [[[0, 3]], [[3, 6]], [[6, 7]]]
     assert [outcome["held"] for outcome in outcomes] == [[3, True], [3, True], [1, True]]
     assert all(outcome["whole"] for outcome in outcomes)
+
+
+def evaluate_toy(folder: Path, rank: int, processes: int) -> dict[str, float]:
+    """What `evaluate` does of a checkpoint of the toy, in one of some processes; and how many weights it holds."""
+    launch = Launch(rank, processes, rank, torch.device("cpu"), Control(rank, processes, TIMEOUT))
+    recipe = ToyRecipe()
+    settings = config.parse(recipe.config_class, {}, [], recipe.name).config
+    data = recipe.build_data(settings)
+    network = load_for_evaluation(recipe, Checkpoint(folder / "saved"), settings, data, launch)
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
+    result = evaluate_network(recipe, network, settings, data.evaluation["val"], launch, 4)
+    return {**result, "weights": sum(p.numel() for p in held)}
+
+
+def test_evaluation_under_fsdp_holds_a_share_and_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ToyRecipe()
+    settings = config.parse(recipe.config_class, {}, ["--seed", "7"], recipe.name).config
+    trained = build_network(recipe, settings, recipe.build_data(settings))
+    tensors = {"model": whole_entries({name: p.detach() for name, p in trained.named_parameters()})}
+    writing.write(tmp_path, "saved", tensors, {}, Control(0, 1, TIMEOUT))
+    alone = evaluate_toy(tmp_path, 0, 1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    shared = forked(PROCESSES, tmp_path, lambda rank: evaluate_toy(tmp_path, rank, PROCESSES))
+    assert sum(outcome.pop("weights") for outcome in shared) == alone.pop("weights")
+    assert shared == [{name: pytest.approx(value, rel=1e-6) for name, value in alone.items()}] * PROCESSES

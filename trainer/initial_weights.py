@@ -71,16 +71,16 @@ class InitialWeights:
                 wanted = wanted - (call.writes - call.reads) | call.reads
         if not needed and self._tensors[name].numel():
             raise UserError(f"{name} has no initial value: whoever builds the network leaves it empty; fill it there")
-        memories: dict[int, torch.UntypedStorage] = {}
+        memories: dict[int, Tensor] = {}
         draws: Counter[str] = Counter()
 
         def real(value: Any) -> Any:
             if not isinstance(value, FakeTensor):
                 return value.clone() if isinstance(value, Tensor) else value
             if _memory(value) not in memories:
-                memories[_memory(value)] = torch.UntypedStorage(value.untyped_storage().nbytes())
-            empty = torch.empty(0, dtype=value.dtype)
-            return empty.set_(memories[_memory(value)], value.storage_offset(), value.shape, value.stride())
+                memories[_memory(value)] = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8)
+            memory = memories[_memory(value)].untyped_storage()
+            return torch.empty(0, dtype=value.dtype).set_(memory, value.storage_offset(), value.shape, value.stride())
 
         with torch.no_grad():
             for call in reversed(needed):
@@ -92,7 +92,7 @@ class InitialWeights:
                 for planned, made in zip(tree_leaves(call.result), tree_leaves(result), strict=True):
                     if isinstance(planned, FakeTensor) and _memory(planned) not in memories:
                         assert (made.stride(), made.storage_offset()) == (planned.stride(), planned.storage_offset())
-                        memories[_memory(planned)] = made.untyped_storage()
+                        memories[_memory(planned)] = made
             whole = real(self._tensors[name])
         return rows_of(whole, rows)
 

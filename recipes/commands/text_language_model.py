@@ -52,7 +52,7 @@ class Generate(Sampling):
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
     from recipes.data.token_samples import TokenBlocks
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_network
+    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_for_evaluation
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -73,7 +73,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
             raise UserError(f"--{reason}") from None
         packing = "blocks"
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    network = load_network(recipe, checkpoint, config, data, launch.device)
+    network = load_for_evaluation(recipe, checkpoint, config, data, launch)
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     if launch.is_main:
         log_perplexities(text, flags.split, packing, length, result["loss"], log)
@@ -86,9 +86,13 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
     check_sampling(flags)
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
     text = Text.without_data(checkpoint.text("tokenizer.json"))
-    network = load_network(recipe, checkpoint, config, Data(None, {}, extra={"text": text}), launch.device)
     log(f"Generating with {checkpoint.path}")
-    launch.control.on_main(lambda: log(sample(network, text, flags)))
+
+    def act() -> None:
+        network = load_network(recipe, checkpoint, config, Data(None, {}, extra={"text": text}), launch.device)
+        log(sample(network, text, flags))
+
+    launch.control.on_main(act)
 
 
 def sample(network: Any, text: Text, flags: Generate) -> str:

@@ -45,7 +45,7 @@ class Generate(Sampling):
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_network
+    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_for_evaluation
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -57,7 +57,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     config = replace(config, data=replace(config.data, train_data_path=path, val_data_path=path, tokenizer=tokenizer))
     data = load_data(recipe, config, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    network = load_network(recipe, checkpoint, config, data, launch.device)
+    network = load_for_evaluation(recipe, checkpoint, config, data, launch)
     result = evaluate_network(recipe, network, config, data.evaluation["val"], launch, flags.batch_size)
     tokens = data.extra["streams"].validation.count - 1
     log(f"{path}: {result['loss']:.4f} nats per token over {tokens:,} tokens, each once; perplexity {result['perplexity']:.2f}")
@@ -84,9 +84,13 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
         raise UserError(
             f"the tokenizer has {text.vocab_size} entries, {checkpoint.path} {config.model.vocab_size}; give the one it had"
         )
-    network = load_network(recipe, checkpoint, config, Data(None, {}), launch.device)
     log(f"Generating with {checkpoint.path}")
-    launch.control.on_main(lambda: log(sample(network, text, flags)))
+
+    def act() -> None:
+        network = load_network(recipe, checkpoint, config, Data(None, {}), launch.device)
+        log(sample(network, text, flags))
+
+    launch.control.on_main(act)
 
 
 def sample(network: Any, text: Text, flags: Generate) -> str:

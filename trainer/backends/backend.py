@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.backends.tensors import StateLayout, TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
-from trainer.initial_weights import Weights
+from trainer.initial_weights import Weights, fill
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
 
@@ -62,6 +63,11 @@ class Backend(ABC):
         """What has to happen before the process group is made; by default nothing."""
         return
 
+    @staticmethod
+    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
+        """Give a network on the meta device its values, to be called on every process alike; by default whole on each."""
+        fill(network, weights, launch.device)
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -98,10 +104,11 @@ class Backend(ABC):
     def held_tensors(self) -> list[Tensor]:
         """This process's part of weights and moments."""
 
+    @torch.no_grad()
     def release(self) -> None:
-        """Free the memory of weights and moments at the end of a run. The model cannot be used afterwards."""
+        """Let go of weights and moments at the end of a run. The model cannot be used afterwards."""
         for tensor in self.held_tensors():
-            tensor.untyped_storage().resize_(0)
+            tensor.data = tensor.new_empty(0)  # its storage could not be resized: a save has shown it to NumPy
 
     # ---- a step: micro_step around each forward and backward, then step
 

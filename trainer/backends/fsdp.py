@@ -48,6 +48,18 @@ class FsdpBackend(TorchBackend):
         """transformers would load pretrained weights on rank 0 alone, which the launcher asks for by default."""
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
+    @staticmethod
+    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
+        """Each process holds its share, and gathers a block at a time."""
+        from torch.distributed.fsdp import fully_shard
+
+        check_environment(os.environ)
+        mesh = device_mesh(os.environ, launch)
+        for module in [*blocks(network), network]:
+            fully_shard(module, mesh=mesh)
+        network.to_empty(device=launch.device)
+        fill_shards(network, weights)
+
     @property
     def name(self) -> str:
         """As it is printed at start."""

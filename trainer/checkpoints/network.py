@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.backends import backend_of
 from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -167,6 +169,13 @@ def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: 
     """The plain network with the checkpoint's weights, on a device, for inference: no mode or gradient to set."""
     network, initial = build_empty_network(recipe, config, data)
     fill(network, saved_weights(network, initial, saved), device)
+    return network.eval().requires_grad_(False)
+
+
+def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> nn.Module:
+    """The network with the checkpoint's weights for `evaluate_network` alone: under FSDP it is cut over the processes."""
+    network, initial = build_empty_network(recipe, config, data)
+    backend_of(os.environ).fill_for_evaluation(network, saved_weights(network, initial, saved), launch)
     return network.eval().requires_grad_(False)
 
 
