@@ -24,6 +24,7 @@ from recipes.commands.text_language_model import (
 )
 from trainer.command_line import sections
 from trainer.command_line.bounds import Fraction, Positive
+from trainer.command_line.locations import Existing
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
 from trainer.reporting.run_directory import RunDirectory
@@ -56,9 +57,9 @@ class DataConfig:
 
     dataset: Literal["wikitext2", "wikitext103", "embedded"] = "wikitext2"
     """WikiText from the hub, or English that is on every machine (Python's documentation)"""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, Existing] = None
     """local wiki.{train,valid,test}.tokens|raw or {train,validation,test}.txt, instead of the hub"""
-    tokenizer: str = "gpt2"
+    tokenizer: Annotated[str, Existing] = "gpt2"
     """gpt2 (hub), a folder with vocab.json and merges.txt, a tokenizer.json, or `train`: BPE trained on the train split"""
     vocab_size: Annotated[int, Positive] = 8192
     """entries of a trained tokenizer"""
@@ -121,7 +122,6 @@ class Gpt2Wikitext(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "gpt2_wikitext_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
-    paths = ("data_dir", "tokenizer")
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""

@@ -16,6 +16,7 @@ from recipes.commands.language_model import perplexity, trained_network
 from recipes.commands.token_language_model import Evaluate, Generate, bigram, evaluate, generate, sample_validation
 from trainer.command_line import sections
 from trainer.command_line.bounds import Positive
+from trainer.command_line.locations import Existing
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
 from trainer.reporting.run_directory import RunDirectory
@@ -58,10 +59,10 @@ class ModelConfig:
 class DataConfig:
     """The token ids."""
 
-    train_data_path: str | None = None
+    train_data_path: Annotated[str | None, Existing] = None
     """.ids, .bin or .npy; or `embedded`: English that is on every machine (Python's documentation)"""
-    val_data_path: str | None = None
-    tokenizer: str | None = None
+    val_data_path: Annotated[str | None, Existing] = None
+    tokenizer: Annotated[str | None, Existing] = None
     """kept in checkpoints, for generate (default: tokenizer.json beside train_data_path)"""
     sampling: Literal["random", "sequential"] = "random"
     """windows at random starts, or every window once an epoch"""
@@ -140,7 +141,6 @@ class TinyStoriesLM(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "tinystories_lm_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
-    paths = ("train_data_path", "val_data_path", "tokenizer")
     checkpoint_prefix = "checkpoint_iter_"
 
     def build_data(self, config: Config) -> Data:

@@ -1,6 +1,7 @@
 """The command line, YAML files and presets: what they set, and their one-line errors."""
 
 import dataclasses
+import importlib
 import os
 import re
 import resource
@@ -13,13 +14,16 @@ import pytest
 import yaml
 from launching import RECIPE, ROOT, environment
 
+from recipes.commands.text_language_model import Evaluate
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from trainer.command_line import config as configuration
 from trainer.command_line import sections
 from trainer.command_line.config import Parsed
 from trainer.command_line.flags import SECTIONS
+from trainer.command_line.locations import argument_path, locations, with_absolute_paths
 from trainer.command_line.sections import Optimisation, Run
 from trainer.errors import BAD_INPUT, UserError
+from trainer.recipe import Recipe
 
 PRESETS = Gpt2Wikitext.presets
 
@@ -497,13 +501,38 @@ def test_a_config_file_names_the_run(write: object) -> None:
 
 
 def test_a_home_in_a_path_is_found_where_no_shell_has_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`output_dir: ~/runs` in a YAML file made a folder called ~ in the working directory."""
+    """`output_dir: ~/runs` in a YAML file, and `--output_dir=~/runs`, would make a folder called ~ in the working directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "text").mkdir()
-    typed = parse("--output_dir", "~/run", "--checkpoint_dir", "~/kept", "--data_dir", "~/text", "--run_name", "~").config
-    config = configuration.with_absolute_paths(typed, ("data_dir",))
+    (tmp_path / "settings.yaml").write_text("output_dir: ~/run\ndata_dir: ~/text\n")
+    config = parse("--config=~/settings.yaml", "--checkpoint_dir=~/kept", "--run_name", "~").config
     assert (config.run.output_dir, config.run.checkpoint_dir) == (str(tmp_path / "run"), str(tmp_path / "kept"))
     assert (config.data.data_dir, config.run.run_name) == (str(tmp_path / "text"), "~")
+    assert configuration.parse_flat(Evaluate, ["--model_path=~/best"], "evaluate").model_path == str(tmp_path / "best")
+    assert argument_path("~/out") == tmp_path / "out"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("[a-z]*.py")))
+def test_every_flag_that_is_named_like_a_path_is_one(recipe: str) -> None:
+    found = [c for c in vars(importlib.import_module(f"recipes.{recipe}")).values() if isinstance(c, type)]
+    (own,) = [c for c in found if issubclass(c, Recipe) and c.__module__ == f"recipes.{recipe}"]
+    sections = [getattr(own.config_class(), name) for name in SECTIONS]
+    for flags in (*map(type, sections), *(command.flags for command in own.commands.values())):
+        like = {
+            field.name for field in dataclasses.fields(flags) if re.search("path$|_dir$|^out|^config$|tokenizer", field.name)
+        }
+        assert like <= locations(flags).keys()
+
+
+def test_paths_are_kept_for_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `evaluate` finds the data from elsewhere; what is no path here stays a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("text")
+    for given, kept in (("text", str(tmp_path / "text")), ("text/*.txt", str(tmp_path / "text" / "*.txt")), ("gpt2", "gpt2")):
+        typed = parse("--data_dir", given, "--output_dir", "new").config
+        assert typed.data.data_dir == given  # which names the run
+        config = with_absolute_paths(typed)
+        assert (config.data.data_dir, config.run.output_dir) == (kept, str(tmp_path / "new"))
 
 
 def test_paths_in_names_are_safe_and_stay_apart() -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from recipes.data.corpus import Part, Source, find_sources, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.tokenizer import existing_tokenizer, train_tokenizer, vocabulary_size
+from trainer.command_line.locations import argument_path
 from trainer.distributed.hardware import cores
 from trainer.errors import path_of
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT")
-    add("--out", type=Path, required=True, help="folder for the results")
+    add("--out", type=argument_path, required=True, help="folder for the results")
     add("--valid", nargs="+", default=[], metavar="INPUT", help="validation text (default: hold out a part of the input)")
     add("--valid_percent", type=float, default=1.0, help="how much to hold out, in documents or pieces of at most 32 KB (1)")
     add("--tokenizer", default="train", help="train (byte-level BPE), gpt2 (hub), a folder, or a tokenizer.json (train)")

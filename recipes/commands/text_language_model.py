@@ -12,6 +12,7 @@ from recipes.baselines.ngrams import bigram_loss, unigram_loss
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt, perplexity
 from recipes.data.text import Text
 from trainer.command_line.bounds import NotNegative, Positive
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 class Evaluate:
     """Measure a trained model: loss, perplexity per token and per word, beside n-gram baselines on the same tokens."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
     split: Literal["train", "validation", "test"] = "test"
     stride: Annotated[int | None, Positive] = None
     """tokens scored per window (default: all of it); smaller ones give each token more context"""
     dataset: Literal["wikitext2", "wikitext103", "embedded"] | None = None
     """another data set than the checkpoint's"""
-    data_dir: str | None = None
-    tokenizer: str | None = None
+    data_dir: Annotated[str | None, Existing] = None
+    tokenizer: Annotated[str | None, Existing] = None
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
     """samples of one micro-step, summed over all processes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

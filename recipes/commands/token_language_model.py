@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt
 from trainer.command_line.bounds import Positive
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -25,9 +26,9 @@ BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count t
 class Evaluate:
     """Measure a trained model on every token of a file of ids."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    data_path: str | None = None
+    data_path: Annotated[str | None, Existing] = None
     """.ids, .bin or .npy of the same tokenizer, or `embedded` (default: the checkpoint's val_data_path)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
     """windows of one micro-step, summed over all processes"""
@@ -39,7 +40,7 @@ class Generate(Sampling):
     """Continue a prompt with a trained model, up to <|endoftext|>."""
 
     max_new_tokens: Annotated[int, Positive] = 256
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Existing] = None
     """a folder or tokenizer.json (default: the checkpoint's)"""
 
 

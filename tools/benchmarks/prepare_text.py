@@ -23,12 +23,13 @@ from recipes.data.corpus import Source, units
 from recipes.data.embedded import load_embedded
 from recipes.data.encoding import Encoder
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
+from trainer.command_line.locations import argument_path
 
 
 def main(arguments: list[str]) -> None:
     """Prints a line per way: the median of the rounds, and the fastest and slowest."""
     parser = argparse.ArgumentParser(prog="benchmark.py prepare_text", description=__doc__)
-    parser.add_argument("--input", type=Path, help="a text file instead")
+    parser.add_argument("--input", type=argument_path, help="a text file instead")
     parser.add_argument("--megabytes", type=float, default=10.0, help="repeat the text up to this size")
     parser.add_argument("--vocab_size", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)

@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.command_line.locations import argument_path
+
 if TYPE_CHECKING:
     from trainer.backends.tensors import TensorEntry
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmark save", description=__doc__)
     parser.add_argument("--parameters", type=int, default=250_000_000, help="fp32 numbers in the checkpoint: 1 GB by default")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
+    parser.add_argument("--folder", type=argument_path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     if flags.only:
