@@ -184,15 +184,6 @@ def test_prepared_ids_decode_to_the_rows_and_words_count_line_ends(data_dir: Pat
     assert prepared.splits["test"].words == (6 + 1) + (3 + 1)
 
 
-def test_rows_are_encoded_alike_in_any_number_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = tokenizer.load_tokenizer("train", ROWS["train"], 300, tmp_path)
-    ids, row_ends = text.encode_rows(encoder, ROWS["train"])
-    monkeypatch.setattr(text, "ENCODE_ROWS", 3)
-    again = text.encode_rows(encoder, ROWS["train"])
-    assert np.array_equal(ids, again[0])
-    assert np.array_equal(row_ends, again[1])
-
-
 def test_second_call_reads_the_cache_and_damage_is_repaired(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

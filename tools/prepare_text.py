@@ -210,8 +210,7 @@ def encode(encoder: Encoder, task: Task) -> tuple[bytes, bytes]:
     """(training ids, validation ids) of a group of parts."""
     train: list[bytes] = []
     valid: list[bytes] = []
-    for part in task:
-        ids = encoder(part.text)
+    for part, ids in zip(task, encoder([part.text for part in task]), strict=True):
         if part.gap:
             train.append(encoder.end_of_text)
         (valid if part.held_out else train).extend([ids, encoder.end_of_text] if part.end else [ids])

@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from recipes.data.cache import CacheEntry, cache_folder, content_hash
 from recipes.data.embedded import SPLITS, load_embedded
+from recipes.data.encoding import Encoder
 from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
@@ -31,7 +31,6 @@ LOCAL_FILES = (
     ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
     ("train.txt", "validation.txt", "test.txt"),
 )
-ENCODE_ROWS = 4096  # rows tokenized at a time: enough for every core, and memory stays bounded
 
 
 def file_of(ids: np.ndarray) -> Path:
@@ -176,20 +175,15 @@ def encode_rows(tokenizer: "Tokenizer", rows: Sequence[str]) -> tuple[np.ndarray
     """Return `ids` [tokens], every row followed by end-of-text, and `row_ends` [rows], one past each end-of-text.
 
     `ids` are uint16 if the vocabulary fits, else uint32; `row_ends` are int64. An END_OF_TEXT written out in a row
-    becomes that token too. Uses every core.
+    becomes that token too.
     """
     # Set explicitly, the library neither warns nor switches itself off when DataLoader workers are forked later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
-    end_of_text = [end_of_text_id(tokenizer)]
-    ids: list[np.ndarray] = []
-    lengths: list[int] = []
-    for start in range(0, len(rows), ENCODE_ROWS):
-        encodings = tokenizer.encode_batch_fast(list(rows[start : start + ENCODE_ROWS]), add_special_tokens=False)
-        batch = [encoding.ids + end_of_text for encoding in encodings]
-        lengths.extend(map(len, batch))
-        ids.append(np.fromiter(chain.from_iterable(batch), dtype))
-    return np.concatenate(ids) if ids else np.empty(0, dtype), np.cumsum(lengths, dtype=np.int64)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+    encoder = Encoder(tokenizer.to_str(), dtype.name)
+    encoded = [ids + encoder.end_of_text for ids in encoder(rows)]
+    row_ends = np.cumsum([len(ids) // dtype.itemsize for ids in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), dtype), row_ends
 
 
 def _tokenize(rows: list[str], tokenizer: "Tokenizer", cache_dir: Path) -> TokenSplit:
