@@ -55,10 +55,13 @@ class ModelConfig:
 class DataConfig:
     """The text and how it is cut."""
 
-    dataset: Literal["wikitext2", "wikitext103", "embedded"] = "wikitext2"
-    """WikiText from the hub, or English that is on every machine (Python's documentation)"""
+    dataset: str = "wikitext2"
+    """wikitext2, wikitext103 or OWNER/NAME of the hub; embedded: English that is on every machine (Python's documentation)"""
     data_dir: Annotated[str | None, Existing] = None
-    """local wiki.{train,valid,test}.tokens|raw or {train,validation,test}.txt, instead of the hub"""
+    """text of this machine instead: a folder, a file or a 'pattern' of .txt, .jsonl or .parquet, compressed or not; or what
+    `datasets` saved. Names tell the splits; without a validation text a part is held out"""
+    column: str = "text"
+    """of the text in JSONL, parquet and data sets"""
     tokenizer: Annotated[str, Existing] = "gpt2"
     """gpt2 (hub), a folder with vocab.json and merges.txt, a tokenizer.json, or `train`: BPE trained on the train split"""
     vocab_size: Annotated[int, Positive] = 8192
@@ -129,18 +132,17 @@ class Gpt2Wikitext(Recipe[Config]):
         from recipes.data.token_samples import TokenBlocks, TokenRows
 
         flags, length = config.data, config.model.max_length
-        text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size)
+        text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size, column=flags.column)
         cut = TokenBlocks if flags.packing == "blocks" else TokenRows
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}
         return Data(
             train=sets["train"],
             evaluation={"val": sets["validation"]},
-            test=sets["test"],
+            test=sets.get("test"),
             fingerprint=text.fingerprint,
             notes=[
-                f"{part.truncated} of {len(part)} {name} rows cut to {length} tokens"
-                for name, part in sets.items()
-                if part.truncated
+                *text.notes,
+                *(f"{name}: {part.truncated} of {len(part)} rows cut" for name, part in sets.items() if part.truncated),
             ],
             extra={"text": text},
         )

@@ -3,9 +3,11 @@
 python tools/prepare_text.py stories-train.txt --valid stories-valid.txt --out data --vocab_size 10000
 python tools/prepare_text.py 'corpus/*.jsonl' --out data --tokenizer gpt2        # holds out 1 % for validation
 
-INPUT is a text file, JSONL, parquet, a pattern in quotes, or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub. In text files
+INPUT is a text file, JSONL, parquet (each compressed or not), a pattern in quotes, a folder of such files or one that
+`datasets` saved, whose names tell the splits, or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub. In text files
 <|endoftext|> separates documents; a file without it is one document. Every document ends in <|endoftext|> in the ids; else
-text is kept as it is. Writes train.ids, valid.ids (each with a .json beside it) and tokenizer.json, each atomically.
+text is kept as it is.
+Writes train.ids, valid.ids (each with a .json beside it) and tokenizer.json, each atomically.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,8 +29,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.data.corpus import Part, Source, find_sources, hold_out, piece_size, units
+from recipes.data.corpus import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
+from recipes.data.text_files import Read, no_progress
+from recipes.data.text_sources import Source, find_sources, find_splits
 from recipes.data.tokenizer import existing_tokenizer, train_tokenizer, vocabulary_size
 from trainer.command_line.locations import argument_path
 from trainer.distributed.hardware import cores
@@ -69,8 +73,7 @@ def prepare(options: argparse.Namespace) -> None:
     if not (0 < options.valid_percent <= 50 and options.sample_mb > 0 and options.workers > 0):
         raise ValueError("it takes 0 < valid_percent <= 50, sample_mb > 0 and workers > 0")
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # what the tokenizer's training runs on
-    sources = find_sources(options.inputs)
-    validation_sources = find_sources(options.valid, hub_split="validation")
+    sources, validation_sources = _find(options)
     if both := set(sources) & set(validation_sources):
         raise ValueError(f"{both.pop().name} is both training and validation text; give others")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -78,16 +81,37 @@ def prepare(options: argparse.Namespace) -> None:
         _prepare(options, sources, validation_sources)
 
 
+def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
+    """What to train on, and what to validate on: nothing, where a part of the first is to be held out."""
+    sources: list[Source] = []
+    validation = find_sources(options.valid, hub_split="validation")
+    for name in options.inputs:
+        if not argument_path(name).is_dir():
+            sources += find_sources([name])
+            continue
+        splits, notes = find_splits(name)
+        for note in notes:
+            print(note)
+        sources += splits["train"]
+        if not options.valid:
+            validation += splits.get("validation", [])
+    return sources, validation
+
+
 def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
     if (options.out / "train.ids").exists() and not options.overwrite:
         raise ValueError(f"{options.out / 'train.ids'} is there already; choose another --out, or add --overwrite")
 
-    def parts(read: Callable[[int], object] = lambda count: None) -> Iterator[Part]:
+    without: Counter[str] = Counter()
+
+    def parts(read: Read = no_progress) -> Iterator[Part]:
         """All parts of the text, in order."""
+        without.clear()
         share = 0.0 if validation_sources else options.valid_percent / 100
         piece = piece_size(_total(sources), share)
-        yield from hold_out(units(sources, options.column, read, piece), share)
-        yield from (Part(unit.text, True, unit.ends, False) for unit in units(validation_sources, options.column, read))
+        yield from hold_out(units(sources, options.column, read, piece, without), share)
+        held_out = units(validation_sources, options.column, read, without=without)
+        yield from (Part(unit.text, True, unit.ends, False) for unit in held_out)
 
     tokenizer_json = _tokenizer(options, sources, parts)
     target = options.out / "tokenizer.json"
@@ -115,6 +139,8 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
     finally:
         for file in files.values():
             file.discard()
+    for name, count in without.items():
+        print(f"{name}: {count:,} rows without text passed over")
     size, ids = _total(sources + validation_sources), sum(file.count for file in files.values())
     for name in ("train", "valid"):
         print(f"{files[name].path}: {files[name].count:,} tokens ({dtype})")

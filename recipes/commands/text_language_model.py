@@ -28,10 +28,11 @@ class Evaluate:
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    split: Literal["train", "validation", "test"] = "test"
+    split: Literal["train", "validation", "test"] | None = None
+    """default: test, or validation where there is no test text"""
     stride: Annotated[int | None, Positive] = None
     """tokens scored per window (default: all of it); smaller ones give each token more context"""
-    dataset: Literal["wikitext2", "wikitext103", "embedded"] | None = None
+    dataset: str | None = None
     """another data set than the checkpoint's"""
     data_dir: Annotated[str | None, Existing] = None
     tokenizer: Annotated[str | None, Existing] = None
@@ -66,10 +67,13 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     config = replace(config, data=replace(config.data, **changes))
     data = load_data(recipe, config, launch)
     text, length, packing = data.extra["text"], config.model.max_length, config.data.packing
-    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[flags.split]
+    split = flags.split or ("test" if data.test else "validation")
+    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
+    if dataset is None:
+        raise UserError(f"{config.data.data_dir or config.data.dataset} has no test text; give --split validation")
     if flags.stride is not None:
         try:
-            dataset = TokenBlocks(text.splits[flags.split], length, text.vocab_size, text.end_of_text, flags.stride)
+            dataset = TokenBlocks(text.splits[split], length, text.vocab_size, text.end_of_text, flags.stride)
         except ValueError as reason:
             raise UserError(f"--{reason}") from None
         packing = "blocks"
@@ -77,7 +81,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     network = load_network(recipe, checkpoint, config, data, launch)
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     if launch.is_main:
-        log_perplexities(text, flags.split, packing, length, result["loss"], log)
+        log_perplexities(text, split, packing, length, result["loss"], log)
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
@@ -153,10 +157,11 @@ def log_perplexities(text: Text, split: str, packing: str, max_length: int, loss
     """Print the loss of a model on a split in every unit, beside the baselines on the same tokens."""
     tokens = int(scored_tokens(text, split, packing, max_length).sum())
     words = text.splits[split].words
+    counted = f"over {words:,} words and line ends, blank lines' too, as published figures are"
     log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
     # Where rows were cut, the words of the split are more than those that were scored.
     uncut = tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
-    per_word = f", {perplexity(loss * tokens / words):.2f} per word" if uncut else ""
+    per_word = f", {perplexity(loss * tokens / words):.2f} per word ({counted})" if uncut else ""
     log(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")
     for name, nats in ngram_losses(text, split, packing, max_length).items():
         comparison = "the model is better" if nats > loss else "the model is still worse"

@@ -80,6 +80,11 @@ class TokenFile:
         return cls(path, dtype, 0, size // width)
 
     @classmethod
+    def of_array(cls, ids: np.ndarray) -> TokenFile:
+        """The file of a memory-mapped array of ids."""
+        return cls(file_of(ids), ids.dtype.name, 0, len(ids))
+
+    @classmethod
     def _open_npy(cls, path: Path) -> TokenFile:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -202,9 +207,8 @@ def open_streams(train: str | None, validation: str | None, tokenizer: str | Non
         )
     if train == "embedded":
         text = prepare_text("embedded", None, tokenizer or "train", vocab_size)
-        # Memory-mapped files of the cache, all of them.
-        train, validation = (str(file_of(text.splits[split].ids)) for split in ("train", "validation"))
         tokenizer_json: str | None = text.tokenizer_json
+        opened = [TokenFile.of_array(text.splits[split].ids) for split in ("train", "validation")]
     else:
         beside = Path(train).with_name("tokenizer.json")
         tokenizer = tokenizer or (str(beside) if beside.is_file() else None)
@@ -215,11 +219,9 @@ def open_streams(train: str | None, validation: str | None, tokenizer: str | Non
         tokenizer_json = encoder.to_str() if encoder else None
         for path in (train, validation):
             _check_tokenizer(Path(path), tokenizer_json, tokenizer)
-    files, digests = [], []
-    for path in (train, validation):
-        files.append(TokenFile.open(Path(path), vocab_size))
-        digests.append(files[-1].check(vocab_size, length + 1))
-    return Streams(files[0], files[1], tokenizer_json, hashlib.sha256("".join(digests).encode()).hexdigest())
+        opened = [TokenFile.open(Path(path), vocab_size) for path in (train, validation)]
+    digests = [file.check(vocab_size, length + 1) for file in opened]
+    return Streams(opened[0], opened[1], tokenizer_json, hashlib.sha256("".join(digests).encode()).hexdigest())
 
 
 def _check_tokenizer(path: Path, tokenizer_json: str | None, name: str | None) -> None:

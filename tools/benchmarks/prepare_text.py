@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import prepare_text
 
+from recipes.data.cache import cache_folder
 from recipes.data.embedded import load_embedded
 from recipes.data.encoding import Encoder
 from recipes.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, existing_tokenizer, train_tokenizer
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     os.environ["RAYON_NUM_THREADS"] = "1"  # read when the library starts its threads
-    rows = options.input.read_text(encoding="utf-8").split("\n") if options.input else load_embedded()["train"]
+    rows = options.input.read_text(encoding="utf-8").split("\n") if options.input else load_embedded(cache_folder())["train"]
     documents = [row for row in rows if row.strip() and END_OF_TEXT not in row]
     size = sum(len(document.encode()) for document in documents)
     documents *= max(1, round(options.megabytes * 1e6 / size))
