@@ -16,11 +16,12 @@ from launching import RECIPE, ROOT, environment
 
 from recipes.commands.text_language_model import Evaluate
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
+from recipes.tinystories_lm import TinyStoriesLM
 from trainer.command_line import config as configuration
 from trainer.command_line import sections
 from trainer.command_line.config import Parsed
 from trainer.command_line.flags import SECTIONS
-from trainer.command_line.locations import argument_path, locations, with_absolute_paths
+from trainer.command_line.locations import argument_path, locations, path_and_weight, with_absolute_paths
 from trainer.command_line.sections import Optimisation, Run
 from trainer.errors import BAD_INPUT, UserError
 from trainer.recipe import Recipe
@@ -533,6 +534,32 @@ def test_paths_are_kept_for_any_working_directory(tmp_path: Path, monkeypatch: p
         assert typed.data.data_dir == given  # which names the run
         config = with_absolute_paths(typed)
         assert (config.data.data_dir, config.run.output_dir) == (kept, str(tmp_path / "new"))
+
+
+def test_a_mixture_is_spelled_with_weights_on_the_command_line_and_in_yaml(
+    write: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.ids").write_bytes(b"12")
+
+    def paths(*argv: str) -> tuple[str, ...]:
+        recipe = TinyStoriesLM()
+        parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+        return with_absolute_paths(parsed.config).data.train_data_path
+
+    mixture = (f"{tmp_path}/a/*.ids=0.7", f"{tmp_path}/b=3", str(tmp_path / "b"))
+    assert paths("--train_data_path", "a/*.ids=0.7", "~/b=3", "b") == mixture
+    content = "train_data_path:\n- {path: a/*.ids, weight: 0.7}\n- path: ~/b\n  weight: 3\n- b\n"
+    assert paths("--config", write(content)) == mixture
+    assert paths("--config", write("train_data_path: a\n")) == (str(tmp_path / "a"),)
+    assert paths("--config", write("train_data_path: {path: a, weight: 2}\n")) == (f"{tmp_path}/a=2",)
+    with pytest.raises(UserError, match="train_data_path takes a list of single values, found a section in it"):
+        paths("--config", write("train_data_path:\n- {path: a, wait: 0.7}\n"))
+    assert path_and_weight("year=2020/a.ids") == ("year=2020/a.ids", 1.0)
+    assert path_and_weight("a=.5") == ("a", 0.5)
 
 
 def test_paths_in_names_are_safe_and_stay_apart() -> None:

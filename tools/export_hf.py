@@ -216,8 +216,8 @@ def _card(checkpoint: Checkpoint, recipe: str, config: dict[str, Any]) -> str:
 
 
 def _trained_on(data: dict[str, Any]) -> str:
-    path = data.get("train_data_path") or data.get("data_dir") or data["dataset"]
-    return f"`{Path(path).name}`"
+    paths = data.get("train_data_path") or [data.get("data_dir") or data["dataset"]]
+    return ", ".join(f"`{Path(path).name}`" for path in paths)
 
 
 def _measured(checkpoint: Checkpoint) -> dict[str, float]:

@@ -258,7 +258,7 @@ def _merge(
     )
     for name in accepted:
         if name in others:
-            log("{}: {} -> {}".format(name, *others.pop(name)))
+            log("{}: {} -> {}".format(name, *map(configuration.spelled, others.pop(name))))
     if others:
         each = "; ".join(f"{name}: {saved.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
         raise UserError(f"{each}; {way_out} {saved.path}")

@@ -213,12 +213,18 @@ def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) ->
     return config_class(**sections)
 
 
+def spelled(value: Any) -> str:
+    """A value as the command line has it, where it is text, or several."""
+    texts = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return " ".join(value) if texts else str(value)
+
+
 def run_name(parsed: Parsed) -> str:
     """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
     run = parsed.config.run
     parts = [Path(run.config).stem if run.config else run.preset or "default"]
     for name, (_, value) in changed(parsed.unresolved, parsed.without_flags, ("model", "data", "optimisation")).items():
-        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = f"{value:g}" if isinstance(value, float) else spelled(value)
         safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
         # Two paths may read the same once made safe; a short hash keeps their runs apart.
         parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")

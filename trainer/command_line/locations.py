@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,21 @@ from typing import Any
 class Location:
     """The value of a flag, or each of several, is a path."""
 
-    to_make: bool
+    to_make: bool = False
     """it need not exist yet; any other that does not is the name of something else (`gpt2`, of the hub)"""
+    weighted: bool = False
+    """behind it may stand `=WEIGHT`"""
 
 
-Existing = Location(to_make=False)
+Existing = Location()
 ToMake = Location(to_make=True)
+Weighted = Location(weighted=True)
+
+
+def path_and_weight(text: str) -> tuple[str, float]:
+    """The parts of `PATH=WEIGHT`; the weight 1 where there is none."""
+    match = re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def argument_path(text: str) -> Path:
@@ -53,12 +63,17 @@ def locations(section: type) -> dict[str, Location]:
 
 def _changed(config: Any, change: Callable[[str, Location], str]) -> Any:
     """`config`, a flat dataclass or one of sections, with `change` applied to every path that is given."""
+
+    def changed(text: str, location: Location) -> str:
+        path = path_and_weight(text)[0] if location.weighted else text
+        return change(path, location) + text.removeprefix(path)
+
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     sections = {name: _changed(value, change) for name, value in values.items() if dataclasses.is_dataclass(value)}
     paths: dict[str, Any] = {}
     for name, location in locations(type(config)).items():
         if isinstance(values[name], tuple):
-            paths[name] = tuple(change(path, location) for path in values[name])
+            paths[name] = tuple(changed(text, location) for text in values[name])
         elif values[name]:
-            paths[name] = change(values[name], location)
+            paths[name] = changed(values[name], location)
     return dataclasses.replace(config, **sections, **paths)
