@@ -20,6 +20,7 @@ from recipes.data import embedded, text, text_corpus, tokenizer
 from recipes.data.hub import hub_is_reachable
 from recipes.data.text import TokenSplit
 from recipes.data.text_corpus import find_corpus
+from recipes.data.text_of_ids import holds_ids, text_of_ids
 from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
 from recipes.data.tokenizer import END_OF_TEXT
 
@@ -301,6 +302,38 @@ def test_a_mapped_split_is_pickled_by_path(data_dir: Path, tmp_path: Path) -> No
     sent = pickle.dumps(blocks)
     assert len(sent) < 2000 < prepared.splits["train"].ids.nbytes
     assert torch.equal(pickle.loads(sent).__getitems__([3])["labels"], blocks.__getitems__([3])["labels"])
+
+
+def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
+    prepared, folder = text.prepare_text("wikitext2", str(data_dir), "train", 300), tmp_path / "ids"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(prepared.tokenizer_json)
+    for name, split in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        prepared.splits[split].ids.tofile(folder / f"{name}.ids")
+    assert holds_ids(str(folder))
+    assert not holds_ids(str(data_dir))
+    again = text_of_ids(str(folder), "gpt2", by_rows=True)
+    assert (again.vocab_size, again.end_of_text, again.tokenizer_json) == (300, 0, prepared.tokenizer_json)
+    for name, split in prepared.splits.items():
+        assert again.splits[name].ids.tolist() == split.ids.tolist()
+        assert again.splits[name].row_ends.tolist() == split.row_ends.tolist()
+    assert text_of_ids(str(folder), "gpt2", by_rows=False).splits["test"].row_ends.tolist() == [
+        len(prepared.splits["test"].ids)
+    ]
+    other = text.prepare_text("wikitext2", str(data_dir), "train", 290).tokenizer_json
+    (tmp_path / "other.json").write_text(other)
+    with pytest.raises(ValueError, match=r"other\.json is not the one that made the ids") as error:
+        text_of_ids(str(folder), str(tmp_path / "other.json"), by_rows=False)
+    one_line(error)
+    (folder / "valid.ids").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no \.ids file for validation") as error:
+        text_of_ids(str(folder), "gpt2", by_rows=False)
+    one_line(error)
+    np.array([3, 300, 4], dtype=np.uint16).tofile(folder / "dev.ids")
+    with pytest.raises(ValueError, match=r"dev\.ids: token id 300 at position 1 is not below vocab_size 300") as error:
+        text_of_ids(str(folder), "gpt2", by_rows=False)
+    one_line(error)
 
 
 # ------------------------------------------------------------------------------------------------------------- samples

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from trainer.distributed.launch import Launch
 
+MOST_TOKENS = 500_000_000  # of which n-grams are counted, in memory that grows with them
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -144,8 +146,10 @@ def scored_tokens(text: Text, split: str, packing: str, max_length: int) -> np.n
 
 
 def ngram_losses(text: Text, split: str, packing: str, max_length: int) -> dict[str, float]:
-    """{name: nats per token} of models that only count, on the same tokens as the network."""
+    """{name: nats per token} of models that only count, on the same tokens as the network; none where counting takes long."""
     train, tokens = np.asarray(text.splits["train"].ids), np.asarray(text.splits[split].ids)
+    if max(len(train), len(tokens)) > MOST_TOKENS:
+        return {}
     mask = scored_tokens(text, split, packing, max_length)
     return {
         "Kneser-Ney bigram": bigram_loss(train, tokens, text.vocab_size, mask),
@@ -160,7 +164,7 @@ def log_perplexities(text: Text, split: str, packing: str, max_length: int, loss
     counted = f"over {words:,} words and line ends, blank lines' too, as published figures are"
     log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
     # Where rows were cut, the words of the split are more than those that were scored.
-    uncut = tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
+    uncut = words and tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
     per_word = f", {perplexity(loss * tokens / words):.2f} per word ({counted})" if uncut else ""
     log(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")
     for name, nats in ngram_losses(text, split, packing, max_length).items():

@@ -34,8 +34,9 @@ class TokenSplit:
 
     ids: np.ndarray  # uint16 or uint32 [tokens]: each row followed by end-of-text
     row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
-    words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by
+    words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
     fingerprint: str  # hex; of the ids
+    largest_id: int | None = None  # where it is known
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: (file_of(v), v.dtype.name) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
