@@ -112,9 +112,18 @@ class TokenFile:
         """All ids [count], read-only; mapped, not read."""
         return np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    def sidecar(self) -> dict[str, Any]:
+        """The .json beside it; empty if there is none."""
+        return read_sidecar(self.path)
+
     def facts(self) -> Facts:
         """What is known of the ids: by the .json beside them, or found out by this host's cores, once, and remembered."""
-        sidecar = read_sidecar(self.path)
+        sidecar = self.sidecar()
         if self.path.suffix != ".npy" and "digest" in sidecar:
             return Facts(sidecar["digest"], 0, sidecar["largest_id"], False)
         return Facts(**remembered(self.path, f"ids {self.dtype} {self.offset}", lambda: vars(self._find_out())))
@@ -124,7 +133,7 @@ class TokenFile:
         facts = self.facts()
         if facts.largest_id >= vocab_size or facts.smallest_id < 0:
             position, token = next(self._outside(vocab_size))
-            raise out_of_range(self.path, token, position, vocab_size)
+            raise out_of_range(self.name, token, position, vocab_size)
         if facts.every_second_is_0 and self.path.suffix != ".npy" and self.count >= 64:
             raise ValueError(
                 f"{self.path}: every second id is 0, so its ids are wider than {self.dtype}; convert it: "
@@ -188,10 +197,10 @@ class ChunkDigest:
         return {"digest": self.digests.hexdigest(), "largest_id": self.largest}
 
 
-def out_of_range(path: Path, token: int, position: int, vocab_size: int) -> ValueError:
+def out_of_range(name: str, token: int, position: int, vocab_size: int) -> ValueError:
     """What is said of an id that no embedding has a row for."""
     return ValueError(
-        f"{path}: token id {token} at position {position} is not below vocab_size {vocab_size}; "
+        f"{name}: token id {token} at position {position} is not below vocab_size {vocab_size}; "
         "give the --vocab_size of the tokenizer that made it"
     )
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.data.remote import is_url, remote_files
 from recipes.data.text import prepare_text
-from recipes.data.token_files import TokenFile, out_of_range, read_sidecar
+from recipes.data.token_files import TokenFile, out_of_range
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
 Weighted = tuple[str, float]
@@ -64,7 +65,7 @@ class TokenSet:
             place = int(starts[row]) + int(column)
             number = int(np.searchsorted(self.ends, place, side="right"))
             token = int(tokens[row, column])
-            raise out_of_range(self.files[number].path, token, place - self._begin(number), self.vocab_size)
+            raise out_of_range(self.files[number].name, token, place - self._begin(number), self.vocab_size)
         return tokens
 
     def _begin(self, number: int) -> int:
@@ -128,6 +129,8 @@ class Streams:
 
 def find_files(path: str, vocab_size: int) -> TokenSet:
     """The ids of a file, of the `.ids` files of a folder, or of those that a pattern matches, in the order of their names."""
+    if is_url(path):
+        return TokenSet(path, remote_files(path, vocab_size), vocab_size)
     folder = Path(path)
     matched = (
         [folder]
@@ -173,7 +176,7 @@ def open_streams(
     else:
         both = [_mixture(sources, vocab_size) for sources in (train, validation)]
         files = [file for mixture in both for part in mixture.sets for file in part.files]
-        tokenizer_json = _tokenizer(tokenizer, [file.path for file in files], vocab_size)
+        tokenizer_json = _tokenizer(tokenizer, files, vocab_size)
     digests = [
         f"{part.check(length + 1)} {share:.9g}"
         for mixture in both
@@ -182,10 +185,10 @@ def open_streams(
     return Streams(both[0], both[1], tokenizer_json, hashlib.sha256("\n".join(digests).encode()).hexdigest())
 
 
-def _tokenizer(tokenizer: str | None, paths: Sequence[Path], vocab_size: int) -> str | None:
+def _tokenizer(tokenizer: str | None, files: Sequence[TokenFile], vocab_size: int) -> str | None:
     """The tokenizer of ids: the given one, or the one beside the first file. ValueError if it is another than theirs."""
-    beside = paths[0].with_name("tokenizer.json")
-    tokenizer = tokenizer or (str(beside) if beside.is_file() else None)
+    beside = [folder / "tokenizer.json" for folder in files[0].path.parents[:2]]  # shards lie in a folder of their own
+    tokenizer = tokenizer or next((str(path) for path in beside if path.is_file()), None)
     if not tokenizer:
         return None
     encoder = existing_tokenizer(tokenizer)
@@ -193,9 +196,8 @@ def _tokenizer(tokenizer: str | None, paths: Sequence[Path], vocab_size: int) ->
         ways_out = f"give --vocab_size {entries}, or the --tokenizer that made the ids"
         raise ValueError(f"tokenizer {tokenizer} has {entries} entries, vocab_size is {vocab_size}; {ways_out}")
     digest = hashlib.sha256(encoder.to_str().encode()).hexdigest()
-    for path in paths:
-        if read_sidecar(path).get("tokenizer_sha256", digest) != digest:
-            raise ValueError(
-                f"tokenizer {tokenizer} is not the one that made {path}; give that one with --tokenizer, or make the ids again"
-            )
+    for file in files:
+        if file.sidecar().get("tokenizer_sha256", digest) != digest:
+            way_out = "give that one with --tokenizer, or make the ids again"
+            raise ValueError(f"tokenizer {tokenizer} is not the one that made {file.name}; {way_out}")
     return encoder.to_str()
