@@ -160,7 +160,8 @@ class TinyStoriesLM(Recipe[Config]):
         train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, seed)
         validation = {"val": TokenWindows(streams.validation.whole, length)}
         if len(streams.validation.sets) > 1:
-            validation |= {f"val_{part.label}": TokenWindows(part, length) for part in streams.validation.sets}
+            named = zip(streams.validation.labels, streams.validation.sets, strict=True)
+            validation |= {f"val_{label}": TokenWindows(part, length) for label, part in named}
         measured: FixedWindows | TokenWindows = TokenWindows(streams.train.whole, length, limit=len(validation["val"]))
         if len(streams.train.sets) > 1:
             if flags.sampling == "sequential":

@@ -13,7 +13,7 @@ import pytest
 from test_token_files import VOCABULARY, ids_file, one_line
 
 from recipes.data.token_files import ChunkDigest, TokenFile
-from recipes.data.token_sets import Streams, TokenSet, find_files, open_streams
+from recipes.data.token_sets import Mixture, Streams, TokenSet, find_files, open_streams
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +124,16 @@ def test_a_set_with_known_shards_is_opened_without_reading_them(tmp_path: Path, 
     assert opened(str(tmp_path / "cut"), str(tmp_path / "cut")).train.sets[0].check(9) == digest
     with pytest.raises(TypeError):  # nothing is known of this one any more
         opened(str(tmp_path / "a.ids"), str(tmp_path / "cut"))
+
+
+def test_the_sets_of_a_mixture_have_short_names_of_their_own() -> None:
+    names = (
+        "data/web/train",
+        "books/train.ids",
+        "s3://texts/code/*.ids",
+        "old/web/valid/*.ids",
+        "data/Wiki-train.ids",
+        "train.ids",
+    )
+    mixture = Mixture(tuple(TokenSet(name, (), VOCABULARY) for name in names), (1.0,) * len(names))
+    assert mixture.labels == ("web", "books", "code", "web_4", "Wiki_train", "ids")

@@ -8,12 +8,14 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from recipes.data.remote import is_url, remote_files
 from recipes.data.text import prepare_text
+from recipes.data.text_sources import SPLIT_NAMES
 from recipes.data.token_files import TokenFile, out_of_range
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
@@ -30,12 +32,6 @@ class TokenSet:
     """as it was given: a path or a pattern"""
     files: tuple[TokenFile, ...]
     vocab_size: int
-
-    @property
-    def label(self) -> str:
-        """A short name, for metrics: of the file, or of the folder of which all files, or those of a pattern, are meant."""
-        path = Path(self.name)
-        return re.sub(r"\W+", "_", path.stem if path.is_file() else path.parent.name if "*" in path.name else path.name)
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
@@ -108,6 +104,17 @@ class Mixture:
     def count(self) -> int:
         """Ids of all sets."""
         return sum(part.count for part in self.sets)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A short name of each set, for metrics: the last part of its path that is no pattern and more than a split's name."""
+        labels: list[str] = []
+        for part in self.sets:
+            parts = [re.sub(r"\.(ids|bin|npy)$", "", name) for name in reversed(Path(part.name).parts)]
+            said = (name for name in parts if "*" not in name and name.lower() not in chain(*SPLIT_NAMES.values()))
+            label = re.sub(r"\W+", "_", next(said, "ids"))
+            labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
+        return tuple(labels)
 
     @property
     def whole(self) -> TokenSet:

@@ -102,8 +102,8 @@ class SharesSoFar:
             sets, _ = self.windows.places(np.arange(start, min(samples, start + (1 << 16))))
             self.counts += np.bincount(sets, minlength=len(self.counts))
         self.samples = samples
-        shares = zip(self.windows.mixture.sets, self.counts / max(1, samples), strict=True)
-        return ", ".join(f"{part.label} {share:.2%}" for part, share in shares)
+        shares = zip(self.windows.mixture.labels, self.counts / max(1, samples), strict=True)
+        return ", ".join(f"{label} {share:.2%}" for label, share in shares)
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
