@@ -31,7 +31,7 @@ from prepared_files import PROGRESS, Encoded, locked, write_files, write_shards
 from tqdm import tqdm
 
 from recipes.data.cache import signature
-from recipes.data.corpus import Part, hold_out, piece_size, units
+from recipes.data.documents import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.text_files import Read, no_progress
 from recipes.data.text_sources import Source, find_sources, find_splits

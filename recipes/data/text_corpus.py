@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.data.cache import content_hash, file_hash, remembered
-from recipes.data.corpus import piece_size
+from recipes.data.documents import piece_size
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.text_files import lines, no_progress, rows, text_blocks

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from recipes.data import corpus, text_files
-from recipes.data.corpus import Part, Unit, hold_out, units
+from recipes.data import text_files
+from recipes.data.documents import PIECE, Part, Unit, hold_out, piece_size, units
 from recipes.data.text_sources import Source, find_sources, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
@@ -55,7 +55,7 @@ def test_a_text_file_is_its_documents_and_nothing_of_them_is_lost(tmp_path: Path
 
 @pytest.mark.parametrize("block", [1, 7, 64, 100_000])
 def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 40)
+    monkeypatch.setattr("recipes.data.documents.PIECE", 40)
     rng = random.Random(0)
     words = ["a", "river", "stone.\n", "\n\n", "quietly", "é", "🙂", "<|endof", "lighthouses", "  "]
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(60)]
@@ -69,7 +69,7 @@ def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: P
 
 
 def test_long_documents_are_cut_before_white_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 20)
+    monkeypatch.setattr("recipes.data.documents.PIECE", 20)
     pieces = read(tmp_path / "a.txt", "twelve words\n\n  or more " * 20)
     assert documents(pieces) == ["twelve words\n\n  or more " * 20]
     for before, after in itertools.pairwise(pieces):
@@ -268,10 +268,10 @@ def test_held_out_units_are_the_requested_share_and_never_the_first() -> None:
 
 
 def test_of_a_short_text_too_many_places_are_held_out(tmp_path: Path) -> None:
-    assert corpus.piece_size(10**9, 0.01) == corpus.piece_size(None, 0.01) == corpus.piece_size(10**5, 0.0) == corpus.PIECE
+    assert piece_size(10**9, 0.01) == piece_size(None, 0.01) == piece_size(10**5, 0.0) == PIECE
     text = "To be, or not to be, that is the question:\n" * 20_000
     (tmp_path / "play.txt").write_text(text)
-    stream = units(find_sources([str(tmp_path / "play.txt")]), piece=corpus.piece_size(len(text), 0.05))
+    stream = units(find_sources([str(tmp_path / "play.txt")]), piece=piece_size(len(text), 0.05))
     parts = list(hold_out(stream, 0.05))
     assert "".join(part.text for part in parts) == text
     assert sum(part.held_out for part in parts) >= 30
