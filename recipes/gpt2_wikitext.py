@@ -24,6 +24,7 @@ from recipes.commands.text_language_model import (
 )
 from trainer.command_line import sections
 from trainer.command_line.bounds import Fraction, Positive
+from trainer.command_line.locations import Existing
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
 from trainer.reporting.run_directory import RunDirectory
@@ -55,11 +56,14 @@ class ModelConfig:
 class DataConfig:
     """The text and how it is cut."""
 
-    dataset: Literal["wikitext2", "wikitext103", "embedded"] = "wikitext2"
-    """WikiText from the hub, or English that is on every machine (Python's documentation)"""
-    data_dir: str | None = None
-    """local wiki.{train,valid,test}.tokens|raw or {train,validation,test}.txt, instead of the hub"""
-    tokenizer: str = "gpt2"
+    dataset: str = "wikitext2"
+    """wikitext2, wikitext103 or OWNER/NAME of the hub; embedded: English that is on every machine (Python's documentation)"""
+    data_dir: Annotated[str | None, Existing] = None
+    """text of this machine instead: a folder, a file or a 'pattern' of .txt, .jsonl or .parquet, compressed or not; or what
+    `datasets` saved. Names tell the splits; without a validation text a part is held out. Or prepare_text's folder of ids"""
+    column: str = "text"
+    """of the text in JSONL, parquet and data sets"""
+    tokenizer: Annotated[str, Existing] = "gpt2"
     """gpt2 (hub), a folder with vocab.json and merges.txt, a tokenizer.json, or `train`: BPE trained on the train split"""
     vocab_size: Annotated[int, Positive] = 8192
     """entries of a trained tokenizer"""
@@ -95,10 +99,10 @@ class Gpt2Report(Report[Config]):
         loss, per_token = metrics["eval/val_loss"], metrics["eval/val_perplexity"]
         return f"Evaluating at step {step}... val_loss: {loss:.4f} | val_perplexity: {per_token:.4f}"
 
-    def baseline(self, config: Config, data: Data) -> tuple[str, float]:
-        """A bigram on the validation split, which any language model should beat."""
+    def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
+        """A bigram on the validation split, which any language model should beat; none for large files."""
         losses = ngram_losses(data.extra["text"], "validation", config.data.packing, config.model.max_length)
-        return "Kneser-Ney bigram", losses["Kneser-Ney bigram"]
+        return next(iter(losses.items()), None)
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
         """Validation perplexity beside the baselines, and a sample."""
@@ -122,26 +126,28 @@ class Gpt2Wikitext(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "gpt2_wikitext_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
-    paths = ("data_dir", "tokenizer")
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""
         from recipes.data.text import prepare_text
+        from recipes.data.text_of_ids import holds_ids, text_of_ids
         from recipes.data.token_samples import TokenBlocks, TokenRows
 
         flags, length = config.data, config.model.max_length
-        text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size)
+        if flags.data_dir and holds_ids(flags.data_dir):
+            text = text_of_ids(flags.data_dir, flags.tokenizer, by_rows=flags.packing == "rows")
+        else:
+            text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size, column=flags.column)
         cut = TokenBlocks if flags.packing == "blocks" else TokenRows
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}
         return Data(
             train=sets["train"],
             evaluation={"val": sets["validation"]},
-            test=sets["test"],
+            test=sets.get("test"),
             fingerprint=text.fingerprint,
             notes=[
-                f"{part.truncated} of {len(part)} {name} rows cut to {length} tokens"
-                for name, part in sets.items()
-                if part.truncated
+                *text.notes,
+                *(f"{name}: {part.truncated} of {len(part)} rows cut" for name, part in sets.items() if part.truncated),
             ],
             extra={"text": text},
         )

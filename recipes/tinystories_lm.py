@@ -5,7 +5,7 @@ A sample is a window of `context_length` inputs and the id after each. tools/pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +16,7 @@ from recipes.commands.language_model import perplexity, trained_network
 from recipes.commands.token_language_model import Evaluate, Generate, bigram, evaluate, generate, sample_validation
 from trainer.command_line import sections
 from trainer.command_line.bounds import Positive
+from trainer.command_line.locations import Existing, Weighted, path_and_weight
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
 from trainer.reporting.run_directory import RunDirectory
@@ -58,10 +59,12 @@ class ModelConfig:
 class DataConfig:
     """The token ids."""
 
-    train_data_path: str | None = None
-    """.ids, .bin or .npy; or `embedded`: English that is on every machine (Python's documentation)"""
-    val_data_path: str | None = None
-    tokenizer: str | None = None
+    train_data_path: Annotated[tuple[str, ...], Weighted] = ()
+    """.ids, .bin or .npy, a 'pattern' or folder of shards; several make a mixture, PATH=WEIGHT (in YAML also {path: PATH,
+    weight: WEIGHT}); or `embedded`: English that is on every machine (Python's documentation)"""
+    val_data_path: Annotated[tuple[str, ...], Weighted] = ()
+    """likewise; of several each is measured by itself too"""
+    tokenizer: Annotated[str | None, Existing] = None
     """kept in checkpoints, for generate (default: tokenizer.json beside train_data_path)"""
     sampling: Literal["random", "sequential"] = "random"
     """windows at random starts, or every window once an epoch"""
@@ -94,6 +97,8 @@ class TinyStoriesReport(Report[Config]):
     """What is printed of a run."""
 
     loss_unit = "nats per token"
+    shares_at: Callable[[int], str] | None = None
+    """of a mixture: what share of the samples up to a step each set gave"""
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
         """Lines before the first step of a launch."""
@@ -106,6 +111,7 @@ class TinyStoriesReport(Report[Config]):
         return (
             f"Iter {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
             f"Time: {metrics['train/iter_time_ms']:.1f}ms | Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
+            + (f" | So far: {self.shares_at(step)}" if self.shares_at else "")
         )
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -140,22 +146,34 @@ class TinyStoriesLM(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "tinystories_lm_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
-    paths = ("train_data_path", "val_data_path", "tokenizer")
     checkpoint_prefix = "checkpoint_iter_"
+    report: TinyStoriesReport
 
     def build_data(self, config: Config) -> Data:
         """Windows to train on, and fixed ones to measure: all of the validation stream, and as many of the training stream."""
-        from recipes.data.token_windows import RandomWindows, TokenWindows, open_streams
+        from recipes.data.token_sets import open_streams
+        from recipes.data.token_windows import FixedWindows, RandomWindows, SharesSoFar, TokenWindows
 
-        flags, length = config.data, config.model.context_length
-        streams = open_streams(flags.train_data_path, flags.val_data_path, flags.tokenizer, config.model.vocab_size, length)
-        train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, config.optimisation.seed)
+        flags, length, seed = config.data, config.model.context_length, config.optimisation.seed
+        train_paths, val_paths = ([*map(path_and_weight, paths)] for paths in (flags.train_data_path, flags.val_data_path))
+        streams = open_streams(train_paths, val_paths, flags.tokenizer, config.model.vocab_size, length)
+        train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, seed)
+        validation = {"val": TokenWindows(streams.validation.whole, length)}
+        if len(streams.validation.sets) > 1:
+            named = zip(streams.validation.labels, streams.validation.sets, strict=True)
+            validation |= {f"val_{label}": TokenWindows(part, length) for label, part in named}
+        measured: FixedWindows | TokenWindows = TokenWindows(streams.train.whole, length, limit=len(validation["val"]))
+        if len(streams.train.sets) > 1:
+            if flags.sampling == "sequential":
+                raise ValueError("sampling sequential visits every window once an epoch, whatever its weight; give one set")
+            measured = FixedWindows(streams.train, length, seed + 1, limit=len(validation["val"]))
+            shares = SharesSoFar(RandomWindows(streams.train, length, seed))
+            self.report.shares_at = lambda step: shares.at(step * config.optimisation.effective_batch_size)
         if flags.sampling == "sequential":
-            train = TokenWindows(streams.train, length)
-        validation = TokenWindows(streams.validation, length)
+            train = TokenWindows(streams.train.whole, length)
         return Data(
             train=train,
-            evaluation={"train": TokenWindows(streams.train, length, limit=len(validation)), "val": validation},
+            evaluation={"train": measured, **validation},
             fingerprint=streams.fingerprint,
             notes=[
                 "Loading data with memory mapping...",

@@ -17,6 +17,7 @@ from recipes.experiments.position_encodings import Compare, compare
 from recipes.models.patch_grid import resolve_sizes
 from trainer.command_line import sections
 from trainer.command_line.bounds import Fraction, NotNegative, Positive
+from trainer.command_line.locations import Existing
 from trainer.distributed.hardware import cores
 from trainer.main import main
 from trainer.optimisation.schedule import ramp_cosine
@@ -70,7 +71,7 @@ class DataConfig:
 
     dataset: str = "synthetic"
     """synthetic, digits (no network), folder (with --data_dir), cifar10, or OWNER/NAME of a hub image set"""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, Existing] = None
     """folder of images: CLASS/*.png, or train/CLASS/*.png beside val and test"""
     image_size: Annotated[int | None, Positive, arg(aliases=("--img_size",))] = None
     """pixels along a side (default: window x patch; without a window 112, digits 8, cifar10 32, others 224)"""
@@ -177,7 +178,6 @@ class VitRelpos(Recipe[Config]):
     patience_metric = ("val_loss", "lower")
     monitored = ("accuracy",)
     throughput = ("images", "class")
-    paths = ("data_dir",)
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and, where there is one, test; the training images augmented."""

@@ -1,9 +1,11 @@
 """The stream of samples: what a step reads follows from its number alone."""
 
 import itertools
+import math
 import os
 import random
 import signal
+import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from trainer.command_line.sections import Run
 from trainer.data import loader, stream
 from trainer.data.seeding import hash32
-from trainer.data.stream import EvaluationOrder, TrainingOrder, permutation, sample_numbers, share
+from trainer.data.stream import EvaluationOrder, TrainingOrder, sample_numbers, share, shuffled
 from trainer.errors import LOST, UserError
 
 CPU = torch.device("cpu")
@@ -31,26 +33,41 @@ def order(
     return TrainingOrder(batch_size, rank, processes, seed, length, first)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 1000])
-def test_an_epoch_is_a_permutation(length: int) -> None:
-    for epoch in range(3):
-        assert sorted(permutation(5, epoch, length).tolist()) == list(range(length))
-    if length == 1000:
-        shuffled = permutation(5, 0, length)
-        assert (shuffled != np.arange(length)).mean() > 0.9
-        assert (shuffled != permutation(5, 1, length)).mean() > 0.9
-        assert (shuffled != permutation(6, 0, length)).mean() > 0.9
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return sample_numbers(range(epoch * length, (epoch + 1) * length), seed, length) - epoch * length
+
+
+def test_an_epoch_is_a_permutation() -> None:
+    for length in (*range(1, 70), 99, 100, 101, 1000, 10_007):
+        for epoch in range(3):
+            assert sorted(epoch_order(5, epoch, length).tolist()) == list(range(length))
+    order = epoch_order(5, 0, 1000)
+    assert (order != np.arange(1000)).mean() > 0.9
+    assert (order != epoch_order(5, 1, 1000)).mean() > 0.9
+    assert (order != epoch_order(6, 0, 1000)).mean() > 0.9
+
+
+@pytest.mark.parametrize("length", [5, 8, 37])
+def test_no_item_prefers_a_place_and_no_item_another_after_it(length: int) -> None:
+    epochs = 4000
+    orders = sample_numbers(range(epochs * length), 7, length).reshape(epochs, length) % length
+    places = np.array([np.bincount(column, minlength=length) for column in orders.T])
+    steps = np.bincount((np.diff(orders) % length).ravel(), minlength=length)[1:]
+    for counts, freedom in ((places, (length - 1) ** 2), (steps, length - 2)):
+        chi_squared = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+        assert chi_squared < freedom + 4 * math.sqrt(2 * freedom) + 4  # far outside with p < 1e-4
 
 
 def test_the_order_is_the_same_for_ever() -> None:
     """A run that is resumed by another version of numpy goes on with the same data."""
     assert hash32(1, 2, 3) == 3066602209
-    assert permutation(42, 0, 8).tolist() == [3, 1, 0, 7, 4, 6, 5, 2]
+    assert epoch_order(42, 0, 8).tolist() == [5, 4, 6, 3, 0, 2, 1, 7]
+    assert shuffled(np.arange(3), np.arange(3, dtype=np.uint64), 10**12).tolist() == [508323523607, 483547150955, 263768673981]
 
 
 def test_each_item_once_per_epoch_and_its_number_gives_the_epoch() -> None:
     length, epochs = 37, 4
-    numbers = sample_numbers(range(length * epochs), 9, length)
+    numbers = sample_numbers(range(length * epochs), 9, length).tolist()
     assert len(set(numbers)) == len(numbers)
     for epoch in range(epochs):
         part = numbers[epoch * length : (epoch + 1) * length]
@@ -59,7 +76,7 @@ def test_each_item_once_per_epoch_and_its_number_gives_the_epoch() -> None:
 
 
 def test_an_endless_stream_is_read_in_order() -> None:
-    assert sample_numbers(range(5, 9), 9, None) == [5, 6, 7, 8]
+    assert sample_numbers(range(5, 9), 9, None).tolist() == [5, 6, 7, 8]
     assert read(order(4, None, rank=1, processes=2, first=2), 2) == [[10, 11], [14, 15]]
 
 
@@ -81,17 +98,17 @@ def test_a_resumed_stream_goes_on_where_it_was() -> None:
     assert read(order(8, 30, first=7), 20) == read(order(8, 30), 27)[7:]
 
 
-def test_resuming_far_into_a_run_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    epochs = []
-
-    def counted(seed: int, epoch: int, length: int) -> np.ndarray:
-        epochs.append(epoch)
-        return permutation(seed, epoch, length)
-
-    monkeypatch.setattr(stream, "permutation", counted)
-    first = next(iter(order(8, 1000, first=10**9)))
-    assert len(first) == 8
-    assert set(epochs) == {8 * 10**9 // 1000}
+def test_a_huge_set_and_a_place_far_into_a_run_cost_nothing() -> None:
+    """10^12 items, which as an array would take 8 TB; and the 10^9th epoch of a small set."""
+    tracemalloc.start()
+    try:
+        huge = read(order(8, 10**12, first=10**13 // 8 - 2), 4)
+        late = read(order(8, 1000, first=10**12 // 8), 1)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert [n // 10**12 for n in itertools.chain(*huge)] == [9] * 16 + [10] * 16
+    assert {n // 1000 for n in late[0]} == {10**9}
 
 
 def test_batches_run_through_the_border_of_epochs() -> None:
@@ -130,7 +147,7 @@ def test_evaluation_reads_every_sample_once_in_the_same_number_of_batches() -> N
         assert len({len(rank) for rank in ranks}) == 1
         own = []
         for rank in ranks:
-            assert len(rank) == len(list(rank)) == len(rank.counts)
+            assert len(rank) == len(list(rank)) == len(list(rank.counts))
             for numbers, count in zip(rank, rank.counts, strict=True):
                 assert numbers, "every process takes part in every forward"
                 assert all(0 <= n < length for n in numbers)

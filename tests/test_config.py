@@ -1,6 +1,7 @@
 """The command line, YAML files and presets: what they set, and their one-line errors."""
 
 import dataclasses
+import importlib
 import os
 import re
 import resource
@@ -13,13 +14,17 @@ import pytest
 import yaml
 from launching import RECIPE, ROOT, environment
 
+from recipes.commands.text_language_model import Evaluate
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
+from recipes.tinystories_lm import TinyStoriesLM
 from trainer.command_line import config as configuration
 from trainer.command_line import sections
 from trainer.command_line.config import Parsed
 from trainer.command_line.flags import SECTIONS
+from trainer.command_line.locations import argument_path, locations, path_and_weight, with_absolute_paths
 from trainer.command_line.sections import Optimisation, Run
 from trainer.errors import BAD_INPUT, UserError
+from trainer.recipe import Recipe
 
 PRESETS = Gpt2Wikitext.presets
 
@@ -509,13 +514,64 @@ def test_a_config_file_names_the_run(write: object) -> None:
 
 
 def test_a_home_in_a_path_is_found_where_no_shell_has_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`output_dir: ~/runs` in a YAML file made a folder called ~ in the working directory."""
+    """`output_dir: ~/runs` in a YAML file, and `--output_dir=~/runs`, would make a folder called ~ in the working directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "text").mkdir()
-    typed = parse("--output_dir", "~/run", "--checkpoint_dir", "~/kept", "--data_dir", "~/text", "--run_name", "~").config
-    config = configuration.with_absolute_paths(typed, ("data_dir",))
+    (tmp_path / "settings.yaml").write_text("output_dir: ~/run\ndata_dir: ~/text\n")
+    config = parse("--config=~/settings.yaml", "--checkpoint_dir=~/kept", "--run_name", "~").config
     assert (config.run.output_dir, config.run.checkpoint_dir) == (str(tmp_path / "run"), str(tmp_path / "kept"))
     assert (config.data.data_dir, config.run.run_name) == (str(tmp_path / "text"), "~")
+    assert configuration.parse_flat(Evaluate, ["--model_path=~/best"], "evaluate").model_path == str(tmp_path / "best")
+    assert argument_path("~/out") == tmp_path / "out"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("[a-z]*.py")))
+def test_every_flag_that_is_named_like_a_path_is_one(recipe: str) -> None:
+    found = [c for c in vars(importlib.import_module(f"recipes.{recipe}")).values() if isinstance(c, type)]
+    (own,) = [c for c in found if issubclass(c, Recipe) and c.__module__ == f"recipes.{recipe}"]
+    sections = [getattr(own.config_class(), name) for name in SECTIONS]
+    for flags in (*map(type, sections), *(command.flags for command in own.commands.values())):
+        like = {
+            field.name for field in dataclasses.fields(flags) if re.search("path$|_dir$|^out|^config$|tokenizer", field.name)
+        }
+        assert like <= locations(flags).keys()
+
+
+def test_paths_are_kept_for_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `evaluate` finds the data from elsewhere; what is no path here stays a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("text")
+    for given, kept in (("text", str(tmp_path / "text")), ("text/*.txt", str(tmp_path / "text" / "*.txt")), ("gpt2", "gpt2")):
+        typed = parse("--data_dir", given, "--output_dir", "new").config
+        assert typed.data.data_dir == given  # which names the run
+        config = with_absolute_paths(typed)
+        assert (config.data.data_dir, config.run.output_dir) == (kept, str(tmp_path / "new"))
+
+
+def test_a_mixture_is_spelled_with_weights_on_the_command_line_and_in_yaml(
+    write: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.ids").write_bytes(b"12")
+
+    def paths(*argv: str) -> tuple[str, ...]:
+        recipe = TinyStoriesLM()
+        parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+        return with_absolute_paths(parsed.config).data.train_data_path
+
+    mixture = (f"{tmp_path}/a/*.ids=0.7", f"{tmp_path}/b=3", str(tmp_path / "b"))
+    assert paths("--train_data_path", "a/*.ids=0.7", "~/b=3", "b") == mixture
+    content = "train_data_path:\n- {path: a/*.ids, weight: 0.7}\n- path: ~/b\n  weight: 3\n- b\n"
+    assert paths("--config", write(content)) == mixture
+    assert paths("--config", write("train_data_path: a\n")) == (str(tmp_path / "a"),)
+    assert paths("--config", write("train_data_path: {path: a, weight: 2}\n")) == (f"{tmp_path}/a=2",)
+    with pytest.raises(UserError, match="train_data_path takes a list of single values, found a section in it"):
+        paths("--config", write("train_data_path:\n- {path: a, wait: 0.7}\n"))
+    assert path_and_weight("year=2020/a.ids") == ("year=2020/a.ids", 1.0)
+    assert path_and_weight("a=.5") == ("a", 0.5)
 
 
 def test_paths_in_names_are_safe_and_stay_apart() -> None:

@@ -49,7 +49,7 @@ def story_checkpoint(folder: Path, model: ModelConfig = SMALL, **documents: str)
         if p.ndim == 1:  # trained norms are not ones
             torch.nn.init.uniform_(p, 0.5, 1.5)
     kept = {"tokenizer.json": TOKENIZER.to_str(), **documents}
-    data = replace(Config().data, train_data_path="/somewhere/stories/train.ids")
+    data = replace(Config().data, train_data_path=("/somewhere/stories/train.ids",))
     return saved(folder, "tinystories_lm", network, Config(model=model, data=data), kept), network
 
 

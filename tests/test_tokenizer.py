@@ -17,8 +17,8 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def test_trained_tokenizer_round_trips_any_text_and_is_deterministic(tmp_path: Path) -> None:
-    first = load_tokenizer("train", ROWS, 300, tmp_path / "a")
-    second = load_tokenizer("train", ROWS, 300, tmp_path / "b")
+    first = load_tokenizer("train", lambda: ROWS, "digest", 300, tmp_path / "a")
+    second = load_tokenizer("train", lambda: ROWS, "digest", 300, tmp_path / "b")
     assert first.to_str() == second.to_str()
     assert first.get_vocab_size() == 300
     assert first.token_to_id(END_OF_TEXT) == 0
@@ -27,7 +27,7 @@ def test_trained_tokenizer_round_trips_any_text_and_is_deterministic(tmp_path: P
 
 
 def test_vocab_and_merges_with_and_without_version_line(tmp_path: Path) -> None:
-    trained = load_tokenizer("train", ROWS, 300, tmp_path)
+    trained = load_tokenizer("train", lambda: ROWS, "digest", 300, tmp_path)
     folder = tmp_path / "bpe"
     folder.mkdir()
     trained.model.save(str(folder))
@@ -37,22 +37,22 @@ def test_vocab_and_merges_with_and_without_version_line(tmp_path: Path) -> None:
     assert expected[-1] == 0
     for content in (merges.read_text(), merges.read_text().split("\n", 1)[1]):
         merges.write_text(content)
-        loaded = load_tokenizer(str(folder), [], 0, tmp_path)
+        loaded = load_tokenizer(str(folder), list, "", 0, tmp_path)
         assert loaded.encode(ROWS[1] + END_OF_TEXT).ids == expected
 
     folder.rename(tmp_path / "gpt2")
     with pytest.raises(ValueError, match=r"300 entries.*50257") as error:
-        load_tokenizer(str(tmp_path / "gpt2"), [], 0, tmp_path)
+        load_tokenizer(str(tmp_path / "gpt2"), list, "", 0, tmp_path)
     one_line(error)
 
 
 def test_tokenizer_json_neither_pads_nor_truncates(tmp_path: Path) -> None:
-    trained = load_tokenizer("train", ROWS, 300, tmp_path)
+    trained = load_tokenizer("train", lambda: ROWS, "digest", 300, tmp_path)
     trained.enable_padding(length=64)
     trained.enable_truncation(2)
     trained.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        loaded = load_tokenizer(str(path), [], 0, tmp_path)
+        loaded = load_tokenizer(str(path), list, "", 0, tmp_path)
         assert loaded.decode(loaded.encode("The cat sat").ids) == "The cat sat"
         assert 2 < len(loaded.encode("The cat sat").ids) < 64
 
@@ -74,9 +74,9 @@ def test_errors_of_tokenizers(tmp_path: Path) -> None:
         ("nowhere", FileNotFoundError, "does not exist"),
     ):
         with pytest.raises(kind) as error:
-            load_tokenizer(str(tmp_path / name), [], 0, tmp_path)
+            load_tokenizer(str(tmp_path / name), list, "", 0, tmp_path)
         assert problem in one_line(error)
         assert name in one_line(error)
     with pytest.raises(ValueError, match=r"vocab_size 256 .* at least 257") as error:
-        load_tokenizer("train", ROWS, 256, tmp_path)
+        load_tokenizer("train", lambda: ROWS, "digest", 256, tmp_path)
     one_line(error)

@@ -20,6 +20,7 @@ import yaml
 
 from recipes.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
 from trainer.checkpoints.checkpoint import Checkpoint, resolve
+from trainer.command_line.locations import argument_path
 from trainer.errors import UserError
 from trainer.reporting.trackers import read_metrics
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, exports, prints the folder. Exits with 2 (5: a damaged checkpoint) and one line if it cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint folder, such as runs/RECIPE/NAME/checkpoints/best_model")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("--out", type=argument_path, required=True, help="folder to write; it must not exist, or be empty")
     parser.add_argument("--tokenizer", help="a folder or tokenizer.json (default: the checkpoint's)")
     options = parser.parse_args(arguments)
     try:
@@ -215,8 +216,8 @@ def _card(checkpoint: Checkpoint, recipe: str, config: dict[str, Any]) -> str:
 
 
 def _trained_on(data: dict[str, Any]) -> str:
-    path = data.get("train_data_path") or data.get("data_dir") or data["dataset"]
-    return f"`{Path(path).name}`"
+    paths = data.get("train_data_path") or [data.get("data_dir") or data["dataset"]]
+    return ", ".join(f"`{Path(path).name}`" for path in paths)
 
 
 def _measured(checkpoint: Checkpoint) -> dict[str, float]:

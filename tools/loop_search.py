@@ -35,6 +35,7 @@ from loops.exact import Map
 from loops.record import VERIFIED_BITS, Record, SearchConfig
 from loops.sieve import MAX_BITS
 
+from trainer.command_line.locations import argument_path
 from trainer.command_line.secrets import without_urls
 from trainer.command_line.webhook import VARIABLE, find_webhook
 from trainer.distributed.hardware import cores
@@ -188,18 +189,22 @@ def _parser() -> argparse.ArgumentParser:
         default=SIEVE_BITS,
         help=f"bits of the sieve for 3n+1, 8 to {MAX_BITS} (default: %(default)s)",
     )
-    add("--state", type=Path, help="cursor and report so far (default: a file in runs/loop_search, named after the search)")
+    add(
+        "--state",
+        type=argument_path,
+        help="cursor and report so far (default: a file in runs/loop_search, named after the search)",
+    )
     add(
         "--alert_webhook",
         "--alert-webhook",
         metavar="URL",
         help=f"send finds to this webhook (or {VARIABLE} in the environment)",
     )
-    add("--report", type=Path, metavar="FILE.json", help="write the report there too, at the end")
+    add("--report", type=argument_path, metavar="FILE.json", help="write the report there too, at the end")
     add(
         "--from_training",
         "--from-training",
-        type=Path,
+        type=argument_path,
         metavar="RUN_DIR",
         help="run beside this training: lowest priority, one worker, until its status.json is no longer `running`; "
         "one that is not yet running is given two minutes",

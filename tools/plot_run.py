@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trainer.command_line.locations import argument_path
 from trainer.errors import UserError
 from trainer.reporting.plot import plot_loss, plot_metric
 
@@ -16,8 +17,8 @@ from trainer.reporting.plot import plot_loss, plot_metric
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, draws, prints the path of the picture. Exits with 2 and one line if it cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a folder with a metrics.jsonl")
-    parser.add_argument("--out", type=Path, help="picture to write: .png, .pdf or .svg (default: in plots/)")
+    parser.add_argument("run_dirs", nargs="+", type=argument_path, metavar="RUN_DIR", help="a folder with a metrics.jsonl")
+    parser.add_argument("--out", type=argument_path, help="picture to write: .png, .pdf or .svg (default: in plots/)")
     parser.add_argument("--metric", help="draw only this one (default for several runs: eval/val_loss)")
     options = parser.parse_args(arguments)
     try:

@@ -3,33 +3,40 @@
 python tools/prepare_text.py stories-train.txt --valid stories-valid.txt --out data --vocab_size 10000
 python tools/prepare_text.py 'corpus/*.jsonl' --out data --tokenizer gpt2        # holds out 1 % for validation
 
-INPUT is a text file, JSONL, parquet, a pattern in quotes, or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub. In text files
+INPUT is a text file, JSONL, parquet (each compressed or not), a pattern in quotes, a folder of such files or one that
+`datasets` saved, whose names tell the splits, or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub. In text files
 <|endoftext|> separates documents; a file without it is one document. Every document ends in <|endoftext|> in the ids; else
-text is kept as it is. Writes train.ids, valid.ids (each with a .json beside it) and tokenizer.json, each atomically.
+text is kept as it is.
+Writes train.ids, valid.ids (each with a .json beside it: size, digest, largest id, documents) and tokenizer.json, each
+atomically; with --shard_mb files in train/ and valid/, and the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 
+from prepared_files import PROGRESS, Encoded, locked, write_files, write_shards
 from tqdm import tqdm
 
-from recipes.data.corpus import Part, Source, find_sources, hold_out, piece_size, units
+from recipes.data.cache import signature
+from recipes.data.documents import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
-from recipes.data.tokenizer import existing_tokenizer, train_tokenizer, vocabulary_size
+from recipes.data.text_files import Read, no_progress
+from recipes.data.text_sources import Source, find_sources, find_splits
+from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, train_tokenizer, vocabulary_size
+from trainer.command_line.locations import argument_path
 from trainer.distributed.hardware import cores
 from trainer.errors import path_of
 
@@ -42,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT")
-    add("--out", type=Path, required=True, help="folder for the results")
+    add("--out", type=argument_path, required=True, help="folder for the results")
     add("--valid", nargs="+", default=[], metavar="INPUT", help="validation text (default: hold out a part of the input)")
     add("--valid_percent", type=float, default=1.0, help="how much to hold out, in documents or pieces of at most 32 KB (1)")
     add("--tokenizer", default="train", help="train (byte-level BPE), gpt2 (hub), a folder, or a tokenizer.json (train)")
@@ -50,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--sample_mb", type=float, default=256.0, help="train the tokenizer on so much, spread over the training text (256)")
     add("--column", default="text", help="column of the text in JSONL, parquet and data sets of the hub (text)")
     add("--workers", type=int, default=cores(), help="processes that encode (all cores)")
+    add("--shard_mb", type=float, default=0.0, help="megabytes of text a file in OUT/train and OUT/valid (0: one file each)")
     add("--overwrite", action="store_true", help="replace what an earlier call left in --out")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same cleanup as after Ctrl-C
@@ -60,33 +68,54 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenProcessPool:
         parser.exit(2, "prepare_text: a worker was killed, perhaps for want of memory; try fewer --workers\n")
     except KeyboardInterrupt:
-        parser.exit(130, "prepare_text: interrupted; nothing was written\n")
+        unfinished = (options.out / PROGRESS).exists()
+        parser.exit(130, f"prepare_text: interrupted; {'the same command goes on' if unfinished else 'nothing was written'}\n")
 
 
 def prepare(options: argparse.Namespace) -> None:
     """Prepare all files. Raises ValueError or OSError with one line."""
-    if not (0 < options.valid_percent <= 50 and options.sample_mb > 0 and options.workers > 0):
-        raise ValueError("it takes 0 < valid_percent <= 50, sample_mb > 0 and workers > 0")
+    if not (0 < options.valid_percent <= 50 and options.sample_mb > 0 and options.workers > 0 and options.shard_mb >= 0):
+        raise ValueError("it takes 0 < valid_percent <= 50, sample_mb > 0, workers > 0 and shard_mb >= 0")
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # what the tokenizer's training runs on
-    sources = find_sources(options.inputs)
-    validation_sources = find_sources(options.valid, hub_split="validation")
+    sources, validation_sources = _find(options)
     if both := set(sources) & set(validation_sources):
         raise ValueError(f"{both.pop().name} is both training and validation text; give others")
     options.out.mkdir(parents=True, exist_ok=True)
-    with _locked(options.out):
+    with locked(options.out):
         _prepare(options, sources, validation_sources)
 
 
-def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
-    if (options.out / "train.ids").exists() and not options.overwrite:
-        raise ValueError(f"{options.out / 'train.ids'} is there already; choose another --out, or add --overwrite")
+def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
+    """What to train on, and what to validate on: nothing, where a part of the first is to be held out."""
+    sources: list[Source] = []
+    validation = find_sources(options.valid, hub_split="validation")
+    for name in options.inputs:
+        if not argument_path(name).is_dir():
+            sources += find_sources([name])
+            continue
+        splits, notes = find_splits(name)
+        for note in notes:
+            print(note)
+        sources += splits["train"]
+        if not options.valid:
+            validation += splits.get("validation", [])
+    return sources, validation
 
-    def parts(read: Callable[[int], object] = lambda count: None) -> Iterator[Part]:
+
+def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
+    train = options.out / ("train" if options.shard_mb else "train.ids")
+    if train.exists() and not options.overwrite and not (options.out / PROGRESS).exists():
+        raise ValueError(f"{train} is there already; choose another --out, or add --overwrite")
+    without: Counter[str] = Counter()
+
+    def parts(read: Read = no_progress) -> Iterator[Part]:
         """All parts of the text, in order."""
+        without.clear()
         share = 0.0 if validation_sources else options.valid_percent / 100
         piece = piece_size(_total(sources), share)
-        yield from hold_out(units(sources, options.column, read, piece), share)
-        yield from (Part(unit.text, True, unit.ends, False) for unit in units(validation_sources, options.column, read))
+        yield from hold_out(units(sources, options.column, read, piece, without), share)
+        held_out = units(validation_sources, options.column, read, without=without)
+        yield from (Part(unit.text, True, unit.ends, False) for unit in held_out)
 
     tokenizer_json = _tokenizer(options, sources, parts)
     target = options.out / "tokenizer.json"
@@ -94,34 +123,45 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
         raise ValueError(f"{target} is there already and is another one; choose another --out, or add --overwrite")
     from tokenizers import Tokenizer
 
-    entries = vocabulary_size(Tokenizer.from_str(tokenizer_json))
+    encoder = Tokenizer.from_str(tokenizer_json)
+    entries = vocabulary_size(encoder)
     dtype = "uint16" if entries <= 2**16 else "uint32"
-    facts = {"dtype": dtype, "vocabulary": entries, "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()}
-    files = {name: _Output(options.out / f"{name}.ids", facts) for name in ("valid", "train")}
-    try:
-        with tqdm(
-            total=_total(sources + validation_sources), unit="B", unit_scale=True, disable=None
-        ) as bar:  # on a terminal only
-            for train, valid in _encoded(_tasks(parts(bar.update)), tokenizer_json, dtype, options.workers):
-                files["train"].write(train)
-                files["valid"].write(valid)
-        for name, file in files.items():
-            if not file.count:
-                raise ValueError(f"there is no text for {name}: give more documents, or --valid INPUT")
-        _replace(target, tokenizer_json.encode())
-        for file in files.values():  # train.ids last: if it exists, all of them do
-            file.commit()
-    finally:
-        for file in files.values():
-            file.discard()
-    size, ids = _total(sources + validation_sources), sum(file.count for file in files.values())
-    for name in ("train", "valid"):
-        print(f"{files[name].path}: {files[name].count:,} tokens ({dtype})")
+    facts = {
+        "dtype": dtype,
+        "vocabulary": entries,
+        "end_of_text": end_of_text_id(encoder),
+        "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+    }
+    all_sources = sources + validation_sources
+    with tqdm(total=_total(all_sources), unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
+
+        def encoded(skipped: int) -> Encoded:
+            return _encoded(islice(_tasks(parts(bar.update)), skipped, None), tokenizer_json, dtype, options.workers)
+
+        if options.shard_mb:
+            made_from, tasks = _settings(options, all_sources, tokenizer_json), round(options.shard_mb * 1e6 / TASK_CHARACTERS)
+            counts = write_shards(options.out, facts, encoded, tokenizer_json, made_from, max(1, tasks))
+        else:
+            counts = write_files(options.out, facts, encoded(0), tokenizer_json)
+    for name, count in without.items():
+        print(f"{name}: {count:,} rows without text passed over")
+    size, ids = _total(all_sources), sum(counts.values())
+    for path, count in counts.items():
+        print(f"{path}: {count:,} tokens ({dtype})")
     print(f"{entries:,} entries" + (f", {size / ids:.2f} bytes of input a token" if size else ""))
+    train, valid = counts
     print(
-        f"Train: accelerate launch {path_of('recipes/tinystories_lm.py')} --train_data_path {files['train'].path} "
-        f"--val_data_path {files['valid'].path} --vocab_size {entries}"
+        f"Train: accelerate launch {path_of('recipes/tinystories_lm.py')} --train_data_path {train} "
+        f"--val_data_path {valid} --vocab_size {entries}"
     )
+
+
+def _settings(options: argparse.Namespace, sources: list[Source], tokenizer_json: str) -> str:
+    """Hash of all that decides which text is in which shard."""
+    files = [[*signature(Path(source.name)), source.name] for source in sources if not source.split]
+    named = [[source.name, source.split] for source in sources if source.split]
+    settings = [files, named, tokenizer_json, options.valid_percent, options.column, options.shard_mb]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _total(sources: list[Source]) -> int | None:
@@ -166,7 +206,7 @@ def _tasks(stream: Iterable[Part]) -> Iterator[Task]:
     yield task
 
 
-def _encoded(tasks: Iterator[Task], tokenizer_json: str, dtype: str, workers: int) -> Iterator[tuple[bytes, bytes]]:
+def _encoded(tasks: Iterator[Task], tokenizer_json: str, dtype: str, workers: int) -> Encoded:
     """(training ids, validation ids) of each task, in order; only a few tasks are held at a time."""
     if workers == 1:
         encoder = Encoder(tokenizer_json, dtype)
@@ -209,64 +249,11 @@ def encode(encoder: Encoder, task: Task) -> tuple[bytes, bytes]:
     """(training ids, validation ids) of a group of parts."""
     train: list[bytes] = []
     valid: list[bytes] = []
-    for part in task:
-        ids = encoder(part.text)
+    for part, ids in zip(task, encoder([part.text for part in task]), strict=True):
         if part.gap:
             train.append(encoder.end_of_text)
         (valid if part.held_out else train).extend([ids, encoder.end_of_text] if part.end else [ids])
     return b"".join(train), b"".join(valid)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder against other processes; ValueError if one holds it. However this process ends, the kernel unlocks it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-        os.fsync(handle)
-    except BlockingIOError:
-        raise ValueError(f"another prepare_text writes to {folder}; wait for it, or choose another --out") from None
-    finally:
-        os.close(handle)
-
-
-class _Output:
-    """A file of ids under a temporary name, until `commit`."""
-
-    def __init__(self, path: Path, facts: dict[str, object]) -> None:
-        self.path, self.facts = path, facts
-        self.width = 2 if facts["dtype"] == "uint16" else 4
-        self.temporary = path.with_name(f".{path.name}.unfinished")
-        self.file = self.temporary.open("wb")
-        self.count = 0
-
-    def write(self, ids: bytes) -> None:
-        """Append."""
-        self.file.write(ids)
-        self.count += len(ids) // self.width
-
-    def commit(self) -> None:
-        """Rename it to its final name once it is on disk, after the .json beside it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        _replace(self.path.with_name(f"{self.path.name}.json"), json.dumps({**self.facts, "count": self.count}).encode())
-        os.replace(self.temporary, self.path)
-
-    def discard(self) -> None:
-        """Remove what was not committed."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a small file atomically."""
-    temporary = path.with_name(f".{path.name}.unfinished")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from fault_injector import (
 
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.retention import ROLLED_BACK
+from trainer.command_line.locations import argument_path
 from trainer.errors import UserError
 
 LAUNCHES = {"cpu": "one", "ddp2": "ddp", "zero3": "zero3", "fsdp2": "fsdp"}
@@ -112,7 +113,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--launch", choices=LAUNCHES, default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="where the runs go (default: a temporary folder, removed if all is well)")
+    parser.add_argument(
+        "--folder", type=argument_path, help="where the runs go (default: a temporary folder, removed if all is well)"
+    )
     flags = parser.parse_args(argv[:separator])
     # Absolute, since the launches run in the repository's root.
     script = Path(flags.recipe).resolve() if flags.recipe.endswith(".py") else ROOT / "recipes" / f"{flags.recipe}.py"

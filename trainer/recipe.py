@@ -165,8 +165,6 @@ class Recipe(Generic[ConfigT]):
     """terms of `loss` that are no losses (an accuracy): logged under their own names, with weight 0 in the objective"""
     throughput: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
-    paths: tuple[str, ...] = ()
-    """data flags that say where the data are, not what: a run may be resumed with others if the fingerprint is the same"""
 
     def __init__(self) -> None:
         self.report: Report[ConfigT] = self.report_class(self)

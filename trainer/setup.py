@@ -223,7 +223,7 @@ def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> Non
 
 def loss_terms(recipe: Recipe, config: Any, data: Data) -> list[str]:
     """The terms of the loss, known from the first sample."""
-    first = stream.sample_numbers(range(1), config.optimisation.seed, stream.length_of(data.train))
+    first = stream.sample_numbers([0], config.optimisation.seed, stream.length_of(data.train)).tolist()
     way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")
     return list(recipe.items(first_batch(data.train, first, config.run, way_on)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from trainer.command_line.bounds import NotNegative
+from trainer.command_line.locations import Existing, ToMake
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 from trainer.reporting.plot import new_figure, save_figure
@@ -27,9 +28,9 @@ COLOURS = "RdBu_r"  # white: no bias; red: more attention; blue: less
 class Visualise:
     """Plot the bias of a trained model (as a matrix, and by offset) and its attention; print statistics of the bias."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    plots_dir: str | None = None
+    plots_dir: Annotated[str | None, ToMake] = None
     """folder of the plots (default: plots/ of the run)"""
     images: Annotated[int, NotNegative] = 4
     """validation images whose attention is plotted"""

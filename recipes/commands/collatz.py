@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg
 
 from recipes.baselines.collatz import FORMULA, beside_baselines, held_out_with_baselines, log_and_digits, steps_of
 from trainer.command_line.bounds import Positive
+from trainer.command_line.locations import Existing, ToMake
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 from trainer.reporting.plot import new_figure, save_figure
@@ -37,7 +38,7 @@ class Predict:
 
     numbers: Positional[tuple[str, ...]]
     """decimal numbers of any size"""
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -46,11 +47,11 @@ class Predict:
 class Analyse:
     """Measure a trained model on held-out numbers, and draw its errors, confusions and states."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
     numbers: int | None = None
     """held-out numbers, others than those measured in training (default: 4096, fewer in a small val_span)"""
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, ToMake] = None
     """where the pictures go (default: plots/ of the run)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 256
     """numbers of one micro-step, summed over all processes"""

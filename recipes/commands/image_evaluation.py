@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from trainer.command_line.bounds import Positive
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Log, Recipe
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 class Evaluate:
     """Measure a trained model: loss, top-1 and top-5 accuracy."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
     split: Literal["train", "validation", "test"] | None = None
     """default: test where the data have one, else validation"""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, Existing] = None
     """another folder of images, with the classes of the model"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
     """samples of one forward, summed over all processes"""

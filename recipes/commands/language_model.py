@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from trainer.command_line.bounds import Bound, NotNegative
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Sampling:
     """How to continue a prompt, for any language model."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
     prompt: str = ""
     temperature: Annotated[float, NotNegative] = 0.8

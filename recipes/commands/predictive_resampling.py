@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from trainer.command_line.bounds import AtLeast, NotNegative, Positive
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Log, Recipe
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class Predict:
     """Give a trained model a few pairs of one task, and compare the posterior it implies with the exact one."""
 
-    model_path: str = "checkpoints/checkpoint_final"
+    model_path: Annotated[str, Existing] = "checkpoints/checkpoint_final"
     """checkpoint folder, as given or below the latest run"""
     observed: Annotated[int, NotNegative] = 8
     """pairs given"""

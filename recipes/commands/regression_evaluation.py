@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from trainer.command_line.bounds import AtLeast, Positive
+from trainer.command_line.locations import Existing, ToMake
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -38,7 +39,7 @@ METRICS = {
 class Evaluate:
     """Compare a trained model with ridge and dMMSE: squared errors, distances and likelihoods, with standard errors."""
 
-    model_path: str = "checkpoints/checkpoint_final"
+    model_path: Annotated[str, Existing] = "checkpoints/checkpoint_final"
     """checkpoint folder, as given or below the latest run"""
     eval_sequences: Annotated[int, AtLeast(2)] = 10_000
     """fresh sequences per distribution"""
@@ -48,7 +49,7 @@ class Evaluate:
     """pairs in a sequence (default: as trained); with more, the model is tried on a longer context"""
     seed: int = EVALUATION_SEED
     """seed of the sequences"""
-    out: str | None = None
+    out: Annotated[str | None, ToMake] = None
     """JSON file for all numbers, also position by position"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -12,6 +12,7 @@ from recipes.baselines.ngrams import bigram_loss, unigram_loss
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt, perplexity
 from recipes.data.text import Text
 from trainer.command_line.bounds import NotNegative, Positive
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -20,20 +21,23 @@ if TYPE_CHECKING:
 
     from trainer.distributed.launch import Launch
 
+MOST_TOKENS = 500_000_000  # of which n-grams are counted, in memory that grows with them
+
 
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a trained model: loss, perplexity per token and per word, beside n-gram baselines on the same tokens."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    split: Literal["train", "validation", "test"] = "test"
+    split: Literal["train", "validation", "test"] | None = None
+    """default: test, or validation where there is no test text"""
     stride: Annotated[int | None, Positive] = None
     """tokens scored per window (default: all of it); smaller ones give each token more context"""
-    dataset: Literal["wikitext2", "wikitext103", "embedded"] | None = None
+    dataset: str | None = None
     """another data set than the checkpoint's"""
-    data_dir: str | None = None
-    tokenizer: str | None = None
+    data_dir: Annotated[str | None, Existing] = None
+    tokenizer: Annotated[str | None, Existing] = None
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
     """samples of one micro-step, summed over all processes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,10 +69,13 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     config = replace(config, data=replace(config.data, **changes))
     data = load_data(recipe, config, launch)
     text, length, packing = data.extra["text"], config.model.max_length, config.data.packing
-    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[flags.split]
+    split = flags.split or ("test" if data.test else "validation")
+    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
+    if dataset is None:
+        raise UserError(f"{config.data.data_dir or config.data.dataset} has no test text; give --split validation")
     if flags.stride is not None:
         try:
-            dataset = TokenBlocks(text.splits[flags.split], length, text.vocab_size, text.end_of_text, flags.stride)
+            dataset = TokenBlocks(text.splits[split], length, text.vocab_size, text.end_of_text, flags.stride)
         except ValueError as reason:
             raise UserError(f"--{reason}") from None
         packing = "blocks"
@@ -76,7 +83,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     network = load_for_evaluation(recipe, checkpoint, config, data, launch)
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     if launch.is_main:
-        log_perplexities(text, flags.split, packing, length, result["loss"], log)
+        log_perplexities(text, split, packing, length, result["loss"], log)
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
@@ -144,8 +151,10 @@ def scored_tokens(text: Text, split: str, packing: str, max_length: int) -> np.n
 
 
 def ngram_losses(text: Text, split: str, packing: str, max_length: int) -> dict[str, float]:
-    """{name: nats per token} of models that only count, on the same tokens as the network."""
+    """{name: nats per token} of models that only count, on the same tokens as the network; none where counting takes long."""
     train, tokens = np.asarray(text.splits["train"].ids), np.asarray(text.splits[split].ids)
+    if max(len(train), len(tokens)) > MOST_TOKENS:
+        return {}
     mask = scored_tokens(text, split, packing, max_length)
     return {
         "Kneser-Ney bigram": bigram_loss(train, tokens, text.vocab_size, mask),
@@ -157,10 +166,11 @@ def log_perplexities(text: Text, split: str, packing: str, max_length: int, loss
     """Print the loss of a model on a split in every unit, beside the baselines on the same tokens."""
     tokens = int(scored_tokens(text, split, packing, max_length).sum())
     words = text.splits[split].words
+    counted = f"over {words:,} words and line ends, blank lines' too, as published figures are"
     log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
     # Where rows were cut, the words of the split are more than those that were scored.
-    uncut = tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
-    per_word = f", {perplexity(loss * tokens / words):.2f} per word" if uncut else ""
+    uncut = words and tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
+    per_word = f", {perplexity(loss * tokens / words):.2f} per word ({counted})" if uncut else ""
     log(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")
     for name, nats in ngram_losses(text, split, packing, max_length).items():
         comparison = "the model is better" if nats > loss else "the model is still worse"

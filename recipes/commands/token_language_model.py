@@ -10,12 +10,13 @@ from tyro.conf import arg
 
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt
 from trainer.command_line.bounds import Positive
+from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
 if TYPE_CHECKING:
     from recipes.data.text import Text
-    from recipes.data.token_windows import Streams
+    from recipes.data.token_sets import Streams
     from trainer.distributed.launch import Launch
 
 BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count than it is worth
@@ -25,10 +26,10 @@ BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count t
 class Evaluate:
     """Measure a trained model on every token of a file of ids."""
 
-    model_path: str = "checkpoints/best_model"
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    data_path: str | None = None
-    """.ids, .bin or .npy of the same tokenizer, or `embedded` (default: the checkpoint's val_data_path)"""
+    data_path: Annotated[str | None, Existing] = None
+    """.ids, .bin or .npy of the same tokenizer, a pattern, a folder, or `embedded` (default: the checkpoint's val_data_path)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
     """windows of one micro-step, summed over all processes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -39,7 +40,7 @@ class Generate(Sampling):
     """Continue a prompt with a trained model, up to <|endoftext|>."""
 
     max_new_tokens: Annotated[int, Positive] = 256
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Existing] = None
     """a folder or tokenizer.json (default: the checkpoint's)"""
 
 
@@ -50,17 +51,19 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
     # Of `embedded` the validation part; of any other, that file alone: the training data may be elsewhere.
-    path = flags.data_path or config.data.val_data_path or "embedded"
+    paths = (flags.data_path,) if flags.data_path else config.data.val_data_path or ("embedded",)
     tokenizer = str(checkpoint.path / "tokenizer.json") if "tokenizer.json" in checkpoint.files else None
-    if path == "embedded" and tokenizer is None:
+    if paths == ("embedded",) and tokenizer is None:
         raise UserError(f"{checkpoint.path} holds no tokenizer.json to read `embedded` with; give a --data_path of its own ids")
-    config = replace(config, data=replace(config.data, train_data_path=path, val_data_path=path, tokenizer=tokenizer))
+    config = replace(config, data=replace(config.data, train_data_path=paths, val_data_path=paths, tokenizer=tokenizer))
     data = load_data(recipe, config, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     network = load_for_evaluation(recipe, checkpoint, config, data, launch)
-    result = evaluate_network(recipe, network, config, data.evaluation["val"], launch, flags.batch_size)
-    tokens = data.extra["streams"].validation.count - 1
-    log(f"{path}: {result['loss']:.4f} nats per token over {tokens:,} tokens, each once; perplexity {result['perplexity']:.2f}")
+    for name, dataset in data.evaluation.items():
+        if name != "train":
+            result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+            losses = f"{result['loss']:.4f} nats per token over {dataset.ids.count - 1:,} tokens"
+            log(f"{dataset.ids.name}: {losses}, each once; perplexity {result['perplexity']:.2f}")
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
@@ -107,7 +110,7 @@ def sample_validation(network: Any, streams: Streams) -> str:
 
     assert streams.tokenizer_json is not None
     text = Text.without_data(streams.tokenizer_json)
-    prompt = text.tokenizer().decode(streams.validation.ids()[:8].tolist())
+    prompt = text.tokenizer().decode(streams.validation.sets[0].ids()[:8].tolist())
     return sample(network, text, Generate(prompt=prompt, max_new_tokens=100)).strip()
 
 
@@ -121,4 +124,5 @@ def bigram(streams: Streams, vocab_size: int) -> tuple[str, float] | None:
     if max(streams.train.count, streams.validation.count) > BIGRAM_TOKENS:
         return None
     predicted = np.arange(streams.validation.count) > 0
-    return "Kneser-Ney bigram", bigram_loss(streams.train.ids(), streams.validation.ids(), vocab_size, predicted)
+    train, validation = (mixture.whole.ids() for mixture in (streams.train, streams.validation))
+    return "Kneser-Ney bigram", bigram_loss(train, validation, vocab_size, predicted)

@@ -1,16 +1,17 @@
-"""A cache of files by content: an entry is whole and intact, or it is written again."""
+"""A cache of files by content: an entry is whole and intact, or it is written again. What is known of a file is read once."""
 
 import hashlib
 import json
 import os
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipes.data.hub import one_line
 
-CACHE_FORMAT = "1"  # part of every cache key: raise it whenever the same input would give other files
+CACHE_FORMAT = "2"  # part of every cache key: raise it whenever the same input would give other files
 
 
 def cache_folder(chosen: str | Path | None = None) -> Path:
@@ -23,7 +24,7 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder of files and, written last, `index.json` with their hashes.
+    """A folder of files and, written last, `index.json` with their hashes, and their sizes and times.
 
     Each file replaces its predecessor atomically and its content follows from the folder's name alone, so neither a
     kill nor two processes writing at once can leave anything but a good entry or one that is written again.
@@ -32,28 +33,43 @@ class CacheEntry:
     folder: Path
 
     def read(self) -> dict[str, Any] | None:
-        """Return the facts given to `write` if the index and every file are there and intact, else None."""
+        """Return the facts given to `write` if the index and every file are there and intact, else None.
+
+        A file whose size and times are those it was left with is not read.
+        """
         try:
             index = json.loads((self.folder / "index.json").read_bytes())
             files, facts = index["files"], index["facts"]
             intact = index["facts_sha256"] == content_hash(json.dumps(facts, sort_keys=True))
-            intact &= all(_file_hash(self.folder / name) == expected for name, expected in files.items())
+            for name, (digest, *times) in files.items():
+                intact &= signature(self.folder / name) == times or file_hash(self.folder / name) == digest
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return facts if intact else None
 
-    def write(self, files: dict[str, bytes], facts: dict[str, Any] | None = None) -> None:
-        """Write `files` {name: content} and `facts` (JSON). Raises ValueError if the folder cannot be written."""
+    def temporary(self, name: str) -> Path:
+        """Where to write a large file before it is given to `write`."""
+        self._to_write(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        return self.folder / f"{name}.{secrets.token_hex(8)}.tmp"
+
+    def write(self, files: Mapping[str, bytes | Path], facts: dict[str, Any] | None = None) -> None:
+        """Write `files` {name: content, or a `temporary` file of it} and `facts` (JSON). ValueError if that is not possible."""
         facts = facts or {}
-        index = {
-            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-            "facts": facts,
-            "facts_sha256": content_hash(json.dumps(facts, sort_keys=True)),
-        }
-        try:
+        index: dict[str, Any] = {"files": {}, "facts": facts, "facts_sha256": content_hash(json.dumps(facts, sort_keys=True))}
+
+        def write_all() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name, content in {**files, "index.json": json.dumps(index).encode()}.items():
-                _write_atomically(self.folder / name, content)
+            for name, content in files.items():
+                path = self.folder / name
+                _write_atomically(path, content)
+                index["files"][name] = [file_hash(path), *signature(path)]
+            _write_atomically(self.folder / "index.json", json.dumps(index).encode())
+
+        self._to_write(write_all)
+
+    def _to_write(self, act: Callable[[], None]) -> None:
+        try:
+            act()
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise ValueError(
@@ -61,11 +77,28 @@ class CacheEntry:
             ) from error
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+def remembered(path: Path, what: str, find_out: Callable[[], dict[str, Any]], cache: Path | None = None) -> dict[str, Any]:
+    """What `find_out` says of a file, asked once for as long as the file keeps its size and times."""
+    entry = CacheEntry((cache or cache_folder()) / "files" / content_hash(what, str(path.resolve())))
+    known, found = entry.read(), signature(path)
+    if known is None or known["signature"] != found:
+        known = {"path": str(path), "signature": found, "facts": find_out()}
+        entry.write({}, known)
+    return known["facts"]
+
+
+def signature(path: Path) -> list[int]:
+    """Size and times of a file. With ctime: whoever puts mtime back cannot set that."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _write_atomically(path: Path, content: bytes | Path) -> None:
+    temporary = content if isinstance(content, Path) else path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
+        with temporary.open("rb+" if isinstance(content, Path) else "xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -73,12 +106,10 @@ def _write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 (hex) of the bytes of a file."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_hash(*parts: str) -> str:

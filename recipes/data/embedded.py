@@ -9,12 +9,15 @@ import ast
 import hashlib
 import os
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-SPLITS = ("train", "validation", "test")
+from recipes.data.cache import CacheEntry, content_hash
+from recipes.data.text_sources import SPLITS
+
 # Tests hold data rather than prose; installed packages and build settings differ from machine to machine.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 UNDERLINE = re.compile(r"\s*([^\w\s])\1{2,}\s*")  # the ===== below a heading
@@ -22,8 +25,10 @@ BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def load_embedded() -> dict[str, list[str]]:
+def load_embedded(cache: Path) -> dict[str, list[str]]:
     """Return the rows (one paragraph each, on one line) of `train`, `validation` and `test`: about 90, 5 and 5 %.
+
+    They are kept in the cache for this very build of Python: to parse its library takes seconds.
 
     A whole file or topic goes to one split, chosen by a hash of its name. A paragraph is kept the first time it occurs
     and dropped afterwards, because topics contain one another and docstrings are copied between modules: without
@@ -31,6 +36,15 @@ def load_embedded() -> dict[str, list[str]]:
 
     Raises FileNotFoundError if this Python has no standard library in source form.
     """
+    entry = CacheEntry(cache / "embedded" / content_hash(sys.version, sysconfig.get_path("stdlib")))
+    if entry.read() is None:
+        rows = _parse()
+        entry.write({split: "\n".join(rows[split]).encode("utf-8", "surrogatepass") for split in SPLITS})
+    texts = {split: (entry.folder / split).read_bytes().decode("utf-8", "surrogatepass") for split in SPLITS}
+    return {split: text.split("\n") for split, text in texts.items()}
+
+
+def _parse() -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for name, text in _documents():

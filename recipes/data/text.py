@@ -1,37 +1,48 @@
-"""From text to token ids: rows -> tokenizer -> ids, cached by content.
+"""From text to token ids: rows -> tokenizer -> ids, read once and cached.
 
-A row is one line of text: a paragraph, a heading, a story. In the stream of ids each is followed by `<|endoftext|>`.
-Errors that a user can fix are ValueError or FileNotFoundError, with one line that names the next step.
+A row is a document, or one line of a text file: a paragraph, a heading, a story. In the stream of ids each is followed by
+`<|endoftext|>`. Errors that a user can fix are ValueError or FileNotFoundError, with one line that names the next step.
 """
 
-import io
+import hashlib
 import os
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recipes.data.cache import CacheEntry, cache_folder, content_hash
-from recipes.data.embedded import SPLITS, load_embedded
-from recipes.data.hub import hub_is_reachable, one_line
+from recipes.data.encoding import Encoder
+from recipes.data.text_corpus import Corpus, find_corpus
+from recipes.data.text_sources import SPLITS
 from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-HUB_WIKITEXT = "Salesforce/wikitext"
-HUB_DATASETS = {"wikitext2": "wikitext-2-raw-v1", "wikitext103": "wikitext-103-raw-v1"}
-# Names of a complete set of local files, in the order of SPLITS.
-LOCAL_FILES = (
-    ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
-    ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
-    ("train.txt", "validation.txt", "test.txt"),
-)
-ENCODE_ROWS = 4096  # rows tokenized at a time: enough for every core, and memory stays bounded
+ENCODE_CHARACTERS = 1 << 20  # tokenized at a time, so that memory stays bounded
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
+
+    ids: np.ndarray  # uint16 or uint32 [tokens]: each row followed by end-of-text
+    row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
+    words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
+    fingerprint: str  # hex; of the ids
+    largest_id: int | None = None  # where it is known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: (file_of(v), v.dtype.name) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({k: np.memmap(v[0], v[1], "r") if isinstance(v, tuple) else v for k, v in state.items()})
 
 
 def file_of(ids: np.ndarray) -> Path:
@@ -42,29 +53,16 @@ def file_of(ids: np.ndarray) -> Path:
 
 
 @dataclass(frozen=True)
-class TokenSplit:
-    """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
-
-    ids: np.ndarray  # uint16 or uint32 [tokens]: each row followed by end-of-text
-    row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
-    words: int  # words separated by white space, and one end of line per row: what word perplexity divides by
-    fingerprint: str  # hex; of the rows and the tokenizer
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: file_of(v) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({k: _map(v) if isinstance(v, Path) else v for k, v in state.items()})
-
-
-@dataclass(frozen=True)
 class Text:
     """A tokenized data set with its tokenizer."""
 
     tokenizer_json: str
     vocab_size: int
     end_of_text: int
-    splits: dict[str, TokenSplit]  # train, validation, test
+    splits: dict[str, TokenSplit]
+    """train, validation, and test if there is one"""
+    notes: tuple[str, ...] = ()
+    """what the user should know of the text"""
 
     @classmethod
     def without_data(cls, tokenizer_json: str) -> "Text":
@@ -76,8 +74,8 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of rows and tokenizer, of all splits."""
-        return content_hash(*(self.splits[name].fingerprint for name in SPLITS))
+        """Hash of the ids of all splits, and of the tokenizer."""
+        return content_hash(self.tokenizer_json, *(f"{name} {split.fingerprint}" for name, split in self.splits.items()))
 
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer, ready to encode and decode."""
@@ -87,128 +85,111 @@ class Text:
 
 
 def prepare_text(
-    dataset: str, data_dir: str | None, tokenizer: str, vocab_size: int, cache_dir: str | Path | None = None
+    dataset: str,
+    data_dir: str | None,
+    tokenizer: str,
+    vocab_size: int,
+    cache_dir: str | Path | None = None,
+    column: str = "text",
 ) -> Text:
-    """Load rows and tokenizer and return the ids of each split, from the cache if the same rows were tokenized before.
+    """Find text and tokenizer and return the ids of each split, from the cache if the same text was tokenized before.
 
     `vocab_size` is for `tokenizer="train"` only; `Text.vocab_size` is the actual size. The cache is `cache_dir`,
-    else $SAMECURVE_CACHE, else ~/.cache/samecurve. Raises what `load_rows` and `load_tokenizer` raise.
+    else $SAMECURVE_CACHE, else ~/.cache/samecurve. Raises what `find_corpus` and `load_tokenizer` raise.
     """
     cache = cache_folder(cache_dir)
-    rows = load_rows(dataset, data_dir)
-    encoder = load_tokenizer(tokenizer, rows["train"], vocab_size, cache)
-    return Text(
-        tokenizer_json=encoder.to_str(),
-        vocab_size=vocabulary_size(encoder),
-        end_of_text=end_of_text_id(encoder),
-        splits={split: _tokenize(rows[split], encoder, cache) for split in SPLITS},
-    )
+    corpus = find_corpus(dataset, data_dir, column, cache)
+
+    def training_rows() -> Iterator[str]:
+        return (row for split, row in corpus.rows(Counter()) if split == "train" and row.strip())
+
+    encoder = load_tokenizer(tokenizer, training_rows, corpus.digest, vocab_size, cache)
+    splits, notes = _tokenize(corpus, encoder, cache)
+    return Text(encoder.to_str(), vocabulary_size(encoder), end_of_text_id(encoder), splits, (*corpus.notes, *notes))
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def load_rows(dataset: str, data_dir: str | None) -> dict[str, list[str]]:
-    """Return the rows of train, validation and test, without blank rows and trailing white space.
-
-    `data_dir`, a folder with one of the sets of files in LOCAL_FILES, wins over `dataset`: wikitext2, wikitext103 (from
-    the hub or its local cache) or embedded. Raises ValueError or FileNotFoundError; no other text is ever substituted.
-    """
-    if data_dir:
-        return _load_local_rows(Path(data_dir).expanduser())
-    if dataset == "embedded":
-        return load_embedded()
-    if dataset in HUB_DATASETS:
-        return _load_hub_rows(dataset)
-    raise ValueError(f"dataset {dataset!r} is unknown; use {', '.join(HUB_DATASETS)}, embedded, or --data_dir FOLDER")
-
-
-def _load_local_rows(folder: Path) -> dict[str, list[str]]:
-    expected = "wiki.{train,valid,test}.tokens, the same .raw, or {train,validation,test}.txt"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data_dir {folder} is not a folder; it must hold {expected}")
-    for names in LOCAL_FILES:
-        if (folder / names[0]).exists():
-            return {split: _read_rows(folder / name) for split, name in zip(SPLITS, names, strict=True)}
-    raise FileNotFoundError(f"--data_dir {folder} has no training file; it must hold {expected}")
-
-
-def _read_rows(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; put it beside the other two splits") from None
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise ValueError(f"{path} is not UTF-8 ({bad}); convert it, for example with iconv") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check what it is and its permissions") from None
-    # Not splitlines(), which also cuts at characters that occur inside a line of WikiText.
-    rows = [line.rstrip() for line in text.split("\n") if line.strip()]
-    if not rows:
-        state = "has only blank rows" if text else "is empty"
-        raise ValueError(f"{path} {state}; give a file with text, one row per line")
-    return rows
-
-
-def _load_hub_rows(dataset: str) -> dict[str, list[str]]:
-    import datasets
-
-    config_offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        # Without this a machine with no network retries for half a minute or more before it reads its own cache.
-        datasets.config.HF_HUB_OFFLINE = config_offline or not hub_is_reachable()
-        splits = datasets.load_dataset(HUB_WIKITEXT, HUB_DATASETS[dataset])
-        return {split: [row.rstrip() for row in splits[split]["text"] if row.strip()] for split in SPLITS}
-    except Exception as error:  # the library raises a dozen types; to the user all mean the same
-        raise ValueError(
-            f"cannot load --dataset {dataset} from the hub ({one_line(error)}); "
-            "give local files with --data_dir FOLDER, or use --dataset embedded, which needs no network"
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = config_offline
-
-
-# ----------------------------------------------------------------------------------------------------------------- ids
-
-
-def encode_rows(tokenizer: "Tokenizer", rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return `ids` [tokens], every row followed by end-of-text, and `row_ends` [rows], one past each end-of-text.
-
-    `ids` are uint16 if the vocabulary fits, else uint32; `row_ends` are int64. An END_OF_TEXT written out in a row
-    becomes that token too. Uses every core.
-    """
-    # Set explicitly, the library neither warns nor switches itself off when DataLoader workers are forked later.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
-    end_of_text = [end_of_text_id(tokenizer)]
-    ids: list[np.ndarray] = []
-    lengths: list[int] = []
-    for start in range(0, len(rows), ENCODE_ROWS):
-        encodings = tokenizer.encode_batch_fast(list(rows[start : start + ENCODE_ROWS]), add_special_tokens=False)
-        batch = [encoding.ids + end_of_text for encoding in encodings]
-        lengths.extend(map(len, batch))
-        ids.append(np.fromiter(chain.from_iterable(batch), dtype))
-    return np.concatenate(ids) if ids else np.empty(0, dtype), np.cumsum(lengths, dtype=np.int64)
-
-
-def _tokenize(rows: list[str], tokenizer: "Tokenizer", cache_dir: Path) -> TokenSplit:
-    """`encode_rows` through the cache."""
-    fingerprint = content_hash(tokenizer.to_str(), *rows)
-    entry = CacheEntry(cache_dir / "tokens" / fingerprint)
+def _tokenize(corpus: Corpus, tokenizer: "Tokenizer", cache: Path) -> tuple[dict[str, TokenSplit], list[str]]:
+    """The ids of every split, through the cache, and notes on the rows."""
+    tokenizer_json = tokenizer.to_str()
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+    entry = CacheEntry(cache / "tokens" / content_hash(tokenizer_json, corpus.digest))
     facts = entry.read()
     if facts is None:
-        ids, row_ends = encode_rows(tokenizer, rows)
-        facts = {"words": sum(len(row.split()) + 1 for row in rows)}
-        entry.write({"ids.npy": _npy(ids), "row_ends.npy": _npy(row_ends)}, facts)
-    return TokenSplit(_map(entry.folder / "ids.npy"), _map(entry.folder / "row_ends.npy"), facts["words"], fingerprint)
+        facts = _write_ids(corpus, Encoder(tokenizer_json, dtype.name), entry)
+    splits = {
+        name: TokenSplit(
+            np.memmap(entry.folder / f"{name}.ids", dtype, "r"),
+            np.memmap(entry.folder / f"{name}.row_ends", np.int64, "r"),
+            known["words"],
+            known["fingerprint"],
+        )
+        for name, known in facts["splits"].items()
+    }
+    return splits, [f"{name}: {count:,} rows without text passed over" for name, count in facts["without"].items()]
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+def _write_ids(corpus: Corpus, encoder: Encoder, entry: CacheEntry) -> dict[str, Any]:
+    """Tokenize all rows into files of the cache; what is to be known of them."""
+    # Set explicitly, the library neither warns nor switches itself off when DataLoader workers are forked later.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    written: dict[str, _SplitFile] = {}
+    without: Counter[str] = Counter()
+    try:
+        for split, row in corpus.rows(without):
+            if split not in written:
+                written[split] = _SplitFile(entry.temporary(f"{split}.ids"), encoder)
+            written[split].add(row)
+        for file in written.values():
+            file.finish()
+        if missing := {"train", "validation"} - {split for split, file in written.items() if file.count}:
+            raise ValueError(f"there is no text for {' and '.join(sorted(missing))}; give more, or files for each")
+        files = {f"{split}.{kind}": content for split, file in written.items() for kind, content in file.contents().items()}
+        facts = {"splits": {split: written[split].facts() for split in SPLITS if split in written}, "without": dict(without)}
+        entry.write(files, facts)
+    finally:
+        for file in written.values():
+            file.path.unlink(missing_ok=True)
+    return facts
 
 
-def _map(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+class _SplitFile:
+    """The ids of a split, written as its rows come."""
+
+    def __init__(self, path: Path, encoder: Encoder) -> None:
+        self.path, self.encoder, self.file = path, encoder, path.open("wb")
+        self.width = np.dtype(encoder.dtype).itemsize
+        self.waiting: list[str] = []
+        self.characters = self.words = self.count = 0
+        self.row_ends, self.digest = array("q"), hashlib.sha256()
+
+    def add(self, row: str) -> None:
+        """Append a row, unless it is blank."""
+        # WikiText's own count, by which published perplexities divide, has the ends of blank lines too.
+        self.words += len(row.split()) + row.rstrip("\n").count("\n") + 1
+        if row.strip():
+            self.waiting.append(row)
+            self.characters += len(row)
+        if self.characters >= ENCODE_CHARACTERS:
+            self._write()
+
+    def _write(self) -> None:
+        for ids in self.encoder(self.waiting):
+            self.count += len(ids) // self.width + 1
+            self.row_ends.append(self.count)
+            for part in (ids, self.encoder.end_of_text):
+                self.digest.update(part)
+                self.file.write(part)
+        self.waiting, self.characters = [], 0
+
+    def finish(self) -> None:
+        """Write what is left, and close the file."""
+        self._write()
+        self.file.close()
+
+    def contents(self) -> dict[str, bytes | Path]:
+        """What belongs into the cache."""
+        return {"ids": self.path, "row_ends": self.row_ends.tobytes()}
+
+    def facts(self) -> dict[str, Any]:
+        """What is to be known."""
+        return {"words": self.words, "fingerprint": self.digest.hexdigest()}

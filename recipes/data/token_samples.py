@@ -29,7 +29,7 @@ class TokenBlocks:
         self, split: TokenSplit, max_length: int, vocab_size: int, end_of_text: int, stride: int | None = None
     ) -> None:
         """ValueError if there are fewer than 2 tokens, an id is not below `vocab_size`, or the stride leaves gaps."""
-        _check_ids(split.ids, max_length, vocab_size)
+        _check_ids(split, max_length, vocab_size)
         self.stride = max_length if stride is None else stride
         if not 1 <= self.stride <= max_length:
             raise ValueError(f"stride {stride} must be from 1 to max_length {max_length}")
@@ -57,7 +57,7 @@ class TokenRows:
 
     def __init__(self, split: TokenSplit, max_length: int, vocab_size: int, end_of_text: int) -> None:
         """ValueError if a row has fewer than 2 tokens or an id is not below `vocab_size`."""
-        _check_ids(split.ids, max_length, vocab_size)
+        _check_ids(split, max_length, vocab_size)
         lengths = np.diff(split.row_ends, prepend=0)
         if lengths.min() < 2:
             row = int(lengths.argmin())
@@ -92,12 +92,13 @@ def _gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, time: int,
     }
 
 
-def _check_ids(ids: np.ndarray, max_length: int, vocab_size: int) -> None:
+def _check_ids(split: TokenSplit, max_length: int, vocab_size: int) -> None:
+    ids = split.ids
     if max_length < 1:
         raise ValueError(f"max_length {max_length} holds no token; use at least 1")
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed, one to read and one to predict")
-    if ids.max() >= vocab_size:
+    if (split.largest_id or ids.max()) >= vocab_size:
         position = int(np.argmax(ids >= vocab_size))
         raise ValueError(
             f"token id {ids[position]} at position {position} is not below vocab_size {vocab_size}; "

@@ -1,6 +1,6 @@
 """Tokenizers: GPT-2's from the hub or local files, any tokenizer.json, or byte-level BPE trained on the text at hand."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,18 @@ HUB_GPT2 = ("openai-community/gpt2", "gpt2")  # one model, two names: a machine 
 GPT2_VOCAB_SIZE = 50_257
 
 
-def load_tokenizer(tokenizer: str, rows: Sequence[str], vocab_size: int, cache_dir: Path) -> "Tokenizer":
+def load_tokenizer(
+    tokenizer: str, rows: Callable[[], Iterable[str]], digest: str, vocab_size: int, cache_dir: Path
+) -> "Tokenizer":
     """Return the tokenizer that `tokenizer` names (see `existing_tokenizer`), or for "train" one trained on `rows`.
 
-    A trained one is kept in the cache. Raises ValueError or FileNotFoundError.
+    A trained one is kept in the cache, under the `digest` of the rows. Raises ValueError or FileNotFoundError.
     """
     if tokenizer != "train":
         return existing_tokenizer(tokenizer)
-    entry = CacheEntry(cache_dir / "tokenizers" / content_hash("train", str(vocab_size), *rows))
+    entry = CacheEntry(cache_dir / "tokenizers" / content_hash("train", str(vocab_size), digest))
     if entry.read() is None:
-        entry.write({"tokenizer.json": train_tokenizer(rows, vocab_size).to_str().encode()})
+        entry.write({"tokenizer.json": train_tokenizer(rows(), vocab_size).to_str().encode()})
     return _tokenizer_from_file(entry.folder / "tokenizer.json")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from trainer.command_line.bounds import NotNegative, Positive
+from trainer.command_line.locations import Existing, ToMake
 from trainer.recipe import Log, Recipe
 from trainer.reporting.plot import new_figure, save_figure
 
@@ -35,12 +36,12 @@ class Compare:
 
     preset: str = "compare"
     """of `train`, for every run"""
-    config: str | None = None
+    config: Annotated[str | None, Existing] = None
     """a YAML file in place of the preset"""
     seeds: Annotated[int, Positive] = 3
     """runs of each variant"""
     first_seed: Annotated[int, NotNegative] = 42
-    output_dir: str = "runs/vit_relpos_comparison"
+    output_dir: Annotated[str, ToMake] = "runs/vit_relpos_comparison"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -21,6 +21,7 @@ from recipes.experiments import job_queue
 from recipes.experiments.job_queue import Job
 from recipes.experiments.sweep_models import RECIPE_FILE, SweepModel, read_results
 from trainer.command_line import config as configuration
+from trainer.command_line.locations import Existing, ToMake
 from trainer.errors import CHECKPOINT, UserError
 from trainer.recipe import Log, Recipe
 from trainer.reporting.run_directory import write_text_atomic
@@ -56,7 +57,7 @@ class Sweep:
     """peak learning rate of the one cycle"""
     checkpoints: int | None = None
     """checkpoints of each run"""
-    config: str | None = None
+    config: Annotated[str | None, Existing] = None
     """a YAML file with further flags of `train`, for every model"""
     preset: str | None = None
     """`quick`: a small experiment for two CPU cores"""
@@ -68,9 +69,9 @@ class Sweep:
     """train all models of a task size as one network, in one process"""
     job: int | None = None
     """train only the model of this number, from 0 (default: $SLURM_ARRAY_TASK_ID in a Slurm array; otherwise all)"""
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, ToMake] = None
     """where the run directories go (default: runs/pfn_raventos/sweep-SETTINGS)"""
-    out: str = "plots/raventos_experiment.png"
+    out: Annotated[str, ToMake] = "plots/raventos_experiment.png"
     """file of the plot: .png, .pdf or .svg"""
 
 
@@ -78,9 +79,9 @@ class Sweep:
 class Plot:
     """Plot the results of a sweep again, without training."""
 
-    results: str
+    results: Annotated[str, Existing]
     """results.jsonl of a sweep, or a folder with run directories (of a Slurm array)"""
-    out: str = "plots/raventos_experiment.png"
+    out: Annotated[str, ToMake] = "plots/raventos_experiment.png"
     """file of the plot: .png, .pdf or .svg"""
 
 

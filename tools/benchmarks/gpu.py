@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_pieces.results import TITLES, Result, ResultFile, reason, table
+from trainer.command_line.locations import argument_path
 
 ROOT = Path(__file__).parents[2]
 MODULES = {
@@ -59,13 +60,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="results (default: runs/benchmark_gpu.json, or ..._rehearsal.json)")
+    parser.add_argument("--json", type=argument_path, help="results (default: runs/benchmark_gpu.json, or ..._rehearsal.json)")
     parser.add_argument("--only", nargs="+", choices=TITLES, metavar="PIECE", help="measure these again, nothing else (a to j)")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop before this; the same command goes on")
     parser.add_argument("--rehearse", action="store_true", help="every piece small, on a CPU")
     parser.add_argument("--piece", nargs="+", choices=TITLES, help=argparse.SUPPRESS)  # what a process of ours does
     parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # until it is ended
-    parser.add_argument("--launched", type=Path, help=argparse.SUPPRESS)  # what a process of piece (h) does
+    parser.add_argument("--launched", type=argument_path, help=argparse.SUPPRESS)  # what a process of piece (h) does
     parser.add_argument("--precisions", nargs="+", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     name = "benchmark_gpu_rehearsal.json" if flags.rehearse else "benchmark_gpu.json"

@@ -1,5 +1,8 @@
 """Tokens per second of the language model's loader on one core, beside batches drawn slice by slice; one interleaved run.
 
+Then what a set costs that is known (a sparse file with a .json beside it): seconds and bytes read until its first batch, and
+memory of drawing from 10^11 ids; and what the order of a finite set costs, beside numpy's permutation.
+
 The comparison is what many small training scripts do: map the file again for each batch (else its pages pile up in the
 process), draw starts with torch, and stack inputs and labels from a slice each, widened to int64. Its memory grows with what
 it has shown if the map is kept; that is measured too. Seconds are CPU time, so that other work on the machine counts
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -19,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipes.data.token_windows import RandomWindows, TokenFile
+from recipes.data.token_sets import Mixture, find_files, open_streams
+from recipes.data.token_windows import RandomWindows
 from trainer.command_line.sections import Run
 from trainer.data import loader, stream
 
@@ -41,12 +46,57 @@ def main(arguments: list[str]) -> None:
             for start in range(0, options.tokens, 10_000_000):
                 random.integers(0, 10_000, min(10_000_000, options.tokens - start), dtype=np.uint16).tofile(file)
         measure(path, options)
+        measure_known(Path(folder, "sparse.ids"), options)
+    measure_order()
+
+
+def measure_known(path: Path, options: argparse.Namespace) -> None:
+    """Start and memory with files of 20 and 200 GB that are holes."""
+    for gigabytes in (20, 200):
+        with path.open("wb") as file:
+            file.truncate(gigabytes * 10**9)
+        facts = {"dtype": "uint16", "count": gigabytes * 10**9 // 2, "digest": "0" * 64, "largest_id": 9999}
+        path.with_name(f"{path.name}.json").write_text(json.dumps(facts))
+        started, before, read = time.process_time(), resident_mb(), bytes_read()
+        streams = open_streams([(str(path), 1.0)], [(str(path), 1.0)], None, 10_000, options.context_length)
+        seconds, read = time.process_time() - started, bytes_read() - read
+        windows = RandomWindows(streams.train, options.context_length, seed=0)
+        for start in range(0, 100 * options.batch_size, options.batch_size):
+            windows.__getitems__(list(range(start, start + options.batch_size)))
+        print(
+            f"a known file of {gigabytes} GB: open and checked in {seconds * 1000:.1f} ms CPU, {read:,} bytes read; "
+            f"{resident_mb() - before:.1f} MB more memory after 100 batches"
+        )
+
+
+def resident_mb() -> float:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+def bytes_read() -> int:
+    """By this process so far, from files or their cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def measure_order() -> None:
+    """Nanoseconds an item, in the blocks that training reads."""
+    for length in (10**7, 10**12):
+        started = time.process_time()
+        for start in range(0, 200 * stream.BLOCK, stream.BLOCK):
+            stream.sample_numbers(np.arange(start, start + stream.BLOCK), 0, length)
+        nanoseconds = (time.process_time() - started) / 200 / stream.BLOCK * 1e9
+        print(f"order of {length:,} items: {nanoseconds:.0f} ns an item, no memory")
+    started = time.process_time()
+    permutation = np.random.RandomState(0).permutation(10**7)
+    seconds = time.process_time() - started
+    print(f"numpy's permutation of 10,000,000: {seconds * 100:.0f} ns an item, {permutation.nbytes / 1e6:.0f} MB")
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
     """Each way in turn, round after round, so that a slow minute of the machine affects them all."""
     size, length = options.batch_size, options.context_length
-    windows = RandomWindows(TokenFile.open(path, 10_000), length, seed=0)
+    windows = RandomWindows(Mixture((find_files(str(path), 10_000),), (1.0,)), length, seed=0)
     mapped = np.memmap(path, np.uint16, "r")
     numbers = (list(range(start, start + size)) for start in itertools.count(step=size))
     order = stream.TrainingOrder(size, 0, 1, 0, None, 0)

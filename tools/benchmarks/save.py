@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 
 from fault_injector import environment, free_port
 
+from trainer.command_line.locations import argument_path
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--megabytes", type=int, default=1536, help="MiB of fp32 weights and two moments, over all processes")
     parser.add_argument("--writers", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--rounds", type=int, default=4, help="the first takes the memory")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
+    parser.add_argument("--folder", type=argument_path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
     flags = parser.parse_args(arguments)
     if "RANK" in os.environ:
         measure(flags.megabytes, flags.rounds, flags.folder)

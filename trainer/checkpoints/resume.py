@@ -22,6 +22,7 @@ from trainer.checkpoints.checkpoint import CONFIG, STATE, Checkpoint
 from trainer.checkpoints.verification import Verify
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
+from trainer.command_line.locations import locations, with_absolute_paths
 from trainer.command_line.sections import PER_LAUNCH, Run
 from trainer.distributed.launch import Launch
 from trainer.distributed.stopping import StopReason, finished_reason
@@ -102,7 +103,7 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
 
 def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None], verify: Verify) -> LaunchPlan:
     """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
-    parsed = dataclasses.replace(parsed, config=configuration.with_absolute_paths(parsed.config, recipe.paths))
+    parsed = dataclasses.replace(parsed, config=with_absolute_paths(parsed.config))
     run = parsed.config.run
     path = default_directory(recipe, parsed)
     before = _earlier_value(path, "checkpoint_dir")
@@ -244,7 +245,7 @@ def _merge(
         raise UserError(f"{saved.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
     original = _config_of(recipe, saved)
     typed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
-    config = configuration.with_absolute_paths(typed, recipe.paths)
+    config = with_absolute_paths(typed)
     own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 
@@ -254,11 +255,13 @@ def _merge(
     way_out = "train it under another --run_name, or take the weights only: --init_from"
     others = configuration.changed(config, original, ("model", "data"))
     accepted = (
-        configuration.changed(config, original, ("data",)) if parsed.config.run.data_changed == "accept" else recipe.paths
+        configuration.changed(config, original, ("data",))
+        if parsed.config.run.data_changed == "accept"
+        else locations(type(config.data))  # where the data are, not what: the fingerprint says whether it is the same
     )
     for name in accepted:
         if name in others:
-            log("{}: {} -> {}".format(name, *others.pop(name)))
+            log("{}: {} -> {}".format(name, *map(configuration.spelled, others.pop(name))))
     if others:
         each = "; ".join(f"{name}: {saved.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
         raise UserError(f"{each}; {way_out} {saved.path}")

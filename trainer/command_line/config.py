@@ -23,15 +23,13 @@ import yaml
 
 from trainer.command_line.bounds import bounded_fields
 from trainer.command_line.flags import arguments, cli, flag_names, nearest, peek, read_yaml, typed
+from trainer.command_line.locations import with_homes
 from trainer.command_line.secrets import redact_text
 from trainer.command_line.webhook import Webhook, find_webhook
 from trainer.errors import UserError
 from trainer.fields import problem_of
 
 _FOLDERS = ("output_dir", "run_name", "checkpoint_dir")
-
-PLACES = ("output_dir", "checkpoint_dir")
-"""flags of paths that need not exist yet"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def parse(
     if config_file == "":
         raise UserError("--config is empty; give a YAML file, or leave it out")
     leading = _preset(config_class, presets, argv)
-    from_file = arguments(read_yaml(Path(config_file), config_class)) if config_file else []
+    from_file = arguments(read_yaml(Path(config_file).expanduser(), config_class)) if config_file else []
     description = f"{inspect.getdoc(config_class) or ''}\nPresets: {', '.join(presets) or 'none'}.{description}"
     by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
     given = frozenset().union(*by_source)
@@ -99,7 +97,9 @@ def parse(
         ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"
         raise UserError(f"max_steps {steps} and max_epochs {epochs:g} were given together; add {ways_out}")
     webhook = find_webhook(config.run.alert_webhook, {} if "alert_webhook" in given else os.environ)
-    base, config = (dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None)) for c in (base, config))
+    base, config = (
+        with_homes(dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None))) for c in (base, config)
+    )
     check(config)
     unresolved = config
     if hasattr(config, "resolved"):
@@ -127,7 +127,7 @@ def _epochs_win(config: Any, by_source: Sequence[frozenset[str]]) -> Any:
 def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
     """Read the command line of a sub-command: one flat dataclass."""
     leading = _preset(config_class, presets, argv) if presets else []
-    flags = cli(config_class, [*leading, *argv], prog, None, inspect.getdoc(config_class) or "")
+    flags = with_homes(cli(config_class, [*leading, *argv], prog, None, inspect.getdoc(config_class) or ""))
     check(flags)
     return flags
 
@@ -182,25 +182,6 @@ def _check_folder(name: str, value: str) -> None:
         raise UserError(f"run_name {value!r} is the last part of a path alone, without /; give a whole path as --output_dir")
 
 
-def with_absolute_paths(config: Any, data_paths: Sequence[str]) -> Any:
-    """`config` for any working directory: paths made absolute, where they are not names of something else.
-
-    No shell reads a YAML file, so its `~` is replaced here.
-    """
-
-    def absolute(section: Any, names: Sequence[str]) -> Any:
-        paths = {name: os.path.expanduser(getattr(section, name)) for name in names if getattr(section, name, None)}
-        there = {name: os.path.abspath(p) for name, p in paths.items() if name in PLACES or os.path.exists(p)}
-        return dataclasses.replace(section, **there)
-
-    return dataclasses.replace(
-        config,
-        data=absolute(config.data, data_paths),
-        optimisation=absolute(config.optimisation, ("init_from",)),
-        run=absolute(config.run, (*PLACES, "resume_from")),
-    )
-
-
 def to_yaml(config: Any) -> str:
     """The whole config as YAML, in sections, a config file in its turn; `from_mapping(yaml)` gives it back.
 
@@ -236,12 +217,18 @@ def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) ->
     return config_class(**sections)
 
 
+def spelled(value: Any) -> str:
+    """A value as the command line has it, where it is text, or several."""
+    texts = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return " ".join(value) if texts else str(value)
+
+
 def run_name(parsed: Parsed) -> str:
     """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
     run = parsed.config.run
     parts = [Path(run.config).stem if run.config else run.preset or "default"]
     for name, (_, value) in changed(parsed.unresolved, parsed.without_flags, ("model", "data", "optimisation")).items():
-        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = f"{value:g}" if isinstance(value, float) else spelled(value)
         safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
         # Two paths may read the same once made safe; a short hash keeps their runs apart.
         parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")

@@ -137,7 +137,9 @@ def _kinds(config_class: Any) -> dict[str, tuple[str, bool]]:
         may_be_null = type(None) in typing.get_args(hint)
         if may_be_null and len(inner) == 1:
             hint = inner[0]
-        kind = "true or false" if hint is bool else "a list" if typing.get_origin(hint) is tuple else "one value"
+        kind = "true or false" if hint is bool else "one value"
+        if typing.get_origin(hint) is tuple:
+            kind = "one value or a list" if typing.get_args(hint)[-1] is ... else "a list"
         kind = _OF_A_SWITCH if hint == Switch else kind
         kinds[name] = (kind, may_be_null)
     return kinds
@@ -204,7 +206,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
                 raise UserError(f"{shown}: unknown key {without_urls(str(name))!r}{where}{near}")
             if canonical in flat:
                 raise UserError(f"{shown}: {canonical} is given twice; keep one")
-            if isinstance(leaf, dict):
+            if isinstance(leaf, dict) and _weighted(leaf) is leaf:
                 raise UserError(f"{shown}: {name} takes a value, not a section; sections are {', '.join(sections)}")
             if canonical in ("preset", "config") and leaf is not None:
                 raise UserError(f"{shown}: {canonical} cannot be given in a file; type --{canonical}")
@@ -212,8 +214,15 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
     return flat
 
 
+def _weighted(part: Any) -> Any:
+    """`{path: PATH, weight: WEIGHT}` as the command line spells it; anything else as it is."""
+    return f"{part['path']}={part['weight']}" if isinstance(part, dict) and part.keys() == {"path", "weight"} else part
+
+
 def _checked(leaf: Any, wanted: str, may_be_null: bool, shown: str) -> Any:
     """A value of a YAML file, of the kind that its field takes; UserError, which begins with `shown`, for any other."""
+    if wanted == "one value or a list":
+        leaf, wanted = [_weighted(part) for part in (leaf if isinstance(leaf, list) else [leaf])], "a list"
     parts = leaf if isinstance(leaf, list) else [leaf]
     if any(part is NOTHING for part in parts):
         raise UserError(f"{shown} has no value; write one, or remove the line")

@@ -7,6 +7,7 @@ from tyro.conf import arg
 
 from trainer.command_line.bounds import Fraction, NotNegative, Positive
 from trainer.command_line.flags import Switch
+from trainer.command_line.locations import Existing, ToMake
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Optimisation:
     eps: Annotated[float, Positive] = 1e-8
     grad_clip: Annotated[float, NotNegative] = 1.0
     """largest global gradient norm (0: no clipping)"""
-    init_from: str | None = None
+    init_from: Annotated[str | None, Existing] = None
     """take the initial weights (only these) from this checkpoint folder or pretrained name"""
 
     @property
@@ -51,13 +52,13 @@ class Optimisation:
 class Run:
     """What decides where and how the run happens, but not its mathematics."""
 
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, ToMake] = None
     """run directory (default: runs/RECIPE/NAME)"""
     run_name: str | None = None
     """last part of the run directory (default: from the preset or YAML file and the flags that change weights)"""
     preset: str | None = None
     """a named set of values of this recipe"""
-    config: str | None = None
+    config: Annotated[str | None, Existing] = None
     """a YAML file of values, flat or in sections"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -102,11 +103,11 @@ class Run:
     """training stands still until a checkpoint is written, not only while the state is copied"""
     keep_last: Annotated[int, NotNegative] = 3
     """step checkpoints to keep (0: all); those of new bests alone do not count, and what a link points to always stays"""
-    checkpoint_dir: str | None = None
+    checkpoint_dir: Annotated[str | None, ToMake] = None
     """where the checkpoints go (default: checkpoints/ in the run directory)"""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the run in this run directory, if it holds one"""
-    resume_from: str | None = None
+    resume_from: Annotated[str | None, Existing] = None
     """start from this checkpoint, or roll this run back to it"""
     data_changed: Literal["refuse", "accept"] = "refuse"
     """accept: this launch resumes with other data than the run was trained on so far"""

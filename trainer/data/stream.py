@@ -7,7 +7,7 @@ processes, workers or evaluations can change it.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,18 +16,53 @@ import numpy as np
 from trainer.data.seeding import hash32
 from trainer.errors import UserError
 
-
-@functools.lru_cache(maxsize=2)  # a batch may run through the border of two epochs
-def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of a finite set in one epoch. RandomState, because its streams are frozen across numpy versions."""
-    return np.random.RandomState(hash32("order", seed, epoch)).permutation(length)
+BLOCK = 1024  # positions whose sample numbers are computed at once: fewer cost more each, many would hold up a step
+ROUNDS = 4  # after which no pair of places is likelier than another, in sets of five items too
 
 
-def sample_numbers(positions: range, seed: int, length: int | None) -> list[int]:
-    """Sample numbers at stream positions. Finite set: epoch * length + shuffled item, each item once per epoch."""
+def shuffled(places: np.ndarray, keys: np.ndarray, length: int) -> np.ndarray:
+    """The item at each place, int64 [places], of a set of `length` items in the order of a key, uint64 [places].
+
+    For each key a bijection of 0 .. length - 1, computed where it is wanted: an order kept as an array takes 8 bytes an item
+    in every process. An item is a cell of the smallest table of about sqrt(length) rows that has room for all. A Feistel
+    network moves its row by a hash of its column and its column by one of its row; what leaves the set is moved on until it
+    is back (Black & Rogaway 2002, "Ciphers with arbitrary finite domains": generalised Feistel, cycle walking).
+    """
+    rows = np.uint64(math.isqrt(length - 1) + 1)
+    columns = np.uint64(-(-length // int(rows)))
+    items = places.astype(np.uint64)
+    outside = np.arange(len(items))
+    while len(outside):
+        (row, column), key = np.divmod(items[outside], columns), keys[outside]
+        for _ in range(ROUNDS):
+            key = _mix(key + GOLDEN)
+            row = (row + _mix(key ^ column)) % rows
+            key = _mix(key + GOLDEN)
+            column = (column + _mix(key ^ row)) % columns
+        items[outside] = row * columns + column
+        outside = outside[items[outside] >= length]
+    return items.astype(np.int64)
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014, figure 17), on uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int | None) -> np.ndarray:
+    """Sample numbers at ascending stream positions, int64. Finite set: epoch * length + shuffled item, each once per epoch."""
+    positions = np.asarray(positions, dtype=np.int64)
     if length is None:
-        return list(positions)
-    return [p - p % length + int(permutation(seed, p // length, length)[p % length]) for p in positions]
+        return positions
+    epochs, places = np.divmod(positions, length)
+    first, last = int(epochs[0]), int(epochs[-1])
+    keys = np.array([hash32("order", seed, epoch) for epoch in range(first, last + 1)], dtype=np.uint64)
+    return epochs * length + shuffled(places, keys[epochs - first], length)
 
 
 def share(batch_size: int, processes: int) -> int:
@@ -49,10 +84,12 @@ class TrainingOrder:
         self.seed, self.length, self.first_micro_batch = seed, length, first_micro_batch
 
     def __iter__(self) -> Iterator[list[int]]:
+        count = max(1, BLOCK // self.part)  # micro-batches at a time
+        own = (np.arange(count)[:, None] * self.batch_size + np.arange(self.part)).ravel()
         start = self.first_micro_batch * self.batch_size + self.rank * self.part
         while True:
-            yield sample_numbers(range(start, start + self.part), self.seed, self.length)
-            start += self.batch_size
+            yield from sample_numbers(start + own, self.seed, self.length).reshape(count, self.part).tolist()
+            start += count * self.batch_size
 
 
 class EvaluationOrder:
@@ -63,17 +100,24 @@ class EvaluationOrder:
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, processes: int) -> None:
-        part = max(1, batch_size // processes)
-        starts = range(0, length, part * processes)
-        own = [range(min(s + rank * part, length), min(s + (rank + 1) * part, length)) for s in starts]
-        self.counts = [len(numbers) for numbers in own]
-        self._batches = [list(numbers) or [0] for numbers in own]
+        self.length, self.rank, self.part = length, rank, max(1, batch_size // processes)
+        self.starts = range(0, length, self.part * processes)
+
+    def _own(self) -> Iterator[range]:
+        for start in self.starts:
+            first = start + self.rank * self.part
+            yield range(min(first, self.length), min(first + self.part, self.length))
+
+    @property
+    def counts(self) -> Iterator[int]:
+        """Samples of its own in each batch."""
+        return map(len, self._own())
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+        return (list(numbers) or [0] for numbers in self._own())
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.starts)
 
 
 def length_of(dataset: Any) -> int | None:

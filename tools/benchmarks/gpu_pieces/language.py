@@ -61,7 +61,7 @@ def tinystories(place: Place, **values: Any) -> tuple[TinyStoriesLM, Any]:
         random_ids(ids, place.size(20_000_000, 5000), vocab_size)
     recipe = TinyStoriesLM()
     small = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "context_length": 12, "batch_size": 4}
-    settings = place.size({}, small) | {"train_data_path": str(ids), "val_data_path": str(ids), "vocab_size": vocab_size}
+    settings = place.size({}, small) | {"train_data_path": (str(ids),), "val_data_path": (str(ids),), "vocab_size": vocab_size}
     return recipe, configured(recipe, **({"compile": "yes"} | settings | values))
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 import random
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipes.data import corpus
-from recipes.data.corpus import Part, Source, Unit, find_sources, hold_out, units
+from recipes.data import text_files
+from recipes.data.documents import PIECE, Part, Unit, hold_out, piece_size, units
+from recipes.data.text_sources import Source, find_sources, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
 
@@ -49,7 +55,7 @@ def test_a_text_file_is_its_documents_and_nothing_of_them_is_lost(tmp_path: Path
 
 @pytest.mark.parametrize("block", [1, 7, 64, 100_000])
 def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 40)
+    monkeypatch.setattr("recipes.data.documents.PIECE", 40)
     rng = random.Random(0)
     words = ["a", "river", "stone.\n", "\n\n", "quietly", "é", "🙂", "<|endof", "lighthouses", "  "]
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(60)]
@@ -58,12 +64,12 @@ def test_documents_do_not_depend_on_how_the_file_is_read(block: int, tmp_path: P
     assert documents(expected) == [text for text in texts if text.strip()]
     assert max(len(unit.text) for unit in expected) <= 80
     assert len(expected) > 2 * len(texts)
-    monkeypatch.setattr(corpus, "READ_BYTES", block)
+    monkeypatch.setattr(text_files, "READ_BYTES", block)
     assert documents(list(units(find_sources([str(tmp_path / "a.txt")])))) == documents(expected)
 
 
 def test_long_documents_are_cut_before_white_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 20)
+    monkeypatch.setattr("recipes.data.documents.PIECE", 20)
     pieces = read(tmp_path / "a.txt", "twelve words\n\n  or more " * 20)
     assert documents(pieces) == ["twelve words\n\n  or more " * 20]
     for before, after in itertools.pairwise(pieces):
@@ -72,19 +78,114 @@ def test_long_documents_are_cut_before_white_space(tmp_path: Path, monkeypatch: 
     assert documents(read(tmp_path / "b.txt", "日" * 500)) == ["日" * 500]  # no white space at all
 
 
-def test_rows_of_jsonl_and_parquet_are_documents(tmp_path: Path) -> None:
+ROWS = ["One.\nTwo.", "  ", "Dreï", "x" * 50_000]
+KEPT = [ROWS[0], ROWS[2], ROWS[3]]
+
+
+def compressed(content: bytes, ending: str) -> bytes:
+    if ending == ".zst":
+        import pyarrow
+
+        return pyarrow.compress(content, "zstd", asbytes=True)
+    ways: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".BZ2": bz2.compress, ".xz": lzma.compress, "": bytes}
+    return ways[ending](content)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".xz", ".BZ2"])
+def test_every_kind_of_file_has_the_same_documents_compressed_or_not(ending: str, tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow.parquet import write_table
 
-    rows = ["One.\nTwo.", "  ", "Dreï", "x" * 50_000]
-    lines = [json.dumps({"id": 1, "text": row}) for row in rows]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:2], "", *lines[2:], json.dumps("bare")]))
-    write_table(pa.table({"story": rows, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet", row_group_size=2)
-    kept = [rows[0], rows[2], rows[3]]
-    assert documents(list(units([Source(str(tmp_path / "a.jsonl"))]))) == [*kept, "bare"]
-    progress: list[int] = []
-    assert documents(list(units([Source(str(tmp_path / "a.parquet"))], "story", progress.append))) == kept
-    assert sum(progress) == (tmp_path / "a.parquet").stat().st_size
+    lines = [json.dumps({"id": 1, "text": row}) for row in ROWS]
+    write_table(pa.table({"text": ROWS, "n": [1, 2, 3, 4]}), tmp_path / "table", row_group_size=2)
+    contents = {
+        "a.txt": END_OF_TEXT.join(ROWS).encode(),
+        "a.JSONL": "\n".join([*lines[:2], "", *lines[2:]]).encode(),
+        "a.parquet": (tmp_path / "table").read_bytes(),
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"{name}{ending}"
+        path.write_bytes(compressed(content, ending))
+        progress: list[int] = []
+        assert documents(list(units(find_sources([str(path)]), read=progress.append))) == KEPT, name
+        assert sum(progress) <= path.stat().st_size
+        if ending and "parquet" not in name:
+            path.write_bytes(compressed((content + b"\n") * 50, ending)[:-9])
+            with pytest.raises(ValueError, match=r"is damaged or cut off|cannot be read|is not JSON") as error:
+                list(units([Source(str(path))]))
+            assert str(path) in one_line(error)
+
+
+def test_a_saved_data_set_is_read_by_its_splits(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"text": ROWS, "n": [1, 2, 3, 4]})
+    DatasetDict({"train": rows, "dev": rows.select([0])}).save_to_disk(str(tmp_path / "several"))
+    rows.save_to_disk(str(tmp_path / "one"))
+    assert documents(list(units(find_sources([str(tmp_path / "several")])))) == KEPT
+    assert documents(list(units(find_sources([str(tmp_path / "one")])))) == KEPT
+    splits, notes = find_splits(str(tmp_path / "several"))
+    assert {name: [source.split for source in sources] for name, sources in splits.items()} == {
+        "train": ["train"],
+        "validation": ["dev"],
+    }
+    assert notes == []
+    with pytest.raises(ValueError, match=r"without a test split \(it has train, dev\)"):
+        find_sources([str(tmp_path / "several")], "test")
+
+
+def test_rows_without_text_are_counted_and_a_file_without_any_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": null}\n{"other": 3}\n')
+    write_table(pa.table({"text": ["One.", None]}), tmp_path / "a.parquet")
+    without: Counter[str] = Counter()
+    found = list(units(find_sources([str(tmp_path / "a.*")]), without=without))
+    assert documents(found) == ["One.", "One."]
+    assert without == {str(tmp_path / "a.jsonl"): 2, str(tmp_path / "a.parquet"): 1}
+    for name, content, problem in (
+        (
+            "b.jsonl",
+            '{"story": "One.", "n": 1}',
+            r"b\.jsonl has no text in 'text' \(it has story, n\); give its name with --column",
+        ),
+        ("c.jsonl", '{"text": ["One."]}', r"c\.jsonl, line 1: column 'text' holds .*, not text"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=problem) as error:
+            list(units([Source(str(tmp_path / name))]))
+        one_line(error)
+
+
+def test_names_tell_the_splits(tmp_path: Path) -> None:
+    for name, split in (
+        ("wiki.train.tokens", "train"),
+        ("TinyStoriesV2-GPT4-valid.txt", "validation"),
+        ("train-00000-of-00002.parquet", "train"),
+        ("DEV.jsonl.GZ", "validation"),
+        ("my_val.txt", "validation"),
+        ("train_evaluation", "train"),
+        ("latest.txt", None),
+        ("contest.txt", None),
+    ):
+        assert split_named(name) == split, name
+    for name in (
+        "train/a.txt",
+        "train/b.jsonl",
+        "validation/c.txt",
+        "test.txt.gz",
+        "README.txt",
+        ".hidden/train.txt",
+        "notes.pdf",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    splits, notes = find_splits(str(tmp_path))
+    names = {split: [str(Path(s.name).relative_to(tmp_path)) for s in sources] for split, sources in splits.items()}
+    assert names == {"train": ["train/a.txt", "train/b.jsonl"], "validation": ["validation/c.txt"], "test": ["test.txt.gz"]}
+    assert notes == [f"{tmp_path}: left out 1 whose names tell no split: README.txt"]
+    assert find_splits(str(tmp_path / "validation" / "*.txt"))[0].keys() == {"train"}  # given as the whole text
 
 
 def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +197,11 @@ def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append((names, options))
         return [{"text": "One."}, {"text": "Two."}]
 
-    monkeypatch.setattr(corpus, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(text_files, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert documents(list(units([Source("owner/stories:small", "validation")]))) == ["One.", "Two."]
     assert calls == [(("owner/stories", "small"), {"split": "validation", "streaming": True})]
-    with pytest.raises(ValueError, match="no text in 'story', but text; give its name with --column") as error:
+    with pytest.raises(ValueError, match=r"no text in 'story' \(it has text\); give its name with --column") as error:
         list(units([Source("owner/stories", "train")], "story"))
     one_line(error)
 
@@ -114,18 +215,19 @@ def test_patterns_and_names(tmp_path: Path) -> None:
         Source("owner/stories", "validation"),
         Source("owner/stories:small", "validation"),
     ]
+    (tmp_path / "empty").mkdir()
     for name, problem in (
         ("data/missing.txt", "does not exist"),
         ("missing", "does not exist"),
         ("*.nothing", "does not exist"),
-        (str(tmp_path), "is a folder"),
+        (str(tmp_path / "empty"), "holds no text"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=problem) as error:
             find_sources([name])
         assert name in one_line(error)
     (tmp_path / "data[1].txt").write_text("text")
     assert find_sources([str(tmp_path / "data[1].txt")]) == [Source(str(tmp_path / "data[1].txt"))]
-    for name in ("a.json", "a.txt.gz", "a.CSV"):
+    for name in ("a.json", "a.csv.gz", "a.CSV"):
         (tmp_path / name).write_text("text")
         with pytest.raises(ValueError, match="is no text file"):
             find_sources([str(tmp_path / name)])
@@ -134,17 +236,12 @@ def test_patterns_and_names(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "READ_BYTES", 64)
-    monkeypatch.setattr(corpus, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(text_files, "READ_BYTES", 64)
+    monkeypatch.setattr(text_files, "hub_is_reachable", lambda: False)
     for name, content, problem in (
         ("a.txt", b"good \xc3\xa9 " * 30 + b"caf\xe9 and on", "byte 0xe9 at offset 243"),
         ("b.txt", b"cut off \xc3", "byte 0xc3 at offset 8"),
         ("a.jsonl", b'{"text": "good"}\n{"text": ', "line 2 is not JSON"),
-        (
-            "b.jsonl",
-            b'{"story": "good", "n": 1}\n',
-            "line 1 has no text in 'text' (it has story, n); give its name with --column",
-        ),
         ("c.jsonl", b'{"text": "\\ud800"}\n', "line 1 holds half a surrogate pair"),
         ("a.parquet", b"no parquet", "not a readable parquet file"),
     ):
@@ -152,7 +249,7 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch
         with pytest.raises(ValueError, match=re.escape(problem)) as error:
             list(units([Source(str(tmp_path / name))]))
         assert name in one_line(error)
-    with pytest.raises(ValueError, match=r"owner/stories is no file here, and cannot be read from the hub") as error:
+    with pytest.raises(ValueError, match=r"owner/stories cannot be read .the hub does not answer.") as error:
         list(units([Source("owner/stories", "train")]))
     one_line(error)
 
@@ -171,10 +268,10 @@ def test_held_out_units_are_the_requested_share_and_never_the_first() -> None:
 
 
 def test_of_a_short_text_too_many_places_are_held_out(tmp_path: Path) -> None:
-    assert corpus.piece_size(10**9, 0.01) == corpus.piece_size(None, 0.01) == corpus.piece_size(10**5, 0.0) == corpus.PIECE
+    assert piece_size(10**9, 0.01) == piece_size(None, 0.01) == piece_size(10**5, 0.0) == PIECE
     text = "To be, or not to be, that is the question:\n" * 20_000
     (tmp_path / "play.txt").write_text(text)
-    stream = units(find_sources([str(tmp_path / "play.txt")]), piece=corpus.piece_size(len(text), 0.05))
+    stream = units(find_sources([str(tmp_path / "play.txt")]), piece=piece_size(len(text), 0.05))
     parts = list(hold_out(stream, 0.05))
     assert "".join(part.text for part in parts) == text
     assert sum(part.held_out for part in parts) >= 30

@@ -1,0 +1,176 @@
+"""The rows of text files and data sets, one at a time, in bounded memory, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from recipes.data.hub import hub_is_reachable, one_line
+from recipes.data.text_sources import COMPRESSED, Source
+
+READ_BYTES = 1 << 20
+Read = Callable[[int], object]
+"""called with the number of bytes read since the last call"""
+
+
+def no_progress(count: int) -> None:
+    """A Read that tells nobody."""
+
+
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+
+
+def rows(source: Source, column: str, read: Read, without: Counter[str]) -> Iterator[str]:
+    """The documents of a source that has one in `column` of every row. Rows without text are counted, by source, in `without`.
+
+    ValueError, in one line that names the place, for what is not text, and for a source that has no text at all.
+    """
+    if source.split:
+        values = _data_set_rows(source, column)
+    else:
+        values = (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, read)
+    found, names = False, ""
+    for place, text, columns in values:
+        if isinstance(text, str):
+            if HALF_PAIR.search(text):
+                raise ValueError(f"{place} holds half a surrogate pair, which is no character; repair the file")
+            found = True
+            yield text
+        elif text is None:
+            without[source.name] += 1
+            names = names or ", ".join(columns)
+        else:
+            raise ValueError(f"{place}: column {column!r} holds {str(text)[:40]!r}, not text; give another with --column")
+    if names and not found:
+        raise ValueError(f"{source.name} has no text in {column!r} (it has {names}); give its name with --column")
+
+
+Row = tuple[str, Any, Iterable[str]]
+"""where it is, what stands in the column (None: nothing), the names of the columns"""
+
+
+def text_blocks(path: Path, read: Read) -> Iterator[str]:
+    """The text of a file, decoded, a megabyte at a time. ValueError names the first byte that is not UTF-8."""
+    decoder, done = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    for block in chain(_blocks(path, read), [b""]):
+        waiting = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            bad = f"byte 0x{error.object[error.start]:02x} at offset {done - waiting + error.start}"
+            raise ValueError(f"{path} is not UTF-8 ({bad}); convert it, for example with iconv") from None
+        done += len(block)
+
+
+def lines(path: Path, read: Read) -> Iterator[str]:
+    """The lines of a text file, without their ends. Not splitlines(), which cuts at characters inside a line of WikiText."""
+    rest: list[str] = []
+    for block in text_blocks(path, read):
+        first, *others = block.split("\n")
+        rest.append(first)
+        for line in others:
+            yield "".join(rest)
+            rest = [line]
+    if last := "".join(rest):
+        yield last
+
+
+def _open(path: Path, raw: IO[bytes]) -> Any:
+    """What a file holds, uncompressed."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return gzip.open(raw)
+    if ending == ".bz2":
+        return bz2.open(raw)
+    if ending == ".xz":
+        return lzma.open(raw)
+    if ending == ".zst":
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+    return raw
+
+
+def _blocks(path: Path, read: Read) -> Iterator[bytes]:
+    """The bytes of a file, uncompressed, a megabyte at a time."""
+    with path.open("rb") as raw:
+        done = 0
+        try:
+            with _open(path, raw) as file:
+                while block := file.read(READ_BYTES):
+                    read(raw.tell() - done)
+                    done = raw.tell()
+                    yield block
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged or cut off ({one_line(error)}); restore it") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or one_line(error)}); check what it is") from None
+
+
+def _json_rows(path: Path, column: str, read: Read) -> Iterator[Row]:
+    # JSON escapes line ends, and a line of bytes is decoded as a whole.
+    rest = b""
+    number = 0
+    for block in chain(_blocks(path, read), [b"\n"]):
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            number += 1
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place} is not JSON ({one_line(error)}); give one object a line") from None
+            yield (place, row.get(column), row) if isinstance(row, dict) else (place, row, ())
+
+
+def _parquet_rows(path: Path, column: str, read: Read) -> Iterator[Row]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    compressed = path.suffix.lower() in COMPRESSED
+    try:
+        # Its index is at its end, so a compressed one has to be unpacked as a whole.
+        file = ParquetFile(io.BytesIO(b"".join(_blocks(path, lambda count: None))) if compressed else path)
+        names, count = file.schema_arrow.names, max(1, file.metadata.num_rows)
+        if column not in names:
+            yield str(path), None, names
+            return
+        done = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            read(path.stat().st_size * len(batch) // count)
+            for text in batch.column(0).to_pylist():
+                done += 1
+                yield f"{path}, row {done}", text, names
+    except ArrowException as error:
+        raise ValueError(f"{path} is not a readable parquet file ({one_line(error)})") from None
+
+
+def _data_set_rows(source: Source, column: str) -> Iterator[Row]:
+    import datasets
+
+    name, _, configuration = source.name.partition(":")
+    try:
+        if Path(source.name).is_dir():
+            saved = datasets.load_from_disk(source.name)
+            data = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        elif not hub_is_reachable():
+            raise ConnectionError("the hub does not answer")
+        else:
+            data = datasets.load_dataset(name, configuration or None, split=source.split, streaming=True)
+        for number, row in enumerate(data, start=1):
+            yield f"{source.name}, {source.split}, row {number}", row.get(column), row
+    except Exception as error:  # the library raises a dozen types; to the user all mean the same
+        raise ValueError(f"{source.name} cannot be read ({one_line(error)}); give files, or another data set") from error

@@ -1,0 +1,248 @@
+"""Token ids in one file, never loaded as a whole: how they are stored, what is known of them, and pieces of them."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.data.cache import remembered
+
+CHUNK_IDS = 1 << 22  # read and hashed at a time; a digest depends on it
+MAKE = "make it again with tools/prepare_text.py of samecurve's source repository"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the ids of a file."""
+
+    digest: str
+    """hex; of the ids, however they are stored: the SHA-256 of those of chunks, in the narrower of uint16 and uint32"""
+    smallest_id: int
+    largest_id: int
+    every_second_is_0: bool
+    """as in a file of wider ids than it is read as"""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Ids in a file: uint16 without a header (`.ids`, nanoGPT's `.bin`; uint32 above 65,536 entries) or a 1-D `.npy`.
+
+    Beside a headerless file there may be NAME.json with its `dtype` and `count`, and the facts that prepare_text found when it
+    wrote it. Pickled by path: workers open it anew.
+    """
+
+    path: Path
+    dtype: str
+    offset: int
+    """bytes before the first id"""
+    count: int
+
+    @classmethod
+    def open(cls, path: Path, vocab_size: int) -> TokenFile:
+        """Detect how the ids of `path` are stored. One-line ValueError or FileNotFoundError if it holds none."""
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path} {what}; give a .ids, .bin or .npy file of token ids, or `embedded`")
+        size = path.stat().st_size
+        if not size:
+            raise ValueError(f"{path} is empty; {MAKE}")
+        if path.suffix == ".npy":
+            return cls._open_npy(path)
+        default = "uint16" if vocab_size <= 2**16 else "uint32"
+        sidecar = read_sidecar(path)
+        if not sidecar:
+            _check_head(path, default)
+        dtype = str(sidecar.get("dtype", default))
+        if dtype not in ("uint16", "uint32"):
+            raise ValueError(f"{path}.json: dtype {dtype!r} is unknown; it is uint16 or uint32")
+        width = np.dtype(dtype).itemsize
+        if size % width:
+            raise ValueError(f"{path} has {size} bytes, no whole number of {dtype} ids; it is cut off or of another kind")
+        if sidecar.get("count", size // width) != size // width:
+            raise ValueError(f"{path} holds {size // width} ids, its .json says {sidecar['count']}; make it again")
+        return cls(path, dtype, 0, size // width)
+
+    @classmethod
+    def of_array(cls, ids: np.ndarray) -> TokenFile:
+        """The file of a memory-mapped array of ids."""
+        assert isinstance(ids, np.memmap)
+        assert ids.filename is not None
+        return cls(Path(ids.filename), ids.dtype.name, 0, len(ids))
+
+    @classmethod
+    def _open_npy(cls, path: Path) -> TokenFile:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is not a .npy array ({' '.join(str(error).split())}); save it with np.save") from None
+        if not isinstance(array, np.memmap):
+            raise ValueError(f"{path} is an archive of arrays (.npz), not one; save the ids with np.save")
+        if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
+            raise ValueError(f"{path} is {array.dtype} {list(array.shape)}; it must be one row of integers")
+        return cls(path, array.dtype.name, array.offset, len(array))
+
+    def windows(self, length: int, starts: np.ndarray) -> np.ndarray:
+        """ids[start : start + length] for each start: int32 [len(starts), length].
+
+        Read by position, not through a memory map: mapped pages stay resident, until the whole file is in this process's
+        memory, and releasing them costs a page fault a window, several times what reading one takes.
+        """
+        width, handle = np.dtype(self.dtype).itemsize, _opened(self.path).fileno()
+        offsets = (self.offset + starts * width).tolist()
+        content = b"".join(map(os.pread, repeat(handle), repeat(length * width), offsets))
+        if len(content) != len(starts) * length * width:
+            raise ValueError(f"{self.path} has become shorter than its {self.count} ids; restore it")
+        return np.frombuffer(content, self.dtype).reshape(len(starts), length).astype(np.int32)
+
+    def ids(self) -> np.ndarray:
+        """All ids [count], read-only; mapped, not read."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    def sidecar(self) -> dict[str, Any]:
+        """The .json beside it; empty if there is none."""
+        return read_sidecar(self.path)
+
+    def facts(self) -> Facts:
+        """What is known of the ids: by the .json beside them, or found out by this host's cores, once, and remembered."""
+        sidecar = self.sidecar()
+        if self.path.suffix != ".npy" and "digest" in sidecar:
+            return Facts(sidecar["digest"], 0, sidecar["largest_id"], False)
+        return Facts(**remembered(self.path, f"ids {self.dtype} {self.offset}", lambda: vars(self._find_out())))
+
+    def check(self, vocab_size: int) -> str:
+        """The digest of the ids. ValueError naming the first that is not below `vocab_size`, and for ids of another width."""
+        facts = self.facts()
+        if facts.largest_id >= vocab_size or facts.smallest_id < 0:
+            position, token = next(self._outside(vocab_size))
+            raise out_of_range(self.name, token, position, vocab_size)
+        if facts.every_second_is_0 and self.path.suffix != ".npy" and self.count >= 64:
+            raise ValueError(
+                f"{self.path}: every second id is 0, so its ids are wider than {self.dtype}; convert it: "
+                f"np.fromfile('{self.path}', '{'uint32' if self.dtype == 'uint16' else 'uint64'}').astype('{self.dtype}')"
+                ".tofile('NEW.ids')"
+            )
+        return facts.digest
+
+    def _find_out(self) -> Facts:
+        def one(start: int) -> tuple[bytes, int, int, bool]:
+            ids = self._chunk(start)
+            narrow = ids.astype(np.uint16 if ids.max() < 2**16 and ids.min() >= 0 else np.uint32, copy=False)
+            return hashlib.sha256(narrow.data).digest(), int(ids.min()), int(ids.max()), not ids[(1 - start) % 2 :: 2].any()
+
+        # Reading, hashing and numpy's sums let other threads run. More would not be faster than a disk, and need more memory.
+        with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as readers:
+            digests, smallest, largest, zeros = zip(*readers.map(one, range(0, self.count, CHUNK_IDS)), strict=True)
+        return Facts(hashlib.sha256(b"".join(digests)).hexdigest(), min(smallest), max(largest), all(zeros))
+
+    def _chunk(self, start: int) -> np.ndarray:
+        width, count = np.dtype(self.dtype).itemsize, min(CHUNK_IDS, self.count - start)
+        return np.fromfile(self.path, self.dtype, count, offset=self.offset + start * width)
+
+    def _outside(self, vocab_size: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.count, CHUNK_IDS):
+            ids = self._chunk(start)
+            for place in np.flatnonzero((ids >= vocab_size) | (ids < 0))[:1]:
+                yield start + int(place), int(ids[place])
+
+
+@functools.lru_cache(maxsize=256)  # of a set of many shards
+def _opened(path: Path) -> io.FileIO:
+    return io.FileIO(path)
+
+
+class ChunkDigest:
+    """The digest of ids that are written piece by piece, and their largest."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype, self.waiting, self.digests, self.largest = np.dtype(dtype), bytearray(), hashlib.sha256(), 0
+
+    def update(self, ids: bytes) -> None:
+        """Add ids, as bytes of the dtype."""
+        self.waiting += ids
+        size = CHUNK_IDS * self.dtype.itemsize
+        while len(self.waiting) >= size:
+            self._chunk(bytes(self.waiting[:size]))
+            del self.waiting[:size]
+
+    def _chunk(self, content: bytes) -> None:
+        ids = np.frombuffer(content, self.dtype)
+        self.largest = max(self.largest, int(ids.max()))
+        narrow = ids.astype(np.uint16 if ids.max() < 2**16 else np.uint32, copy=False)
+        self.digests.update(hashlib.sha256(narrow.data).digest())
+
+    def facts(self) -> dict[str, Any]:
+        """What belongs into the .json beside the file, once all ids are there."""
+        if self.waiting:
+            self._chunk(bytes(self.waiting))
+            self.waiting.clear()
+        return {"digest": self.digests.hexdigest(), "largest_id": self.largest}
+
+
+def out_of_range(name: str, token: int, position: int, vocab_size: int) -> ValueError:
+    """What is said of an id that no embedding has a row for."""
+    return ValueError(
+        f"{name}: token id {token} at position {position} is not below vocab_size {vocab_size}; "
+        "give the --vocab_size of the tokenizer that made it"
+    )
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """NAME.json beside a file of ids; empty if there is none."""
+    try:
+        sidecar = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}.json cannot be read ({error}); make it again, or remove it") from None
+    if not isinstance(sidecar, dict):
+        raise ValueError(f"{path}.json holds no JSON object; make it again, or remove it")
+    return sidecar
+
+
+def _check_head(path: Path, dtype: str) -> None:
+    """ValueError if a file without a .json begins like something else than ids."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path} is a .npy file under another name; rename it to {path.with_suffix('.npy').name}")
+    if re.fullmatch(rb"[\s\[]*\d[\s,\d.eE+\[\]]*", head):
+        read = "np.fromfile(f, sep=' ')"
+        if re.search(rb"[\[,]", head):
+            read = "np.fromstring(open(f).read().translate(str.maketrans('[],', '   ')), sep=' ')"
+        new = str(path.with_suffix(".bin"))
+        code = f"import numpy as np; f = {str(path)!r}; {read}.astype('{dtype}').tofile({new!r})"
+        raise ValueError(f"{path} holds numbers written as text; convert it: python -c {shlex.quote(code)}")
+    if _is_text(head):
+        command = f"python tools/prepare_text.py {shlex.quote(str(path))} --out data"
+        raise ValueError(f"{path} is text, not ids; make them of it: {command} (in samecurve's source repository)")
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the beginning of a file reads as text: UTF-8 (its last character perhaps cut off) without control characters.
+
+    16-bit ids below 256 have a zero in every second byte; above, they are not UTF-8 for long.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return len(head) >= 64 and all(character.isprintable() or character in "\t\n\r\f" for character in text)

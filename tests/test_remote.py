@@ -1,0 +1,160 @@
+"""Ids behind a URL: the same windows as of local files, few requests, a bounded cache, and a server that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_token_files import VOCABULARY, ids_file, one_line
+
+from recipes.data import remote
+from recipes.data.remote import BLOCK_BYTES
+from recipes.data.token_sets import Mixture, find_files, open_streams
+from recipes.data.token_windows import RandomWindows
+from trainer.data.bad_samples import is_bad_sample
+
+COUNT = 400_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """An S3 server with s3://texts/web/{0,1}.ids, which are the halves of a local file, and the whole as other.ids."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed (the test extra has it)")
+    pytest.importorskip("s3fs", reason="s3fs is not installed (the test extra has it)")
+    folder = tmp_path_factory.mktemp("s3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "anybody",
+        "AWS_SECRET_ACCESS_KEY": "anything",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+        "SAMECURVE_CACHE": str(folder / "cache"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            ids = ids_file(folder / "whole.ids", COUNT)
+            store(port, ids)
+            yield SimpleNamespace(process=process, folder=folder, ids=ids)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def store(port: int, ids: np.ndarray) -> None:
+    import s3fs
+
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    files = s3fs.S3FileSystem()
+    files.mkdir("texts")
+    for name, part in (("web/0.ids", ids[: COUNT // 2]), ("web/1.ids", ids[COUNT // 2 :]), ("other.ids", ids)):
+        files.pipe_file(f"texts/{name}", part.tobytes())
+    files.pipe_file("texts/web/0.ids.json", json.dumps({"dtype": "uint16", "digest": "ab", "largest_id": 999}).encode())
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(method, how many ranges) of what the server was asked."""
+    asked = remote._asked
+    seen: list[tuple[str, int]] = []
+
+    def counted(url: str, method: str, *arguments: object, **options: object) -> object:
+        method_name = f"ranged {method}" if "start" in options else method
+        seen.append((method_name, len(arguments[0]) if isinstance(arguments[0], list) else 1))
+        return asked(url, method, *arguments, **options)
+
+    monkeypatch.setattr(remote, "_asked", counted)
+    return seen
+
+
+def test_windows_are_those_of_the_local_file_and_read_once(server: SimpleNamespace, requests: list[tuple[str, int]]) -> None:
+    whole = find_files(str(server.folder / "whole.ids"), VOCABULARY)
+    starts = np.array([0, 5, COUNT // 2 - 3, COUNT // 2, COUNT - 9, BLOCK_BYTES // 2 - 4])
+    for url in ("s3://texts/web/*.ids", "s3://texts/web"):
+        far = find_files(url, VOCABULARY)
+        assert [file.count for file in far.files] == [COUNT // 2] * 2
+        assert np.array_equal(far.windows(9, starts), whole.windows(9, starts))
+    requests.clear()
+    assert np.array_equal(pickle.loads(pickle.dumps(far)).windows(9, starts), whole.windows(9, starts))
+    assert requests == []
+    assert np.array_equal(far.ids(), server.ids)
+    windows = RandomWindows(Mixture((find_files("s3://texts/other.ids", VOCABULARY),), (1.0,)), 16, 0)
+    local = RandomWindows(Mixture((whole,), (1.0,)), 16, 0)
+    requests.clear()
+    assert np.array_equal(windows.__getitems__(range(500))["tokens"], local.__getitems__(range(500))["tokens"])
+    assert requests == [("cat_ranges", -(-2 * COUNT // BLOCK_BYTES))]  # all blocks at once
+
+
+def test_what_is_known_is_not_read_again(server: SimpleNamespace, requests: list[tuple[str, int]]) -> None:
+    source = [("s3://texts/other.ids", 1.0)]
+    first = open_streams(source, source, None, VOCABULARY, 16)
+    assert ("ranged cat_file", 1) in requests
+    # The local file's ids, found out the same way.
+    assert first.train.sets[0].check(17) == find_files(str(server.folder / "whole.ids"), VOCABULARY).check(17)
+    requests.clear()
+    assert open_streams(source, source, None, VOCABULARY, 16).fingerprint == first.fingerprint
+    assert requests
+    assert "ranged cat_file" not in {method for method, _ in requests}
+    assert find_files("s3://texts/web", VOCABULARY).files[0].check(VOCABULARY) == "ab"
+    with pytest.raises(ValueError, match=r"s3://texts/other\.ids: token id \d+ at position \d+ is not below .* 500") as error:
+        open_streams(source, source, None, 500, 16)
+    one_line(error)
+    for url, problem in (("s3://texts/none.ids", r"has no \.ids files"), ("nothing://x/a.ids", "nothing:// cannot be opened")):
+        with pytest.raises((ValueError, OSError), match=problem):
+            find_files(url, VOCABULARY)
+
+
+def test_the_cache_is_bounded_and_what_was_not_used_goes(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_REMOTE_GB", str(3.5 * BLOCK_BYTES / 1e9))
+    monkeypatch.setenv("SAMECURVE_CACHE", str(server.folder / "small"))
+    monkeypatch.setattr(remote, "_room", remote._Room())
+    (file,) = find_files("s3://texts/other.ids", VOCABULARY).files
+    for block in (0, 1, 0, 2, 0, 3, 0, 4):
+        file.windows(4, np.array([block * BLOCK_BYTES // 2]))
+        time.sleep(0.02)  # the times of files have a resolution
+    there = {path.name for path in (server.folder / "small" / "blocks").rglob("*") if path.is_file()}
+    assert {"0", "4"} <= there
+    assert len(there) <= 3
+
+
+def test_a_server_that_dies_is_an_error_that_names_the_url_and_no_bad_sample(
+    server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this file."""
+    files = find_files("s3://texts/web", VOCABULARY)
+    assert len(files.windows(4, np.array([3]))) == 1
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # of five, each after a longer pause
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    assert len(files.windows(4, np.array([3]))) == 1  # what is here is here
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"s3://texts/web/0\.ids cannot be read") as error:
+        files.windows(4, np.array([100_000]))
+    one_line(error)
+    assert not is_bad_sample(error.value)

@@ -1,0 +1,142 @@
+"""The files that prepare_text writes: whole or not at all, each with what is known of it beside it; or shard by shard."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.data.token_files import ChunkDigest
+
+PROGRESS = ".progress.json"
+Encoded = Iterator[tuple[bytes, bytes]]
+"""(training ids, validation ids) of each task"""
+Facts = dict[str, Any]
+"""what every .json has in common: dtype, end_of_text, and more"""
+
+
+def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: str) -> dict[Path, int]:
+    """Write train.ids and valid.ids; their numbers of ids."""
+    files = [Output(folder / "train.ids", facts), Output(folder / "valid.ids", facts)]
+    try:
+        for pair in encoded:
+            for file, ids in zip(files, pair, strict=True):
+                file.write(ids)
+        _check_counts({file.path.stem: file.count for file in files})
+        _replace(folder / "tokenizer.json", tokenizer_json.encode())
+        for file in reversed(files):  # train.ids last: if it exists, all of them do
+            file.commit()
+    finally:
+        for file in files:
+            file.discard()
+    return {file.path: file.count for file in files}
+
+
+def write_shards(
+    folder: Path, facts: Facts, encoded: Callable[[int], Encoded], tokenizer_json: str, made_from: str, tasks: int
+) -> dict[Path, int]:
+    """Write files of so many `tasks` each into train/ and valid/; their numbers of ids. Goes on behind those that are there.
+
+    `encoded(n)` gives all tasks but the first n. ValueError if what is there was `made_from` something else.
+    """
+    progress = folder / PROGRESS
+    done: dict[str, Any] = {"made_from": made_from, "shards": 0, "train": 0, "valid": 0}
+    if progress.exists():
+        done = json.loads(progress.read_text(encoding="utf-8"))
+        if done["made_from"] != made_from:
+            raise ValueError(f"{folder} holds a part of other text or settings; choose another --out, or remove that one")
+        print(f"{folder}: going on behind {done['shards']} shards")
+    _replace(folder / "tokenizer.json", tokenizer_json.encode())
+    _replace(progress, json.dumps(done).encode())
+    stream = encoded(done["shards"] * tasks)
+    for number in count(done["shards"]):
+        files = [Output(folder / name / f"{number:05d}.ids", facts) for name in ("train", "valid")]
+        try:
+            for pair in islice(stream, tasks):
+                for file, ids in zip(files, pair, strict=True):
+                    file.write(ids)
+            if not any(file.count for file in files):
+                break
+            for file in files:
+                if file.count:
+                    file.commit()
+        finally:
+            for file in files:
+                file.discard()
+        done |= {"shards": number + 1} | {file.path.parent.name: done[file.path.parent.name] + file.count for file in files}
+        _replace(progress, json.dumps(done).encode())
+    counts = {name: done[name] for name in ("train", "valid")}
+    _check_counts(counts)
+    progress.unlink()
+    return {folder / name: ids for name, ids in counts.items()}
+
+
+def _check_counts(counts: dict[str, int]) -> None:
+    for name, ids in counts.items():
+        if not ids:
+            raise ValueError(f"there is no text for {name}: give more documents, or --valid INPUT")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder against other processes; ValueError if one holds it. However this process ends, the kernel unlocks it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+        os.fsync(handle)
+    except BlockingIOError:
+        raise ValueError(f"another prepare_text writes to {folder}; wait for it, or choose another --out") from None
+    finally:
+        os.close(handle)
+
+
+class Output:
+    """A file of ids under a temporary name, until `commit`."""
+
+    def __init__(self, path: Path, facts: Facts) -> None:
+        self.path, self.facts = path, facts
+        self.dtype = np.dtype(str(facts["dtype"]))
+        path.parent.mkdir(exist_ok=True)
+        self.temporary = path.with_name(f".{path.name}.unfinished")
+        self.file = self.temporary.open("wb")
+        self.count = self.documents = 0
+        self.known = ChunkDigest(self.dtype.name)
+
+    def write(self, ids: bytes) -> None:
+        """Append."""
+        self.file.write(ids)
+        self.known.update(ids)
+        tokens = np.frombuffer(ids, self.dtype)
+        self.count += len(tokens)
+        self.documents += int(np.count_nonzero(tokens == self.facts["end_of_text"]))
+
+    def commit(self) -> None:
+        """Rename it to its final name once it is on disk, after the .json beside it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        facts = {**self.facts, "count": self.count, "documents": self.documents, **self.known.facts()}
+        _replace(self.path.with_name(f"{self.path.name}.json"), json.dumps(facts).encode())
+        os.replace(self.temporary, self.path)
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    temporary = path.with_name(f".{path.name}.unfinished")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
