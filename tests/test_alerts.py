@@ -403,7 +403,7 @@ def trained(folder: Path, *argv: str, recipe: ToyRecipe | None = None) -> str:
 def test_a_run_sends_its_events(receiver: Receiver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(
         tmp_path, "--alert_webhook", receiver.url, "--alert_every", "4", "--log_every", "2", "--eval_every", "5",
-        "--nan_samples", "40",
+        "--nan_samples", "47",
     )  # fmt: skip
     assert receiver.events() == ["started", "bad step", "progress", "noticed", "progress", "noticed", "finished"]
     started, bad, progress, warning_alert, *_, finished = receiver.received

@@ -115,7 +115,7 @@ def test_evaluation_under_fsdp_holds_a_share_and_measures_the_same(tmp_path: Pat
     settings = config.parse(recipe.config_class, {}, ["--seed", "7"], recipe.name).config
     trained = build_network(recipe, settings, recipe.build_data(settings))
     tensors = {"model": whole_entries({name: p.detach() for name, p in trained.named_parameters()})}
-    writing.write(tmp_path, "saved", tensors, {}, Control(0, 1, TIMEOUT))
+    writing.write(tmp_path, "saved", tensors, {})
     alone = evaluate_toy(tmp_path, 0, 1)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")

@@ -8,7 +8,7 @@ tensor at a time, and every process, under any launch, draws the same bits witho
 from __future__ import annotations
 
 import contextlib
-import warnings
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -170,12 +170,24 @@ def check(network: nn.Module, values: InitialWeights) -> None:
 def _recorded() -> Iterator[_Recorder]:
     recorder = _Recorder()
     nn.init._no_grad_trunc_normal_ = recorder.truncated_normal
+    FakeTensor.__deepcopy__ = _deepcopy  # type: ignore[method-assign]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), recorder, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy, which is right
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             yield recorder
     finally:
         nn.init._no_grad_trunc_normal_ = _truncated_normal
+        del FakeTensor.__deepcopy__
+
+
+def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """What copy.deepcopy makes of a tensor without memory. A tensor's own way would copy the mode that it was made in as well:
+    torch's bookkeeping of memory, twice in a process, which then crashes at some garbage collection."""
+    new = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, tensor.requires_grad)
+    vars(new).update({key: copy.deepcopy(value, memo) for key, value in vars(tensor).items() if key not in _FAKES_OWN})
+    memo[id(tensor)] = new
+    return new
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:

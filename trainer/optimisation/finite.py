@@ -30,18 +30,18 @@ class LossScale:
 class BadSteps:
     """Counts steps that were skipped because their gradient was not finite.
 
-    The flag of a step on a GPU is read on the host one step late, when the device has long produced it.
+    The flag of a step counts one step later, when the device has long produced it.
     """
 
     def __init__(self, total: int = 0, in_a_row: int = 0) -> None:
         self.total, self.in_a_row, self.last_step = total, in_a_row, 0
-        self._unread: tuple[Tensor, Any, int] | None = None
+        self._unread: tuple[Tensor | None, Any, int] | None = None
 
     def add(self, bad: Tensor | None, step: int) -> None:
         """Take the flag of this step (None: it was good), and read that of the one before."""
         self.read()
         if bad is None or bad.device.type == "cpu":
-            self._count(bool(bad), step)
+            self._unread = (bad, None, step)
             return
         # `non_blocking` to the host goes through page-locked memory; the event tells when it has arrived.
         copy, arrived = bad.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -53,9 +53,11 @@ class BadSteps:
         if self._unread is None:
             return
         bad, arrived, step = self._unread
-        arrived.synchronize()
-        self._unread = None
-        self._count(bool(bad), step)
+        if arrived is not None:
+            arrived.synchronize()
+        self._unread, is_bad = None, bool(bad)
+        self.total += is_bad
+        self.in_a_row, self.last_step = (self.in_a_row + 1, step) if is_bad else (0, self.last_step)
 
     def too_many(self) -> UserError:
         """What ends a run with so many in a row; every rank has counted the same."""
@@ -65,7 +67,3 @@ class BadSteps:
             NOT_FINITE,
             known_to_all=True,
         )
-
-    def _count(self, is_bad: bool, step: int) -> None:
-        self.total += is_bad
-        self.in_a_row, self.last_step = (self.in_a_row + 1, step) if is_bad else (0, self.last_step)
