@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +132,20 @@ def test_what_a_network_does_while_it_is_built_is_done_when_it_is_filled() -> No
     assert network.from_numpy.tolist() == [[0, 3], [1, 4], [2, 5]]
     assert network.grid.dtype == torch.float64
     assert network.grid.tolist() == [[i, i] for i in range(4)]
+
+
+def test_a_layer_is_copied_without_torchs_bookkeeping_of_it() -> None:
+    """A copy of that as well crashes the process, at some later garbage collection."""
+    modes: list[Any] = []
+
+    def build() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        twin = copy.deepcopy(layer)
+        modes.extend(weight.fake_mode for weight in (layer.weight, twin.weight))  # type: ignore[attr-defined]
+        return nn.ModuleList([layer, twin])
+
+    filled(build)
+    assert modes[0] is modes[1]
 
 
 def test_building_changes_nothing_outside() -> None:
