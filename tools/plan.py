@@ -63,6 +63,7 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     """The lines of the plan. Raises UserError as the run itself would."""
     import torch
 
+    from trainer.checkpoints.init_from import with_settings
     from trainer.checkpoints.network import build_empty_network
     from trainer.data import stream
     from trainer.initial_weights import replace_tensors
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
 
     if processes < 1:
         raise UserError(f"processes {processes} must be at least 1")
-    parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+    parsed = with_settings(recipe, configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name), argv)
     config, settings = parsed.config, parsed.config.optimisation
     data = recipe.build_data(config)
     samples = stream.length_of(data.train)

@@ -165,6 +165,8 @@ class Recipe(Generic[ConfigT]):
     """terms of `loss` that are no losses (an accuracy): logged under their own names, with weight 0 in the objective"""
     throughput: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
+    free_settings: tuple[str, ...] = ("dropout",)
+    """of `pretrained_settings`, the flags that may be given another value: weights do not depend on them"""
 
     def __init__(self) -> None:
         self.report: Report[ConfigT] = self.report_class(self)
@@ -240,6 +242,16 @@ class Recipe(Generic[ConfigT]):
         return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
 
     # ---- kept with the weights
+
+    def pretrained_settings(self, name: str, saved: ConfigT | None) -> Mapping[str, Any]:
+        """{flag: the value that the weights of an `--init_from` belong to}, for flags that are not given.
+
+        `name` is a checkpoint folder of this recipe, with its configuration `saved`, or a folder or hub name of somebody
+        else's (None). Default: the flags of the model. ValueError or OSError, in one line, for what this network has not.
+        """
+        if saved is None:
+            raise ValueError(f"is no checkpoint of {self.name}, and it reads no others")
+        return vars(saved.model)
 
     def pretrained(self, name: str) -> dict[str, Tensor]:
         """Weights for an `--init_from` that is not a checkpoint folder. ValueError or OSError in one line if there are none."""

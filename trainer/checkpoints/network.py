@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainer.backends import backend_of
 from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.init_from import own_checkpoint
 from trainer.checkpoints.verification import Verify, verify_together
 from trainer.command_line import config as configuration
 from trainer.data.bad_samples import first_batch
@@ -78,9 +78,8 @@ def first_weights(
         return saved_weights(network, initial, resumed)
     if not init_from:
         return initial
-    folder = Path(re.sub(checkpoint.ENDINGS, "", init_from))
-    # One of ours is always checked, also if its manifest is what was lost.
-    if any((folder / file).exists() for file in ("manifest.json", "trainer_state.json")):
+    folder = own_checkpoint(init_from)
+    if folder is not None:
         weights = saved_weights(network, initial, verify_together(folder, control))
     else:
         weights = pretrained_weights(recipe, network, initial, init_from)

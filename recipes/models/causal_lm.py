@@ -1,0 +1,121 @@
+"""Any causal language model of transformers: built from its config.json, adapted or frozen, under the names of its own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALL_ROWS = slice(None)
+BASE = ".base_layer"
+"""what peft puts into the name of a weight that it adds an adapter to"""
+
+
+class Stored(Protocol):
+    """A tensor in a file, not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def read(self) -> Callable[[slice], Tensor]:
+        """Some rows of it, or all for `ALL_ROWS`."""
+
+
+def build_causal_lm(
+    architecture: str, *, train_last: int, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    """The network of a config.json, given as text, with fresh weights in fp32; names are those of transformers.
+
+    `train_last` N: all but the last N blocks are frozen (0: none is). `lora_rank` R: all is frozen, and every linear layer but
+    the head gets an adapter of rank R, scaled by alpha / R (Hu et al. 2021, section 4.1). ValueError for what cannot be built.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = json.loads(architecture)
+    if "quantization_config" in given:
+        raise ValueError("its weights are quantized (quantization_config), and cannot be trained; choose the original ones")
+    config = AutoConfig.for_model(**given)
+    config.use_cache = False  # of keys and values, which training has no use for
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    if train_last and lora_rank:
+        raise ValueError(f"train_last {train_last} and lora_rank {lora_rank} are two ways to train a part; keep one")
+    if train_last:
+        blocks = blocks_of(network)
+        if train_last > len(blocks):
+            raise ValueError(f"train_last {train_last} is more than the {len(blocks)} blocks of the network")
+        network.requires_grad_(False)
+        for block in blocks[-train_last:]:
+            block.requires_grad_(True)
+    if lora_rank:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        adapters = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        inject_adapter_in_model(adapters, network)
+    return network
+
+
+def blocks_of(network: PreTrainedModel) -> list[nn.Module]:
+    """Its Transformer blocks, first to last."""
+    return [module for module in network.modules() if type(module).__name__ in (network._no_split_modules or ())]
+
+
+def config_json(architecture: str, network: PreTrainedModel) -> str:
+    """The config.json of a folder that transformers, and what is built on it, can open: weights are fp32."""
+    given = {key: value for key, value in json.loads(architecture).items() if key != "torch_dtype"}
+    named = {"architectures": [type(network).__name__], "dtype": "float32", "use_cache": True}
+    return json.dumps(given | named, indent=2) + "\n"
+
+
+def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{parameter of the network: (shape, function that reads rows of it)} from the tensors of a published model.
+
+    They are renamed, and several put together (the experts of a mixture), as transformers does when it loads them; those that
+    it leaves out, and the second name of what is tied, are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    ours = {name.replace(BASE, ""): name for name, _ in network.named_parameters()}
+    known = {name.replace(BASE, ""): tensor for name, tensor in network.state_dict().items()}
+    mapping = get_model_conversion_mapping(network)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    left_out = [*(network._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"attn\.masked_bias"]
+    found: dict[str, tuple[tuple[int, ...], Any]] = {}
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, known)
+        if name not in known and key in known:
+            name, pattern = key, None
+        if name in known and name not in ours:
+            continue  # tied to one that is there
+        if name not in known and any(re.search(ignored, key) for ignored in left_out):
+            continue
+        if pattern is None:
+            found[ours.get(name, name)] = (stored[key].shape, stored[key].read)
+        else:
+            parts.setdefault(name, []).append((key, pattern))
+
+    def put_together(name: str, rows: slice) -> Tensor:
+        converter = deepcopy(by_pattern[parts[name][0][1]])
+        for key, pattern in parts[name]:
+            converter.add_tensor(name, key, pattern, stored[key].read(ALL_ROWS))
+        whole = converter.convert(name, model=network, config=network.config)[name]
+        return (whole[0] if isinstance(whole, list) else whole)[rows]
+
+    for name in parts:
+        found[ours[name]] = (tuple(known[name].shape), lambda rows, name=name: put_together(name, rows))
+    return found
