@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recipes.models.gpt2 import Gpt2
+    from trainer.checkpoints.pretrained import StoredTensor
+    from trainer.initial_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Gpt2Wikitext(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "gpt2_wikitext_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
+    free_settings = ("dropout", "tokenizer")
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""
@@ -171,11 +174,26 @@ class Gpt2Wikitext(Recipe[Config]):
         """Perplexity per token."""
         return {"perplexity": perplexity(means["loss"])}
 
-    def pretrained(self, name: str) -> dict[str, Tensor]:
-        """GPT-2 weights from the hub, or from a local folder of transformers'."""
-        from recipes.models.gpt2 import pretrained_gpt2
+    def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
+        """Those of config.json, and the tokenizer beside it, where there is one."""
+        from recipes.models.gpt2 import settings_of
+        from trainer.checkpoints.pretrained import stored_config
 
-        return pretrained_gpt2(name)
+        tokenizer = {"tokenizer": name} if Path(name, "tokenizer.json").exists() else {}
+        return tokenizer | (settings_of(stored_config(name)) if saved is None else vars(saved.model))
+
+    def pretrained(self, name: str, network: Any, initial: Weights) -> dict[str, StoredTensor]:
+        """GPT-2 weights from the hub, or from a local folder of transformers'."""
+        from trainer.checkpoints.pretrained import stored_tensors
+        from trainer.initial_weights import ALL_ROWS
+
+        # The files of the first GPT-2s lack the prefix, and hold causal masks.
+        named = {key.removeprefix("transformer."): stored for key, stored in stored_tensors(name).items()}
+        head = named.pop("lm_head.weight", None)
+        if head and "wte.weight" in named and not head.read(ALL_ROWS).equal(named["wte.weight"].read(ALL_ROWS)):
+            raise ValueError("lm_head.weight and wte.weight differ, and here they are one; choose a model that ties them")
+        masks = (".attn.bias", ".attn.masked_bias")
+        return {f"transformer.{key}": stored for key, stored in named.items() if not key.endswith(masks)}
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """What transformers needs beside the weights."""

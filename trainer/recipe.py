@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from trainer.checkpoints.pretrained import StoredTensor
     from trainer.distributed.launch import Launch
+    from trainer.initial_weights import Weights
     from trainer.reporting.run_directory import RunDirectory
 
 Batch = dict[str, "Tensor"]
@@ -253,9 +255,13 @@ class Recipe(Generic[ConfigT]):
             raise ValueError(f"is no checkpoint of {self.name}, and it reads no others")
         return vars(saved.model)
 
-    def pretrained(self, name: str) -> dict[str, Tensor]:
-        """Weights for an `--init_from` that is not a checkpoint folder. ValueError or OSError in one line if there are none."""
-        raise ValueError(f"init_from {name!r} is not a checkpoint folder; give the path of one")
+    def pretrained(self, name: str, network: Any, initial: Weights) -> Mapping[str, StoredTensor]:
+        """Weights for an `--init_from` that is no checkpoint of this recipe, by the names of the network; each process reads
+        what it will hold. ValueError or OSError in one line if there are none.
+
+        The network has no memory yet; `initial` are the values that it begins with on its own.
+        """
+        raise ValueError(f"init_from {name!r} is not a checkpoint of {self.name}; give the path of one")
 
     def checkpoint_files(self, config: ConfigT, network: Any, data: Data) -> Mapping[str, str | Mapping[str, Tensor]]:
         """{file name: its content} to stand beside the weights in every checkpoint.

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers: built from its config.json, adapted or frozen, under the names of its own files."""
+"""Any causal language model of transformers: built from its config.json, frozen or adapted, filled from its own files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[
     def put_together(name: str, rows: slice) -> Tensor:
         converter = deepcopy(by_pattern[parts[name][0][1]])
         for key, pattern in parts[name]:
-            converter.add_tensor(name, key, pattern, stored[key].read(ALL_ROWS))
+            converter.add_tensor(name, key, pattern, stored[key].read(ALL_ROWS))  # type: ignore[arg-type]
         whole = converter.convert(name, model=network, config=network.config)[name]
         return (whole[0] if isinstance(whole, list) else whole)[rows]
 
