@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -71,6 +74,14 @@ def blocks_of(network: PreTrainedModel) -> list[nn.Module]:
     return [module for module in network.modules() if type(module).__name__ in (network._no_split_modules or ())]
 
 
+def keeps_examples_apart(network: PreTrainedModel) -> bool:
+    """Whether position ids that start anew with each example are all it needs: transformers' causal mask then parts them, and
+    layers that are no attention would go on."""
+    kinds = {*(getattr(network.config, "layer_types", None) or ["full_attention"])}
+    attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+    return attends and hasattr(sys.modules[type(network).__module__], "create_causal_mask")
+
+
 def config_json(architecture: str, network: PreTrainedModel) -> str:
     """The config.json of a folder that transformers, and what is built on it, can open: weights are fp32."""
     given = {key: value for key, value in json.loads(architecture).items() if key != "torch_dtype"}
@@ -87,8 +98,10 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    ours = {name.replace(BASE, ""): name for name, _ in network.named_parameters()}
-    known = {name.replace(BASE, ""): tensor for name, tensor in network.state_dict().items()}
+    state = network.state_dict()
+    own = [name for name, _ in [*network.named_parameters(), *network.named_buffers()] if name in state]
+    ours = {name.replace(BASE, ""): name for name in own}
+    known = {name.replace(BASE, ""): tensor for name, tensor in state.items()}
     mapping = get_model_conversion_mapping(network)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -119,3 +132,14 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[
     for name in parts:
         found[ours[name]] = (tuple(known[name].shape), lambda rows, name=name: put_together(name, rows))
     return found
+
+
+def files_of(tokenizer: Any) -> dict[str, str]:
+    """{file name: content} of a tokenizer and of generation_config.json, as transformers reads them."""
+    from transformers import GenerationConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ids).save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()}
