@@ -80,7 +80,7 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
     def act() -> None:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
         network = load_network(recipe, checkpoint, config, Data(None, {}), launch.device)
-        text = flags.prompt
+        text: Any = flags.prompt
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -6,12 +6,12 @@ import json
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -42,16 +42,20 @@ def build_causal_lm(
     `train_last` N: all but the last N blocks are frozen (0: none is). `lora_rank` R: all is frozen, and every linear layer but
     the head gets an adapter of rank R, scaled by alpha / R (Hu et al. 2021, section 4.1). ValueError for what cannot be built.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     given = json.loads(architecture)
     if "quantization_config" in given:
         raise ValueError("its weights are quantized (quantization_config), and cannot be trained; choose the original ones")
     config = AutoConfig.for_model(**given)
     config.use_cache = False  # of keys and values, which training has no use for
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model_type {given.get('model_type')!r} is no causal language model of transformers; choose another")
+    # The class itself: under ZeRO-3 `from_config` would cut the network before anybody knows its shapes.
+    network: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # type: ignore[operator]
     if gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the name, which transformers 6 changes
+            network.gradient_checkpointing_enable({"use_reentrant": False})
     if train_last and lora_rank:
         raise ValueError(f"train_last {train_last} and lora_rank {lora_rank} are two ways to train a part; keep one")
     if train_last:
