@@ -96,5 +96,5 @@ def test_a_checkpoint_of_ours_brings_its_flags(tmp_path: Path) -> None:
     config = planned("--init_from", f"{saved}.pt")
     assert config.model == trained.model
     assert asdict(config.data) == asdict(DataConfig()) | {"tokenizer": str(saved)}
-    with pytest.raises(UserError, match="num_layers: .* has 3, asked for 2"):
+    with pytest.raises(UserError, match=r"num_layers: .* has 3, asked for 2"):
         planned("--init_from", str(saved), "--num_layers", "2")

@@ -9,9 +9,10 @@ from typing import Any
 
 ENTRIES = 300
 SMALL = {"vocab_size": ENTRIES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"initializer_range": 0.1}  # at 0.02 attention would hardly matter
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ENTRIES}
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ENTRIES, "initializer_range": 0.1}
     | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     "llama": SMALL | {"intermediate_size": 48, "max_position_embeddings": 64},
     "qwen3": SMALL | {"intermediate_size": 48, "head_dim": 16, "tie_word_embeddings": True},

@@ -138,7 +138,7 @@ def _answers(messages: list[dict[str, Any]], tokenizer: Any) -> Iterator[Example
             "messages need a chat template, and the tokenizer has none; give one that has by --tokenizer, or prompts"
         )
     for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
+        if message.get("role") != "assistant" or not number:  # a greeting answers nothing
             continue
         try:
             before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)

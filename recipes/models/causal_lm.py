@@ -69,7 +69,8 @@ def build_causal_lm(
         from peft import LoraConfig, inject_adapter_in_model
 
         adapters = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        inject_adapter_in_model(adapters, network)
+        with warnings.catch_warnings(action="ignore"):  # of what it sets by itself for this network
+            inject_adapter_in_model(adapters, network)
     return network
 
 
