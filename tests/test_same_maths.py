@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from launching import run
-from scenarios import TOY, Finished, launch, recipe_of
+from scenarios import TOY, Finished, launch, planned, recipe_of
 from tiny_runs import TINY
 
 from trainer.checkpoints.network import build_network
@@ -152,7 +152,7 @@ def reference(recipe: Recipe, argv: list[str], steps: int = STEPS, mean_of_means
 
     With `mean_of_means` N, wrongly: the step is cut into N micro-batches, each divided by its own counts, and averaged.
     """
-    settings = config.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
+    settings = planned(recipe, argv)
     o, data = settings.optimisation, recipe.build_data(settings)
     length = stream.length_of(data.train)
     network = build_network(recipe, settings, data)
