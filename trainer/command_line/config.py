@@ -236,17 +236,28 @@ def spelled(value: Any) -> str:
 
 
 def run_name(parsed: Parsed) -> str:
-    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
+    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights.
+
+    Of a path its last part, and a short hash of all of it: two runs on other data are two runs.
+    """
     run = parsed.config.run
     parts = [Path(run.config).stem if run.config else run.preset or "default"]
     for name, (_, value) in changed(parsed.unresolved, parsed.without_flags, ("model", "data", "optimisation")).items():
         text = f"{value:g}" if isinstance(value, float) else spelled(value)
-        safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
-        # Two paths may read the same once made safe; a short hash keeps their runs apart.
+        first = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(first, str) and "/" in first:
+            parts.append(f"{_safe(Path(first).stem)[:24]}-{_digest(text)}")
+            continue
+        safe = _safe(text)
+        # Two texts may read the same once made safe; a short hash keeps their runs apart.
         parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")
     name = "-".join(parts)
-    return name if len(name) <= 120 else f"{name[:110]}-{_digest(name)}"
+    return name if len(name) <= 80 else f"{name[:74]}-{_digest(name)}"
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    return hashlib.sha256(text.encode()).hexdigest()[:4]
