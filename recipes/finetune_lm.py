@@ -73,7 +73,7 @@ class DataConfig:
     tokenizer: Annotated[str | None, Existing] = None
     """a folder or hub name (default: that of --init_from); train: BPE trained on the rows"""
     packing: bool = True
-    """as many examples in a sample as max_length holds; --no_packing: one"""
+    """as many examples in a sample as max_length holds, else one"""
 
 
 @dataclass(frozen=True)

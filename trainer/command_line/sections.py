@@ -40,7 +40,7 @@ class Optimisation:
     grad_clip: Annotated[float, NotNegative, arg(aliases=("--gradient_clip",))] = 1.0
     """largest global gradient norm (0: no clipping)"""
     init_from: Annotated[str | None, Existing] = None
-    """take the initial weights (only these) from this checkpoint folder or pretrained name"""
+    """take the initial weights, and what flags of the network say, from this checkpoint folder or pretrained name"""
 
     @property
     def effective_batch_size(self) -> int:
