@@ -12,6 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def build_causal_lm(
     if "quantization_config" in given:
         raise ValueError("its weights are quantized (quantization_config), and cannot be trained; choose the original ones")
     config = AutoConfig.for_model(**given)
-    config.use_cache = False  # of keys and values, which training has no use for
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model_type {given.get('model_type')!r} is no causal language model of transformers; choose another")
     # The class itself: under ZeRO-3 `from_config` would cut the network before anybody knows its shapes.
@@ -148,3 +148,30 @@ def files_of(tokenizer: Any) -> dict[str, str]:
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**ids).save_pretrained(folder)
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def save_merged(network: Any, architecture: str, folder: Path) -> None:
+    """What `save_pretrained` writes of the network without adapters: what they add is in its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+    weights = {name.replace(BASE, ""): tensor for name, tensor in network.state_dict().items() if ".lora_" not in name}
+    with torch.device("meta"):
+        plain = build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1.0, gradient_checkpointing=False)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.config.use_cache = True
+    plain.save_pretrained(folder)
+
+
+def save_adapters(network: Any, base: str, folder: Path) -> None:
+    """adapter_config.json, which names the `base` model, and adapter_model.safetensors, as `PeftModel` reads them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    network.peft_config["default"].base_model_name_or_path = base
+    network.peft_config["default"].save_pretrained(folder)
+    tensors = get_peft_model_state_dict(network, adapter_name="default")
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
