@@ -48,9 +48,8 @@ def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path
         plot_loss(directory.metrics, picture, title, baseline, unit=report.loss_unit)
         console.log(f"Plot: {picture}")
         if baseline:
-            write_text_atomic(
-                picture.with_name("baseline.json"), json.dumps(dict(zip(("name", "loss"), baseline, strict=True)))
-            )
+            known = {"name": baseline[0], "loss": baseline[1]}
+            write_text_atomic(picture.with_name("baseline.json"), json.dumps(known) + "\n")
     except Exception as error:
         console.log_traceback(error)
         console.log(f"WARNING: no plot: {error}")
