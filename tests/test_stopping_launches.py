@@ -323,6 +323,7 @@ def test_a_stop_file_stops_and_is_removed(launch: Launcher) -> None:
     assert run.exit_code() == 0, run.text[-3000:]
     run.check_stopped("stop_file")
     assert not (run.directory / "stop").exists()
+    assert (run.directory / "plots" / "loss.png").exists()  # somebody is there to look at it
 
 
 def test_status_and_stop_typed_into_a_pipe(launch: Launcher) -> None:
