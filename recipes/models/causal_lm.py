@@ -173,5 +173,5 @@ def save_adapters(network: Any, base: str, folder: Path) -> None:
 
     network.peft_config["default"].base_model_name_or_path = base
     network.peft_config["default"].save_pretrained(folder)
-    tensors = get_peft_model_state_dict(network, adapter_name="default")
+    tensors = get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
     save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
