@@ -96,6 +96,10 @@ class Gpt2Report(Report[Config]):
             f"Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
         )
 
+    def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
+        """The first text."""
+        return data.extra["text"].tokenizer().decode(batch["input_ids"][0].tolist())
+
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation."""
         loss, per_token = metrics["eval/val_loss"], metrics["eval/val_perplexity"]

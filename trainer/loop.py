@@ -84,6 +84,7 @@ class Training:
             self.optimisation.seed,
             self.session.samples,
             first_micro_batch=self.state.step * self.optimisation.gradient_accumulation_steps,
+            repeated=self.optimisation.overfit_batch * self.optimisation.gradient_accumulation_steps,
         )
         train, device = self.session.data.train, self.launch.device
         self.batches = loader.read(train, order, self.run_config, device, self.stops.any_requested)
@@ -132,7 +133,7 @@ class Training:
                 self.logger.add_losses(loss_sums)
             state.step += 1
             learning_rate = recipe.learning_rate(state.step, self.session.total_steps, self.session.config)
-            log_due = state.step % self.run_config.log_every == 0 or state.step == self.session.total_steps
+            log_due = state.step % self.run_config.log_every == 0 or state.step in (1, self.session.total_steps)
             layer_norms = backend.layer_norms(self.layers) if log_due and self.layers else {}
             grad_norm, bad = backend.step(learning_rate)
             self.bad_steps.add(bad, state.step)

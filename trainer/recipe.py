@@ -125,6 +125,10 @@ class Report(Generic[ConfigT]):
             f"{unit}/sec: {metrics[rate]:.0f}"
         )
 
+    def show_batch(self, batch: Batch, config: ConfigT, data: Data, run: RunDirectory) -> str:
+        """A batch as a person reads it, for `--debug`: its first text, or where a picture of it is. Empty: nothing to add."""
+        return ""
+
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation; `metrics` have their full names, `eval/val_loss`."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())

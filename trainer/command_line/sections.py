@@ -39,6 +39,8 @@ class Optimisation:
     eps: Annotated[float, Positive] = 1e-8
     grad_clip: Annotated[float, NotNegative, arg(aliases=("--gradient_clip",))] = 1.0
     """largest global gradient norm (0: no clipping)"""
+    overfit_batch: Annotated[int, NotNegative] = 0
+    """train on the run's first so many effective batches alone, again and again: can the network learn them? (0: off)"""
     init_from: Annotated[str | None, Existing] = None
     """take the initial weights, and what flags of the network say, from this checkpoint folder or pretrained name"""
 
@@ -123,6 +125,13 @@ class Run:
     """steps in a row with a non-finite gradient before the run fails"""
     timeout_minutes: Annotated[float, Positive] = 60.0
     """how long a process waits for the others before it gives up"""
+    debug: bool = False
+    """look at the first batch and at what goes through the network, and name the module where a value first stops being
+    finite, with its step; nothing is compiled, and no worker reads data"""
+    fast_dev_run: bool = False
+    """try all that a run does, in a folder that is thrown away: one step, an evaluation, a save, and a resume"""
+    profile: Annotated[int, NotNegative] = 0
+    """trace so many steps on rank 0, after a few to warm up: a file to look at, and the operations that take the time"""
     use_tensorboard: bool = False
     use_wandb: bool = False
     wandb_project: str = "samecurve"
@@ -135,4 +144,17 @@ class Run:
 
 
 # What describes this launch alone, and is therefore never taken over from a checkpoint.
-PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "data_changed", "stop_at_step")
+PER_LAUNCH = (
+    "output_dir",
+    "run_name",
+    "preset",
+    "config",
+    "device",
+    "resume",
+    "resume_from",
+    "data_changed",
+    "stop_at_step",
+    "debug",
+    "fast_dev_run",
+    "profile",
+)

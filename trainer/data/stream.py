@@ -55,12 +55,12 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int | None) -> np.ndarray:
-    """Sample numbers at ascending stream positions, int64. Finite set: epoch * length + shuffled item, each once per epoch."""
+    """Sample numbers at stream positions, int64. Finite set: epoch * length + shuffled item, each once per epoch."""
     positions = np.asarray(positions, dtype=np.int64)
     if length is None:
         return positions
     epochs, places = np.divmod(positions, length)
-    first, last = int(epochs[0]), int(epochs[-1])
+    first, last = int(epochs.min()), int(epochs.max())
     keys = np.array([hash32("order", seed, epoch) for epoch in range(first, last + 1)], dtype=np.uint64)
     return epochs * length + shuffled(places, keys[epochs - first], length)
 
@@ -75,20 +75,32 @@ def share(batch_size: int, processes: int) -> int:
 
 
 class TrainingOrder:
-    """Batch sampler: the sample numbers of this process's part of every micro-batch, from `first_micro_batch` on, for ever."""
+    """Batch sampler: the sample numbers of this process's part of every micro-batch, from `first_micro_batch` on, for ever.
+
+    `repeated`: after so many micro-batches the first one comes again (0: never).
+    """
 
     def __init__(
-        self, batch_size: int, rank: int, processes: int, seed: int, length: int | None, first_micro_batch: int
+        self,
+        batch_size: int,
+        rank: int,
+        processes: int,
+        seed: int,
+        length: int | None,
+        first_micro_batch: int,
+        repeated: int = 0,
     ) -> None:
         self.batch_size, self.part, self.rank = batch_size, share(batch_size, processes), rank
         self.seed, self.length, self.first_micro_batch = seed, length, first_micro_batch
+        self.repeated = repeated * batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         count = max(1, BLOCK // self.part)  # micro-batches at a time
         own = (np.arange(count)[:, None] * self.batch_size + np.arange(self.part)).ravel()
         start = self.first_micro_batch * self.batch_size + self.rank * self.part
         while True:
-            yield from sample_numbers(start + own, self.seed, self.length).reshape(count, self.part).tolist()
+            positions = (start + own) % self.repeated if self.repeated else start + own
+            yield from sample_numbers(positions, self.seed, self.length).reshape(count, self.part).tolist()
             start += count * self.batch_size
 
 
