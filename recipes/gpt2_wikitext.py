@@ -201,7 +201,11 @@ class Gpt2Wikitext(Recipe[Config]):
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """What transformers needs beside the weights."""
-        return {"config.json": network.config.to_json_string(), "tokenizer.json": data.extra["text"].tokenizer_json}
+        return {
+            "config.json": network.config.to_json_string(),
+            "generation_config.json": network.config.generation_json(),
+            "tokenizer.json": data.extra["text"].tokenizer_json,
+        }
 
     def flops_per_item(self, config: Config, network: Any) -> float:
         """Training FLOPs of a token."""

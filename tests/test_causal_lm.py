@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, model_folder, rows_folder
 
 from recipes.finetune_lm import FinetuneLM
 from recipes.models.causal_lm import build_causal_lm, named_as_in
+from recipes.models.gpt2 import build_gpt2
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
 from trainer.checkpoints.init_from import with_settings
@@ -128,6 +129,22 @@ def test_a_checkpoint_opens_in_transformers(family: str, folders: dict[str, Path
     assert written["architectures"] == [type(network).__name__]
     assert (written["dtype"], written["use_cache"]) == ("float32", True)
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+def test_a_checkpoint_of_gpt2_wikitext_is_a_model_folder_too(folders: dict[str, Path], tmp_path: Path) -> None:
+    end = 0
+    ours = build_gpt2(300, end, max_length=64, d_model=32, num_layers=2, num_heads=2, d_ff=None, dropout=0.0).eval()
+    entries = [
+        TensorEntry(name, tuple(p.shape), torch.float32, lambda _, p=p: p.detach()) for name, p in ours.named_parameters()
+    ]
+    texts = {"trainer_state.json": trainer_state(1, recipe="gpt2_wikitext"), "config.yaml": "model: {}\n"}
+    texts |= {"config.json": ours.config.to_json_string(), "generation_config.json": ours.config.generation_json()}
+    texts["tokenizer.json"] = (folders["gpt2"] / "tokenizer.json").read_text()
+    saved = writing.write(tmp_path, "checkpoint_step_1", {"model": entries}, texts)
+    config = planned({**folders, "ours": saved}, "ours", "--lora_rank", "2")
+    with torch.no_grad():
+        assert torch.allclose(logits(begun(config)), ours(IDS), atol=1e-5)
+    assert RECIPE.build_data(config).extra["tokenizer"].eos_token_id == end
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,9 @@ def test_gpt2_stays_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     end = TOKENIZER.token_to_id(END_OF_TEXT)
     network = build_gpt2(320, end, max_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=None, dropout=0.0).eval()
-    documents = {"config.json": network.config.to_json_string(), "tokenizer.json": TOKENIZER.to_str()}
+    config = network.config
+    documents = {"config.json": config.to_json_string(), "generation_config.json": config.generation_json()}
+    documents["tokenizer.json"] = TOKENIZER.to_str()
     path = saved(tmp_path, "gpt2_wikitext", network, Gpt2Config(), documents)
     export_hf.main([str(path), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
@@ -165,6 +167,7 @@ def test_gpt2_stays_as_it_is(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(network(tokens), theirs.eval()(tokens).logits, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == end
+    assert theirs.generation_config.eos_token_id == end
     assert "| validation loss | 1.3333 |" in (tmp_path / "out" / "README.md").read_text()
 
 

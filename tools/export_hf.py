@@ -238,15 +238,9 @@ def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> Non
 
 def _copy_gpt2(folder: Path, checkpoint: Checkpoint) -> None:
     """The files of a GPT-2 checkpoint that transformers reads, byte for byte."""
-    from transformers import GenerationConfig, GPT2Config
-
     for name in checkpoint.files:
-        if name == "config.json" or name.startswith("model"):
+        if name in ("config.json", "generation_config.json") or name.startswith("model"):
             shutil.copyfile(checkpoint.path / name, folder / name)
-    config = GPT2Config.from_json_file(folder / "config.json")
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, temperature=0.8, top_p=0.95
-    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,11 @@ class Gpt2Config:
         named = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32", "use_cache": True}
         return json.dumps(named | asdict(self), indent=2) + "\n"
 
+    def generation_json(self) -> str:
+        """The `generation_config.json` beside it: where a text ends, and how to sample unless told otherwise."""
+        ends = {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
+        return json.dumps(ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95}, indent=2) + "\n"
+
 
 class Projection(nn.Module):
     """x @ weight + bias: a linear layer whose weight lies [d_in, d_out], as in GPT-2's checkpoints."""
