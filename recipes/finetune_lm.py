@@ -198,8 +198,8 @@ class FinetuneLM(Recipe[Config]):
         fresh = {key: StoredTensor(shape, partial(initial, key)) for key, shape in shapes.items()}
         if name == "tiny":
             return fresh
-        given = {key: StoredTensor(*stored) for key, stored in named_as_in(network, stored_tensors(name)).items()}
-        return {key: stored for key, stored in fresh.items() if ".lora_" in key} | given
+        adapters = {key: stored for key, stored in fresh.items() if ".lora_" in key}
+        return adapters | named_as_in(network, stored_tensors(name))
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """What transformers needs beside the weights."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recipes.models.transformer_lm import TransformerLM
+    from trainer.checkpoints.pretrained import StoredTensor
+    from trainer.initial_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class ModelConfig:
     """one matrix for embedding and output layer"""
     qk_norm: bool = False
     """normalise queries and keys per head"""
+    num_kv_heads: Annotated[int | None, Positive] = None
+    """heads of keys and values, each shared by several of queries (default: num_heads)"""
+    head_dim: Annotated[int | None, Positive] = None
+    """width of a head (default: d_model / num_heads)"""
+    norm_eps: Annotated[float, Positive] = 1e-5
+    """added to the mean square in every norm"""
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ class TinyStoriesLM(Recipe[Config]):
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
     checkpoint_prefix = "checkpoint_iter_"
+    free_settings = ("context_length",)
     report: TinyStoriesReport
 
     def build_data(self, config: Config) -> Data:
@@ -208,6 +217,20 @@ class TinyStoriesLM(Recipe[Config]):
         others = [p for p in network.parameters() if not o.decay_all and (p.ndim < 2 or p is embedding)]
         groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
+
+    def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
+        """Those of a Llama's or a Qwen3's config.json."""
+        from recipes.models.llama_form import settings_of
+        from trainer.checkpoints.pretrained import stored_config
+
+        return vars(saved.model) if saved is not None else settings_of(stored_config(name))
+
+    def pretrained(self, name: str, network: Any, initial: Weights) -> dict[str, StoredTensor]:
+        """Weights of a Llama or a Qwen3, under our names and in our order of rows."""
+        from recipes.models.llama_form import named_as_ours
+        from trainer.checkpoints.pretrained import stored_tensors
+
+        return named_as_ours(network, stored_tensors(name))
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """The tokenizer, where there is one."""

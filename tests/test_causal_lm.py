@@ -189,6 +189,6 @@ def test_experts_are_read_and_put_together_for_the_rows_that_are_wanted(folders:
         lambda: build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1, gradient_checkpointing=False), 0
     )
     whole = theirs(folders["mixtral"]).model.layers[1].mlp.experts.gate_up_proj
-    shape, read = named_as_in(empty, stored)["model.layers.1.mlp.experts.gate_up_proj"]  # type: ignore[arg-type]
-    assert shape == tuple(whole.shape)
-    assert read(slice(1, 3)).equal(whole[1:3])
+    experts = named_as_in(empty, stored)["model.layers.1.mlp.experts.gate_up_proj"]  # type: ignore[arg-type]
+    assert experts.shape == tuple(whole.shape)
+    assert experts.read(slice(1, 3)).equal(whole[1:3])

@@ -91,11 +91,24 @@ def test_a_llama_from_the_folder_has_the_same_logits(tied: bool, tmp_path: Path)
     assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {oct(path.stat().st_mode & 0o666)}
 
 
+def test_with_norms_on_queries_and_keys_and_shared_heads_it_is_a_qwen3(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+
+    path, ours = story_checkpoint(tmp_path, replace(SMALL, qk_norm=True, num_kv_heads=2, head_dim=16, norm_eps=1e-3))
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(theirs, Qwen3ForCausalLM)
+    assert not any(info.values())
+    tokens = torch.randint(320, (2, 32))
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), theirs.eval()(tokens).logits, atol=1e-4)
+
+
 def test_without_the_permutation_the_logits_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     path, ours = story_checkpoint(tmp_path)
-    monkeypatch.setattr(export_hf, "_paired_by_halves", lambda loaded, name, heads: loaded.tensor("model", name))
+    monkeypatch.setattr(export_hf, "by_halves", lambda weight, width: weight)
     export_hf.main([str(path), "--out", str(tmp_path / "out")])
     tokens = torch.randint(320, (2, 32))
     with torch.no_grad():
@@ -133,7 +146,6 @@ def test_a_checkpoint_that_left_its_run_remembers_its_loss(tmp_path: Path) -> No
     [
         ({"norm_position": "post"}, "--norm_position post"),
         ({"ffn": "silu"}, "--ffn silu"),
-        ({"qk_norm": True}, "--qk_norm"),
         ({"rope": False}, "--no_rope"),
     ],
 )

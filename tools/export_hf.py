@@ -24,6 +24,7 @@ from model_card import model_card
 from recipes.data.hub import hub_is_reachable
 from recipes.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
 from recipes.models.causal_lm import build_causal_lm, save_adapters, save_merged
+from recipes.models.llama_form import ROTATED, by_halves, their_name
 from trainer.checkpoints.checkpoint import Checkpoint, resolve
 from trainer.checkpoints.network import saved_weights
 from trainer.command_line.locations import argument_path
@@ -149,32 +150,37 @@ def _write_tokenizer(folder: Path, tokenizer_json: str, length: int) -> int:
 
 
 def _write_llama(folder: Path, checkpoint: Checkpoint, model: dict[str, Any], end_of_text: int) -> None:
-    """config.json, generation_config.json and model.safetensors of a LlamaForCausalLM with the same logits."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    """config.json, generation_config.json and model.safetensors of a LlamaForCausalLM, or, with norms on queries and keys, of a
+    Qwen3ForCausalLM, that has the same logits."""
+    from transformers import GenerationConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
     for key, supported, flag in (
         ("norm_position", "pre", "--norm_position post"),
         ("ffn", "swiglu", "--ffn silu"),
-        ("qk_norm", False, "--qk_norm"),
         ("rope", True, "--no_rope"),
     ):
         if model[key] != supported:
             raise UserError(f"{checkpoint.path} was trained with {flag}, which a Llama checkpoint cannot express")
-    config = LlamaConfig(
+    width = model["head_dim"] or model["d_model"] // model["num_heads"]
+    kind: Any = Qwen3ForCausalLM if model["qk_norm"] else LlamaForCausalLM
+    config = kind.config_class(
         vocab_size=model["vocab_size"],
         hidden_size=model["d_model"],
         intermediate_size=model["d_ff"],
         num_hidden_layers=model["num_layers"],
         num_attention_heads=model["num_heads"],
+        num_key_value_heads=model["num_kv_heads"] or model["num_heads"],
+        head_dim=width,
         max_position_embeddings=model["context_length"],
-        rms_norm_eps=1e-5,
+        rms_norm_eps=model["norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
         tie_word_embeddings=model["tie_embeddings"],
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
-    network = LlamaForCausalLM(config)
-    weights = {_llama_name(name): _paired_by_halves(checkpoint, name, model["num_heads"]) for name in checkpoint.names("model")}
+    network = kind(config)
+    weights = {name: checkpoint.tensor("model", name) for name in checkpoint.names("model")}
+    weights = {their_name(name): by_halves(t, width) if name.endswith(ROTATED) else t for name, t in weights.items()}
     if model["tie_embeddings"]:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     network.load_state_dict(weights)
@@ -185,36 +191,6 @@ def _write_llama(folder: Path, checkpoint: Checkpoint, model: dict[str, Any], en
     config_json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config_json["rope_theta"] = model["rope_theta"]  # where transformers before 5 looks for it
     (folder / "config.json").write_text(json.dumps(config_json, indent=1), encoding="utf-8")
-
-
-def _llama_name(name: str) -> str:
-    """Llama's name of one of our weights."""
-    parts = {
-        "attn.output_proj": "self_attn.o_proj",
-        "attn.": "self_attn.",
-        "ffn.w1": "mlp.gate_proj",
-        "ffn.w2": "mlp.down_proj",
-        "ffn.w3": "mlp.up_proj",
-        "ln1": "input_layernorm",
-        "ln2": "post_attention_layernorm",
-        "token_embeddings": "embed_tokens",
-        "ln_final": "norm",
-    }
-    if name == "lm_head.weight":
-        return name
-    ours = next(part for part in parts if part in name)
-    return "model." + name.replace(ours, parts[ours])
-
-
-def _paired_by_halves(checkpoint: Checkpoint, name: str, num_heads: int) -> Any:
-    """A weight in Llama's layout: of queries and keys, the rows of each head reordered, the first of
-    each pair before the second. We rotate rows (2i, 2i + 1) together, transformers' Llama rows (i, i + d_head / 2).
-    """
-    weight = checkpoint.tensor("model", name)
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
-        return weight
-    pairs = weight.unflatten(0, (num_heads, -1, 2))  # [heads, d_head / 2, 2, d_model]
-    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> None:

@@ -7,10 +7,12 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +23,6 @@ if TYPE_CHECKING:
 ALL_ROWS = slice(None)
 BASE = ".base_layer"
 """what peft puts into the name of a weight that it adds an adapter to"""
-
-
-class Stored(Protocol):
-    """A tensor in a file, not read yet."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
-
-    @property
-    def read(self) -> Callable[[slice], Tensor]:
-        """Some rows of it, or all for `ALL_ROWS`."""
 
 
 def build_causal_lm(
@@ -94,8 +84,8 @@ def config_json(architecture: str, network: PreTrainedModel) -> str:
     return json.dumps(given | named, indent=2) + "\n"
 
 
-def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """{parameter of the network: (shape, function that reads rows of it)} from the tensors of a published model.
+def named_as_in(network: PreTrainedModel, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a published model, not read yet (with a `shape`, and `read(rows)`), by the names of the network.
 
     They are renamed, and several put together (the experts of a mixture), as transformers does when it loads them; those that
     it leaves out, and the second name of what is tied, are left out.
@@ -112,7 +102,7 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     left_out = [*(network._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"attn\.masked_bias"]
-    found: dict[str, tuple[tuple[int, ...], Any]] = {}
+    found: dict[str, Any] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, known)
@@ -123,19 +113,19 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[
         if name not in known and any(re.search(ignored, key) for ignored in left_out):
             continue
         if pattern is None:
-            found[ours.get(name, name)] = (stored[key].shape, stored[key].read)
+            found[ours.get(name, name)] = stored[key]
         else:
             parts.setdefault(name, []).append((key, pattern))
 
     def put_together(name: str, rows: slice) -> Tensor:
         converter = deepcopy(by_pattern[parts[name][0][1]])
         for key, pattern in parts[name]:
-            converter.add_tensor(name, key, pattern, stored[key].read(ALL_ROWS))  # type: ignore[arg-type]
+            converter.add_tensor(name, key, pattern, stored[key].read(ALL_ROWS))
         whole = converter.convert(name, model=network, config=network.config)[name]
         return (whole[0] if isinstance(whole, list) else whole)[rows]
 
-    for name in parts:
-        found[ours[name]] = (tuple(known[name].shape), lambda rows, name=name: put_together(name, rows))
+    for name, ((key, _), *_) in parts.items():
+        found[ours[name]] = replace(stored[key], shape=tuple(known[name].shape), read=partial(put_together, name))
     return found
 
 

@@ -6,6 +6,7 @@ Weight names are those of Stanford's CS336 course. Each part is a plain function
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -74,31 +75,43 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """`rms_norm` with a weight that starts at 1."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width]."""
-        return rms_norm(x, self.weight)
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of queries, of keys and values, each of which serves several of queries (Ainslie et al. 2023), and the width of one."""
+
+    queries: int
+    keys: int
+    width: int
 
 
 class Attention(nn.Module):
     """Multi-head causal self-attention. With `qk_norm`, queries and keys are normalised per head (Henry et al. 2020)."""
 
-    def __init__(self, d_model: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, d_model: int, heads: Heads, qk_norm: bool, eps: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.output_proj = (Linear(d_model, d_model) for _ in range(4))
-        d_head = d_model // num_heads
-        self.q_norm, self.k_norm = (RMSNorm(d_head) if qk_norm else nn.Identity() for _ in range(2))
+        self.heads, outward, inward = heads, heads.queries * heads.width, heads.keys * heads.width
+        self.q_proj, self.output_proj = Linear(d_model, outward), Linear(outward, d_model)
+        self.k_proj, self.v_proj = Linear(d_model, inward), Linear(d_model, inward)
+        self.q_norm, self.k_norm = (RMSNorm(heads.width, eps) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
         """x [batch, time, d_model] -> the same; `angles` [time, d_head / 2], None: no positions."""
-        q, k, v = (w(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for w in (self.q_proj, self.k_proj, self.v_proj))
+        width, each = self.heads.width, self.heads.queries // self.heads.keys
+        q, k, v = (w(x).unflatten(-1, (-1, width)).transpose(-3, -2) for w in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        if each > 1:
+            k, v = k.repeat_interleave(each, -3), v.repeat_interleave(each, -3)
         return self.output_proj(causal_attention(q, k, v).transpose(-3, -2).flatten(-2))
 
 
@@ -119,12 +132,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each around a residual; norms before them, or after the sum (Xiong et al. 2020, fig. 1)."""
 
-    def __init__(self, d_model: int, num_heads: int, d_ff: int, pre_norm: bool, gated: bool, qk_norm: bool) -> None:
+    def __init__(self, d_model: int, heads: Heads, d_ff: int, pre_norm: bool, gated: bool, qk_norm: bool, eps: float) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.attn = Attention(d_model, num_heads, qk_norm)
+        self.attn = Attention(d_model, heads, qk_norm, eps)
         self.ffn = FeedForward(d_model, d_ff, gated)
-        self.ln1, self.ln2 = RMSNorm(d_model), RMSNorm(d_model)
+        self.ln1, self.ln2 = RMSNorm(d_model, eps), RMSNorm(d_model, eps)
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
         """x [batch, time, d_model] -> the same."""
@@ -168,24 +181,31 @@ class TransformerLM(nn.Module):
         ffn: Literal["swiglu", "silu"] = "swiglu",
         tie_embeddings: bool = False,
         qk_norm: bool = False,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        norm_eps: float = EPS,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if d_model % num_heads:
+        if head_dim is None and d_model % num_heads:
             raise ValueError(f"d_model {d_model} does not divide into {num_heads} heads; give a --num_heads that divides it")
-        self.d_head = d_model // num_heads
+        if num_kv_heads and num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}; change one of them")
+        self.d_head = head_dim or d_model // num_heads
+        heads = Heads(num_heads, num_kv_heads or num_heads, self.d_head)
         if rope and self.d_head % 2:
             raise ValueError(
                 f"heads of {self.d_head} cannot be rotated in pairs; give an even d_model / num_heads, or --no_rope"
             )
         self.context_length, self.rope_theta, self.rope = context_length, rope_theta, rope
+        self.attention_width = num_heads * self.d_head
         self.gradient_checkpointing = gradient_checkpointing
         pre_norm = norm_position == "pre"
         self.token_embeddings = Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(
-            Block(d_model, num_heads, d_ff, pre_norm, ffn == "swiglu", qk_norm) for _ in range(num_layers)
+            Block(d_model, heads, d_ff, pre_norm, ffn == "swiglu", qk_norm, norm_eps) for _ in range(num_layers)
         )
-        self.ln_final = RMSNorm(d_model) if pre_norm else nn.Identity()
+        self.ln_final = RMSNorm(d_model, norm_eps) if pre_norm else nn.Identity()
         self.lm_head = Head(d_model, vocab_size)
         if tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
@@ -201,7 +221,7 @@ class TransformerLM(nn.Module):
         """
         matrices = (module for module in self.modules() if isinstance(module, nn.Linear))
         weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
-        return 6.0 * weights + 12.0 * len(self.layers) * self.lm_head.in_features * self.context_length
+        return 6.0 * weights + 12.0 * len(self.layers) * self.attention_width * self.context_length
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """tokens: integers [batch, time], time at most `context_length`; labels: int64 [batch, time], for `next_token_loss`."""
