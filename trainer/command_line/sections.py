@@ -61,6 +61,8 @@ class Run:
     config: Annotated[str | None, Existing] = None
     """a YAML file of values, flat or in sections"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deepspeed_config: Annotated[str | None, Existing] = None
+    """train this launch under ZeRO, as a DeepSpeed file says, whatever started its processes: ds_configs/zero2.json, ..."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: what the launcher says, else bf16 on a GPU and fp32 on a CPU"""
     compile: Switch = "auto"
@@ -135,4 +137,15 @@ class Run:
 
 
 # What describes this launch alone, and is therefore never taken over from a checkpoint.
-PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "data_changed", "stop_at_step")
+PER_LAUNCH = (
+    "output_dir",
+    "run_name",
+    "preset",
+    "config",
+    "device",
+    "deepspeed_config",
+    "resume",
+    "resume_from",
+    "data_changed",
+    "stop_at_step",
+)

@@ -71,6 +71,8 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not torch.cuda.is_available()
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
+    # Where `srun` or `mpirun` started us, which set no number; what it comes to is printed with the launch.
+    warnings.filterwarnings("ignore", category=UserWarning, message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     if not on_cpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches of other sizes leave no holes
     before_connect(on_cpu)

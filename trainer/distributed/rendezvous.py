@@ -39,7 +39,9 @@ def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
     rank, port = _number(environ, "RANK", "", 0, processes - 1), _number(environ, "MASTER_PORT", "", 1, 65535)
     host = environ.get("MASTER_ADDR")
     if not host:
-        raise UserError("MASTER_ADDR is not set: the address of rank 0; start with accelerate launch or torchrun")
+        raise UserError(
+            "MASTER_ADDR is not set: the address of rank 0; set it (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+        )
     holds_it = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listening = _listen(host, port) if holds_it else None
     end = time.monotonic() + timeout.total_seconds()
