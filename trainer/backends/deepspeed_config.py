@@ -125,6 +125,8 @@ def fill_deepspeed_config(
         if from_file and in_file != "auto" and in_file != value:
             raise UserError(f'DeepSpeed file: {key} {in_file} contradicts {flag} = {value:g}; write "auto" there')
         filled[key] = value
+    # DeepSpeed checks that this is the product of the others, and makes log lines of it: where shares differ, of the smallest.
+    filled["train_batch_size"] = settings.batch_size // processes * settings.gradient_accumulation_steps * processes
     for key in ("optimizer", "scheduler"):
         if key in filled:
             raise UserError(f"DeepSpeed file: remove its {key!r} section; samecurve sets it from its own flags")
