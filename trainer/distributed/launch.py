@@ -34,6 +34,8 @@ class Launch:
     control: Control
     store: Any = None
     """what all processes of the launch can write to and read; None for a process alone"""
+    restarted: bool = False
+    """whether the launcher has started processes before; rank 0 knows"""
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +58,7 @@ def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool]
     meeting = meet(os.environ, timeout)
     if meeting is None:
         return _join(device, timeout, before_connect, None)
+    meeting = wait_for_all(meeting, timeout)
     with explained(meeting):
         launch = _join(device, timeout, before_connect, meeting)
     return launch
@@ -76,16 +79,19 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     if not on_cpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches of other sizes leave no holes
     before_connect(on_cpu)
-    if meeting is not None:
-        wait_for_all(meeting, timeout)
     choose_interface(os.environ)
+    if meeting is not None:
+        offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo" if offloads else "nccl"
+        store = dist.PrefixStore("default", meeting.store)
+        dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.processes, timeout=timeout)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
     if on_cpu:
         _use_all_cores(state.num_processes)
     control = Control(state.process_index, state.num_processes, timeout)
-    store = meeting.store if meeting is not None else None
-    return Launch(state.process_index, state.num_processes, state.local_process_index, state.device, control, store)
+    place = (state.process_index, state.num_processes, state.local_process_index, state.device, control)
+    return Launch(*place) if meeting is None else Launch(*place, meeting.store, meeting.restarted)
 
 
 def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:

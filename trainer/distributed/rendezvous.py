@@ -26,6 +26,8 @@ class Rendezvous:
     rank: int
     processes: int
     store: Any
+    restarted: bool = False
+    """whether the launcher has started processes before; rank 0 knows"""
 
 
 def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
@@ -59,12 +61,8 @@ def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
                     LOST,
                 ) from None
             time.sleep(POLL_SECONDS)
-    # Several of one process on one port share a server: torch's own, opened later with the process group, will be this one.
-    store = dist.TCPStore(
-        host, port, None, holds_it, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=listening
-    )
-    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store may outlive a restart
-    return Rendezvous(rank, processes, dist.PrefixStore(f"samecurve/{attempt}", store))
+    store = dist.TCPStore(host, port, None, holds_it, timeout, wait_for_workers=False, master_listen_fd=listening)
+    return Rendezvous(rank, processes, store)
 
 
 def _listen(host: str, port: int) -> int:
