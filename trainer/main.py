@@ -16,8 +16,8 @@ from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, without_urls
 from trainer.distributed.ranks import adopt_ranks, without_local_rank
-from trainer.distributed.signals import die_with_launcher, leave, leaving_at_signals, process_start_monotonic
-from trainer.errors import FINISHED, INTERRUPTED, UserError, user_error
+from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
+from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, user_error
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -74,6 +74,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         code = report_error(error, console, alike)
     finally:
         console.close()
+    if code == BAD_INPUT:
+        end_launcher()
     if launch is None:
         sys.exit(code)
     leave(code)

@@ -35,7 +35,7 @@ class Launch:
     store: Any = None
     """what all processes of the launch can write to and read; None for a process alone"""
     restarted: bool = False
-    """whether the launcher has started processes before; rank 0 knows"""
+    """whether a launcher or scheduler, not a person, has started this command again; rank 0 knows"""
 
     @property
     def is_main(self) -> bool:
@@ -83,15 +83,19 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     if meeting is not None:
         offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
         backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo" if offloads else "nccl"
-        store = dist.PrefixStore("default", meeting.store)
-        dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.processes, timeout=timeout)
+        own = dist.PrefixStore("default", meeting.store)
+        dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.processes, timeout=timeout)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
     if on_cpu:
         _use_all_cores(state.num_processes)
     control = Control(state.process_index, state.num_processes, timeout)
-    place = (state.process_index, state.num_processes, state.local_process_index, state.device, control)
-    return Launch(*place) if meeting is None else Launch(*place, meeting.store, meeting.restarted)
+    # torchrun counts on each host for itself: of several processes only the store knows it all.
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    restarted = any(int(os.environ.get(name) or 0) > 0 for name in counts) or (meeting is not None and meeting.restarted)
+    store = meeting.store if meeting is not None else None
+    place = (state.process_index, state.num_processes, state.local_process_index, state.device)
+    return Launch(*place, control, store, restarted)
 
 
 def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:

@@ -88,6 +88,14 @@ def _die_with_deepspeed(launcher: int) -> None:
         threading.Thread(target=wait, name="deepspeed", daemon=True).start()
 
 
+def end_launcher() -> None:
+    """Have torchrun end instead of starting us again: no restart mends what we end with. Called on every process."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if count < most and os.environ.get("LOCAL_RANK") == "0":
+        failing.set()
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def leave(code: int) -> NoReturn:
     """End the process with this status, from any thread, and at once.
 
