@@ -20,20 +20,27 @@ class TokenBlocks:
     Block i has inputs ids[i S : i S + T] and, as labels, the ids one further, where T is `max_length` and S the `stride`
     (None: T). With a smaller stride blocks overlap, and only labels that the block before did not have are kept, so that
     each is predicted from at least T - S tokens. The last block may be short: there inputs are filled with end-of-text
-    and labels with IGNORED.
+    and labels with IGNORED. `by_document`: batches have the position of each input in its document too, and no label is the
+    first token of one.
     """
 
     truncated = 0  # no row is cut off: the next block goes on with it
 
     def __init__(
-        self, split: TokenSplit, max_length: int, vocab_size: int, end_of_text: int, stride: int | None = None
+        self,
+        split: TokenSplit,
+        max_length: int,
+        vocab_size: int,
+        end_of_text: int,
+        stride: int | None = None,
+        by_document: bool = False,
     ) -> None:
         """ValueError if there are fewer than 2 tokens, an id is not below `vocab_size`, or the stride leaves gaps."""
         _check_ids(split, max_length, vocab_size)
         self.stride = max_length if stride is None else stride
         if not 1 <= self.stride <= max_length:
             raise ValueError(f"stride {stride} must be from 1 to max_length {max_length}")
-        self.split, self.max_length, self.end_of_text = split, max_length, end_of_text
+        self.split, self.max_length, self.end_of_text, self.by_document = split, max_length, end_of_text, by_document
 
     def __len__(self) -> int:
         return 1 + -(-max(0, len(self.split.ids) - 1 - self.max_length) // self.stride)
@@ -45,6 +52,9 @@ class TokenBlocks:
         lengths = np.minimum(len(self.split.ids) - 1 - starts, self.max_length)
         batch = _gather(self.split.ids, starts, lengths, self.max_length, self.end_of_text)
         batch["labels"][blocks > 0, : self.max_length - self.stride] = IGNORED
+        if self.by_document:
+            batch["positions"] = positions_in_documents(batch["input_ids"], self.end_of_text)
+            batch["labels"][batch["input_ids"] == self.end_of_text] = IGNORED
         return batch
 
 
@@ -90,6 +100,16 @@ def _gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, time: int,
         "input_ids": torch.from_numpy(np.where(real, window[:, :-1], pad)),
         "labels": torch.from_numpy(np.where(real, window[:, 1:], IGNORED)),
     }
+
+
+def positions_in_documents(tokens: "torch.Tensor", end_of_text: int) -> "torch.Tensor":
+    """The position of each of tokens [batch, time] in its document, from 0 on, int32: end-of-text is the last token of one."""
+    import torch
+
+    places = torch.arange(tokens.shape[1], dtype=torch.int32)
+    begins = torch.zeros_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = tokens[:, :-1] == end_of_text
+    return places - (places * begins).cummax(1).values
 
 
 def _check_ids(split: TokenSplit, max_length: int, vocab_size: int) -> None:

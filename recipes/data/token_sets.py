@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.data.remote import is_url, remote_files
-from recipes.data.text import prepare_text
+from recipes.data.text import Text, prepare_text
 from recipes.data.text_sources import SPLIT_NAMES
 from recipes.data.token_files import TokenFile, out_of_range
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
@@ -132,6 +132,12 @@ class Streams:
     tokenizer_json: str | None
     fingerprint: str
     """hex; of the ids, however they are stored, and of the shares"""
+
+    def end_of_text(self) -> int:
+        """The id that ends a document. ValueError without a tokenizer, which alone knows it."""
+        if self.tokenizer_json is None:
+            raise ValueError("document_mask needs the id of <|endoftext|>; give the --tokenizer that made the ids")
+        return Text.without_data(self.tokenizer_json).end_of_text
 
 
 def find_files(path: str, vocab_size: int) -> TokenSet:
