@@ -99,7 +99,7 @@ class TinyStoriesReport(Report[Config]):
     """What is printed of a run."""
 
     loss_unit = "nats per token"
-    shares_at: Callable[[int], str] | None = None
+    shares_at: Callable[[int], dict[str, float]] | None = None
     """of a mixture: what share of the samples up to a step each set gave"""
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
@@ -108,12 +108,17 @@ class TinyStoriesReport(Report[Config]):
         plan = [f"Starting training from iteration {step}...", f"Device: {device}", f"Max iterations: {total_steps}", "-" * 80]
         return sizes + plan
 
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Of a mixture the shares so far."""
+        return {f"share/{label}": share for label, share in self.shares_at(step).items()} if self.shares_at else {}
+
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
+        shares = [f"{k.removeprefix('train/share/')} {v:.2%}" for k, v in metrics.items() if k.startswith("train/share/")]
         return (
             f"Iter {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
             f"Time: {metrics['train/iter_time_ms']:.1f}ms | Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
-            + (f" | So far: {self.shares_at(step)}" if self.shares_at else "")
+            + (f" | So far: {', '.join(shares)}" if shares else "")
         )
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:

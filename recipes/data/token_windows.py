@@ -97,16 +97,15 @@ class SharesSoFar:
         self.windows, self.samples = windows, 0
         self.counts = np.zeros(len(windows.mixture.sets), dtype=np.int64)
 
-    def at(self, samples: int) -> str:
-        """In words, after so many samples."""
+    def at(self, samples: int) -> dict[str, float]:
+        """By the label of each set, after so many samples."""
         if samples < self.samples:
             self.samples, self.counts = 0, np.zeros_like(self.counts)
         for start in range(self.samples, samples, 1 << 16):
             sets, _ = self.windows.places(np.arange(start, min(samples, start + (1 << 16))))
             self.counts += np.bincount(sets, minlength=len(self.counts))
         self.samples = samples
-        shares = zip(self.windows.mixture.labels, self.counts / max(1, samples), strict=True)
-        return ", ".join(f"{label} {share:.2%}" for label, share in shares)
+        return dict(zip(self.windows.mixture.labels, (self.counts / max(1, samples)).tolist(), strict=True))
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
