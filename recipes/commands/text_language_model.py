@@ -131,7 +131,7 @@ def sample_validation(network: Any, text: Text, max_length: int) -> str:
     """The first tokens of the validation split, at most 12 and of its first row alone, as the network continues them."""
     validation = text.splits["validation"]
     count = min(12, max_length // 2, int(validation.row_ends[0]) - 1)
-    prompt = text.tokenizer().decode(np.asarray(validation.ids[:count]).tolist())
+    prompt = text.tokenizer().decode(validation.ids[np.arange(count)].tolist())
     return sample(network, text, Generate(prompt=prompt))
 
 
@@ -144,7 +144,7 @@ def scored_tokens(text: Text, split: str, config: Any) -> np.ndarray:
     mask = np.ones(len(tokens.ids), dtype=bool)
     mask[0] = False
     if config.data.document_mask:
-        mask[1:] = tokens.ids[:-1] != text.end_of_text
+        mask[1:] = np.asarray(tokens.ids)[:-1] != text.end_of_text
     if config.data.packing == "rows":
         starts = np.concatenate([[0], tokens.row_ends[:-1]])
         # Position in its row, of each token: what lies beyond max_length has been cut off.
@@ -167,7 +167,7 @@ def ngram_losses(text: Text, split: str, config: Any) -> dict[str, float]:
 
 def log_perplexities(text: Text, split: str, config: Any, loss: float, log: Log) -> None:
     """Print the loss of a model on a split in every unit, beside the baselines on the same tokens."""
-    scored, ids, words = scored_tokens(text, split, config), text.splits[split].ids, text.splits[split].words
+    scored, ids, words = scored_tokens(text, split, config), np.asarray(text.splits[split].ids), text.splits[split].words
     tokens = int(scored.sum())
     counted = f"over {words:,} words and line ends, blank lines' too, as published figures are"
     log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")

@@ -24,6 +24,7 @@ from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_si
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from recipes.data.token_sets import TokenSet
 
 ENCODE_CHARACTERS = 1 << 20  # tokenized at a time, so that memory stays bounded
 
@@ -32,7 +33,7 @@ ENCODE_CHARACTERS = 1 << 20  # tokenized at a time, so that memory stays bounded
 class TokenSplit:
     """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
 
-    ids: np.ndarray  # uint16 or uint32 [tokens]: each row followed by end-of-text
+    ids: "np.ndarray | TokenSet"  # uint16 or uint32 [tokens]: each row followed by end-of-text; `[places]` reads some of them
     row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
     words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
     fingerprint: str  # hex; of the ids

@@ -11,6 +11,8 @@ from recipes.data.tokenizer import END_OF_TEXT
 if TYPE_CHECKING:
     import torch
 
+    from recipes.data.token_sets import TokenSet
+
 IGNORED = -100  # a label that is not trained on: the default ignore_index of torch's cross entropy
 
 
@@ -86,7 +88,9 @@ class TokenRows:
         return _gather(self.split.ids, starts, lengths, int(lengths.max()), self.end_of_text)
 
 
-def _gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int) -> dict[str, "torch.Tensor"]:
+def _gather(
+    ids: "np.ndarray | TokenSet", starts: np.ndarray, lengths: np.ndarray, time: int, pad: int
+) -> dict[str, "torch.Tensor"]:
     """ids[start : start + length] and, as labels, the ids one further, padded to `time`: int64 [batch, time] each.
 
     The one place where labels are shifted: neither a recipe nor a model shifts them again.
@@ -113,12 +117,11 @@ def positions_in_documents(tokens: "torch.Tensor", end_of_text: int) -> "torch.T
 
 
 def _check_ids(split: TokenSplit, max_length: int, vocab_size: int) -> None:
-    ids = split.ids
     if max_length < 1:
         raise ValueError(f"max_length {max_length} holds no token; use at least 1")
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed, one to read and one to predict")
-    if (split.largest_id or ids.max()) >= vocab_size:
+    if len(split.ids) < 2:
+        raise ValueError(f"the text has {len(split.ids)} tokens; at least 2 are needed, one to read and one to predict")
+    if split.largest_id is None and (ids := np.asarray(split.ids)).max() >= vocab_size:
         position = int(np.argmax(ids >= vocab_size))
         raise ValueError(
             f"token id {ids[position]} at position {position} is not below vocab_size {vocab_size}; "
