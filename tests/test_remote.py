@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import signal
 import socket
@@ -156,11 +155,12 @@ class Wire(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while self.left > 0:
-            client, _ = self.listener.accept()
-            far = socket.create_connection(("127.0.0.1", self.server.port))
-            threading.Thread(target=self._requests, args=(client, far), daemon=True).start()
-            threading.Thread(target=self._answers, args=(client, far), daemon=True).start()
+        with contextlib.suppress(OSError):  # once the server is gone
+            while self.left > 0:
+                client, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.server.port))
+                threading.Thread(target=self._requests, args=(client, far), daemon=True).start()
+                threading.Thread(target=self._answers, args=(client, far), daemon=True).start()
 
     def _requests(self, client: socket.socket, far: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -168,14 +168,14 @@ class Wire(threading.Thread):
                 far.sendall(content)
 
     def _answers(self, client: socket.socket, far: socket.socket) -> None:
-        while content := far.recv(1 << 10):
-            client.sendall(content[: max(0, self.left)])
-            self.left -= len(content)
+        with contextlib.suppress(OSError):
+            while self.left > 0 and (content := far.recv(1 << 10)):
+                client.sendall(content[: max(0, self.left)])
+                self.left -= len(content)
             if self.left <= 0:
-                os.kill(self.server.process.pid, signal.SIGKILL)
-                break
-        self.listener.close()
-        client.shutdown(socket.SHUT_RDWR)
+                self.server.process.kill()
+                self.listener.shutdown(socket.SHUT_RDWR)
+            client.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_server_killed_in_mid_read_is_an_error_that_names_the_url_and_nothing_half_read_stays(
