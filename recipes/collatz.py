@@ -87,6 +87,7 @@ class Config:
         batch_size=512, max_steps=1_000_000, learning_rate=1e-4, min_lr=1e-6, warmup_steps=0, beta2=0.999
     )
     run: sections.Run = sections.Run(num_workers=NUM_WORKERS, prefetch_factor=4, eval_every=1000)
+    unused = {"max_epochs": "numbers never run out; give --max_steps"}
 
     def resolved(self) -> Config:
         """The same. UserError if neither loss counts."""

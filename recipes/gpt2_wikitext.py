@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recipes.models.gpt2 import Gpt2
+    from trainer.checkpoints.pretrained import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,18 @@ class Gpt2Wikitext(Recipe[Config]):
         """Perplexity per token."""
         return {"perplexity": perplexity(means["loss"])}
 
-    def pretrained(self, name: str) -> dict[str, Tensor]:
+    def pretrained(self, name: str) -> dict[str, StoredTensor]:
         """GPT-2 weights from the hub, or from a local folder of transformers'."""
-        from recipes.models.gpt2 import pretrained_gpt2
+        from trainer.checkpoints.pretrained import stored_tensors
+        from trainer.initial_weights import ALL_ROWS
 
-        return pretrained_gpt2(name)
+        # The files of the first GPT-2s lack the prefix, and hold causal masks.
+        named = {key.removeprefix("transformer."): stored for key, stored in stored_tensors(name).items()}
+        head = named.pop("lm_head.weight", None)
+        if head and "wte.weight" in named and not head.read(ALL_ROWS).equal(named["wte.weight"].read(ALL_ROWS)):
+            raise ValueError("lm_head.weight and wte.weight differ, and here they are one; choose a model that ties them")
+        masks = (".attn.bias", ".attn.masked_bias")
+        return {f"transformer.{key}": stored for key, stored in named.items() if not key.endswith(masks)}
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """What transformers needs beside the weights."""

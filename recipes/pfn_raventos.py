@@ -90,10 +90,7 @@ class RunConfig(sections.Run):
 
 @dataclass(frozen=True)
 class Config:
-    """Train a transformer on linear regression in context, with tasks from a pool.
-
-    The learning rate follows one cycle, with its peak at half of max_steps; warmup_steps and min_lr are not used.
-    """
+    """Train a transformer on linear regression in context, with tasks from a pool."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -108,6 +105,10 @@ class Config:
         grad_clip=0.0,
     )
     run: RunConfig = RunConfig(keep_last=0)
+
+    unused = {"max_epochs": "tasks never run out; give --max_steps"} | dict.fromkeys(
+        ("warmup_steps", "min_lr"), "the learning rate follows one cycle"
+    )
 
     def resolved(self) -> Config:
         """With the values that follow from others. UserError where they contradict each other.
@@ -150,8 +151,7 @@ class PFNReport(Report[Config]):
         """A description of the one cycle."""
         o = config.optimisation
         first, last = (self.recipe.learning_rate(step, o.max_steps, config) for step in (1, o.max_steps))
-        unused = " (warmup_steps and min_lr are not used)" if o.warmup_steps or o.min_lr else ""
-        return f"one cycle{unused}, learning rate from {first:.3g} to {o.learning_rate:g} at half and down to {last:.3g}"
+        return f"one cycle, learning rate from {first:.3g} to {o.learning_rate:g} at half and down to {last:.3g}"
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """Without the numbers of each model of a stack, which are in metrics.jsonl."""

@@ -149,9 +149,11 @@ class VitReport(Report[Config]):
         return super().log_line(step, metrics).replace(" | LR", f" | Accuracy: {metrics['train/accuracy']:.2%} | LR", 1)
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Loss, top-1 and top-5 of the validation set."""
-        loss, top1, top5 = (metrics[f"eval/val_{name}"] for name in ("loss", "accuracy", "top5"))
-        return f"Evaluating at step {step}... val_loss: {loss:.4f} | top-1: {top1:.2%} | top-5: {top5:.2%}"
+        """Loss, top-1 and, of more than five classes, top-5 of the validation set."""
+        line = (
+            f"Evaluating at step {step}... val_loss: {metrics['eval/val_loss']:.4f} | top-1: {metrics['eval/val_accuracy']:.2%}"
+        )
+        return f"{line} | top-5: {metrics['eval/val_top5']:.2%}" if "eval/val_top5" in metrics else line
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float]:
         """The loss of a uniform guess."""
@@ -212,12 +214,13 @@ class VitRelpos(Recipe[Config]):
         return {"class": nats, "accuracy": (logits.detach().argmax(-1) == labels).sum()}
 
     def measure(self, network: Any, batch: Batch) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Cross entropy, top-1 and top-5 accuracy."""
+        """Cross entropy, top-1 and, of more than five classes, top-5 accuracy."""
         from torch.nn.functional import cross_entropy
 
         logits, labels = network(batch["images"]).float(), batch["labels"]
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]  # [batch, 5]
-        sums = {"class": cross_entropy(logits, labels, reduction="sum"), "accuracy": hits[:, 0].sum(), "top5": hits.sum()}
+        sums = {"class": cross_entropy(logits, labels, reduction="sum"), "accuracy": hits[:, 0].sum()}
+        sums |= {"top5": hits.sum()} if logits.shape[-1] > 5 else {}
         return {name: (total, len(labels)) for name, total in sums.items()}
 
     def parameter_groups(self, network: Any, config: Config) -> list[dict[str, Any]]:

@@ -494,6 +494,7 @@ def test_a_saved_config_with_an_unknown_key_is_refused() -> None:
     ("argv", "name"),
     [
         ([], "default"),
+        (["--data_dir", "/shared/data/wikitext-2", "--tokenizer", "/shared/gpt2"], "default-wikitext-2-da4e-gpt2-e7b6"),
         (["--preset", "quick"], "quick"),
         (["--d_model", "512"], "default-d_model512"),
         (["--preset", "quick", "--seed", "7"], "quick-seed7"),
@@ -579,7 +580,7 @@ def test_paths_in_names_are_safe_and_stay_apart() -> None:
     assert len(set(names)) == len(names)
     for name in names:
         assert Path(name).name == name
-        assert len(name) <= 120
+        assert len(name) <= 80
         assert name.isascii()
         assert name == configuration.run_name(parse("--data_dir", "~/x/" + "y" * 300)) or name in names[:3]
 
@@ -589,7 +590,7 @@ def test_very_long_names_are_cut_and_stay_apart() -> None:
     many += ["--d_model", "64", "--num_layers", "3", "--warmup_steps", "5", "--batch_size", "4", "--max_steps"]
     names = {configuration.run_name(parse(*many, steps)) for steps in ("10", "11")}
     assert len(names) == 2
-    assert all(len(name) <= 120 for name in names)
+    assert all(len(name) <= 80 for name in names)
 
 
 # --------------------------------------------------------------------------------------------------- presets and --help

@@ -56,10 +56,10 @@ def test_text_of_the_picture(tmp_path: Path) -> None:
         "loss (squared error)",
         "optimizer step",
         "learning rate",
-        "train/loss (final 2.52)",
+        "training loss (last 2.52)",
     ):
         assert part in text
-    assert "eval/val_loss (final 2.62, best 2.62 at step 300)" in text
+    assert "validation loss (last 2.62, best 2.62 at step 300)" in text
 
 
 def test_a_run_without_losses_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
@@ -90,7 +90,60 @@ def test_a_value_that_is_not_finite_is_a_gap() -> None:
 def test_many_runs_have_a_colour_each(tmp_path: Path) -> None:
     runs = {f"run {i}": write_run(tmp_path / str(i), 50, final=i + 1) / "metrics.jsonl" for i in range(12)}
     plot_metric(runs, "train/loss", tmp_path / "all.svg")
-    assert all(f"run {i} (final" in (tmp_path / "all.svg").read_text() for i in range(12))
+    assert all(f"run {i} (last" in (tmp_path / "all.svg").read_text() for i in range(12))
+
+
+def test_long_names_are_broken_and_overlap_nothing(tmp_path: Path) -> None:
+    """Below the panels, whatever their number and length; the panels keep their height."""
+    names = [f"gpt2_wikitext/default-{'wikitext-2-da4e-' * 8}{i}" for i in range(6)]
+    runs = {name: write_run(tmp_path / str(i), 50) / "metrics.jsonl" for i, name in enumerate(names)}
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.reporting.plot.save_figure", lambda figure, out: figures.append(figure))
+        plot_metric(runs, "train/loss", tmp_path / "long.png", title=names[0])
+        plot_metric({"a": runs[names[0]]}, "train/loss", tmp_path / "short.png")
+        plot_loss(runs[names[0]], tmp_path / "loss.png", names[0], (names[1], 4.0))
+    for figure in figures:
+        figure.canvas.draw()
+        (legend,), (axis, *_) = figure.legends, figure.axes
+        inside, panel, below = figure.bbox, axis.get_tightbbox(), legend.get_window_extent()
+        title = figure._suptitle.get_window_extent() if figure._suptitle else None
+        assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in (panel, below, title) if box)
+        assert inside.y0 <= below.y0
+        assert below.y1 <= min(a.get_tightbbox().y0 for a in figure.axes)
+        assert title is None or panel.y1 <= title.y0
+    heights = [figure.axes[0].get_window_extent().height for figure in figures]
+    assert heights[0] > 0.8 * heights[1]
+
+
+def test_an_accuracy_has_its_training_curve_and_an_axis_within_0_and_1(tmp_path: Path) -> None:
+    rows = [{"step": i, "train/accuracy": i / 10, "eval/val_accuracy": 1.0} for i in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.reporting.plot.save_figure", lambda figure, out: figures.append(figure))
+        plot_metric({"": tmp_path / "metrics.jsonl"}, "eval/val_accuracy", tmp_path / "accuracy.png")
+    (axis,) = figures[0].axes
+    assert [line.get_label() for line in axis.get_lines()] == ["training accuracy (last 1)", "validation accuracy (last 1)"]
+    assert axis.get_ylim() == (pytest.approx(0.055), 1.0)
+    assert axis.get_ylabel() == "accuracy"
+
+
+def test_hours_and_items_along_the_bottom(tmp_path: Path) -> None:
+    rows = [
+        {"step": 10, "train/loss": 3.0, "train/interval_seconds": 1800.0, "train/images_per_sec": 2.0},
+        {"step": 10, "eval/val_loss": 3.5},
+        {"step": 20, "train/loss": 2.0, "train/interval_seconds": 3600.0, "train/images_per_sec": 3.0},
+    ]
+    assert curve(rows, "train/loss", "hours") == ([0.5, 1.5], [3.0, 2.0])
+    assert curve(rows, "train/loss", "items") == ([3600.0, 14400.0], [3.0, 2.0])
+    assert curve(rows, "eval/val_loss", "items") == ([3600.0], [3.5])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--along", "items", "--unit", "nats", "--baseline", "a=b=4.5", "--out", tmp_path / "x.svg"]
+    assert run_tool(tmp_path / "run", *arguments).returncode == 0
+    text = (tmp_path / "x.svg").read_text()
+    assert all(part in text for part in ("images trained on", "loss (nats)", "a=b (4.5)"))
 
 
 def test_losses_are_drawn_on_a_logarithmic_scale_and_shares_on_a_linear_one(tmp_path: Path) -> None:
@@ -117,9 +170,9 @@ def test_the_tool_draws_one_run_into_its_plots_folder_and_several_to_out(tmp_pat
     done = run_tool(a, b, "--out", tmp_path / "both.svg")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "both.svg").read_text()
-    assert "gpt/a (final 3.12)" in text
-    assert "gpt/b (final 2.12)" in text
-    assert "eval/val_loss" in text
+    assert "gpt/a (last 3.12)" in text
+    assert "gpt/b (last 2.12)" in text
+    assert "validation loss" in text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +181,7 @@ def test_the_tool_draws_one_run_into_its_plots_folder_and_several_to_out(tmp_pat
         (["{}/none"], "holds no metrics.jsonl"),
         (["{}/run", "--metric", "eval/loss"], "it has eval/val_loss, train/learning"),
         (["{}/run", "--out", "x.docx"], "docx"),
+        (["{}/run", "--baseline", "bigram"], "--baseline 'bigram': give NAME=VALUE"),
         (["{}/run", "--out", "{}/run/metrics.jsonl/x.png"], "metrics.jsonl"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from toy_recipe import ToyRecipe
 
-from trainer.backends.fsdp import fill_shards
+from trainer.backends.fsdp import FsdpBackend, fill_shards
 from trainer.backends.tensors import restored_like, whole_entries
 from trainer.checkpoints import writing
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from trainer.checkpoints.network import build_network, evaluate_network, load_fo
 from trainer.command_line import config
 from trainer.distributed.control import Control
 from trainer.distributed.launch import Launch
+from trainer.errors import UserError
 from trainer.initial_weights import ALL_ROWS, build_empty
 
 PROCESSES = 3
@@ -110,15 +112,80 @@ def evaluate_toy(folder: Path, rank: int, processes: int) -> dict[str, float]:
     return {**result, "weights": sum(p.numel() for p in held)}
 
 
-def test_evaluation_under_fsdp_holds_a_share_and_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "launcher_sets", [{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"ACCELERATE_USE_DEEPSPEED": "true"}]
+)
+def test_evaluation_holds_a_share_and_measures_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher_sets: dict[str, str]
+) -> None:
     recipe = ToyRecipe()
     settings = config.parse(recipe.config_class, {}, ["--seed", "7"], recipe.name).config
     trained = build_network(recipe, settings, recipe.build_data(settings))
     tensors = {"model": whole_entries({name: p.detach() for name, p in trained.named_parameters()})}
     writing.write(tmp_path, "saved", tensors, {})
     alone = evaluate_toy(tmp_path, 0, 1)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
+    for name, value in launcher_sets.items():
+        monkeypatch.setenv(name, value)
     shared = forked(PROCESSES, tmp_path, lambda rank: evaluate_toy(tmp_path, rank, PROCESSES))
     assert sum(outcome.pop("weights") for outcome in shared) == alone.pop("weights")
     assert shared == [{name: pytest.approx(value, rel=1e-6) for name, value in alone.items()}] * PROCESSES
+
+
+class Blocks(nn.Module):
+    """Three linear layers, the blocks, two of them tied or not; and what is around them."""
+
+    _no_split_modules: ClassVar = ["Linear"]
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+        self.around = nn.Parameter(torch.ones(6, 100))
+        if tied:
+            self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers(x) @ self.around).sum()
+
+
+def memory_bytes() -> int:
+    """Of all tensors of this process."""
+    gc.collect()
+    found = [value for value in gc.get_objects() if isinstance(value, Tensor) and not isinstance(value, DTensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in found)}.values())
+
+
+def train_and_release(rank: int) -> dict[str, Any]:
+    """What an FSDP run holds in tensors before, during and after it; and what a tied model is told."""
+    launch = Launch(rank, 2, rank, torch.device("cpu"), Control(rank, 2, TIMEOUT))
+    optimisation = ToyRecipe.config_class().optimisation
+
+    def prepared(tied: bool) -> Any:
+        network, weights = build_empty(lambda: Blocks(tied), 0)
+        backend = FsdpBackend(launch, "no", "auto", optimisation)
+        backend.prepare(network, network, lambda: torch.optim.AdamW(network.parameters()), weights)
+        return backend
+
+    try:
+        prepared(tied=True)
+    except UserError as error:
+        refusal = str(error)
+    before = memory_bytes()
+    backend = prepared(tied=False)
+    with backend.micro_step(last=True):
+        backend.backward(backend.model(torch.ones(2, 6))[None], torch.ones(1))
+    backend.step(0.1)
+    with torch.no_grad():
+        backend.model(torch.ones(2, 6))  # an evaluation, after which nothing was given back
+    during = memory_bytes()
+    backend.release()
+    return {"during": during - before, "after": memory_bytes() - before, "refusal": refusal}
+
+
+def test_a_run_under_fsdp_ends_with_no_weight_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 makes the report from a model of its own."""
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    numbers = 3 * (36 + 6) + 600
+    for outcome in forked(2, tmp_path, train_and_release):
+        assert "layers.2.weight is tied to a parameter outside its block" in outcome["refusal"]
+        assert outcome["during"] > 3 * 4 * numbers / 2
+        assert outcome["after"] < 200  # counts and the like

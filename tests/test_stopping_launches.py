@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from fault_injector import inside_a_save
 from launching import FAULTY, RECIPE, Started, command, environment
@@ -295,7 +296,10 @@ def test_a_second_interrupt_leaves_at_once(launch: Launcher) -> None:
     """A step of minutes: the first Ctrl-C would be obeyed after it, the second one is not for waiting."""
     run = launch("one", "--gradient_accumulation_steps", "20000", "--num_workers", "0")
     run.wait_until(lambda: "Optimizer: " in run.text, START_SECONDS, "no start")
-    time.sleep(2.0)  # its micro-batches are read by then, before which a request would be obeyed
+    process = psutil.Process(run.process.pid)
+    begun = sum(process.cpu_times()[:2])
+    # Its micro-batches are read by then, before which a request would be obeyed.
+    run.wait_until(lambda: sum(process.cpu_times()[:2]) > begun + 2, START_SECONDS, "no step")
     os.killpg(run.process.pid, signal.SIGINT)
     time.sleep(1.0)
     assert run.process.poll() is None, "the first interrupt must wait for the step"
@@ -319,6 +323,7 @@ def test_a_stop_file_stops_and_is_removed(launch: Launcher) -> None:
     assert run.exit_code() == 0, run.text[-3000:]
     run.check_stopped("stop_file")
     assert not (run.directory / "stop").exists()
+    assert (run.directory / "plots" / "loss.png").exists()  # somebody is there to look at it
 
 
 def test_status_and_stop_typed_into_a_pipe(launch: Launcher) -> None:

@@ -14,7 +14,7 @@ import pytest
 from launching import DRIVER, ROOT, environment
 from PIL import Image
 
-from recipes.commands.attention_visualisation import bias_statistics, visualize_relative_position_bias
+from recipes.commands.attention_visualisation import bias_statistics, one_of_each_class, visualize_relative_position_bias
 from recipes.experiments.position_encodings import Curve, accuracy_table
 from recipes.models.vit import VisionTransformer
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -200,3 +200,10 @@ def test_the_table_has_the_spread_over_seeds() -> None:
     assert lines[1].split() == ["relative", "2", "70.00%", "14.14%", "60.00%", "80.00%"]
     assert lines[2].split() == ["none", "1", "25.00%", "-", "25.00%", "25.00%"]
     assert "25.00%" in lines[3]
+
+
+def test_the_images_of_the_attention_picture_are_one_of_each_class_wrong_ones_first() -> None:
+    labels, predicted = [0, 0, 0, 1, 1, 2, 0], [0, 0, 1, 1, 1, 2, 2]
+    assert one_of_each_class(labels, predicted, 3) == [2, 3, 5]  # wrong, then the first of the others
+    assert one_of_each_class(labels, predicted, 5) == [2, 3, 5, 6, 4]  # then a second one of each, wrong ones first again
+    assert sorted(one_of_each_class(labels, predicted, 9)) == [*range(7)]

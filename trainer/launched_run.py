@@ -22,7 +22,7 @@ from trainer.loop import Training
 from trainer.recipe import Recipe
 from trainer.reporting.alerts import Alerts
 from trainer.reporting.console import Console
-from trainer.reporting.final_report import draw_report, log_final_metrics, report_end
+from trainer.reporting.final_report import draw_loss, draw_report, log_final_metrics, report_end
 from trainer.reporting.run_directory import write_text_atomic
 from trainer.reporting.trackers import WANDB_EXIT_SECONDS, Trackers, WandbSettings
 from trainer.setup import Session, describe, set_up
@@ -108,10 +108,14 @@ class LaunchedRun:
             gc.unfreeze()
             if trackers is not None:
                 trackers.close(code)
-        if launch.is_main and reason.finished and checkpoint is not None:
+        logger = self.training.logger
+        if launch.is_main and checkpoint is not None and (reason.finished or reason.by_hand):
             with stops.acted_on_at_once(self._cut_report_short):
-                session.backend.release()  # the report reads a model from the checkpoint
-                draw_report(self.training.logger, plan.directory, checkpoint)
+                if reason.finished:
+                    session.backend.release()  # the report reads a model from the checkpoint
+                    draw_report(logger, plan.directory, checkpoint)
+                elif logger.state.train_loss is not None:
+                    draw_loss(logger, plan.directory, with_baseline=False)
         return reason
 
     def _leave_before_the_first_step(self, text: str, reason: StopReason) -> None:

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from trainer.command_line import config as configuration
+from trainer.command_line import help
 from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, without_urls
 from trainer.distributed.signals import die_with_launcher, leave, leaving_at_signals, process_start_monotonic
-from trainer.errors import FINISHED, INTERRUPTED, UserError, user_error
+from trainer.errors import FINISHED, INTERRUPTED, UserError, path_of, user_error
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -102,14 +103,39 @@ def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
     """(sub-command, its flags): a Parsed for `train`."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     rest = argv[1:] if argv and not argv[0].startswith("-") else argv
+    if help.asked_for(rest) and command in ("train", *recipe.commands):
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(help_text(recipe, command, everything="all" in rest))
+        sys.exit(0)
     if command == "train":
-        others = f"\nSub-commands: train (default), {', '.join(recipe.commands)}." if recipe.commands else ""
-        return command, configuration.parse(recipe.config_class, recipe.presets, rest, recipe.name, description=others)
+        return command, configuration.parse(recipe.config_class, recipe.presets, rest, recipe.name)
     if command not in recipe.commands:
         known = ", ".join(["train", *recipe.commands])
         raise UserError(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
     chosen = recipe.commands[command]
     return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
+
+
+def help_text(recipe: Recipe, command: str, everything: bool) -> str:
+    """What `--help` prints for a sub-command."""
+    file = sys.argv[0]
+    if command != "train":
+        chosen = recipe.commands[command]
+        return help.text(chosen.flags, f"python {file} {command}", chosen.presets)
+    commands = {name: (command.flags.__doc__ or "").strip().partition("\n")[0] for name, command in recipe.commands.items()}
+    best = f"runs/{recipe.name}/mine/checkpoints/best_model"
+    examples = [
+        *(f"python {file} --preset {preset}" for preset in recipe.presets),
+        f"accelerate launch --config_file {path_of('accelerate_configs/ddp.yaml')} {file} --batch_size 64",
+        f"python {file} --run_name mine --max_training_hours 8    # and once more, to go on",
+        f"python {file} --run_name other --init_from {best} --seed 1",
+        *(
+            f"python {file} {name} --model_path {best}"
+            for name in commands
+            if help.takes(recipe.commands[name].flags, "model_path")
+        ),
+    ]
+    return help.text(recipe.config_class, f"python {file}", recipe.presets, commands, examples, everything)
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> StopReason:

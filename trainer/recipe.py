@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from trainer.checkpoints.pretrained import StoredTensor
     from trainer.distributed.launch import Launch
     from trainer.reporting.run_directory import RunDirectory
 
@@ -245,8 +246,9 @@ class Recipe(Generic[ConfigT]):
 
     # ---- kept with the weights
 
-    def pretrained(self, name: str) -> dict[str, Tensor]:
-        """Weights for an `--init_from` that is not a checkpoint folder. ValueError or OSError in one line if there are none."""
+    def pretrained(self, name: str) -> Mapping[str, StoredTensor]:
+        """Weights for an `--init_from` that is not a checkpoint folder, by the names of the network: each process reads what it
+        will hold. ValueError or OSError in one line if there are none."""
         raise ValueError(f"init_from {name!r} is not a checkpoint folder; give the path of one")
 
     def checkpoint_files(self, config: ConfigT, network: Any, data: Data) -> Mapping[str, str | Mapping[str, Tensor]]:

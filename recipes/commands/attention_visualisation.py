@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from trainer.distributed.launch import Launch
 
+LOOKED_AT = 256
+"""validation images that those in the picture are chosen from"""
 COLOURS = "RdBu_r"  # white: no bias; red: more attention; blue: less
 
 
@@ -33,7 +36,7 @@ class Visualise:
     plots_dir: Annotated[str | None, ToMake] = None
     """folder of the plots (default: plots/ of the run)"""
     images: Annotated[int, NotNegative] = 4
-    """validation images whose attention is plotted"""
+    """validation images whose attention is plotted: one of each class, wrongly classified ones first"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -96,9 +99,11 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
     from trainer.data.bad_samples import first_batch
 
     dataset, classes = data.evaluation["val"], data.extra["classes"]
-    batch = first_batch(dataset, range(count), config.run)
-    images, labels = batch["images"].to(device), batch["labels"].tolist()
-    predictions = network(images).argmax(-1).tolist()
+    batch = first_batch(dataset, range(min(LOOKED_AT, len(dataset))), config.run)
+    predicted = network(batch["images"].to(device)).argmax(-1).tolist()
+    chosen = one_of_each_class(batch["labels"].tolist(), predicted, count)
+    images, labels = batch["images"][chosen].to(device), batch["labels"][chosen].tolist()
+    predictions = [predicted[number] for number in chosen]
     attention = network.attention_maps(images).mean(2)  # [layers, batch, N, N]
     with_class_token = network.pool == "cls"
     attention = attention[:, :, 0, 1:] if with_class_token else attention.mean(2)
@@ -110,6 +115,17 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
     path = folder / "attention.png"
     plot_attention(pixels, maps, titles, path, f"what {query} attends to, mean over heads")
     log(f"Plot: {path}")
+
+
+def one_of_each_class(labels: Sequence[int], predicted: Sequence[int], count: int) -> list[int]:
+    """Numbers of `count` images: one of each class, then a second one, and so on; wrongly classified ones first."""
+    order = sorted(range(len(labels)), key=lambda i: (labels[i] == predicted[i], i))
+    so_far: Counter[int] = Counter()
+    rounds = {}
+    for number in order:
+        rounds[number] = so_far[labels[number]]
+        so_far[labels[number]] += 1
+    return sorted(order, key=rounds.__getitem__)[:count]
 
 
 def visualize_relative_position_bias(bias: torch.Tensor, save_path: str | Path, title: str = "relative position bias") -> None:

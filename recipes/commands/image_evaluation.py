@@ -64,7 +64,8 @@ def _names(classes: Sequence[str]) -> str:
 
 
 def _accuracies(metrics: Mapping[str, float], prefix: str = "") -> str:
-    return f"top-1 {metrics[f'{prefix}accuracy']:.2%}, top-5 {metrics[f'{prefix}top5']:.2%}"
+    top5 = metrics.get(f"{prefix}top5")
+    return f"top-1 {metrics[f'{prefix}accuracy']:.2%}" + ("" if top5 is None else f", top-5 {top5:.2%}")
 
 
 def summarise_run(run: RunDirectory, log: Log) -> None:
@@ -77,5 +78,5 @@ def summarise_run(run: RunDirectory, log: Log) -> None:
     log(f"validation, last weights: {_accuracies(evaluations[-1], 'eval/val_')}")
     log(f"validation, best weights (step {best['step']:,}, best_model): {_accuracies(best, 'eval/val_')}")
     plot = run.plots / "accuracy.png"
-    plot_metric({"validation top-1": run.metrics}, "eval/val_accuracy", plot)
+    plot_metric({"": run.metrics}, "eval/val_accuracy", plot, title=f"vit_relpos: {run.path.name}")
     log(f"Plot: {plot}")

@@ -112,7 +112,7 @@ def _draw_curve(
 def _finish_axis(axis: Axes, ylabel: str, title: str, x_of: dict[int, float]) -> None:
     from matplotlib.ticker import NullLocator
 
-    from trainer.reporting.plot import log_scale
+    from trainer.reporting.plot import LOG_SPAN, log_scale
 
     every = math.ceil(len(x_of) / 9)
     ticks = [m for i, m in enumerate(sorted(x_of, key=lambda m: m or math.inf)) if i % every == 0 or not m]
@@ -122,9 +122,9 @@ def _finish_axis(axis: Axes, ylabel: str, title: str, x_of: dict[int, float]) ->
     axis.set(ylabel=ylabel, title=title)
     curves = [line for line in axis.get_lines() if line.get_label() != THRESHOLD_LABEL]
     values = [value for line in curves for value in np.asarray(line.get_ydata(), dtype=float).tolist() if value > 0]
-    if values:
+    if values and max(values) > LOG_SPAN * min(values):  # a narrower one may have a single tick
         log_scale(axis, max(values) / min(values))
-    else:
+    elif not values:
         axis.text(0.5, 0.5, "no pool is finite", transform=axis.transAxes, ha="center")
         axis.set_yticks([])
     axis.grid(alpha=0.3)

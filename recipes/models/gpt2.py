@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -216,10 +216,3 @@ def as_transformers(network: Gpt2) -> GPT2LMHeadModel:
     theirs.load_state_dict(network.state_dict(), assign=True)
     theirs.tie_weights()
     return theirs.eval()
-
-
-def pretrained_gpt2(name: str) -> dict[str, Any]:
-    """Weights of a pretrained GPT-2 by the names of `Gpt2`. OSError where the hub or folder has none."""
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel.from_pretrained(name, use_safetensors=True).state_dict()

@@ -72,8 +72,8 @@ def measure(kind: str, size: int, folder: Path) -> dict[str, list[float]]:
                 if phase in phases:
                     peaks[phase].append(peak)
             path.unlink()
-    weights = next((folder / "run" / "checkpoints").glob("*_1/model*.safetensors"))
-    peaks["model"] = [weights.stat().st_size / 1e6]
+    weights = (folder / "run" / "checkpoints").glob("*_1/model*.safetensors")
+    peaks["model"] = [sum(file.stat().st_size for file in weights) / 1e6]
     shutil.rmtree(folder / "run")
     return peaks
 

@@ -108,7 +108,7 @@ class Backend(ABC):
     def release(self) -> None:
         """Let go of weights and moments at the end of a run. The model cannot be used afterwards."""
         for tensor in self.held_tensors():
-            tensor.data = tensor.new_empty(0)  # its storage could not be resized: a save has shown it to NumPy
+            tensor.untyped_storage().resize_(0)  # which others may hold a view of, as FSDP does of its shards
 
     # ---- a step: micro_step around each forward and backward, then step
 

@@ -51,14 +51,8 @@ class FsdpBackend(TorchBackend):
     @staticmethod
     def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
         """Each process holds its share, and gathers a block at a time."""
-        from torch.distributed.fsdp import fully_shard
-
         check_environment(os.environ)
-        mesh = device_mesh(os.environ, launch)
-        for module in [*blocks(network), network]:
-            fully_shard(module, mesh=mesh)
-        network.to_empty(device=launch.device)
-        fill_shards(network, weights)
+        shard_for_evaluation(network, weights, device_mesh(os.environ, launch))
 
     @property
     def name(self) -> str:
@@ -87,7 +81,11 @@ class FsdpBackend(TorchBackend):
             autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
             objective.forward = autocast(objective.forward)
         found = blocks(network)
-        check_ties(network, found)
+        tied = tie_across(network, found)
+        if tied is not None:  # not every torch says so
+            raise UserError(
+                f"{tied} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}"
+            )
         for block in found:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
         # Its weights are needed last and then first, so torch keeps them gathered in between.
@@ -110,6 +108,15 @@ class FsdpBackend(TorchBackend):
         for block in blocks(objective.network):  # type: ignore[arg-type]
             block.compile(mode=mode)
 
+    def release(self) -> None:
+        """What an evaluation has left gathered too."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        super().release()
+
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         """Gradients are reduced with the last micro-batch only; until then they are kept whole."""
@@ -117,36 +124,60 @@ class FsdpBackend(TorchBackend):
         yield
 
 
+def shard_for_evaluation(network: nn.Module, weights: Weights, mesh: DeviceMesh) -> None:
+    """Cut a network on the meta device over a mesh, and fill it: for forward passes alone, which every process does alike.
+
+    Of any network, if need be as one block; a parameter without dimensions is whole everywhere.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    found = named_blocks(network)
+    for module in [*([] if tie_across(network, found) else found), network]:
+        fully_shard(module, mesh=mesh, ignored_params={p for p in network.parameters() if not p.ndim})
+    network.to_empty(device=mesh.device_type)
+    fill_shards(network, weights)
+
+
 @torch.no_grad()
 def fill_shards(network: nn.Module, weights: Weights) -> None:
     """Give each parameter its rows of this process, and each buffer its values, one after the other."""
     for name, p in network.named_parameters():
-        assert isinstance(p, DTensor)
-        p.to_local().copy_(weights(name, tensors.own_rows(p, len(p))))
+        if isinstance(p, DTensor):
+            p.to_local().copy_(weights(name, tensors.own_rows(p, len(p))))
+        else:
+            p.copy_(weights(name))
     for name, buffer in network.named_buffers():
         buffer.copy_(weights(name))
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time: those whose classes the network names in `_no_split_modules`, as
-    transformers' models do, or the launcher in `fsdp_transformer_layer_cls_to_wrap`. UserError if there are none.
-
-    A block within another comes before it, as `fully_shard` wants them.
-    """
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-    classes = [name.strip() for name in named.split(",") if name.strip()] or getattr(network, "_no_split_modules", None) or []
-    found = [module for module in network.modules() if type(module).__name__ in classes]
+    """The modules that are gathered one at a time. UserError if there are none."""
+    found = named_blocks(network)
     if not found:
+        classes = ", ".join(_block_classes(network)) or "so"
         raise UserError(
-            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {', '.join(classes) or 'so'}: "
+            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
             "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
         )
-    return found[::-1]
+    return found
 
 
-def check_ties(network: nn.Module, found: list[nn.Module]) -> None:
-    """UserError for a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only,
-    and not every torch says so."""
+def named_blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules whose classes the network names in `_no_split_modules`, as transformers' models do, or the launcher in
+    `fsdp_transformer_layer_cls_to_wrap`. A block within another comes before it, as `fully_shard` wants them."""
+    classes = _block_classes(network)
+    return [module for module in network.modules() if type(module).__name__ in classes][::-1]
+
+
+def _block_classes(network: nn.Module) -> list[str]:
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    return [name.strip() for name in named.split(",") if name.strip()] or list(
+        getattr(network, "_no_split_modules", None) or ()
+    )
+
+
+def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
+    """The name of a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only."""
     blocks_by_name = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in found}
     gathered_with: dict[nn.Parameter, nn.Module] = {}
     for name, p in network.named_parameters(remove_duplicate=False):
@@ -154,9 +185,8 @@ def check_ties(network: nn.Module, found: list[nn.Module]) -> None:
         around = (blocks_by_name.get(".".join(parts[:end])) for end in reversed(range(len(parts))))
         block = next((module for module in around if module is not None), network)
         if gathered_with.setdefault(p, block) is not block:
-            raise UserError(
-                f"{name} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}"
-            )
+            return name
+    return None
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
 from trainer.backends.backend import Backend, StepResult, set_learning_rate
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
+from trainer.backends.fsdp import shard_for_evaluation
 from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
@@ -71,6 +73,11 @@ class ZeroBackend(Backend):
         operators = getattr(deepspeed.ops, "__compatible_ops__", None)  # private; without it only the compilation comes back
         if isinstance(operators, dict):
             operators["deepspeed_shm_comm"] = False
+
+    @staticmethod
+    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
+        """Cut by FSDP2: DeepSpeed wants an optimizer."""
+        shard_for_evaluation(network, weights, init_device_mesh(launch.device.type, (launch.processes,)))
 
     @property
     def name(self) -> str:
@@ -274,8 +281,7 @@ class ZeroBackend(Backend):
 
     def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
         """From any backend's."""
-        scaler = self._dynamic_scaler()
-        if scaler is not None and state:
+        if (scaler := self._dynamic_scaler()) is not None and state:
             scaler.cur_scale = state["scale"]
             scaler.cur_iter, scaler.last_overflow_iter = int(state["growth"]), -1
             scaler.cur_hysteresis = state.get("hysteresis", scaler.delayed_shift)

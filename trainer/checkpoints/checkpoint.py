@@ -20,6 +20,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer.checkpoints.pretrained import rows_in
 from trainer.checkpoints.tensor_file import DTYPES
 from trainer.errors import CHECKPOINT, UserError, one_line
 from trainer.fields import is_a, problem_of, shown
@@ -211,9 +212,7 @@ class Checkpoint:
         """One tensor, or some rows of it, in memory of its own on the host; the other rows are not read. UserError for NaN or
         infinity, unless it may hold them."""
         file = self._files_of(stem)[name]
-        tensors = self._tensors(file)
-        # What safetensors gives lies in the file still, which may be deleted any time.
-        tensor = (tensors.get_tensor(name) if rows == ALL_ROWS else tensors.get_slice(name)[rows]).clone()
+        tensor = rows_in(self._tensors(file), name, rows)
         if finite and not bool(torch.isfinite(tensor).all()):
             raise self.damaged(file, f"holds NaN or infinity in {name}")
         if stem == "optimizer" and name.startswith(NEVER_NEGATIVE) and bool((tensor < 0).any()):

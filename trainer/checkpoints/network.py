@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backends import backend_of
-from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries
+from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, saved_buffers
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.verification import Verify, verify_together
@@ -25,7 +24,7 @@ from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import CHECKPOINT, UserError, one_line
 from trainer.evaluation.exact import evaluate
 from trainer.evaluation.objective import Objective, objective_weights
-from trainer.initial_weights import ALL_ROWS, Weights, build_empty, fill, rows_of
+from trainer.initial_weights import ALL_ROWS, Weights, build_empty, fill
 from trainer.recipe import ConfigT, Data, Log, Recipe
 
 
@@ -89,22 +88,27 @@ def first_weights(
 
 
 def pretrained_weights(recipe: Recipe, network: nn.Module, initial: Weights, init_from: str) -> Weights:
-    """The weights that the recipe finds under a name; UserError where they are not this network's."""
+    """The weights that the recipe finds under a name, not read yet; UserError where they are not this network's."""
     try:
         given = recipe.pretrained(init_from)
     except (ValueError, OSError) as error:
         raise UserError(f"--init_from {init_from}: {one_line(error)}") from error
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that nothing is copied to the meta device: it is only compared
-            network.load_state_dict(given)
-    except RuntimeError as error:
-        raise UserError(f"--init_from {init_from} holds another model: {one_line(error, 600)}; give its model flags") from None
-    return lambda name, rows=ALL_ROWS: rows_of(given[name], rows) if name in given else initial(name, rows)
+    tensors = [*network.named_parameters(), *saved_buffers(network)]
+    wanted = {name: TensorForm(tuple(tensor.shape), torch.float32) for name, tensor in tensors}
+    wrong = _differences({name: (stored.shape, torch.float32) for name, stored in given.items()}, wanted)  # of any type
+    if wrong:
+        raise UserError(f"--init_from {init_from} holds another model: {wrong}; give its model flags")
+    return lambda name, rows=ALL_ROWS: given[name].read(rows) if name in given else initial(name, rows)
 
 
 def differences(saved: Checkpoint, stem: str, wanted: Mapping[str, TensorForm]) -> str | None:
     """What a checkpoint's tensors do not have in common with those `wanted`, in words: names, shapes, types."""
-    there = {name: saved.form(stem, name) for name in sorted(saved.names(stem))}
+    return _differences({name: saved.form(stem, name) for name in sorted(saved.names(stem))}, wanted)
+
+
+def _differences(
+    there: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]], wanted: Mapping[str, TensorForm]
+) -> str | None:
     wrong = [
         f"{name}: {_form_text(*there[name]) if name in there else 'missing'} instead of {_form_text(form.shape, form.dtype)}"
         for name, form in wanted.items()

@@ -9,7 +9,6 @@ Nothing here imports torch: `--help` has to answer at once.
 
 import dataclasses
 import hashlib
-import inspect
 import math
 import os
 import re
@@ -69,14 +68,13 @@ def parse(
     argv: Sequence[str],
     prog: str,
     default: Any = None,
-    description: str = "",
 ) -> Parsed:
     """Read a training command line. `default` (a checkpoint's config) stands in for the defaults of the flags not given.
 
     A config class with a method `resolved() -> config` fills in what follows from other values, and refuses (with a
     ValueError or UserError) values that contradict each other.
 
-    Raises UserError (one or two lines) for anything a user can mend; exits 0 after `--help`.
+    Raises UserError (one or two lines) for anything a user can mend.
     """
     default = config_class() if default is None else default
     names, config_file = flag_names(config_class), peek(argv, "config")
@@ -84,14 +82,13 @@ def parse(
         raise UserError("--config is empty; give a YAML file, or leave it out")
     leading = _preset(config_class, presets, argv)
     from_file = arguments(read_yaml(Path(config_file).expanduser(), config_class)) if config_file else []
-    description = f"{inspect.getdoc(config_class) or ''}\nPresets: {', '.join(presets) or 'none'}.{description}"
     by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
     given = frozenset().union(*by_source)
     try:
-        base = _epochs_win(cli(config_class, [*leading, *from_file], prog, default, description), by_source[:2])
+        base = _epochs_win(cli(config_class, [*leading, *from_file], prog, default), by_source[:2])
     except UserError as error:
         raise UserError(f"--config {config_file}: {error}") from None
-    config = _epochs_win(cli(config_class, [*leading, *from_file, *argv], prog, default, description), by_source)
+    config = _epochs_win(cli(config_class, [*leading, *from_file, *argv], prog, default), by_source)
     steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
     if _length_flags(by_source) == {"max_steps", "max_epochs"} and steps and epochs:
         ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"
@@ -101,6 +98,7 @@ def parse(
         with_homes(dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None))) for c in (base, config)
     )
     check(config)
+    refuse_unused(config, given)
     unresolved = config
     if hasattr(config, "resolved"):
         try:
@@ -109,6 +107,20 @@ def parse(
             raise UserError(str(error)) from None
         check(config)
     return Parsed(config, unresolved, base, given, webhook)
+
+
+def refuse_unused(config: Any, given: frozenset[str]) -> None:
+    """UserError for a flag that does nothing in this recipe, which says so in its config class: `unused` {field: why}."""
+    default = config_class_values(type(config)())
+    for name, reason in getattr(config, "unused", {}).items():
+        value = config_class_values(config)[name]
+        if name in given and value not in (0, default[name]):
+            raise UserError(f"{name} {value:g} would do nothing: {reason}")
+
+
+def config_class_values(config: Any) -> dict[str, Any]:
+    """Every field of every section."""
+    return {key: value for field in dataclasses.fields(config) for key, value in values(getattr(config, field.name)).items()}
 
 
 def _length_flags(by_source: Sequence[frozenset[str]]) -> frozenset[str]:
@@ -127,7 +139,7 @@ def _epochs_win(config: Any, by_source: Sequence[frozenset[str]]) -> Any:
 def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
     """Read the command line of a sub-command: one flat dataclass."""
     leading = _preset(config_class, presets, argv) if presets else []
-    flags = with_homes(cli(config_class, [*leading, *argv], prog, None, inspect.getdoc(config_class) or ""))
+    flags = with_homes(cli(config_class, [*leading, *argv], prog, None))
     check(flags)
     return flags
 
@@ -224,17 +236,28 @@ def spelled(value: Any) -> str:
 
 
 def run_name(parsed: Parsed) -> str:
-    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights."""
+    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights.
+
+    Of a path its last part, and a short hash of all of it: two runs on other data are two runs.
+    """
     run = parsed.config.run
     parts = [Path(run.config).stem if run.config else run.preset or "default"]
     for name, (_, value) in changed(parsed.unresolved, parsed.without_flags, ("model", "data", "optimisation")).items():
         text = f"{value:g}" if isinstance(value, float) else spelled(value)
-        safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
-        # Two paths may read the same once made safe; a short hash keeps their runs apart.
+        first = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(first, str) and "/" in first:
+            parts.append(f"{_safe(Path(first).stem)[:24]}-{_digest(text)}")
+            continue
+        safe = _safe(text)
+        # Two texts may read the same once made safe; a short hash keeps their runs apart.
         parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")
     name = "-".join(parts)
-    return name if len(name) <= 120 else f"{name[:110]}-{_digest(name)}"
+    return name if len(name) <= 80 else f"{name[:74]}-{_digest(name)}"
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    return hashlib.sha256(text.encode()).hexdigest()[:4]

@@ -241,7 +241,7 @@ def _checked(leaf: Any, wanted: str, may_be_null: bool, shown: str) -> Any:
     return leaf
 
 
-def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, description: str) -> Any:
+def cli(config_class: type, argv: Sequence[str], prog: str, default: Any) -> Any:
     """tyro.cli, with prefixes of sections left out and its errors as a UserError of one line."""
     printed = io.StringIO()
     marker = tyro.conf.OmitArgPrefixes[config_class]  # type: ignore[valid-type]
@@ -249,13 +249,13 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any, descri
     try:
         with contextlib.redirect_stderr(printed):
             words = switched(argv, config_class)
-            return tyro.cli(marker, args=words, prog=prog, description=description, use_underscores=True, **extra)
+            return tyro.cli(marker, args=words, prog=prog, use_underscores=True, **extra)
     except SystemExit as end:
         if not end.code:
             raise
     safe = [without_urls(word) for word in argv]
     if safe != list(argv):  # tyro breaks words over lines: let it explain again, with words that may be shown
-        cli(config_class, safe, prog, default, description)
+        cli(config_class, safe, prog, default)
         raise UserError("the command line cannot be read; --help lists all flags")
     raise UserError(_one_line(printed.getvalue(), config_class))
 
@@ -266,6 +266,12 @@ def switched(argv: Sequence[str], config_class: Any) -> list[str]:
     words = list(argv)
     for i, word in enumerate(words):
         name, following = word.removeprefix("--").replace("-", "_"), words[i + 1 : i + 2] or ["--"]
+        if (
+            word.startswith("--")
+            and hints.get(name) is bool
+            and following[0].lower() in ("true", "false", "yes", "no", "0", "1")
+        ):
+            raise UserError(f"{word} takes no value: give --{name} or --no_{name}")
         if word.startswith("--") and hints.get(name.removeprefix("no_")) == Switch and following[0].startswith("--"):
             words[i] = f"--{name.removeprefix('no_')}={'no' if name.startswith('no_') else 'yes'}"
     return words

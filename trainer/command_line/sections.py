@@ -18,7 +18,7 @@ class Optimisation:
     """seed of initial weights, order of the data and dropout"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
     """samples of one micro-step, summed over all processes"""
-    gradient_accumulation_steps: Annotated[int, Positive] = 1
+    gradient_accumulation_steps: Annotated[int, Positive, arg(aliases=("--gradient_accumulation",))] = 1
     """micro-steps per optimizer step; effective batch = batch_size x this"""
     max_steps: Annotated[int, NotNegative, arg(aliases=("--max_iters", "--steps"))] = 0
     """optimizer steps of the whole run (0: max_epochs decides)"""
@@ -37,7 +37,7 @@ class Optimisation:
     """first-moment decay of Adam; momentum of SGD"""
     beta2: Annotated[float, Fraction] = 0.95
     eps: Annotated[float, Positive] = 1e-8
-    grad_clip: Annotated[float, NotNegative] = 1.0
+    grad_clip: Annotated[float, NotNegative, arg(aliases=("--gradient_clip",))] = 1.0
     """largest global gradient norm (0: no clipping)"""
     init_from: Annotated[str | None, Existing] = None
     """take the initial weights (only these) from this checkpoint folder or pretrained name"""

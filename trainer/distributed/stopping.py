@@ -47,6 +47,11 @@ class StopReason(StrEnum):
         """Whether the run is over; otherwise the same command continues it."""
         return self in (self.LAST_STEP, self.TARGET_LOSS, self.PATIENCE, self.ALREADY_FINISHED)
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether somebody asked for it who is there to look at the run; nothing is waiting for the process to be gone."""
+        return self in (self.SIGINT, self.STOP_FILE, self.STOP_TYPED)
+
 
 # SIGTERM is the last of the signals: a launcher that another signal killed shows up here as a SIGTERM.
 REQUESTS = (

@@ -35,24 +35,30 @@ def log_final_metrics(logger: MetricsLogger, last_evaluation: Mapping[str, float
     logger.write(final)
 
 
-def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path) -> None:
-    """The loss plot, and the recipe's own report, of a finished run, which neither can fail; they may be cut short."""
+def draw_loss(logger: MetricsLogger, directory: RunDirectory, with_baseline: bool) -> None:
+    """plots/loss.png, which cannot fail the run; the baseline takes reading the data. Without a logged loss, nothing."""
     session, console, report = logger.session, logger.console, logger.recipe.report
     try:
         from trainer.reporting.plot import plot_loss
 
         directory.plots.mkdir(exist_ok=True)
         picture, title = directory.plots / "loss.png", f"{logger.recipe.name}: {directory.path.name}"
-        baseline = report.baseline(session.config, session.data)
+        baseline = report.baseline(session.config, session.data) if with_baseline else None
         plot_loss(directory.metrics, picture, title, baseline, unit=report.loss_unit)
         console.log(f"Plot: {picture}")
     except Exception as error:
         console.log_traceback(error)
         console.log(f"WARNING: no plot: {error}")
+
+
+def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path) -> None:
+    """The loss plot, and the recipe's own report, of a finished run, which neither can fail; they may be cut short."""
+    draw_loss(logger, directory, with_baseline=True)
+    session, console = logger.session, logger.console
     if not (session.config.run.eval_every or session.config.run.eval_epochs):
         return console.log("Never evaluated, so no comparison with baselines; `evaluate` makes one")
     try:
-        report.after_training(session.config, session.data, directory, checkpoint, console.log)
+        logger.recipe.report.after_training(session.config, session.data, directory, checkpoint, console.log)
     except Exception as error:
         console.log_traceback(error)
         console.log(f"WARNING: the report after training failed: {type(error).__name__}: {error}")

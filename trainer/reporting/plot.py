@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curve = tuple[list[int], list[float]]  # optimizer steps, values; nan where a value was not finite
+Curve = tuple[list[float], list[float]]
+"""places along the bottom, values; nan where a value was not finite"""
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d62728"
 SHARES = ("accuracy", "fraction", "mfu")  # metrics between 0 and 1 that are read on a linear scale
+LOG_SPAN = 3  # ratio of largest and smallest value above which a scale is logarithmic
 MANY_POINTS = 200  # with more, a noisy curve is drawn pale under its running mean
+TITLE_CHARACTERS, LABEL_CHARACTERS, LEGEND_ROW_INCHES = 80, 90, 0.2
+BOTTOMS = {"step": "optimizer step", "hours": "hours of training", "items": "{unit} trained on"}
+"""what may lie along the bottom, and its label"""
 
 
 def plot_loss(
@@ -29,41 +35,53 @@ def plot_loss(
     baseline: tuple[str, float] | None = None,
     *,
     unit: str = "nats per token",
+    along: str = "step",
 ) -> None:
-    """Draws train/loss and eval/val_loss over train/learning_rate, with optimizer steps along the bottom.
+    """Draws train/loss and eval/val_loss over train/learning_rate, `along` one of `BOTTOMS`.
 
     `baseline` is the name and loss of a horizontal line, `unit` that of the loss. The format is that of `out`'s ending.
     The picture is complete or absent. Raises UserError if there is no loss to draw, OSError, and ValueError for an ending
     that matplotlib does not know.
     """
     rows = read_metrics(metrics_path)
-    train, validation = curve(rows, "train/loss"), curve(rows, "eval/val_loss")
+    train, validation = curve(rows, "train/loss", along), curve(rows, "eval/val_loss", along)
     if not (train[0] or validation[0]):
         raise UserError(f"{metrics_path} holds no train/loss and no eval/val_loss yet; train for at least --log_every steps")
     figure = new_figure(8, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if train[0]:
-        _draw(upper, train, f"train/loss (final {_final(train)})", TRAIN_COLOUR)
+        _draw(upper, train, f"training loss (last {_last(train)})", TRAIN_COLOUR)
     if validation[0]:
-        best_step, best = min(zip(*validation, strict=True), key=lambda point: (math.isnan(point[1]), point[1]))
-        label = f"eval/val_loss (final {_final(validation)}, best {best:.4g} at step {best_step})"
+        place, best = min(zip(*validation, strict=True), key=lambda point: (math.isnan(point[1]), point[1]))
+        at = f" at step {place:,.0f}" if along == "step" else ""
+        label = f"validation loss (last {_last(validation)}, best {best:.4g}{at})"
         upper.plot(*validation, "o-", color=VALIDATION_COLOUR, markersize=3.5, label=label)
     if baseline:
-        upper.axhline(baseline[1], color="0.25", linestyle="--", linewidth=1, label=f"{baseline[0]} ({baseline[1]:.4g})")
+        _draw_baseline(upper, baseline)
     _finish_axis(upper, f"loss ({unit})" if unit else "loss")
-    upper.set_title(title)
-    rates = curve(rows, "train/learning_rate")
+    rates = curve(rows, "train/learning_rate", along)
     lower.plot(*rates, "o-" if len(rates[0]) == 1 else "-", color="#2ca02c", markersize=3.5)
-    lower.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
+    lower.set(xlabel=_bottom(rows, along), ylabel="learning rate", ylim=(0, None))
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.grid(alpha=0.3)
+    _finish_figure(figure, title)
     save_figure(figure, out)
 
 
-def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
+def plot_metric(
+    runs: Mapping[str, Path],
+    metric: str,
+    out: Path,
+    *,
+    title: str = "",
+    unit: str = "",
+    baseline: tuple[str, float] | None = None,
+    along: str = "step",
+) -> None:
     """Draws one metric of several runs into one panel; `runs` maps a label to a metrics.jsonl.
 
-    Raises UserError if a run lacks the metric, OSError, and ValueError for an ending that matplotlib does not know.
+    Beside a share of one run as `eval/val_accuracy` its `train/accuracy` is drawn too, where it has one. Raises UserError if a
+    run lacks the metric, OSError, and ValueError for an ending that matplotlib does not know.
     """
     from matplotlib import colormaps
 
@@ -72,29 +90,82 @@ def plot_metric(runs: Mapping[str, Path], metric: str, out: Path) -> None:
     palette = colormaps["tab10"] if len(runs) <= 10 else colormaps["turbo"].resampled(len(runs))
     for number, (label, path) in enumerate(runs.items()):
         rows = read_metrics(path)
-        points = curve(rows, metric)
+        points = curve(rows, metric, along)
         if not points[0]:
             names = sorted({name for row in rows for name in row} - {"step", "time"})
             raise UserError(f"{path} holds no {metric}; it has {', '.join(names) or 'no metric yet'}")
-        _draw(axis, points, f"{label} (final {_final(points)})", palette(number))
-    _finish_axis(axis, metric, linear=metric.endswith(SHARES))
-    axis.set_xlabel("optimizer step")
+        in_training = curve(rows, metric.replace("eval/val_", "train/"), along) if len(runs) == 1 else ([], [])
+        if metric.startswith("eval/val_") and in_training[0]:
+            _draw(
+                axis,
+                in_training,
+                f"{in_words(metric.replace('eval/val_', 'train/'))} (last {_last(in_training)})",
+                TRAIN_COLOUR,
+            )
+            label = in_words(metric)
+        _draw(axis, points, f"{label} (last {_last(points)})", VALIDATION_COLOUR if in_training[0] else palette(number))
+    if baseline:
+        _draw_baseline(axis, baseline)
+    share = metric.endswith(SHARES)
+    name = in_words(metric).removeprefix("validation " if in_training[0] else "")
+    _finish_axis(axis, f"{name} ({unit})" if unit else name, linear=share)
+    if share:
+        axis.set_ylim(max(0.0, axis.get_ylim()[0]), min(1.0, axis.get_ylim()[1]))
+    axis.set_xlabel(_bottom(rows, along))
+    _finish_figure(figure, title)
     save_figure(figure, out)
 
 
-def curve(rows: list[dict[str, Any]], metric: str) -> Curve:
-    """The steps that have `metric`, and its values there: nan where the row has null (it was not finite)."""
-    points = [(row["step"], row[metric]) for row in rows if metric in row]
-    return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
+def in_words(metric: str) -> str:
+    """`eval/val_accuracy` as `validation accuracy`."""
+    for prefix, word in {"train/": "training ", "eval/val_": "validation ", "eval/": ""}.items():
+        if metric.startswith(prefix):
+            rest = metric.removeprefix(prefix).replace("_", " ")
+            return rest if rest in ("learning rate", "grad norm", "mfu") else f"{word}{rest}"
+    return metric
+
+
+def curve(rows: Sequence[Mapping[str, Any]], metric: str, along: str = "step") -> Curve:
+    """Where the rows have `metric`, and its values there: nan where the row has null (it was not finite)."""
+    places = _places(rows, along)
+    points = [(place, row[metric]) for place, row in zip(places, rows, strict=True) if metric in row]
+    return [place for place, _ in points], [math.nan if value is None else value for _, value in points]
+
+
+def _places(rows: Sequence[Mapping[str, Any]], along: str) -> list[float]:
+    """Of each row: its step, or the hours trained or items trained on up to it."""
+    if along == "step":
+        return [row["step"] for row in rows]
+    rate = _rate_of(rows)
+    total, places = 0.0, []
+    for row in rows:
+        seconds = row.get("train/interval_seconds") or 0.0
+        total += seconds / 3600 if along == "hours" else seconds * (row.get(rate) or 0.0)
+        places.append(total)
+    return places
+
+
+def _rate_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    return next((name for row in rows for name in row if name.endswith("_per_sec")), "train/items_per_sec")
+
+
+def _bottom(rows: Sequence[Mapping[str, Any]], along: str) -> str:
+    unit = _rate_of(rows).removeprefix("train/").removesuffix("_per_sec")
+    return BOTTOMS[along].format(unit=unit)
 
 
 def _draw(axis: Axes, points: Curve, label: str, colour: object) -> None:
-    steps, values = points
-    marker = "o" if len(steps) < 30 else ""
-    if len(steps) > MANY_POINTS:
-        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    places, values = points
+    marker = "o" if len(places) < 30 else ""
+    if len(places) > MANY_POINTS:
+        axis.plot(places, values, color=colour, alpha=0.25, linewidth=0.8)
         values = _running_mean(values, window=len(values) // 50)
-    axis.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=label)
+    axis.plot(places, values, color=colour, marker=marker, markersize=3.5, label=label)
+
+
+def _draw_baseline(axis: Axes, baseline: tuple[str, float]) -> None:
+    name, value = baseline
+    axis.axhline(value, color="0.25", linestyle="--", linewidth=1, label=f"{name} ({value:.4g})")
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
@@ -107,7 +178,7 @@ def _running_mean(values: list[float], window: int) -> list[float]:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).tolist()
 
 
-def _final(points: Curve) -> str:
+def _last(points: Curve) -> str:
     return f"{points[1][-1]:.4g}"
 
 
@@ -127,11 +198,23 @@ def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
     linear one the first steps of a run take all the height and what matters afterwards is a flat line."""
     values = [v for line in axis.get_lines() for v in cast(list[float], line.get_ydata()) if math.isfinite(v)]
     span = max(values) / min(values) if values and min(values) > 0 else 1
-    if span > 3 and not linear:
+    if span > LOG_SPAN and not linear:
         log_scale(axis, span)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
+
+
+def _finish_figure(figure: Figure, title: str) -> None:
+    """A title, and below the panels a legend: a row for each curve, several for long names; the figure grows with them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    labels = [textwrap.fill(label, LABEL_CHARACTERS, break_on_hyphens=False) for label in labels]
+    title = textwrap.fill(title, TITLE_CHARACTERS, break_on_hyphens=False)
+    rows = sum(label.count("\n") + 1 for label in labels) + title.count("\n")
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_ROW_INCHES * rows)
+    figure.legend(handles, labels, loc="outside lower left", fontsize=9, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
 
 
 def log_scale(axis: Axes, span: float) -> None:
