@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,6 +72,8 @@ class DataConfig:
     """entries of a trained tokenizer"""
     packing: Literal["blocks", "rows"] = "blocks"
     """blocks: rows joined and cut into max_length; rows: one padded row per sample"""
+    document_mask: bool = False
+    """in blocks: attention stays within a row, whose positions count from 0, and its first token is not predicted"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class Config:
     data: DataConfig = DataConfig()
     optimisation: sections.Optimisation = sections.Optimisation()
     run: sections.Run = sections.Run(max_training_hours=12.0, use_tensorboard=True, wandb_project="gpt2-wikitext")
+
+    def resolved(self) -> Config:
+        """ValueError for a mask where every sample is one row."""
+        if self.data.document_mask and self.data.packing == "rows":
+            raise ValueError("document_mask is for --packing blocks; with rows every sample is one document")
+        return self
 
 
 class Gpt2Report(Report[Config]):
@@ -107,7 +116,7 @@ class Gpt2Report(Report[Config]):
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
         """A bigram on the validation split, which any language model should beat; none for large files."""
-        losses = ngram_losses(data.extra["text"], "validation", config.data.packing, config.model.max_length)
+        losses = ngram_losses(data.extra["text"], "validation", config)
         return next(iter(losses.items()), None)
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
@@ -118,7 +127,7 @@ class Gpt2Report(Report[Config]):
         if 0 < samples < len(data.evaluation["val"]):
             log(f"validation: {loss:.4f} nats per token over the first {samples:,} samples (eval_iters) only")
         else:
-            log_perplexities(text, "validation", config.data.packing, length, loss, log)
+            log_perplexities(text, "validation", config, loss, log)
         network = trained_network(self.recipe, config, data, checkpoint)
         log(f"Sample: {sample_validation(network, text, length)}")
 
@@ -145,7 +154,8 @@ class Gpt2Wikitext(Recipe[Config]):
             text = text_of_ids(flags.data_dir, flags.tokenizer, by_rows=flags.packing == "rows")
         else:
             text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size, column=flags.column)
-        cut = TokenBlocks if flags.packing == "blocks" else TokenRows
+        blocks = partial(TokenBlocks, by_document=flags.document_mask)
+        cut = blocks if flags.packing == "blocks" else TokenRows
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}
         return Data(
             train=sets["train"],
@@ -171,8 +181,8 @@ class Gpt2Wikitext(Recipe[Config]):
         return {"next_token": int((batch["labels"] != -100).sum())}
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy, summed in fp32. No attention mask: padding is on the right, where causal attention never reaches."""
-        return {"next_token": network(batch["input_ids"], batch["labels"])}
+        """Cross entropy, summed in fp32. No mask for padding: it is on the right, where causal attention never reaches."""
+        return {"next_token": network(**batch)}
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per token."""

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recipes.models.transformer_lm import TransformerLM
-    from trainer.checkpoints.pretrained import StoredTensor
-    from trainer.initial_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class ModelConfig:
     context_length: Annotated[int, Positive] = 256
     """tokens of a window, and the most the model attends to"""
     d_model: Annotated[int, Positive] = 512
-    """width"""
     num_heads: Annotated[int, Positive, arg(aliases=("--nhead",))] = 8
     d_ff: Annotated[int, Positive] = 2048
     """width inside the feed-forward"""
@@ -76,6 +73,8 @@ class DataConfig:
     """kept in checkpoints, for generate (default: tokenizer.json beside train_data_path)"""
     sampling: Literal["random", "sequential"] = "random"
     """windows at random starts, or every window once an epoch"""
+    document_mask: bool = False
+    """attention stays within what <|endoftext|> ends, where positions count from 0, and whose first token is not predicted"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class TinyStoriesReport(Report[Config]):
     """What is printed of a run."""
 
     loss_unit = "nats per token"
-    shares_at: Callable[[int], str] | None = None
+    shares_at: Callable[[int], dict[str, float]] | None = None
     """of a mixture: what share of the samples up to a step each set gave"""
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
@@ -114,12 +113,17 @@ class TinyStoriesReport(Report[Config]):
         plan = [f"Starting training from iteration {step}...", f"Device: {device}", f"Max iterations: {total_steps}", "-" * 80]
         return sizes + plan
 
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Of a mixture the shares so far."""
+        return {f"share/{label}": share for label, share in self.shares_at(step).items()} if self.shares_at else {}
+
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
+        shares = [f"{k.removeprefix('train/share/')} {v:.2%}" for k, v in metrics.items() if k.startswith("train/share/")]
         return (
             f"Iter {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
             f"Time: {metrics['train/iter_time_ms']:.1f}ms | Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
-            + (f" | So far: {self.shares_at(step)}" if self.shares_at else "")
+            + (f" | So far: {', '.join(shares)}" if shares else "")
         )
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -129,20 +133,18 @@ class TinyStoriesReport(Report[Config]):
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
         """A bigram on the whole validation stream, which any language model should beat; none for large files."""
-        return bigram(data.extra["streams"], config.model.vocab_size)
+        return bigram(data.extra["streams"], config.model.vocab_size, config.data.document_mask)
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
         """The validation loss beside the bigram's, and a sample."""
         loss = read_metrics(run.metrics)[-1]["final/val_loss"]
         samples, windows = config.run.eval_iters * config.optimisation.effective_batch_size, len(data.evaluation["val"])
-        whole = not samples or samples >= windows
-        part = "every token" if whole else f"{samples:,} of {windows:,} windows (eval_iters) spread over it"
+        part = f"{samples:,} of {windows:,} windows (eval_iters) spread over it" if 0 < samples < windows else "every token"
         baseline = self.baseline(config, data)
         beside = f"; {baseline[0]} on every token: {baseline[1]:.4f}" if baseline else ""
         log(f"Validation: {loss:.4f} nats per token over {part}{beside}")
         if data.extra["streams"].tokenizer_json is not None:
-            network = trained_network(self.recipe, config, data, checkpoint)
-            log(f"Sample: {sample_validation(network, data.extra['streams'])}")
+            log(f"Sample: {sample_validation(trained_network(self.recipe, config, data, checkpoint), data.extra['streams'])}")
 
 
 class TinyStoriesLM(Recipe[Config]):
@@ -166,31 +168,24 @@ class TinyStoriesLM(Recipe[Config]):
         flags, length, seed = config.data, config.model.context_length, config.optimisation.seed
         train_paths, val_paths = ([*map(path_and_weight, paths)] for paths in (flags.train_data_path, flags.val_data_path))
         streams = open_streams(train_paths, val_paths, flags.tokenizer, config.model.vocab_size, length)
-        train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, seed)
-        validation = {"val": TokenWindows(streams.validation.whole, length)}
+        end = streams.end_of_text() if flags.document_mask else None
+        train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, seed, end)
+        if flags.sampling == "sequential":
+            train = TokenWindows(streams.train.whole, length, end_of_text=end)
+        validation = {"val": TokenWindows(streams.validation.whole, length, end_of_text=end)}
         if len(streams.validation.sets) > 1:
             named = zip(streams.validation.labels, streams.validation.sets, strict=True)
-            validation |= {f"val_{label}": TokenWindows(part, length) for label, part in named}
-        measured: FixedWindows | TokenWindows = TokenWindows(streams.train.whole, length, limit=len(validation["val"]))
+            validation |= {f"val_{label}": TokenWindows(part, length, end_of_text=end) for label, part in named}
+        measured: FixedWindows | TokenWindows = TokenWindows(streams.train.whole, length, len(validation["val"]), end)
         if len(streams.train.sets) > 1:
             if flags.sampling == "sequential":
                 raise ValueError("sampling sequential visits every window once an epoch, whatever its weight; give one set")
-            measured = FixedWindows(streams.train, length, seed + 1, limit=len(validation["val"]))
+            measured = FixedWindows(streams.train, length, seed + 1, len(validation["val"]), end)
             shares = SharesSoFar(RandomWindows(streams.train, length, seed))
             self.report.shares_at = lambda step: shares.at(step * config.optimisation.effective_batch_size)
-        if flags.sampling == "sequential":
-            train = TokenWindows(streams.train.whole, length)
-        return Data(
-            train=train,
-            evaluation={"train": measured, **validation},
-            fingerprint=streams.fingerprint,
-            notes=[
-                "Loading data with memory mapping...",
-                f"Train data size: {streams.train.count:,} tokens",
-                f"Validation data size: {streams.validation.count:,} tokens",
-            ],
-            extra={"streams": streams},
-        )
+        counts = {"Train": streams.train.count, "Validation": streams.validation.count}
+        notes = ["Loading data with memory mapping...", *(f"{k} data size: {n:,} tokens" for k, n in counts.items())]
+        return Data(train, {"train": measured, **validation}, None, streams.fingerprint, notes, {"streams": streams})
 
     def build_model(self, config: Config, data: Data) -> TransformerLM:
         """The network, from flags alone."""
@@ -199,12 +194,13 @@ class TinyStoriesLM(Recipe[Config]):
         return TransformerLM(gradient_checkpointing=config.run.gradient_checkpointing, **vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens: all but those behind the end of the file, which are negative."""
-        return {"next_token": int((batch["tokens"][:, 1:] >= 0).sum())}
+        """Predicted tokens."""
+        return {"next_token": int((_labels(batch) >= 0).sum())}
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy of each id given those before it in its window, summed in fp32."""
-        return {"next_token": network(batch["tokens"][:, :-1].clamp_min(0), batch["tokens"][:, 1:].long())}
+        positions = batch["positions"][:, :-1] if "positions" in batch else None
+        return {"next_token": network(batch["tokens"][:, :-1].clamp_min(0), _labels(batch).long(), positions)}
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per token."""
@@ -225,7 +221,7 @@ class TinyStoriesLM(Recipe[Config]):
 
         return vars(saved.model) if saved is not None else settings_of(stored_config(name))
 
-    def pretrained(self, name: str, network: Any, initial: Weights) -> dict[str, StoredTensor]:
+    def pretrained(self, name: str, network: Any, initial: Any) -> dict[str, Any]:
         """Weights of a Llama or a Qwen3, under our names and in our order of rows."""
         from recipes.models.llama_form import named_as_ours
         from trainer.checkpoints.pretrained import stored_tensors
@@ -234,12 +230,19 @@ class TinyStoriesLM(Recipe[Config]):
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """The tokenizer, where there is one."""
-        tokenizer = data.extra["streams"].tokenizer_json
-        return {"tokenizer.json": tokenizer} if tokenizer else {}
+        return {"tokenizer.json": tokenizer} if (tokenizer := data.extra["streams"].tokenizer_json) else {}
 
     def flops_per_item(self, config: Config, network: Any) -> float:
         """Training FLOPs of a token."""
         return network.training_flops_per_token()
+
+
+def _labels(batch: Batch) -> Tensor:
+    """The id after each input; negative where none is predicted: behind the end of the file, and where a document begins."""
+    from recipes.models.next_token_loss import IGNORED
+
+    labels = batch["tokens"][:, 1:]
+    return labels.masked_fill(batch["positions"][:, 1:] == 0, IGNORED) if "positions" in batch else labels
 
 
 if __name__ == "__main__":

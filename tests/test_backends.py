@@ -495,7 +495,7 @@ def test_norms_by_layer_are_refused_under_zero(monkeypatch: pytest.MonkeyPatch) 
     settings = config.parse(ToyRecipe.config_class, {}, ["--log_grad_norms"], "toy").config
     plan = SimpleNamespace(config=settings, checkpoint=None)
     with pytest.raises(UserError, match=r"--log_grad_norms.*ZeRO"):
-        set_up(ToyRecipe(), plan, SimpleNamespace(processes=2), print)
+        set_up(ToyRecipe(), plan, SimpleNamespace(rank=0, processes=2), print)
 
 
 @pytest.mark.parametrize(

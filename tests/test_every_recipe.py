@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from scenarios import Finished, launch
-from tiny_runs import TINY
+from tiny_runs import TINY, mixture
 
-STEPS, PARTS = 12, (3, 8)
+STEPS, PARTS, HOW = 12, (3, 8), ("whole", "in parts")
 COMMON = ["--max_steps", "16", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"]
 COMMON += ["--save_every", "0", "--keep_last", "0"]
+RUNS = TINY | {"mixture": (TINY["tinystories"][0], mixture)}
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +20,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     folder = tmp_path_factory.mktemp("data")
 
     def argv(name: str, step: int) -> list[str]:
-        return [*TINY[name][1](folder), *COMMON, "--stop_at_step", str(step)]
+        return [*RUNS[name][1](folder), *COMMON, "--stop_at_step", str(step)]
 
-    runs = {f"{name} whole": (TINY[name][0], argv(name, STEPS)) for name in TINY}
+    runs = {f"{name} whole": (RUNS[name][0], argv(name, STEPS)) for name in RUNS}
     results = launch("one", runs, tmp_path_factory.mktemp("whole"))
     directories = tmp_path_factory.mktemp("parts")
     for step in (*PARTS, STEPS):
-        runs = {f"{name} in parts": (TINY[name][0], argv(name, step)) for name in TINY}
+        runs = {f"{name} in parts": (RUNS[name][0], argv(name, step)) for name in RUNS}
         results |= launch("one", runs, tmp_path_factory.mktemp(f"to_{step}"), directories)
     return results
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", RUNS)
 def test_stopped_twice_it_ends_with_the_same_bits(name: str, finished: dict[str, Finished]) -> None:
     whole, parts = finished[f"{name} whole"], finished[f"{name} in parts"]
     assert parts.steps() == [*PARTS, STEPS], parts.outcomes
@@ -41,6 +42,15 @@ def test_stopped_twice_it_ends_with_the_same_bits(name: str, finished: dict[str,
     for key in ("train/loss", "train/grad_norm", "train/learning_rate"):
         assert len(whole.curve(key)) == STEPS
         assert parts.curve(key) == whole.curve(key)
+
+
+def test_the_shares_of_a_mixture_are_logged_and_go_on_after_a_stop(finished: dict[str, Finished]) -> None:
+    whole, parts = ([finished[f"mixture {how}"].curve(f"train/share/{name}") for name in ("ids", "ids_2")] for how in HOW)
+    assert parts == whole
+    samples = [round(4 * step * whole[0][step], 6) for step in range(1, STEPS + 1)]
+    assert all(count == int(count) for count in samples)
+    assert 0.5 < whole[0][STEPS] < 1
+    assert [whole[0][step] + whole[1][step] for step in whole[0]] == pytest.approx([1] * STEPS)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -19,6 +19,7 @@ from scenarios import planned, recipe_of
 from tiny_runs import TINY
 from torch import Tensor
 
+from recipes.data.tokenizer import END_OF_TEXT
 from trainer.checkpoints.network import build_network
 from trainer.evaluation.objective import objective_weights
 
@@ -64,6 +65,34 @@ def predicted(logits_of: Any, ids: list[int]) -> float:
     return nats(logits_of(torch.tensor([ids[:-1]]))[0], ids[1:])
 
 
+def documents(ids: list[int], end_of_text: int) -> list[list[int]]:
+    """Ids cut behind each end of text."""
+    ends = [place + 1 for place, token in enumerate(ids) if token == end_of_text and place + 1 < len(ids)]
+    return [ids[start:end] for start, end in zip([0, *ends], [*ends, len(ids)], strict=True)]
+
+
+@pytest.mark.parametrize("position_flag", ["--rope", "--no_rope"])
+@torch.no_grad()
+def test_tinystories_by_document(position_flag: str, tmp_path: Path) -> None:
+    """As if each document, or what a window has of it, were a row of its own."""
+    from tokenizers import Tokenizer, models
+
+    tiny("tinystories", tmp_path)
+    with pytest.raises(ValueError, match="document_mask needs the id of"):
+        tiny("tinystories", tmp_path, "--document_mask")
+    Tokenizer(models.WordLevel({"word": 0, END_OF_TEXT: 4}, "word")).save(str(tmp_path / "ids" / "tokenizer.json"))
+    run = tiny("tinystories", tmp_path, "--document_mask", position_flag)
+    length, numbers = run.config.model.context_length, range(40)
+    for name, dataset in {"train": run.data.train, "val": run.data.evaluation["val"]}.items():
+        batch = dataset.__getitems__(numbers)
+        windows = [[token for token in window if token >= 0] for window in batch["tokens"].tolist()]
+        parts = [part for window in windows for part in documents(window, 4) if len(part) > 1]
+        assert len(parts) > len(windows) + 5
+        assert any(len(window) < length + 1 for window in windows) == (name == "val")
+        total = sum(predicted(run.network, part) for part in parts)
+        check(run, batch, {"next_token": (total, sum(len(part) - 1 for part in parts))})
+
+
 @torch.no_grad()
 def test_tinystories(tmp_path: Path) -> None:
     run = tiny("tinystories", tmp_path)
@@ -88,14 +117,15 @@ def test_tinystories(tmp_path: Path) -> None:
     check(run, batch, {"next_token": (total, 2 * length)})
 
 
-@pytest.mark.parametrize("packing", ["rows", "blocks"])
+@pytest.mark.parametrize("packing", ["rows", "blocks", "blocks by document"])
 @torch.no_grad()
 def test_gpt2(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By transformers' own model and attention, one row or block at a time; and by transformers' own loss."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
-    run = tiny("gpt2", tmp_path, "--packing", packing)
+    by_document = ["--document_mask"] if packing == "blocks by document" else []
+    run = tiny("gpt2", tmp_path, "--packing", packing.split()[0], *by_document)
     length, text = run.config.model.max_length, run.data.extra["text"]
     sizes = json.loads(run.network.config.to_json_string())
     plain = GPT2LMHeadModel(GPT2Config(**{**sizes, "attn_implementation": "eager", "activation_function": "gelu_new"})).eval()
@@ -111,8 +141,11 @@ def test_gpt2(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     chosen = [0, 1, 2, 7, len(samples) - 1]
     assert len({len(samples[i]) for i in chosen}) > 1  # some of them are padded
 
-    total = sum(predicted(lambda ids: plain(input_ids=ids).logits, samples[i]) for i in chosen)
-    count = sum(len(samples[i]) - 1 for i in chosen)
+    rows_alone = [documents(samples[i], text.end_of_text) if by_document else [samples[i]] for i in chosen]
+    seen_alone = [ids for rows in rows_alone for ids in rows if len(ids) > 1]
+    assert (len(seen_alone) > 2 * len(chosen)) == bool(by_document)
+    total = sum(predicted(lambda ids: plain(input_ids=ids).logits, ids) for ids in seen_alone)
+    count = sum(len(ids) - 1 for ids in seen_alone)
     check(run, run.data.train.__getitems__(chosen), {"next_token": (total, count)})
     ids = torch.tensor([samples[0][:length]])
     theirs = float(plain(input_ids=ids, labels=ids).loss)  # a mean, and it shifts inside

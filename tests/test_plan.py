@@ -72,7 +72,7 @@ def test_a_checkpoint_is_dealt_out_in_files() -> None:
     [
         (["recipes/none.py"], "recipes/none.py is no file"),
         ([str(ROOT / "trainer" / "optimisation" / "schedule.py")], "defines 0 recipes"),
-        ([str(RECIPE), "--processes", "3", "--", "--preset", "quick"], "batch_size 16 does not divide over 3 processes"),
+        ([str(RECIPE), "--processes", "17", "--", "--preset", "quick"], "batch_size 16 does not reach for 17 processes"),
         ([str(RECIPE), "--processes", "0", "--", "--preset", "quick"], "processes 0 must be at least 1"),
         ([str(RECIPE), "--", "--d_modle", "3"], "unknown flag --d_modle"),
     ],

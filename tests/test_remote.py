@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pickle
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from launching import free_port
 from test_token_files import VOCABULARY, ids_file, one_line
 
 from recipes.data import remote
@@ -32,12 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     """An S3 server with s3://texts/web/{0,1}.ids, which are the halves of a local file, and the whole as other.ids."""
     pytest.importorskip("moto.server", reason="moto[server] is not installed (the test extra has it)")
     pytest.importorskip("s3fs", reason="s3fs is not installed (the test extra has it)")
-    folder = tmp_path_factory.mktemp("s3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, port = tmp_path_factory.mktemp("s3"), free_port()
+    process = start(port)
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "anybody",
@@ -53,10 +51,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         try:
             ids = ids_file(folder / "whole.ids", COUNT)
             store(port, ids)
-            yield SimpleNamespace(process=process, folder=folder, ids=ids)
+            yield SimpleNamespace(process=process, port=port, folder=folder, ids=ids)
         finally:
             process.kill()
             process.wait()
+
+
+def start(port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def store(port: int, ids: np.ndarray) -> None:
@@ -141,20 +144,83 @@ def test_the_cache_is_bounded_and_what_was_not_used_goes(server: SimpleNamespace
     assert len(there) <= 3
 
 
-def test_a_server_that_dies_is_an_error_that_names_the_url_and_no_bad_sample(
+class Wire(threading.Thread):
+    """Passes bytes on between clients and a server, which is killed once it has sent so many of them: in mid-answer."""
+
+    def __init__(self, server: SimpleNamespace, answer_bytes: int) -> None:
+        super().__init__(daemon=True)
+        self.server, self.left = server, answer_bytes
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # once the server is gone
+            while self.left > 0:
+                client, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.server.port))
+                threading.Thread(target=self._requests, args=(client, far), daemon=True).start()
+                threading.Thread(target=self._answers, args=(client, far), daemon=True).start()
+
+    def _requests(self, client: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while content := client.recv(1 << 16):
+                far.sendall(content)
+
+    def _answers(self, client: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while self.left > 0 and (content := far.recv(1 << 10)):
+                client.sendall(content[: max(0, self.left)])
+                self.left -= len(content)
+            if self.left <= 0:
+                self.server.process.kill()
+                self.listener.shutdown(socket.SHUT_RDWR)
+            client.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_killed_in_mid_read_is_an_error_that_names_the_url_and_nothing_half_read_stays(
     server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last test of this file."""
-    files = find_files("s3://texts/web", VOCABULARY)
-    assert len(files.windows(4, np.array([3]))) == 1
     import s3fs
 
+    starts = np.arange(0, COUNT - 4, BLOCK_BYTES // 8)
+    expected = find_files(str(server.folder / "whole.ids"), VOCABULARY).windows(4, starts)
+    files = find_files("s3://texts/web", VOCABULARY)
+    assert len(files.windows(4, starts[:1])) == 1
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # of five, each after a longer pause
-    os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait()
-    assert len(files.windows(4, np.array([3]))) == 1  # what is here is here
-    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match=r"s3://texts/web/0\.ids cannot be read") as error:
-        files.windows(4, np.array([100_000]))
+
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as over_the_wire:
+        over_the_wire.setenv("SAMECURVE_CACHE", str(cache))
+        over_the_wire.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{Wire(server, 5 * BLOCK_BYTES // 2).port}")
+        with fresh_file_system(), pytest.raises(OSError, match=r"s3://texts/web/[01]\.ids cannot be read") as error:
+            files.windows(4, starts)
     one_line(error)
     assert not is_bad_sample(error.value)
+    assert server.process.wait(timeout=30) == -signal.SIGKILL
+    assert len(files.windows(4, starts[:1])) == 1  # what was here is here
+    monkeypatch.setenv("SAMECURVE_CACHE", str(cache))
+    with pytest.raises(OSError, match=r"s3://texts/web/0\.ids cannot be read"):
+        files.windows(4, starts[:1])
+
+    server.process = start(server.port)
+    try:
+        store(server.port, server.ids)
+        with fresh_file_system():
+            assert np.array_equal(files.windows(4, starts), expected)
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+@contextlib.contextmanager
+def fresh_file_system() -> Iterator[None]:
+    """One that connects anew, to where the environment says."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    remote._file_system.cache_clear()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+    remote._file_system.cache_clear()

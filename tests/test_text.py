@@ -316,11 +316,27 @@ def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, mon
     again = text_of_ids(str(folder), "gpt2", by_rows=True)
     assert (again.vocab_size, again.end_of_text, again.tokenizer_json) == (300, 0, prepared.tokenizer_json)
     for name, split in prepared.splits.items():
-        assert again.splits[name].ids.tolist() == split.ids.tolist()
+        assert np.asarray(again.splits[name].ids).tolist() == split.ids.tolist()
         assert again.splits[name].row_ends.tolist() == split.row_ends.tolist()
     assert text_of_ids(str(folder), "gpt2", by_rows=False).splits["test"].row_ends.tolist() == [
         len(prepared.splits["test"].ids)
     ]
+    shards = tmp_path / "shards"
+    for name in ("train", "valid", "test"):
+        ids = np.fromfile(folder / f"{name}.ids", np.uint16)
+        (shards / name).mkdir(parents=True)
+        for number, part in enumerate(np.split(ids, [1, len(ids) // 2])):
+            part.tofile(shards / name / f"{number}.ids")
+    (shards / "tokenizer.json").write_text(prepared.tokenizer_json)
+    for by_rows, cut in ((True, TokenRows), (False, TokenBlocks)):
+        one, many = (text_of_ids(str(path), "gpt2", by_rows) for path in (folder, shards))
+        for name, split in one.splits.items():
+            own = many.splits[name]
+            assert (own.row_ends.tolist(), own.largest_id) == (split.row_ends.tolist(), split.largest_id)
+            assert np.asarray(own.ids).tolist() == np.asarray(split.ids).tolist()
+            samples = [cut(s, 4, 300, 0) for s in (split, pickle.loads(pickle.dumps(own)))]
+            batches = [sample.__getitems__(range(len(sample))) for sample in samples]
+            assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
     other = text.prepare_text("wikitext2", str(data_dir), "train", 290).tokenizer_json
     (tmp_path / "other.json").write_text(other)
     with pytest.raises(ValueError, match=r"other\.json is not the one that made the ids") as error:

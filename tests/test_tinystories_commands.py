@@ -110,10 +110,13 @@ def test_a_mixture_says_its_shares_and_measures_each_set(tmp_path: Path, monkeyp
     sizes = {name: len(part) for name, part in data.evaluation.items()}
     assert sizes == {"train": 100, "val": 100, "val_web": 50, "val_books": 50}
     metrics = dict.fromkeys(("train/loss", "train/learning_rate", "train/iter_time_ms", "train/tokens_per_sec"), 1.0)
+    assert " | So far" not in recipe.report.log_line(500, metrics)
     chosen, _ = data.train.places(range(4 * 500))
-    shares = f"web {1 - chosen.mean():.2%}, books {chosen.mean():.2%}"
+    shares = {"share/web": 1 - chosen.mean(), "share/books": chosen.mean()}
     assert 0.2 < chosen.mean() < 0.3
-    assert recipe.report.log_line(500, metrics).endswith(f" | So far: {shares}")
+    assert recipe.report.step_metrics(500) == pytest.approx(shares)
+    metrics |= {"train/share/web": 0.75125, "train/share/books": 0.24875}
+    assert recipe.report.log_line(500, metrics).endswith(" | So far: web 75.12%, books 24.88%")
     with pytest.raises(ValueError, match="sampling sequential visits every window once"):
         recipe.build_data(parsed([*argv, "--sampling", "sequential"]).config)
 

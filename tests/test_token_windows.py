@@ -114,6 +114,6 @@ def test_a_mixture_gives_each_set_its_share_by_the_number_of_the_sample_alone(tm
     assert np.array_equal(alone.__getitems__(first)["tokens"], windows.__getitems__(first)["tokens"])
 
     shares = SharesSoFar(windows)
-    assert shares.at(0) == "a 0.00%, b 0.00%, c 0.00%"
-    assert shares.at(20_000) == ", ".join(f"{name} {count / 20_000:.2%}" for name, count in zip("abc", counts, strict=True))
+    assert shares.at(0) == {"a": 0, "b": 0, "c": 0}
+    assert shares.at(20_000) == {name: count / 20_000 for name, count in zip("abc", counts.tolist(), strict=True)}
     assert shares.at(100_000) == SharesSoFar(windows).at(100_000)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recipes.models.causal_attention import causal_attention
 from recipes.models.transformer_lm import (
     TransformerLM,
-    causal_attention,
     generate,
     nucleus,
     rms_norm,

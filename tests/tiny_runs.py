@@ -50,6 +50,11 @@ def tinystories(folder: Path) -> Argv:
     return [*argv, *QUIET]
 
 
+def mixture(folder: Path) -> Argv:
+    """Three windows of four from one set of ids, the others from another."""
+    return [*tinystories(folder), "--train_data_path", f"{folder}/ids/train.ids=3", f"{folder}/ids/valid.ids=1"]
+
+
 def collatz(folder: Path) -> Argv:
     """Short vectors, some of which end within the prefix: the two losses have different counts.
 

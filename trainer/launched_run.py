@@ -183,14 +183,14 @@ class LaunchedRun:
 
     def _write_first_files(self, session: Session) -> None:
         directory, resumed = self.plan.directory, self.plan.checkpoint
+        step = resumed.train_state.step if resumed is not None else 0
+        directory.begin(step, self.launch.restarted)
         self.console.open_log(directory.log)
         directory.write_command([self.recipe.name, *self.argv])
         facts = {"processes": self.launch.processes, "device": str(self.launch.device), "backend": session.backend.name}
         directory.write_environment(facts)
         write_text_atomic(directory.config, configuration.to_yaml(session.config))
-        step = 0
         if resumed is not None:
-            step = resumed.train_state.step
             self.console.log(f"Loading checkpoint: {resumed.path}")
             self.console.log(f"Resumed from step {step}")
             if self.plan.same_run:

@@ -19,8 +19,9 @@ from trainer.command_line import config as configuration
 from trainer.command_line import help
 from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, without_urls
-from trainer.distributed.signals import die_with_launcher, leave, leaving_at_signals, process_start_monotonic
-from trainer.errors import FINISHED, INTERRUPTED, UserError, path_of, user_error
+from trainer.distributed.ranks import adopt_ranks, without_local_rank
+from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
+from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, user_error
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -45,7 +46,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         raise RuntimeError("main(...) must stand below `if __name__ == '__main__':`, or data workers start the training anew")
     if argv is None:
         argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
-    argv = list(argv)
+    argv = without_local_rank(argv)
+    adopt_ranks(os.environ)
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
     launch: Launch | None = None
     code, alike = FINISHED, True
@@ -55,8 +57,11 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         run = flags.config.run if isinstance(flags, Parsed) else flags
         with leaving_at_the_time_limit(getattr(run, "max_training_hours", None), console):
             from trainer.backends import backend_of
+            from trainer.backends.deepspeed_config import request_zero
             from trainer.distributed.launch import connect
 
+            if isinstance(flags, Parsed):
+                request_zero(os.environ, run.deepspeed_config)
             backend, alike = backend_of(os.environ), False  # what went wrong before is the same on all ranks: rank 0 says it
             launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
         if isinstance(flags, Parsed) and flags.config.run.fast_dev_run:
@@ -75,6 +80,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         code = report_error(error, console, alike)
     finally:
         console.close()
+    if code == BAD_INPUT:
+        end_launcher()
     if launch is None:
         sys.exit(code)
     leave(code)

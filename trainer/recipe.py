@@ -115,6 +115,10 @@ class Report(Generic[ConfigT]):
         """Lines before the first step of a launch, which is step + 1; `trained`: how many of the parameters are."""
         return []
 
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Further metrics of a log step, as `train/{name}`. Of its number alone, which is all that a resumed run knows."""
+        return {}
+
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
         rate = next(name for name in metrics if name.endswith("_per_sec"))

@@ -128,7 +128,7 @@ def check_extra_tensors(saved: Checkpoint, stem: str, tensors: Mapping[str, Tens
 def make_backend(config: Any, launch: Launch) -> Backend:
     """The backend that was launched, in the precision that was requested."""
     optimisation, run = config.optimisation, config.run
-    stream.share(optimisation.batch_size, launch.processes)
+    stream.share(optimisation.batch_size, launch.rank, launch.processes)
     kind = backend_of(os.environ)
     if run.log_grad_norms and not kind.supports_layer_norms:
         raise UserError(

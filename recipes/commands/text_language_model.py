@@ -68,22 +68,23 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
         changes |= {"data_dir": flags.data_dir}
     config = replace(config, data=replace(config.data, **changes))
     data = load_data(recipe, config, launch)
-    text, length, packing = data.extra["text"], config.model.max_length, config.data.packing
+    text, length = data.extra["text"], config.model.max_length
     split = flags.split or ("test" if data.test else "validation")
     dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
     if dataset is None:
         raise UserError(f"{config.data.data_dir or config.data.dataset} has no test text; give --split validation")
     if flags.stride is not None:
         try:
-            dataset = TokenBlocks(text.splits[split], length, text.vocab_size, text.end_of_text, flags.stride)
+            by_document = config.data.document_mask
+            dataset = TokenBlocks(text.splits[split], length, text.vocab_size, text.end_of_text, flags.stride, by_document)
         except ValueError as reason:
             raise UserError(f"--{reason}") from None
-        packing = "blocks"
+        config = replace(config, data=replace(config.data, packing="blocks"))
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     network = load_for_evaluation(recipe, checkpoint, config, data, launch)
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
     if launch.is_main:
-        log_perplexities(text, split, packing, length, result["loss"], log)
+        log_perplexities(text, split, config, result["loss"], log)
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
@@ -130,19 +131,21 @@ def sample_validation(network: Any, text: Text, max_length: int) -> str:
     """The first tokens of the validation split, at most 12 and of its first row alone, as the network continues them."""
     validation = text.splits["validation"]
     count = min(12, max_length // 2, int(validation.row_ends[0]) - 1)
-    prompt = text.tokenizer().decode(np.asarray(validation.ids[:count]).tolist())
+    prompt = text.tokenizer().decode(validation.ids[np.arange(count)].tolist())
     return sample(network, text, Generate(prompt=prompt))
 
 
 # ------------------------------------------------------------------------------------- losses of a split and its baselines
 
 
-def scored_tokens(text: Text, split: str, packing: str, max_length: int) -> np.ndarray:
+def scored_tokens(text: Text, split: str, config: Any) -> np.ndarray:
     """Which tokens of a split a model is scored on: bool [tokens]. All but the first, or all but the first of each row."""
-    tokens = text.splits[split]
+    tokens, max_length = text.splits[split], config.model.max_length
     mask = np.ones(len(tokens.ids), dtype=bool)
     mask[0] = False
-    if packing == "rows":
+    if config.data.document_mask:
+        mask[1:] = np.asarray(tokens.ids)[:-1] != text.end_of_text
+    if config.data.packing == "rows":
         starts = np.concatenate([[0], tokens.row_ends[:-1]])
         # Position in its row, of each token: what lies beyond max_length has been cut off.
         position = np.arange(len(mask)) - np.repeat(starts, np.diff(tokens.row_ends, prepend=0))
@@ -150,28 +153,28 @@ def scored_tokens(text: Text, split: str, packing: str, max_length: int) -> np.n
     return mask
 
 
-def ngram_losses(text: Text, split: str, packing: str, max_length: int) -> dict[str, float]:
+def ngram_losses(text: Text, split: str, config: Any) -> dict[str, float]:
     """{name: nats per token} of models that only count, on the same tokens as the network; none where counting takes long."""
     train, tokens = np.asarray(text.splits["train"].ids), np.asarray(text.splits[split].ids)
     if max(len(train), len(tokens)) > MOST_TOKENS:
         return {}
-    mask = scored_tokens(text, split, packing, max_length)
+    mask = scored_tokens(text, split, config)
     return {
         "Kneser-Ney bigram": bigram_loss(train, tokens, text.vocab_size, mask),
         "unigram": unigram_loss(train, tokens, text.vocab_size, mask),
     }
 
 
-def log_perplexities(text: Text, split: str, packing: str, max_length: int, loss: float, log: Log) -> None:
+def log_perplexities(text: Text, split: str, config: Any, loss: float, log: Log) -> None:
     """Print the loss of a model on a split in every unit, beside the baselines on the same tokens."""
-    tokens = int(scored_tokens(text, split, packing, max_length).sum())
-    words = text.splits[split].words
+    scored, ids, words = scored_tokens(text, split, config), np.asarray(text.splits[split].ids), text.splits[split].words
+    tokens = int(scored.sum())
     counted = f"over {words:,} words and line ends, blank lines' too, as published figures are"
     log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
-    # Where rows were cut, the words of the split are more than those that were scored.
-    uncut = words and tokens == len(text.splits[split].ids) - (1 if packing == "blocks" else len(text.splits[split].row_ends))
+    # Where rows were cut, the words of the split are more than those that were scored: all but some that begin a row.
+    uncut = words and (scored[1:] | (ids[:-1] == text.end_of_text)).all()
     per_word = f", {perplexity(loss * tokens / words):.2f} per word ({counted})" if uncut else ""
     log(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")
-    for name, nats in ngram_losses(text, split, packing, max_length).items():
+    for name, nats in ngram_losses(text, split, config).items():
         comparison = "the model is better" if nats > loss else "the model is still worse"
         log(f"  for scale, {name} perplexity on the same tokens: {perplexity(nats):.2f} per token ({comparison})")

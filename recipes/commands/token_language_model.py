@@ -59,10 +59,11 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     data = load_data(recipe, config, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     network = load_for_evaluation(recipe, checkpoint, config, data, launch)
+    but = " but those that begin a document" if config.data.document_mask else ""
     for name, dataset in data.evaluation.items():
         if name != "train":
             result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
-            losses = f"{result['loss']:.4f} nats per token over {dataset.ids.count - 1:,} tokens"
+            losses = f"{result['loss']:.4f} nats per token over {dataset.ids.count - 1:,} tokens{but}"
             log(f"{dataset.ids.name}: {losses}, each once; perplexity {result['perplexity']:.2f}")
 
 
@@ -115,14 +116,19 @@ def sample_validation(network: Any, streams: Streams) -> str:
 
 
 @functools.lru_cache(1)  # the plot and the report want it
-def bigram(streams: Streams, vocab_size: int) -> tuple[str, float] | None:
-    """(name, nats per token) of a bigram on the whole validation stream; None if that takes long to count."""
+def bigram(streams: Streams, vocab_size: int, by_document: bool) -> tuple[str, float] | None:
+    """(name, nats per token) of a bigram on the whole validation stream, or on all but the first tokens of its documents.
+
+    None if that takes long to count.
+    """
     import numpy as np
 
     from recipes.baselines.ngrams import bigram_loss
 
     if max(streams.train.count, streams.validation.count) > BIGRAM_TOKENS:
         return None
-    predicted = np.arange(streams.validation.count) > 0
     train, validation = (mixture.whole.ids() for mixture in (streams.train, streams.validation))
+    predicted = np.arange(len(validation)) > 0
+    if by_document:
+        predicted[1:] = validation[:-1] != streams.end_of_text()
     return "Kneser-Ney bigram", bigram_loss(train, validation, vocab_size, predicted)

@@ -198,6 +198,12 @@ class PackedExamples:
     def __len__(self) -> int:
         return len(self.rows) - 1
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Of all examples; the split keeps them, and sends their file to data workers, not their content."""
+        assert isinstance(self.split.ids, np.ndarray)
+        return self.split.ids
+
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """Samples -> batch, int64 [batch, time] each, time that of the longest row: input_ids, labels (the ids one further, or
         IGNORED) and, where examples are packed, position_ids, which start at 0 with each; padding goes on with the last one's.
@@ -211,7 +217,7 @@ class PackedExamples:
             at = 0
             for piece in range(self.rows[row], self.rows[row + 1]):
                 first, size = self.first[piece], self.size[piece]
-                ids = np.asarray(self.split.ids[first : first + size + 1], dtype=np.int64)
+                ids = np.asarray(self.ids[first : first + size + 1], dtype=np.int64)
                 batch["input_ids"][place, at : at + size] = np.maximum(ids[:-1], -1 - ids[:-1])
                 batch["labels"][place, at : at + size] = np.where(ids[1:] >= 0, ids[1:], IGNORED)
                 batch["position_ids"][place, at:] = np.arange(max(used) - at)
@@ -224,7 +230,7 @@ class PackedExamples:
     def text_of(self, example: int) -> tuple[list[int], list[int]]:
         """(what is given, what is to be said) of an example, as ids. Of plain text the first quarter is taken as given."""
         start = self.split.row_ends[example - 1] if example else 0
-        ids = np.asarray(self.split.ids[start : self.split.row_ends[example]])
+        ids = np.asarray(self.ids[start : self.split.row_ends[example]])
         given = int((ids < 0).sum()) or max(1, len(ids) // 4)
         return np.where(ids < 0, -1 - ids, ids)[:given].tolist(), ids[given:].tolist()
 

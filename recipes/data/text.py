@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -28,11 +28,21 @@ if TYPE_CHECKING:
 ENCODE_CHARACTERS = 1 << 20  # tokenized at a time, so that memory stays bounded
 
 
+class IdsInShards(Protocol):
+    """Ids in several files, as one array would give them (`token_sets.TokenSet`)."""
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Those at some places, of any shape."""
+
+    def __len__(self) -> int:
+        """Of all files together."""
+
+
 @dataclass(frozen=True)
 class TokenSplit:
     """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
 
-    ids: np.ndarray  # uint16 or uint32 [tokens]: each row followed by end-of-text
+    ids: np.ndarray | IdsInShards  # uint16 or uint32 [tokens]: each row followed by end-of-text; `[places]` reads some of them
     row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
     words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
     fingerprint: str  # hex; of the ids

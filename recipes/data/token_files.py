@@ -77,7 +77,7 @@ class TokenFile:
         return cls(path, dtype, 0, size // width)
 
     @classmethod
-    def of_array(cls, ids: np.ndarray) -> TokenFile:
+    def of_array(cls, ids: object) -> TokenFile:
         """The file of a memory-mapped array of ids."""
         assert isinstance(ids, np.memmap)
         assert ids.filename is not None

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipes.data.text import TokenSplit
+from recipes.data.text import IdsInShards, TokenSplit
 from recipes.data.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
     import torch
+
 
 IGNORED = -100  # a label that is not trained on: the default ignore_index of torch's cross entropy
 
@@ -20,20 +21,27 @@ class TokenBlocks:
     Block i has inputs ids[i S : i S + T] and, as labels, the ids one further, where T is `max_length` and S the `stride`
     (None: T). With a smaller stride blocks overlap, and only labels that the block before did not have are kept, so that
     each is predicted from at least T - S tokens. The last block may be short: there inputs are filled with end-of-text
-    and labels with IGNORED.
+    and labels with IGNORED. `by_document`: batches have the position of each input in its document too, and no label is the
+    first token of one.
     """
 
     truncated = 0  # no row is cut off: the next block goes on with it
 
     def __init__(
-        self, split: TokenSplit, max_length: int, vocab_size: int, end_of_text: int, stride: int | None = None
+        self,
+        split: TokenSplit,
+        max_length: int,
+        vocab_size: int,
+        end_of_text: int,
+        stride: int | None = None,
+        by_document: bool = False,
     ) -> None:
         """ValueError if there are fewer than 2 tokens, an id is not below `vocab_size`, or the stride leaves gaps."""
         _check_ids(split, max_length, vocab_size)
         self.stride = max_length if stride is None else stride
         if not 1 <= self.stride <= max_length:
             raise ValueError(f"stride {stride} must be from 1 to max_length {max_length}")
-        self.split, self.max_length, self.end_of_text = split, max_length, end_of_text
+        self.split, self.max_length, self.end_of_text, self.by_document = split, max_length, end_of_text, by_document
 
     def __len__(self) -> int:
         return 1 + -(-max(0, len(self.split.ids) - 1 - self.max_length) // self.stride)
@@ -45,6 +53,9 @@ class TokenBlocks:
         lengths = np.minimum(len(self.split.ids) - 1 - starts, self.max_length)
         batch = _gather(self.split.ids, starts, lengths, self.max_length, self.end_of_text)
         batch["labels"][blocks > 0, : self.max_length - self.stride] = IGNORED
+        if self.by_document:
+            batch["positions"] = positions_in_documents(batch["input_ids"], self.end_of_text)
+            batch["labels"][batch["input_ids"] == self.end_of_text] = IGNORED
         return batch
 
 
@@ -76,7 +87,9 @@ class TokenRows:
         return _gather(self.split.ids, starts, lengths, int(lengths.max()), self.end_of_text)
 
 
-def _gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int) -> dict[str, "torch.Tensor"]:
+def _gather(
+    ids: np.ndarray | IdsInShards, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int
+) -> dict[str, "torch.Tensor"]:
     """ids[start : start + length] and, as labels, the ids one further, padded to `time`: int64 [batch, time] each.
 
     The one place where labels are shifted: neither a recipe nor a model shifts them again.
@@ -92,13 +105,22 @@ def _gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, time: int,
     }
 
 
+def positions_in_documents(tokens: "torch.Tensor", end_of_text: int) -> "torch.Tensor":
+    """The position of each of tokens [batch, time] in its document, from 0 on, int32: end-of-text is the last token of one."""
+    import torch
+
+    places = torch.arange(tokens.shape[1], dtype=torch.int32)
+    begins = torch.zeros_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = tokens[:, :-1] == end_of_text
+    return places - (places * begins).cummax(1).values
+
+
 def _check_ids(split: TokenSplit, max_length: int, vocab_size: int) -> None:
-    ids = split.ids
     if max_length < 1:
         raise ValueError(f"max_length {max_length} holds no token; use at least 1")
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed, one to read and one to predict")
-    if (split.largest_id or ids.max()) >= vocab_size:
+    if len(split.ids) < 2:
+        raise ValueError(f"the text has {len(split.ids)} tokens; at least 2 are needed, one to read and one to predict")
+    if split.largest_id is None and (ids := np.asarray(split.ids)).max() >= vocab_size:
         position = int(np.argmax(ids >= vocab_size))
         raise ValueError(
             f"token id {ids[position]} at position {position} is not below vocab_size {vocab_size}; "

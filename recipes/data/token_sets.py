@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recipes.data.remote import is_url, remote_files
-from recipes.data.text import prepare_text
+from recipes.data.text import Text, prepare_text
 from recipes.data.text_sources import SPLIT_NAMES
 from recipes.data.token_files import TokenFile, out_of_range
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
@@ -81,6 +82,23 @@ class TokenSet:
         """All ids [count], read-only; mapped, where they are in one file."""
         return self.files[0].ids() if len(self.files) == 1 else np.concatenate([file.ids() for file in self.files])
 
+    def __len__(self) -> int:
+        return self.count
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.ids(), dtype)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """ids[places], as of one array; only what is asked for is read."""
+        if len(self.files) == 1:
+            return _mapped(self.files[0])[places]
+        numbers = np.searchsorted(self.ends, places, side="right")
+        ids = np.empty(places.shape, np.uint32)
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            ids[chosen] = _mapped(self.files[number])[places[chosen] - self._begin(number)]
+        return ids
+
     def check(self, longer_than: int) -> str:
         """The digest of the ids, of which there must be more than `longer_than`. ValueError as of `TokenFile.check`."""
         if self.count <= longer_than:
@@ -88,8 +106,17 @@ class TokenSet:
                 f"{self.name} holds {self.count} ids, too few for windows of {longer_than - 1} inputs: it takes more than "
                 f"{longer_than}; give more text or a smaller --context_length"
             )
+        return self.digest()
+
+    def digest(self) -> str:
+        """The digest of the ids, however they are stored. ValueError as of `TokenFile.check`."""
         digests = [f"{file.count} {file.check(self.vocab_size)}" for file in self.files]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _mapped(file: TokenFile) -> np.ndarray:
+    return file.ids()
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,12 @@ class Streams:
     tokenizer_json: str | None
     fingerprint: str
     """hex; of the ids, however they are stored, and of the shares"""
+
+    def end_of_text(self) -> int:
+        """The id that ends a document. ValueError without a tokenizer, which alone knows it."""
+        if self.tokenizer_json is None:
+            raise ValueError("document_mask needs the id of <|endoftext|>; give the --tokenizer that made the ids")
+        return Text.without_data(self.tokenizer_json).end_of_text
 
 
 def find_files(path: str, vocab_size: int) -> TokenSet:

@@ -1,4 +1,8 @@
-"""Windows of token ids, to train a language model on and to measure it with."""
+"""Windows of token ids, to train a language model on and to measure it with.
+
+With an `end_of_text`, the last id of a document, batches have the position of each id in its own: "positions", int32
+[batch, length + 1].
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from recipes.data.token_samples import IGNORED, positions_in_documents
 from recipes.data.token_sets import Mixture, TokenSet
 
 if TYPE_CHECKING:
     import torch
-
-IGNORED = -100  # a label that is not trained on: the default ignore_index of torch's cross entropy
 
 
 class TokenWindows:
@@ -23,8 +26,8 @@ class TokenWindows:
     ids: an evaluation of a part of them still covers them all. `limit` keeps only so many.
     """
 
-    def __init__(self, ids: TokenSet, length: int, limit: int | None = None) -> None:
-        self.ids, self.length = ids, length
+    def __init__(self, ids: TokenSet, length: int, limit: int | None = None, end_of_text: int | None = None) -> None:
+        self.ids, self.length, self.end_of_text = ids, length, end_of_text
         self.windows = -(-(ids.count - 1) // length)
         self.limit = min(limit or self.windows, self.windows)
         self.stride = _spreading_stride(self.windows)
@@ -41,7 +44,7 @@ class TokenWindows:
             real = self.ids.count - int(starts[row])
             tokens[row, :real] = tokens[row, -real:].copy()
             tokens[row, real:] = IGNORED
-        return _batch(tokens)
+        return _batch(tokens, self.end_of_text)
 
 
 class RandomWindows:
@@ -51,8 +54,8 @@ class RandomWindows:
     (Steele, Lea & Flood 2014, figure 17) started from the mixed seed.
     """
 
-    def __init__(self, mixture: Mixture, length: int, seed: int) -> None:
-        self.mixture, self.length = mixture, length
+    def __init__(self, mixture: Mixture, length: int, seed: int, end_of_text: int | None = None) -> None:
+        self.mixture, self.length, self.end_of_text = mixture, length, end_of_text
         self.state, self.set_state = (_mix(np.array([seed], dtype=np.uint64) * GOLDEN + salt) for salt in (GOLDEN, GOLDEN // 2))
         self.bounds = np.cumsum(mixture.shares)[:-1]
 
@@ -60,12 +63,12 @@ class RandomWindows:
         """Samples -> {"tokens": int32 [batch, length + 1]}: `length` inputs and the id after each."""
         sets, starts = self.places(numbers)
         if len(self.mixture.sets) == 1:
-            return _batch(self.mixture.sets[0].windows(self.length + 1, starts))
+            return _batch(self.mixture.sets[0].windows(self.length + 1, starts), self.end_of_text)
         tokens = np.empty((len(numbers), self.length + 1), np.int32)
         for number in np.unique(sets):
             chosen = sets == number
             tokens[chosen] = self.mixture.sets[number].windows(self.length + 1, starts[chosen])
-        return _batch(tokens)
+        return _batch(tokens, self.end_of_text)
 
     def places(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the set of each sample, int64 [batch]; the position of its first id there, from 0 to count - length - 1)."""
@@ -79,8 +82,8 @@ class RandomWindows:
 class FixedWindows(RandomWindows):
     """The first `limit` samples of such a stream, to measure with what a mixture is trained on."""
 
-    def __init__(self, mixture: Mixture, length: int, seed: int, limit: int) -> None:
-        super().__init__(mixture, length, seed)
+    def __init__(self, mixture: Mixture, length: int, seed: int, limit: int, end_of_text: int | None = None) -> None:
+        super().__init__(mixture, length, seed, end_of_text)
         self.limit = limit
 
     def __len__(self) -> int:
@@ -94,16 +97,15 @@ class SharesSoFar:
         self.windows, self.samples = windows, 0
         self.counts = np.zeros(len(windows.mixture.sets), dtype=np.int64)
 
-    def at(self, samples: int) -> str:
-        """In words, after so many samples."""
+    def at(self, samples: int) -> dict[str, float]:
+        """By the label of each set, after so many samples."""
         if samples < self.samples:
             self.samples, self.counts = 0, np.zeros_like(self.counts)
         for start in range(self.samples, samples, 1 << 16):
             sets, _ = self.windows.places(np.arange(start, min(samples, start + (1 << 16))))
             self.counts += np.bincount(sets, minlength=len(self.counts))
         self.samples = samples
-        shares = zip(self.windows.mixture.labels, self.counts / max(1, samples), strict=True)
-        return ", ".join(f"{label} {share:.2%}" for label, share in shares)
+        return dict(zip(self.windows.mixture.labels, (self.counts / max(1, samples)).tolist(), strict=True))
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -116,10 +118,11 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _batch(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+def _batch(tokens: np.ndarray, end_of_text: int | None) -> dict[str, torch.Tensor]:
     import torch
 
-    return {"tokens": torch.from_numpy(tokens)}
+    batch = {"tokens": torch.from_numpy(tokens)}
+    return batch if end_of_text is None else batch | {"positions": positions_in_documents(batch["tokens"], end_of_text)}
 
 
 def _spreading_stride(count: int) -> int:

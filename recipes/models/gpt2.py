@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recipes.models.causal_attention import causal_attention, document_mask
 from recipes.models.next_token_loss import next_token_loss
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import GPT2LMHeadModel
 
 INIT_STD = 0.02
@@ -95,11 +97,10 @@ class Attention(nn.Module):
         self.heads, self.dropout, self.resid_dropout = config.n_head, config.attn_pdrop, config.resid_pdrop
         self.c_attn, self.c_proj = Projection(config.n_embd, 3 * config.n_embd), Projection(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
         """[batch, time, width] -> the same."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        attended = causal_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(attended.transpose(1, 2).flatten(2)), self.resid_dropout, self.training)
 
 
@@ -124,9 +125,9 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
         self.attn, self.mlp = Attention(config), Mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, time, width] -> the same."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        """[batch, time, width] -> the same; `mask` as `causal_attention` takes it."""
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -172,17 +173,20 @@ class Gpt2(nn.Module):
         """The parameters with a row per token or position, which Muon leaves to AdamW."""
         return [*self.transformer["wte"].parameters(), *self.transformer["wpe"].parameters()]
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits; with `labels` [batch, time], ids that are not shifted any more, `next_token_loss` instead.
 
-        Purely causal: with padding on the right no position attends to any.
+        Purely causal: with padding on the right no position attends to any. With `positions` [batch, time], of each id in its
+        document, none attends to another document's.
         """
         wte, wpe, layers, ln_f = self.transformer.values()
-        x = wte(input_ids) + wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
-        x = F.dropout(x, self.config.embd_pdrop, self.training)
+        c, dropout = self.config, self.config.attn_pdrop if self.training else 0.0
+        mask = None if positions is None else document_mask(positions, c.n_embd // c.n_head, dropout)
+        x = wte(input_ids) + wpe(torch.arange(input_ids.shape[1], device=input_ids.device) if mask is None else positions)
+        x = F.dropout(x, c.embd_pdrop, self.training)
         for layer in layers:  # type: ignore[attr-defined]
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
         return self.lm_head(ln_f(x), labels)
 
     def training_flops_per_token(self) -> float:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recipes.models.causal_attention import causal_attention, document_mask
 from recipes.models.next_token_loss import next_token_loss
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 EPS = 1e-5  # of every norm
 
@@ -45,11 +49,6 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d_head)) v, each position attending to itself and those before. All [..., time, d_head]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Linear(nn.Linear):
@@ -103,8 +102,8 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = Linear(d_model, inward), Linear(d_model, inward)
         self.q_norm, self.k_norm = (RMSNorm(heads.width, eps) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        """x [batch, time, d_model] -> the same; `angles` [time, d_head / 2], None: no positions."""
+    def forward(self, x: Tensor, angles: Tensor | None, mask: Tensor | BlockMask | None) -> Tensor:
+        """x [batch, time, d_model] -> the same; `angles` [..., time, d_head / 2], None: no positions."""
         width, each = self.heads.width, self.heads.queries // self.heads.keys
         q, k, v = (w(x).unflatten(-1, (-1, width)).transpose(-3, -2) for w in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -112,7 +111,7 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         if each > 1:
             k, v = k.repeat_interleave(each, -3), v.repeat_interleave(each, -3)
-        return self.output_proj(causal_attention(q, k, v).transpose(-3, -2).flatten(-2))
+        return self.output_proj(causal_attention(q, k, v, mask).transpose(-3, -2).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -139,12 +138,12 @@ class Block(nn.Module):
         self.ffn = FeedForward(d_model, d_ff, gated)
         self.ln1, self.ln2 = RMSNorm(d_model, eps), RMSNorm(d_model, eps)
 
-    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        """x [batch, time, d_model] -> the same."""
+    def forward(self, x: Tensor, angles: Tensor | None, mask: Tensor | BlockMask | None) -> Tensor:
+        """x [batch, time, d_model] -> the same; `mask` as `causal_attention` takes it."""
         if self.pre_norm:
-            x = x + self.attn(self.ln1(x), angles)
+            x = x + self.attn(self.ln1(x), angles, mask)
             return x + self.ffn(self.ln2(x))
-        x = self.ln1(x + self.attn(x, angles))
+        x = self.ln1(x + self.attn(x, angles, mask))
         return self.ln2(x + self.ffn(x))
 
 
@@ -223,15 +222,20 @@ class TransformerLM(nn.Module):
         weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
         return 6.0 * weights + 12.0 * len(self.layers) * self.attention_width * self.context_length
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens: integers [batch, time], time at most `context_length`; labels: int64 [batch, time], for `next_token_loss`."""
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """tokens: integers [batch, time], time at most `context_length`; labels: int64 [batch, time], for `next_token_loss`.
+
+        With `positions` [batch, time], of each token in its document, none attends to another document's.
+        """
         x = self.token_embeddings(tokens)
-        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        mask = None if positions is None else document_mask(positions, self.d_head)
+        # The same for all heads.
+        places = torch.arange(tokens.shape[-1], device=tokens.device) if positions is None else positions[:, None]
         # Anew in each forward: no buffer that a backend could round to bf16, and a fraction of a layer's time.
-        angles = rope_angles(positions, self.d_head, self.rope_theta) if self.rope else None
+        angles = rope_angles(places, self.d_head, self.rope_theta) if self.rope else None
         for layer in self.layers:
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(layer, x, angles, use_reentrant=False) if recompute else layer(x, angles)
+            x = checkpoint(layer, x, angles, mask, use_reentrant=False) if recompute else layer(x, angles, mask)
         return self.lm_head(self.ln_final(x), labels)
 
 

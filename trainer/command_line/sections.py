@@ -63,6 +63,8 @@ class Run:
     config: Annotated[str | None, Existing] = None
     """a YAML file of values, flat or in sections"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deepspeed_config: Annotated[str | None, Existing] = None
+    """train this launch under ZeRO, as a DeepSpeed file says, whatever started its processes: ds_configs/zero2.json, ..."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: what the launcher says, else bf16 on a GPU and fp32 on a CPU"""
     compile: Switch = "auto"
@@ -150,6 +152,7 @@ PER_LAUNCH = (
     "preset",
     "config",
     "device",
+    "deepspeed_config",
     "resume",
     "resume_from",
     "data_changed",

@@ -110,6 +110,7 @@ class MetricsLogger:
         if self.state.replaced_samples:
             metrics["train/replaced_samples"] = float(self.state.replaced_samples)
         metrics |= {f"train/grad_norm/{layer}": float(norm) for layer, norm in layer_norms.items()}
+        metrics |= {f"train/{name}": value for name, value in self.recipe.report.step_metrics(step).items()}
         if self.session.samples:
             metrics["train/epoch"] = self.session.exact_epochs(step)
         flops = self.recipe.flops_per_item(self.session.config, self.session.network) if self.peak else None
