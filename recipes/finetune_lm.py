@@ -139,7 +139,7 @@ class FinetuneLM(Recipe[Config]):
             train=sets["train"],
             evaluation={"val": sets["validation"]},
             test=sets.get("test"),
-            fingerprint=content_hash(*(part.fingerprint for part in splits.values())),
+            fingerprint=content_hash(*(part.fingerprint for part in splits.values()), *frozen_weights(config)),
             notes=notes,
             extra={"tokenizer": tokenizer},
         )
@@ -206,6 +206,18 @@ class FinetuneLM(Recipe[Config]):
         from recipes.models.causal_lm import config_json, files_of
 
         return {"config.json": config_json(config.model.architecture, network), **files_of(data.extra["tokenizer"])}
+
+
+def frozen_weights(config: Config) -> list[str]:
+    """Hashes of the files whose weights no checkpoint keeps, beside adapters: a resumed run needs the same ones."""
+    from recipes.data.cache import remembered_hash
+    from trainer.checkpoints.init_from import own_checkpoint
+    from trainer.checkpoints.pretrained import weight_files
+
+    name = config.optimisation.init_from
+    if not config.model.lora_rank or name in (None, "tiny"):
+        return []
+    return [remembered_hash(Path(file)) for file in weight_files(str(own_checkpoint(name) or name))]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,21 @@ def test_a_checkpoint_of_gpt2_wikitext_is_a_model_folder_too(folders: dict[str, 
     with torch.no_grad():
         assert torch.allclose(logits(begun(config)), ours(IDS), atol=1e-5)
     assert RECIPE.build_data(config).extra["tokenizer"].eos_token_id == end
+
+
+def test_other_weights_below_the_adapters_are_other_data(folders: dict[str, Path], tmp_path: Path) -> None:
+    """No checkpoint of adapters keeps them, so a resumed run has to find the ones that it began with."""
+    copy = shutil.copytree(folders["llama"], tmp_path / "copy")
+    where = {**folders, "copy": copy}
+    first = [RECIPE.build_data(planned(where, "copy", *more)).fingerprint for more in ([], ["--lora_rank", "2"])]
+    again = RECIPE.build_data(planned(where, "llama", "--lora_rank", "2")).fingerprint
+    assert again == first[1] != first[0]
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    after = [RECIPE.build_data(planned(where, "copy", *more)).fingerprint for more in ([], ["--lora_rank", "2"])]
+    assert after[0] == first[0]
+    assert after[1] != first[1]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from recipes.models.transformer_lm import TransformerLM
 from recipes.tinystories_lm import Config, ModelConfig
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
-from trainer.checkpoints.network import build_empty_network, first_weights
+from trainer.checkpoints.network import build_empty_network, first_weights, is_kept
 from trainer.command_line.config import to_yaml
 from trainer.distributed.launch import alone
 from trainer.errors import BAD_INPUT, CHECKPOINT
@@ -44,7 +44,9 @@ def saved(folder: Path, recipe: str, network: Any, config: Any, documents: dict[
     state = trainer_state(20, recipe=recipe, train_state=asdict(measured))
     written = {"trainer_state.json": state, "config.yaml": to_yaml(config), **(documents or {})}
     entries = [
-        TensorEntry(n, tuple(p.shape), torch.float32, lambda _, p=p: p.detach().clone()) for n, p in network.named_parameters()
+        TensorEntry(n, tuple(p.shape), torch.float32, lambda _, p=p: p.detach().clone())
+        for n, p in network.named_parameters()
+        if is_kept(network, n)
     ]
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rows = [{"step": 10, "eval/val_loss": 1.25}, {"step": 20, "eval/val_loss": 1.3333, "eval/train_loss": 1.1111}]

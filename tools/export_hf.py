@@ -23,13 +23,15 @@ from model_card import model_card
 
 from recipes.data.hub import hub_is_reachable
 from recipes.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
-from recipes.models.causal_lm import build_causal_lm, save_adapters, save_merged
+from recipes.finetune_lm import FinetuneLM
+from recipes.models.causal_lm import save_adapters, save_merged
 from recipes.models.llama_form import ROTATED, by_halves, their_name
 from trainer.checkpoints.checkpoint import Checkpoint, resolve
-from trainer.checkpoints.network import saved_weights
+from trainer.checkpoints.network import load_network
+from trainer.command_line import config as configuration
 from trainer.command_line.locations import argument_path
 from trainer.errors import UserError, one_line
-from trainer.initial_weights import build_empty, fill
+from trainer.recipe import Data
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -195,18 +197,14 @@ def _write_llama(folder: Path, checkpoint: Checkpoint, model: dict[str, Any], en
 
 def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> None:
     """What `save_pretrained` writes of the network, adapters merged into it; or what peft's writes of the adapters."""
-    model = checkpoint.config["model"]
-    names = ("train_last", "lora_rank", "lora_alpha")
-    network, initial = build_empty(
-        lambda: build_causal_lm(model["architecture"], gradient_checkpointing=False, **{name: model[name] for name in names}),
-        0,
-    )
-    fill(network, saved_weights(network, initial, checkpoint), torch.device("cpu"))
+    recipe = FinetuneLM()
+    config = configuration.from_mapping(recipe.config_class, checkpoint.config, str(checkpoint.path))
+    network = load_network(recipe, checkpoint, config, Data(None, {}), torch.device("cpu"))
     if adapter:
-        base = checkpoint.config["optimisation"]["init_from"]
+        base = config.optimisation.init_from
         save_adapters(network, Path(base).name if Path(base).exists() else base, folder)
     else:
-        save_merged(network, model["architecture"], folder)
+        save_merged(network, config.model.architecture, folder)
     for name in checkpoint.files:
         if name.startswith(("tokenizer", "chat_template", "generation_config", "special_tokens")):
             shutil.copyfile(checkpoint.path / name, folder / name)

@@ -87,6 +87,11 @@ def remembered(path: Path, what: str, find_out: Callable[[], dict[str, Any]], ca
     return known["facts"]
 
 
+def remembered_hash(path: Path, cache: Path | None = None) -> str:
+    """sha256 (hex) of the bytes of a file, read once for as long as it keeps its size and times."""
+    return remembered(path, "sha256", lambda: {"sha256": file_hash(path)}, cache)["sha256"]
+
+
 def signature(path: Path) -> list[int]:
     """Size and times of a file. With ctime: whoever puts mtime back cannot set that."""
     found = path.stat()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.data.cache import content_hash, file_hash, remembered
+from recipes.data.cache import content_hash, remembered_hash
 from recipes.data.documents import piece_size
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
@@ -59,7 +59,9 @@ def _local_corpus(data_dir: str, column: str | None, cache: Path) -> Corpus:
     splits, notes = find_splits(data_dir)
     sources = [source for split in splits.values() for source in split]
     kinds = [f"{name} {source.split or source.kind}" for name, split in splits.items() for source in split]
-    digest = content_hash(column or "", *kinds, *(_digest(path, cache) for source in sources for path in _files(source)))
+    digest = content_hash(
+        column or "", *kinds, *(remembered_hash(path, cache) for source in sources for path in _files(source))
+    )
     if "validation" in splits:
         return Corpus(digest, lambda without: _split_rows(splits, column, without), notes)
     size = sum(source.size_bytes or 0 for source in splits["train"])
@@ -77,10 +79,6 @@ def _local_corpus(data_dir: str, column: str | None, cache: Path) -> Corpus:
 
 def _files(source: Source) -> list[Path]:
     return sorted(Path(source.name).rglob("*.arrow")) if source.split else [Path(source.name)]
-
-
-def _digest(path: Path, cache: Path) -> str:
-    return remembered(path, "sha256", lambda: {"sha256": file_hash(path)}, cache)["sha256"]
 
 
 def _split_rows(splits: dict[str, list[Source]], column: str | None, without: Counter[str]) -> Iterator[Row]:

@@ -61,6 +61,9 @@ def build_causal_lm(
         adapters = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         with warnings.catch_warnings(action="ignore"):  # of what it sets by itself for this network
             inject_adapter_in_model(adapters, network)
+        # Checkpoints keep the adapters alone: what is frozen is where it came from.
+        frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+        network.non_persistent_parameters = frozen  # type: ignore[assignment]
     return network
 
 

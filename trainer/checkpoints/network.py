@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, sa
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.init_from import own_checkpoint
-from trainer.checkpoints.verification import Verify, verify_together
+from trainer.checkpoints.verification import Verify, verified, verify_together
 from trainer.command_line import config as configuration
 from trainer.data.bad_samples import first_batch
 from trainer.distributed.control import Control
@@ -43,12 +44,22 @@ def build_empty_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> tup
         raise UserError(one_line(error)) from error
 
 
-def saved_weights(network: nn.Module, initial: Weights, saved: Checkpoint) -> Weights:
-    """A checkpoint's values for a network, and the initial ones for what no checkpoint keeps. Reads nothing yet.
+def is_kept(network: nn.Module, name: str) -> bool:
+    """Whether checkpoints keep a parameter. Those that the network names in `non_persistent_parameters` they do not: frozen
+    ones, which begin each launch as `--init_from` has them."""
+    return name not in getattr(network, "non_persistent_parameters", ())
 
-    UserError listing what does not fit.
+
+def saved_weights(
+    recipe: Recipe, network: nn.Module, initial: Weights, saved: Checkpoint, opened: Callable[[Path], Checkpoint]
+) -> Weights:
+    """A checkpoint's values for a network, and for what it does not keep those that its run began with. Reads nothing yet.
+
+    `opened` verifies another checkpoint that these may be in. UserError listing what does not fit.
     """
-    parameters = dict(network.named_parameters())
+    parameters = {name: p for name, p in network.named_parameters() if is_kept(network, name)}
+    if len(parameters) < len(dict(network.named_parameters())):
+        initial = named_weights(recipe, network, initial, saved.config["optimisation"]["init_from"], opened)
     wanted = {name: TensorForm(tuple(p.shape), torch.float32) for name, p in parameters.items()}
     wanted |= {entry.name: TensorForm(entry.shape, entry.dtype) for entry in buffer_entries(network)}
     wrong = differences(saved, "model", wanted)
@@ -72,19 +83,26 @@ def first_weights(
     control: Control,
     log: Log,
 ) -> Weights:
-    """The weights that this launch starts from: a checkpoint's, those of --init_from, or fresh ones."""
+    """The weights that this launch starts from: a checkpoint's, those of --init_from, or fresh ones. Collective."""
+    opened = partial(verify_together, control=control)
     if resumed is not None:
-        return saved_weights(network, initial, resumed)
+        return saved_weights(recipe, network, initial, resumed, opened)
     if not init_from:
         return initial
-    folder = own_checkpoint(init_from)
-    saved = None if folder is None else verify_together(folder, control)
-    if saved is not None and saved.state["recipe"] == recipe.name:
-        weights = saved_weights(network, initial, saved)
-    else:
-        weights = pretrained_weights(recipe, network, initial, str(folder or init_from))
+    weights = named_weights(recipe, network, initial, init_from, opened)
     log(f"Initial weights from {init_from}")
     return weights
+
+
+def named_weights(
+    recipe: Recipe, network: nn.Module, initial: Weights, init_from: str, opened: Callable[[Path], Checkpoint]
+) -> Weights:
+    """The weights of a checkpoint of ours, verified by `opened`, or of somebody else's folder or name. Reads nothing yet."""
+    folder = own_checkpoint(init_from)
+    saved = None if folder is None else opened(folder)
+    if saved is not None and saved.state["recipe"] == recipe.name:
+        return saved_weights(recipe, network, initial, saved, opened)
+    return pretrained_weights(recipe, network, initial, str(folder or init_from))
 
 
 def pretrained_weights(recipe: Recipe, network: nn.Module, initial: Weights, init_from: str) -> Weights:
@@ -172,14 +190,16 @@ def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) ->
 def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, device: torch.device) -> nn.Module:
     """The plain network with the checkpoint's weights, on a device, for inference: no mode or gradient to set."""
     network, initial = build_empty_network(recipe, config, data)
-    fill(network, saved_weights(network, initial, saved), device)
+    fill(network, saved_weights(recipe, network, initial, saved, verified), device)
     return network.eval().requires_grad_(False)
 
 
 def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> nn.Module:
     """The network with the checkpoint's weights for `evaluate_network` alone: under FSDP it is cut over the processes."""
     network, initial = build_empty_network(recipe, config, data)
-    backend_of(os.environ).fill_for_evaluation(network, saved_weights(network, initial, saved), launch)
+    opened = partial(verify_together, control=launch.control)
+    weights = saved_weights(recipe, network, initial, saved, opened)
+    backend_of(os.environ).fill_for_evaluation(network, weights, launch)
     return network.eval().requires_grad_(False)
 
 

@@ -44,11 +44,9 @@ def stored_config(name: str) -> dict[str, Any]:
     return config
 
 
-def stored_tensors(name: str) -> dict[str, StoredTensor]:
-    """The tensors of a folder that `save_pretrained` wrote, or of a model of the hub, by their names there.
-
-    OSError if there is nothing, ValueError if it is no safetensors.
-    """
+def weight_files(name: str) -> list[str]:
+    """The safetensors of a folder that `save_pretrained` wrote, or of a model of the hub. OSError or ValueError if there are
+    none."""
     from transformers.utils import cached_file
 
     def path_of(file: str) -> str | None:
@@ -56,19 +54,22 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
 
     single, index = path_of(SINGLE), path_of(INDEX)
     if single:
-        paths = [single]
-    elif index:
+        return [single]
+    if index:
         with open(index, encoding="utf-8") as content:
-            paths = [str(cached_file(name, file)) for file in sorted(set(json.load(content)["weight_map"].values()))]
-    elif path_of(PICKLE):
+            return [str(cached_file(name, file)) for file in sorted(set(json.load(content)["weight_map"].values()))]
+    if path_of(PICKLE):
         raise ValueError(
             f"holds its weights as a pickle ({PICKLE}), which is never opened; convert it where you trust it: "
             f"AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER)"
         )
-    else:
-        raise ValueError(f"holds neither {SINGLE} nor {INDEX}; give a folder that save_pretrained wrote, or a checkpoint")
+    raise ValueError(f"holds neither {SINGLE} nor {INDEX}; give a folder that save_pretrained wrote, or a checkpoint")
+
+
+def stored_tensors(name: str) -> dict[str, StoredTensor]:
+    """The tensors of such a folder or model, by their names there. OSError or ValueError if it is no safetensors."""
     found: dict[str, StoredTensor] = {}
-    for path in paths:
+    for path in weight_files(name):
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.backends.tensors import split_names, whole_entries
+from trainer.backends.tensors import TensorEntry, split_names, whole_entries
 from trainer.checkpoints import retention
+from trainer.checkpoints.network import is_kept
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.checkpoints.writing import Report, Share, commit
 from trainer.command_line.config import to_yaml
@@ -85,7 +86,7 @@ class Saver:
         self.saved_at = time.monotonic()
         self.share, self.thread = Share(self.launch), ThreadPoolExecutor(1, "checkpoint")
         self.in_flight: SaveInFlight | None = None
-        size_bytes = sum(entry.size_bytes for entry in session.backend.model_tensors())
+        size_bytes = sum(entry.size_bytes for entry in self._model_tensors())
         stops.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
 
     def due(self) -> bool:
@@ -215,10 +216,13 @@ class Saver:
             return f"WARNING: {error}: a link was not set or an old checkpoint not removed"
         return None
 
+    def _model_tensors(self) -> list[TensorEntry]:
+        return [entry for entry in self.session.backend.model_tensors() if is_kept(self.session.network, entry.name)]
+
     def _copy(self, only_best: bool) -> dict[str, str]:
         """Copy the tensors; the other files of the checkpoint. Collective."""
         backend, extra = self.session.backend, self.session.extra_files
-        tensors = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
+        tensors = {"model": self._model_tensors(), "optimizer": backend.optimizer_tensors()}
         with_state = split_names(entry.name for entry in tensors["optimizer"])[0].keys()
         tensors |= {file.removesuffix(".safetensors"): whole_entries(t) for file, t in extra.items() if not isinstance(t, str)}
         trainer_state = {
