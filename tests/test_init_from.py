@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenarios import planned as planned_by
+from scenarios import recipe_of
 from small_checkpoints import trainer_state
+from tiny_runs import TINY
 
 from recipes.gpt2_wikitext import Config, DataConfig, Gpt2Wikitext, ModelConfig
 from trainer.checkpoints import writing
-from trainer.checkpoints.init_from import with_settings
 from trainer.command_line import config as configuration
 from trainer.errors import UserError
 
@@ -27,9 +29,7 @@ def folder_of(config: dict[str, Any], folder: Path) -> str:
 
 def planned(*argv: str) -> Config:
     """The configuration that a run of this command line begins with."""
-    recipe = Gpt2Wikitext()
-    parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
-    return with_settings(recipe, parsed, argv).config
+    return planned_by(Gpt2Wikitext(), list(argv))
 
 
 def test_flags_that_were_not_given_take_the_values_of_the_weights(tmp_path: Path) -> None:
@@ -98,3 +98,13 @@ def test_a_checkpoint_of_ours_brings_its_flags(tmp_path: Path) -> None:
     assert asdict(config.data) == asdict(DataConfig()) | {"tokenizer": str(saved)}
     with pytest.raises(UserError, match=r"num_layers: .* has 3, asked for 2"):
         planned("--init_from", str(saved), "--num_layers", "2")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_recipe_takes_the_network_of_its_own_checkpoint(name: str, tmp_path: Path) -> None:
+    recipe, argv = recipe_of(TINY[name][0]), TINY[name][1](tmp_path)
+    trained = planned_by(recipe, argv)
+    state = trainer_state(4, recipe=recipe.name)
+    texts = {"config.yaml": configuration.to_yaml(trained), "trainer_state.json": state}
+    saved = writing.write(tmp_path, "checkpoint_step_4", {"model": []}, texts)
+    assert planned_by(recipe, ["--init_from", str(saved)]).model == trained.model != recipe.config_class().model
