@@ -202,10 +202,11 @@ class FinetuneLM(Recipe[Config]):
         return adapters | named_as_in(network, stored_tensors(name))
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
-        """What transformers needs beside the weights."""
+        """What transformers needs beside the weights; without config.json it opens no adapters as if they were a network."""
         from recipes.models.causal_lm import config_json, files_of
 
-        return {"config.json": config_json(config.model.architecture, network), **files_of(data.extra["tokenizer"])}
+        of_network = {} if config.model.lora_rank else {"config.json": config_json(config.model.architecture, network)}
+        return {**of_network, **files_of(data.extra["tokenizer"])}
 
 
 def frozen_weights(config: Config) -> list[str]:

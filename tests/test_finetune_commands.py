@@ -62,7 +62,9 @@ def test_an_adapter_is_trained_resumed_and_asked_through_the_chat_template(
     assert texts["lora"][0] == 0, texts["lora"][1]
     assert re.search(r"Parameters: [\d,]+ \(\d,\d{3} trained\)", texts["lora"][1])
     assert "Already finished" in texts["again"][1]
-    assert (folder / "runs/finetune_lm/lora/checkpoints/best_model/chat_template.jinja").is_file()
+    saved = folder / "runs/finetune_lm/lora/checkpoints/best_model"
+    assert (saved / "chat_template.jinja").is_file()
+    assert not (saved / "config.json").exists(), "transformers would open adapters as a network, and make up the rest"
     code, text = texts["ask"]
     assert code == 0, text
     assert "\nriver" in text
