@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.collatz import Collatz
+from recipes.finetune_lm import FinetuneLM
 from recipes.gpt2_wikitext import Gpt2Wikitext
 from recipes.pfn_raventos import PFNRaventos
 from recipes.tinystories_lm import TinyStoriesLM
@@ -19,7 +20,7 @@ from trainer.command_line.flags import flag_names
 from trainer.errors import UserError
 from trainer.recipe import Recipe
 
-RECIPES = [Gpt2Wikitext(), TinyStoriesLM(), PFNRaventos(), VitRelpos(), Collatz()]
+RECIPES = [Gpt2Wikitext(), TinyStoriesLM(), PFNRaventos(), VitRelpos(), Collatz(), FinetuneLM()]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 
 

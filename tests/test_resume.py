@@ -489,12 +489,16 @@ def test_a_run_begun_by_init_from_resumes_with_the_same_command(data: Path, fini
 
 
 def test_another_models_weights_are_refused_with_each_difference(data: Path, finished: Path, tmp_path: Path) -> None:
-    source = finished / "checkpoints" / "checkpoint_final"
-    error = refused(*flags(data, tmp_path / "run", "--init_from", str(source), "--d_model", "32", "--num_layers", "2"))
+    init_from = ["--init_from", str(finished / "checkpoints" / "checkpoint_final")]
+    error = refused(*flags(data, tmp_path / "run", *init_from, "--d_model", "32", "--num_layers", "2"))
+    assert error.exit_code == BAD_INPUT
+    assert "d_model: " in str(error)
+    assert "has 16, asked for 32" in str(error)
+    assert "has 1, asked for 2" in str(error)
+    error = refused(*flags(data, tmp_path / "run", *init_from, "--vocab_size", "290"))
     assert error.exit_code == CHECKPOINT
     assert "holds another model" in str(error)
-    assert "(300, 16) instead of (300, 32)" in str(error)
-    assert " more" in str(error)
+    assert "(300, 16) instead of (290, 16)" in str(error)
     assert steps(tmp_path / "run") == []
 
 

@@ -18,6 +18,7 @@ import yaml
 from trainer.checkpoints import checkpoint as checkpoints
 from trainer.checkpoints import retention, verification
 from trainer.checkpoints.checkpoint import CONFIG, STATE, Checkpoint
+from trainer.checkpoints.init_from import with_settings
 from trainer.checkpoints.verification import Verify
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
@@ -132,7 +133,9 @@ def make_plan(
         saved, same_run = _choose(recipe, run, directory, log, verify, restarted)
         if saved is None:
             _check_nothing_lost(directory, log)
-        config = parsed.config if saved is None else _merge(recipe, parsed, argv, saved, same_run, log)
+            config = with_absolute_paths(with_settings(recipe, parsed, argv).config)
+        else:
+            config = _merge(recipe, parsed, argv, saved, same_run, log)
     except BaseException:
         directory.release(used=False)
         raise

@@ -42,7 +42,7 @@ class Optimisation:
     overfit_batch: Annotated[int, NotNegative] = 0
     """train on the run's first so many effective batches alone, again and again: can the network learn them? (0: off)"""
     init_from: Annotated[str | None, Existing] = None
-    """take the initial weights (only these) from this checkpoint folder or pretrained name"""
+    """take the initial weights, and what flags of the network say, from this checkpoint folder or pretrained name"""
 
     @property
     def effective_batch_size(self) -> int:
