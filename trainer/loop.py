@@ -132,7 +132,7 @@ class Training:
                     backend.backward(loss_sums, term_weights)  # by global counts: nothing is left to average
                 self.logger.add_losses(loss_sums)
             state.step += 1
-            learning_rate = recipe.learning_rate(state.step, self.session.total_steps, self.session.config)
+            learning_rate = recipe.scheduled_rate(state.step, self.session.total_steps, self.session.config)
             log_due = state.step % self.run_config.log_every == 0 or state.step in (1, self.session.total_steps)
             layer_norms = backend.layer_norms(self.layers) if log_due and self.layers else {}
             grad_norm, bad = backend.step(learning_rate)
