@@ -11,7 +11,7 @@ from launching import ROOT, environment, free_port
 
 from trainer.distributed import launch as launching
 from trainer.distributed.control import Control
-from trainer.distributed.launch import Launch, _check_world, connect, resolve_precision
+from trainer.distributed.launch import Launch, _check_world, _had_threads_from_user, connect, resolve_precision
 from trainer.errors import BAD_INPUT, UserError
 
 # Two processes: each writes its results to FOLDER/{rank}.json, and exits as a recipe does.
@@ -20,7 +20,7 @@ import json, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from trainer.errors import CHECKPOINT, UserError
-from trainer.distributed.launch import connect, resolve_precision
+from trainer.distributed.launch import _had_threads_from_user, connect, resolve_precision
 from trainer.distributed.signals import leave
 
 folder = Path(sys.argv[1])
@@ -66,7 +66,7 @@ import os, sys
 from pathlib import Path
 import torch, accelerate
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer.distributed.launch import connect, resolve_precision
+from trainer.distributed.launch import _had_threads_from_user, connect, resolve_precision
 from trainer.distributed.signals import leave
 from trainer.main import main
 
@@ -297,3 +297,18 @@ def test_a_refusal_on_rank_1_is_shown_once(pairs: tuple[list[list[str]], Path]) 
     assert ["refused", "2", "2"] in lines, text
     assert text.count("the text of rank 1 is missing") == 1
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("threads", [{}, {"OMP_NUM_THREADS": "1"}])
+def test_threads_that_a_user_sets_are_told_from_those_that_a_launcher_sets(threads: dict[str, str]) -> None:
+    """A launcher that sets the variable for its children does not have it from its own start."""
+    alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    script = "import os; os.environ['OMP_NUM_THREADS'] = '1'; print('ready', flush=True); input()"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", script], env={**alone, **threads}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert launcher.stdout is not None
+    launcher.stdout.readline()
+    assert _had_threads_from_user(launcher.pid) == bool(threads)
+    launcher.communicate(b"\n")
+    assert not _had_threads_from_user(launcher.pid)
