@@ -1,6 +1,7 @@
 """Joining the other processes: ranks, refusals, the control group, precision, and leaving without an abort."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ import json, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from trainer.errors import CHECKPOINT, UserError
-from trainer.distributed.launch import _had_threads_from_user, connect, resolve_precision
+from trainer.distributed.launch import connect, resolve_precision
 from trainer.distributed.signals import leave
 
 folder = Path(sys.argv[1])
@@ -66,7 +67,7 @@ import os, sys
 from pathlib import Path
 import torch, accelerate
 from recipes.gpt2_wikitext import Gpt2Wikitext
-from trainer.distributed.launch import _had_threads_from_user, connect, resolve_precision
+from trainer.distributed.launch import connect, resolve_precision
 from trainer.distributed.signals import leave
 from trainer.main import main
 
