@@ -316,6 +316,44 @@ def test_a_second_name_for_the_run_is_refused(cluster: Cluster) -> None:
     assert "use sbatch --job-name=NAME" in cluster.log("named")
 
 
+@pytest.mark.parametrize(
+    ("written", "code", "expected", "said"),
+    [
+        ({"state": "running", "checkpoint": "step_4"}, 137, 1, "Requeued at step 9 of RUN: it ended with 137"),
+        ({"state": "failed", "checkpoint": "step_4"}, 4, 1, "Requeued at step 9 of RUN: it ended with 4"),
+        (
+            {"state": "stopped", "checkpoint": "step_4", "reason": "time_limit"},
+            0,
+            1,
+            "Requeued at step 9 of RUN: its time was up",
+        ),
+        ({"state": "stopped", "checkpoint": "step_2", "reason": "time_limit"}, 0, 1, "error: RUN has nothing new since step_2"),
+        ({"state": "running", "checkpoint": "step_2"}, 137, 137, "error: RUN has nothing new since step_2: not requeued"),
+        ({"state": "stopped", "checkpoint": "step_4", "reason": "SIGTERM"}, 1, 1, ""),
+        ({"state": "finished", "checkpoint": "step_4"}, 0, 0, ""),
+    ],
+)
+def test_what_a_launch_leaves_decides_whether_its_job_is_requeued(
+    written: dict[str, Any], code: int, expected: int, said: str, tmp_path: Path
+) -> None:
+    """Without Slurm: a command that writes a status, and a `scontrol` that writes down what it was asked for."""
+    directory, asked = tmp_path / "run", tmp_path / "asked"
+    directory.mkdir()
+    for name, text in (("scontrol", f'echo "$@" >{asked}'), ("sleep", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    now = {"state": "stopped", "reason": None, "step": 9, "checkpoint": "step_2"}
+    (directory / "status.json").write_text(json.dumps(now, indent=2))
+    (tmp_path / "new.json").write_text(json.dumps({**now, **written}, indent=2))
+    train = f"cp {tmp_path / 'new.json'} {directory / 'status.json'}; exit {code}"
+    script = f"source tools/slurm/train_until_finished.sh; train_until_finished {directory} bash -c '{train}' train"
+    env = environment(SLURM_JOB_ID="7", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == expected
+    assert said.replace("RUN", str(directory)) in done.stdout + done.stderr
+    assert asked.exists() == said.startswith("Requeued")
+
+
 @pytest.mark.parametrize("path", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)
 def test_bash_reads_every_script(path: Path) -> None:
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, timeout=30)

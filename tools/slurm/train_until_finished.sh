@@ -18,11 +18,12 @@ status() {
 #   the run is finished, or a person stopped it    exit 0
 #   it stopped because its time was up (the job's,
 #     or --max_training_hours, which counts anew)   the job is requeued, and then the same command continues the run
-#   it failed                                      with its exit status; a job that fails is not requeued
+#   it failed, and has saved something new         the same: a lost node or process, memory that ran out
+#   it failed, and has not                         with its exit status
 # When Slurm signals that the end is near, the run is stopped by its stop file. A signal would reach launchers, trackers and
 # compilers too, and each launcher that dies of one takes its node's processes along.
 train_until_finished() {
-    local directory=$1 before near_end='' step word code=0
+    local directory=$1 before near_end='' step word code=0 why='its time was up'
     shift
     for word in "$@"; do
         case $word in --output[_-]dir* | --run[_-]name*)
@@ -31,7 +32,7 @@ train_until_finished() {
             ;;
         esac
     done
-    before=$(status "$directory" step)
+    before=$(status "$directory" checkpoint)
     trap 'near_end=yes; mkdir -p "$directory"; touch "$directory/stop"; echo "The time is nearly up: asked to stop"' USR1
 
     "$@" --output_dir "$directory" &
@@ -41,15 +42,18 @@ train_until_finished() {
     trap '' USR1
     if [ -n "$near_end" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
 
-    if [ "$code" -ne 0 ] || [ "$(status "$directory" state)" != stopped ]; then
-        exit "$code"
-    elif [ -z "$near_end" ] && [ "$(status "$directory" reason)" != time_limit ]; then
+    if [ "$(status "$directory" state)" = stopped ]; then
+        if [ -z "$near_end" ] && [ "$(status "$directory" reason)" != time_limit ]; then exit "$code"; fi
+    elif [ "$code" -eq 0 ]; then
         exit 0
-    elif [ "$(status "$directory" step)" = "$before" ]; then
-        echo "error: $directory is still at step $before: not requeued; give the job more --time" >&2
-        exit 1
+    else
+        why="it ended with $code"
     fi
-    echo "Requeued at step $(status "$directory" step) of $directory"
+    if [ "$(status "$directory" checkpoint)" = "$before" ]; then
+        echo "error: $directory has nothing new since ${before:-its start}: not requeued; $why" >&2
+        exit "$((code ? code : 1))"
+    fi
+    echo "Requeued at step $(status "$directory" step) of $directory: $why"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the script meanwhile
     exit 1
 }
