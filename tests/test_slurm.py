@@ -239,7 +239,7 @@ def test_a_run_reads_its_limit_from_slurm_stops_before_it_and_is_requeued(cluste
     directory = cluster.run_directory("alone")
     step = check_stopped(directory, "time_limit", jobs["alone"].end)
     assert (directory / "checkpoints" / "checkpoint_time_limit").is_symlink()
-    assert "The time is nearly up" not in cluster.log("alone")  # it was not signalled
+    assert "asked to stop" not in cluster.log("alone")  # it was not signalled
     assert f"Requeued at step {step} of {directory}" in cluster.log("alone")
 
 
@@ -251,7 +251,7 @@ def test_a_run_on_two_nodes_is_signalled_before_its_limit_saved_requeued_and_fin
     step = check_stopped(directory, "stop_file", jobs["wide"].end)
     assert step < STEPS
     assert not (directory / "stop").exists()
-    for message in ("The time is nearly up: asked to stop", f"Requeued at step {step} of {directory}"):
+    for message in ("Signalled: asked to stop", f"Requeued at step {step} of {directory}"):
         assert message in cluster.log("wide")
 
     cluster.pace("wide", 0)

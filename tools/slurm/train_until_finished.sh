@@ -8,10 +8,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it ov
 # Jobs that share a node get ports of their own, below those that the kernel gives to connections.
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 
-# status DIRECTORY KEY: a value of the run's status.json, or nothing.
-status() {
-    sed -n "s/^ *\"$2\": \"\{0,1\}\([^\",]*\).*/\1/p" "$1/status.json" 2>/dev/null
-}
+# shellcheck source=tools/launch/stop_file.sh
+source tools/launch/stop_file.sh
 
 # train_until_finished DIRECTORY COMMAND...
 # Runs a command that trains in this run directory, and ends the job as that ends:
@@ -20,10 +18,9 @@ status() {
 #     or --max_training_hours, which counts anew)   the job is requeued, and then the same command continues the run
 #   it failed, and has saved something new         the same: a lost node or process, memory that ran out
 #   it failed, and has not                         with its exit status
-# When Slurm signals that the end is near, the run is stopped by its stop file. A signal would reach launchers, trackers and
-# compilers too, and each launcher that dies of one takes its node's processes along.
+# When Slurm signals that the end is near, the run is stopped by its stop file.
 train_until_finished() {
-    local directory=$1 before near_end='' step word code=0 why='its time was up'
+    local directory=$1 before word why='its time was up'
     shift
     for word in "$@"; do
         case $word in --output[_-]dir* | --run[_-]name*)
@@ -33,20 +30,9 @@ train_until_finished() {
         esac
     done
     before=$(status "$directory" checkpoint)
-    trap 'near_end=yes; mkdir -p "$directory"; touch "$directory/stop"; echo "The time is nearly up: asked to stop"' USR1
-
-    "$@" --output_dir "$directory" &
-    step=$!
-    while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the signal interrupts it
-    wait "$step" || code=$?
-    trap '' USR1
-    if [ -n "$near_end" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
-
-    if [ "$(status "$directory" state)" = stopped ]; then
-        if [ -z "$near_end" ] && [ "$(status "$directory" reason)" != time_limit ]; then exit "$code"; fi
-    elif [ "$code" -eq 0 ]; then
-        exit 0
-    else
+    run_until_signal USR1 "$directory" "$@"
+    if ! stopped_for_now "$directory"; then
+        if [ "$code" -eq 0 ] || [ "$(status "$directory" state)" = stopped ]; then exit "$code"; fi
         why="it ended with $code"
     fi
     if [ "$(status "$directory" checkpoint)" = "$before" ]; then
