@@ -45,7 +45,7 @@ def test_sigterm_to_process_1_saves_also_under_a_launcher_of_one_process(tmp_pat
 
 @pytest.mark.parametrize(
     ("state", "reason", "code", "expected"),
-    [("finished", "last step", 0, 0), ("stopped", "stop_typed", 0, 0), ("stopped", "time_limit", 0, 75), ("failed", "x", 4, 4)],
+    [("finished", "last step", 0, 0), ("stopped", "stop_typed", 0, 0), ("stopped", "stop_when", 0, 75), ("failed", "x", 4, 4)],
 )
 def test_the_exit_status_says_whether_to_start_it_again(
     state: str, reason: str, code: int, expected: int, tmp_path: Path

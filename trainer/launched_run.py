@@ -56,6 +56,7 @@ class LaunchedRun:
             self.console.log,
             None if left is None else time.monotonic() + left,
             EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
+            self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
             # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
             try:

@@ -26,7 +26,12 @@ run_until_signal() {
     if [ -n "$asked" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
 }
 
-# stopped_for_now DIRECTORY: whether the same command is to go on later: the signal or a time limit stopped the run, not a person.
+# stopped_for_now DIRECTORY: whether the same command is to go on later: the signal, a time limit or --stop_when stopped the run,
+# not a person.
 stopped_for_now() {
-    [ "$(status "$1" state)" = stopped ] && { [ -n "$asked" ] || [ "$(status "$1" reason)" = time_limit ]; }
+    [ "$(status "$1" state)" = stopped ] || return 1
+    case $(status "$1" reason) in
+        time_limit | stop_when) ;;
+        *) [ -n "$asked" ] ;;
+    esac
 }
