@@ -15,7 +15,7 @@ from trainer.checkpoints.writing import check_shared
 from trainer.command_line import config as configuration
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
-from trainer.distributed.signals import failing, leave, process_start_monotonic
+from trainer.distributed.signals import failing, leave, process_start_monotonic, terminating
 from trainer.distributed.stopping import EXIT_SECONDS, StopReason, StopRequests, slurm_seconds_left
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of
 from trainer.loop import Training
@@ -46,6 +46,7 @@ class LaunchedRun:
     def run(self) -> StopReason:
         """Set up, train, report."""
         failing.clear()
+        terminating.clear()
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
         # From here on a signal is a request. Before the first step, and after the last, it is obeyed at once.
         with StopRequests(

@@ -266,6 +266,8 @@ class StopRequests:
     def _hear(self, number: int) -> None:
         """The same in a thread, at once, while the main thread is in a C call."""
         self._requested.add(signal.Signals(number).name)
+        if number == signal.SIGTERM:
+            signals.terminating.set()
         self._leave_at_second_interrupt(number)
 
     def _leave_at_second_interrupt(self, number: int) -> None:
