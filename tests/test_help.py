@@ -85,7 +85,11 @@ def test_it_is_printed_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("recipe", "argv", "message"),
     [
-        (PFNRaventos(), ["--warmup_steps", "10"], "warmup_steps 10 would do nothing: the learning rate follows one cycle"),
+        (
+            PFNRaventos(),
+            ["--warmup_steps", "10"],
+            "warmup_steps 10 would do nothing: the learning rate follows one cycle; give --schedule",
+        ),
         (Collatz(), ["--max_epochs", "2"], "max_epochs 2 would do nothing: numbers never run out; give --max_steps"),
         (Collatz(), ["--use_wandb", "False"], "--use_wandb takes no value: give --use_wandb or --no_use_wandb"),
     ],

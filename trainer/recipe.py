@@ -251,6 +251,15 @@ class Recipe(Generic[ConfigT]):
         o = config.optimisation
         return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
 
+    def scheduled_rate(self, step: int, total_steps: int, config: ConfigT) -> float:
+        """The learning rate of a step: by `--schedule`, or the recipe's own."""
+        from trainer.optimisation.schedule import named
+
+        o = config.optimisation
+        if o.schedule == "recipe":
+            return self.learning_rate(step, total_steps, config)
+        return named(o.schedule, step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr, o.cooldown_fraction)
+
     # ---- kept with the weights
 
     def pretrained_settings(self, name: str, saved: ConfigT | None) -> Mapping[str, Any]:

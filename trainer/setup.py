@@ -25,7 +25,7 @@ from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
 from trainer.optimisation.schedule import warmup_for
-from trainer.recipe import Data, Log, Recipe
+from trainer.recipe import Data, Log, Recipe, Report
 
 
 @dataclass(kw_only=True)
@@ -236,6 +236,9 @@ def describe(session: Session, step: int) -> list[str]:
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     precision = {"no": "fp32", "bf16": "bf16", "fp16": "fp16 with loss scaling"}[session.backend.precision]
     optimisation = config.optimisation
+    schedule = session.recipe.report.schedule(config)
+    if optimisation.schedule != "recipe":
+        schedule = Report.schedule(session.recipe.report, config) + f" ({optimisation.schedule})"
     return [
         f"Launch: {session.backend.name}, {launch.processes} x {launch.device.type}, {precision}, "
         f"{torch.get_num_threads()} CPU threads each",
@@ -247,7 +250,7 @@ def describe(session: Session, step: int) -> list[str]:
             session.total_steps,
             session.samples,
         ),
-        f"Optimizer: {type(session.backend.optimizer).__name__}, {session.recipe.report.schedule(config)}; "
+        f"Optimizer: {type(session.backend.optimizer).__name__}, {schedule}; "
         f"weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
         *session.recipe.report.start_lines(step, session.total_steps, launch.device.type, parameters, trained),
     ]

@@ -116,6 +116,8 @@ def refuse_unused(config: Any, given: frozenset[str]) -> None:
     default = values(type(config)())
     for name, reason in getattr(config, "unused", {}).items():
         value = values(config)[name]
+        if name in ("warmup_steps", "min_lr") and config.optimisation.schedule != "recipe":
+            continue
         if name in given and value not in (0, default[name]):
             raise UserError(f"{name} {value:g} would do nothing: {reason}")
 

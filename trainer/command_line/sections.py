@@ -30,6 +30,10 @@ class Optimisation:
     """learning rate of the last step"""
     warmup_steps: Annotated[int, NotNegative, arg(aliases=("--warmup_iters",))] = 2000
     """optimizer steps of linear warm-up; an untyped value is cut to a tenth of the run"""
+    schedule: Literal["recipe", "cosine", "linear", "constant", "wsd", "one_cycle"] = "recipe"
+    """of the learning rate: the recipe's own, or one of these behind the warm-up; wsd stays at the peak and then comes down"""
+    cooldown_fraction: Annotated[float, Fraction] = 0.2
+    """the last part of the run, over which wsd comes down to min_lr"""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """muon: 2-D hidden weights by Muon, the rest by AdamW (not under ZeRO and FSDP)"""
     weight_decay: Annotated[float, NotNegative] = 0.01
@@ -119,6 +123,8 @@ class Run:
     """end this launch at this step, as if stopped by a request (0: off)"""
     max_training_hours: Annotated[float | None, Positive] = None
     """end this launch, checkpoint included, within so many hours of its start"""
+    stop_when: str | None = None
+    """a command that one process of each host runs every five seconds: exit 0 asks to stop, as a signal does (spot notices)"""
     patience: Annotated[int, NotNegative] = 0
     """evaluations without a better one before the run ends (0: off)"""
     target_loss: float | None = None
