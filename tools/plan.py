@@ -66,7 +66,7 @@ def plan(recipe: Recipe, argv: list[str], processes: int, gpu_gb: float | None =
     import torch
 
     from trainer.checkpoints.init_from import with_settings
-    from trainer.checkpoints.network import build_empty_network
+    from trainer.checkpoints.network import build_empty_network, is_kept
     from trainer.data import stream
     from trainer.initial_weights import replace_tensors
     from trainer.optimisation.schedule import warmup_for
@@ -88,7 +88,9 @@ def plan(recipe: Recipe, argv: list[str], processes: int, gpu_gb: float | None =
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     moments = state_share(recipe.optimizer(network, config))
-    saved = FP32_BYTES * (parameters + moments * trained)
+    weights = FP32_BYTES * sum(p.numel() for name, p in network.named_parameters() if is_kept(network, name))
+    state = round(FP32_BYTES * moments * trained)
+    saved = weights + state
     run = config.run
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
     kept = min(saves, run.keep_last + 1) if run.keep_last else saves
@@ -106,7 +108,7 @@ def plan(recipe: Recipe, argv: list[str], processes: int, gpu_gb: float | None =
         f"Checkpoint: {size_text(saved)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
         f"disk at once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * saved)} in all",
         f"Saving: a process keeps a copy of its share in host memory, at most "
-        f"{size_text(largest_share(FP32_BYTES * parameters, round(moments * FP32_BYTES * trained), processes))}",
+        f"{size_text(largest_share(weights, state, processes))}",
     ]
 
 
