@@ -124,7 +124,7 @@ def test_status_stop_and_resume(place: SimpleNamespace) -> None:
 def test_a_target_ends_the_run_with_a_message(place: SimpleNamespace) -> None:
     text = output(place, "target")
     assert "Target loss reached!\n" in text
-    assert "Finished at step 3: target loss" in text
+    assert "Finished at step 1: target loss" in text
     assert (place.folder / "runs" / "collatz" / "target" / "checkpoints" / "checkpoint_final").is_symlink()
 
 

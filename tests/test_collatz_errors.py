@@ -243,8 +243,8 @@ def test_the_learning_rate_is_torchs_cosine_annealing() -> None:
 
 def test_the_console_line() -> None:
     metrics = {"train/loss": 0.36984, "train/loss_stop": 0.0003, "train/loss_seq": 0.3695}
-    metrics |= {"train/learning_rate": 9.757e-5, "train/interval_seconds": 26.829}
-    line = "Step 100000 | Loss: 0.3698 (Stop: 0.0003, Seq: 0.3695) | LR: 9.76e-05 | Time: 26.83s"
+    metrics |= {"train/learning_rate": 9.757e-5, "train/interval_seconds": 26.829, "train/grad_norm": 0.51}
+    line = "Step 100000 | Loss: 0.3698 (Stop: 0.0003, Seq: 0.3695) | LR: 9.76e-05 | Time: 26.83s | Grad norm: 0.510"
     assert Collatz().report.log_line(100_000, metrics) == line
 
 

@@ -36,6 +36,7 @@ SEED = 42  # the default
 COMMON = ["--max_steps", str(STEPS + 4), "--stop_at_step", str(STEPS), "--learning_rate", "1e-2", "--warmup_steps", "4"]
 # Of a Llama, whose steps at 1e-2 drive even one process with itself apart, by 1e-4 in 20, where its sums have another order.
 LOWER_RATE = ["--learning_rate", "1e-3"]
+NO_WARMUP = ["--warmup_steps", "0"]  # its schedule has none
 CUTS = {
     f"{batch}x{8 // batch}": ["--batch_size", str(batch), "--gradient_accumulation_steps", str(8 // batch)]
     for batch in (2, 4, 8)
@@ -84,7 +85,7 @@ def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """{name: (recipe, command line)}: what each launch trains."""
     command_lines = {f"toy {cut}": (TOY, [*COMMON, *flags]) for cut, flags in CUTS.items()}
     for name, (recipe, argv) in TINY.items():
-        rate = LOWER_RATE if name == "finetune" else []
+        rate = {"finetune": LOWER_RATE, "pfn": NO_WARMUP}.get(name, [])
         command_lines |= {f"{name} {cut}": (recipe, [*argv(folder), *COMMON, *CUTS[cut], *rate]) for cut in ("2x4", "8x1")}
     command_lines["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
     # A lower learning rate: sums in another order round differently in bf16, by 1e-5 of the norm of one gradient; what twenty

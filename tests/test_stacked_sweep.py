@@ -131,7 +131,7 @@ def test_a_model_taken_apart_is_finished_and_trains_on_as_the_other_does(trained
         final = (folder / "checkpoints" / "model_checkpoint_100").resolve()
         assert run(folder, "--num_tasks", "4", "--resume_from", str(final), steps=140) == "last step"
         losses.append([r["train/loss"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r])
-    assert len(losses[0]) == 14
+    assert len(losses[0]) == 15
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

@@ -114,13 +114,12 @@ class LaunchedRun:
             if trackers is not None:
                 trackers.close(code)
         logger = self.training.logger
-        if launch.is_main and checkpoint is not None and (reason.finished or reason.by_hand):
+        if launch.is_main and reason.finished and checkpoint is not None:
             with stops.acted_on_at_once(self._cut_report_short):
-                if reason.finished:
-                    session.backend.release()  # the report reads a model from the checkpoint
-                    draw_report(logger, plan.directory, checkpoint)
-                elif logger.state.train_loss is not None:
-                    draw_loss(logger, plan.directory, with_baseline=False)
+                session.backend.release()  # the report reads a model from the checkpoint
+                draw_report(logger, plan.directory, checkpoint)
+        elif launch.is_main and reason.by_hand and logger.state.train_loss is not None:
+            draw_loss(logger, plan.directory, with_baseline=False)
         return reason
 
     def _open_tools(self, session: Session, training: Training) -> None:
