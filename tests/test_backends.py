@@ -425,6 +425,8 @@ def test_precision_sections() -> None:
     assert not plain.keys() & {"bf16", "fp16", "torch_autocast"}
     autocast = fill({**ZERO, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "bf16")
     assert autocast["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    knowingly = fill({**ZERO, "torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}}, "bf16")
+    assert knowingly["torch_autocast"]["lower_precision_safe_modules"] == ["torch.nn.Linear"]
     assert not autocast.keys() & {"bf16", "fp16"}
     half = fill({**ZERO, "fp16": {"enabled": "auto", "initial_scale_power": 9}}, "fp16")
     assert half["fp16"] == {"enabled": True, "initial_scale_power": 9, "loss_scale_window": 2000}
@@ -450,6 +452,7 @@ def test_a_precision_in_the_file_that_contradicts_ours_is_never_dropped_in_silen
     [
         ({**ZERO, "optimizer": {"type": "Adam"}}, SETTINGS, ["optimizer", "remove"]),
         ({**ZERO, "scheduler": {"type": "WarmupLR"}}, SETTINGS, ["scheduler", "remove"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, SETTINGS, ["zero_hpz_partition_size", "hsdp.yaml"]),
         ({"zero_optimization": {"stage": 0}}, SETTINGS, ["stage 0", "ddp.yaml"]),
         ({}, SETTINGS, ["stage 0", "ddp.yaml"]),
     ],

@@ -43,6 +43,12 @@ def test_sigterm_to_process_1_saves_also_under_a_launcher_of_one_process(tmp_pat
     assert not (directory / "stop").exists()
 
 
+def test_where_a_signal_to_another_host_stopped_the_run_every_host_says_so(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": "stopped", "reason": "stop_file"}, indent=2))
+    for other, expected in ((f"touch {tmp_path}/.signalled", 75), ("true", 0)):  # what is left of it counts once
+        assert subprocess.run([ENTRYPOINT, str(tmp_path), "bash", "-c", other, "train"], timeout=60).returncode == expected
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "code", "expected"),
     [("finished", "last step", 0, 0), ("stopped", "stop_typed", 0, 0), ("stopped", "stop_when", 0, 75), ("failed", "x", 4, 4)],

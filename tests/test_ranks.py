@@ -141,3 +141,15 @@ def test_processes_of_mpirun_are_one_launch(tmp_path: Path) -> None:
     two, alone = map(curve, directories)
     assert len(two["train/loss"]) == 20
     assert two["train/loss"] == {step: pytest.approx(value, rel=1e-5) for step, value in alone["train/loss"].items()}
+
+
+def test_a_mistake_is_not_tried_again_by_a_launcher_that_restarts(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "5"]
+    log = tmp_path / "log"
+    process = Started([*torchrun, "--master_port", str(free_port()), str(TOY), "--d_modle", "3"], log)
+    try:
+        assert process.wait(timeout=100) != 0
+        assert process.orphans(10) == []
+    finally:
+        process.kill_all()
+    assert log.read_text().count("error: unknown flag --d_modle") == 1

@@ -195,6 +195,8 @@ NEEDED = {
     "zero3",
     "zero3_offload",
     "multi_node_ddp",
+    "multi_node_fsdp",
+    "multi_node_zero2",
     "multi_node_zero3",
 }
 
@@ -231,6 +233,16 @@ def test_deepspeed_files_leave_to_the_loop_what_is_its_own(path: Path) -> None:
     buckets = {key: value for key, value in zero.items() if "bucket" in key or "threshold" in key}
     assert all(isinstance(value, int | float) for value in buckets.values()), "auto needs model.config and is tiny"
     assert not config.keys() & {"optimizer", "scheduler"}
+
+
+def test_the_page_beside_the_deepspeed_files_explains_every_key() -> None:
+    page = (ROOT / "ds_configs" / "README.md").read_text(encoding="utf-8")
+    sections = [
+        json.loads(path.read_text(encoding="utf-8"))["zero_optimization"] for path in (ROOT / "ds_configs").glob("*.json")
+    ]
+    keys = {key for section in sections for key in section} | set(sections[0].get("offload_param", ()))
+    assert len(keys) > 9
+    assert {key for key in keys if f"`{key}`" not in page} == set()
 
 
 def test_there_are_four_deepspeed_files_and_each_is_used() -> None:

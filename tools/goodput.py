@@ -95,7 +95,7 @@ def kill_one(run: Started, directory: Path, rank: int) -> Recovery | None:
     before = [pid for pid in (run.rank(number) for number in (0, 1)) if pid is not None]
     if len(before) < 2 or (directory / "checkpoints" / "checkpoint_final").is_dir():
         return None
-    victim, done = before[rank], int(max(row["step"] for row in rows(directory)))
+    victim = before[rank]
     send([victim], signal.SIGKILL)
     killed = time.time()
 
@@ -107,12 +107,14 @@ def kill_one(run: Started, directory: Path, rank: int) -> Recovery | None:
     others = [pid for pid in before if pid != victim]
     found = until(lambda: state() == "failed" or not any(map(alive, others)), run, "end of the other process")
     stopped = until(lambda: not any(map(alive, before)), run, "end of all processes")
+    done = int(max(row["step"] for row in rows(directory)))  # but for what a killed rank 0 had not written yet
+    began = time.time()
     started = until(lambda: run.rank(0) is not None, run, "new process")
-    resumed = until(lambda: bool(rows(directory, killed)), run, "step after it")
-    first = rows(directory, killed)[0]["step"]
-    new_step = until(lambda: any(row["step"] > done for row in rows(directory, killed)), run, "new step")
+    resumed = until(lambda: bool(rows(directory, began)), run, "step after it")
+    first = rows(directory, began)[0]["step"]
+    new_step = until(lambda: any(row["step"] > done for row in rows(directory, began)), run, "new step")
     since = [moment - killed for moment in (found, stopped, started, resumed, new_step)]
-    return Recovery(since[0], since[1], since[2], since[3], since[4], twice=int(done - first + 1))
+    return Recovery(since[0], since[1], since[2], since[3], since[4], twice=max(0, int(done - first + 1)))
 
 
 def alive(pid: int) -> bool:

@@ -8,14 +8,15 @@ status() {
 
 # run_until_signal SIGNALS DIRECTORY COMMAND...
 # Runs a command that trains in this run directory, to its end, and leaves its exit status in `code`. A signal becomes the run's
-# stop file, and `asked` is yes then: passed on, it would reach launchers, trackers and compilers too, and a launcher that dies
-# of it takes its processes along, or leaves them behind.
+# stop file: passed on, it would reach launchers, trackers and compilers too, and a launcher that dies of it takes its processes
+# along, or leaves them behind. The file .signalled tells the other hosts of the run that nobody but a signal has stopped it.
 run_until_signal() {
     local signals=$1 directory=$2 child
     shift 2
-    code=0 asked=''
+    code=0
+    rm -f "$directory/.signalled"
     # shellcheck disable=SC2086 # several signals
-    trap 'asked=yes; mkdir -p "$directory"; touch "$directory/stop"; echo "Signalled: asked to stop"' $signals
+    trap 'mkdir -p "$directory"; touch "$directory/.signalled" "$directory/stop"; echo "Signalled: asked to stop"' $signals
     "$@" --output_dir "$directory" &
     child=$!
     while kill -0 "$child" 2>/dev/null; do wait "$child"; done # the signal interrupts it
@@ -23,7 +24,7 @@ run_until_signal() {
     wait "$child" || code=$?
     # shellcheck disable=SC2086
     trap '' $signals
-    if [ -n "$asked" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
+    if [ -e "$directory/.signalled" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
 }
 
 # stopped_for_now DIRECTORY: whether the same command is to go on later: the signal, a time limit or --stop_when stopped the run,
@@ -32,6 +33,6 @@ stopped_for_now() {
     [ "$(status "$1" state)" = stopped ] || return 1
     case $(status "$1" reason) in
         time_limit | stop_when) ;;
-        *) [ -n "$asked" ] ;;
+        *) [ -e "$1/.signalled" ] ;;
     esac
 }

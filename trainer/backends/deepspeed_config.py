@@ -111,6 +111,11 @@ def fill_deepspeed_config(
     stage = int((filled.get("zero_optimization") or {}).get("stage", 0))
     if stage not in (1, 2, 3):
         raise UserError(f"DeepSpeed zero_optimization.stage {stage} brings nothing over DDP; use {path_of(DDP)}")
+    if filled["zero_optimization"].get("zero_hpz_partition_size", 1) != 1:
+        raise UserError(  # DeepSpeed's second copy of the weights, within a node, is not what it was given at the start
+            "DeepSpeed file: zero_hpz_partition_size trains on other weights than the run's; leave it out, or use "
+            f"{path_of('accelerate_configs/hsdp.yaml')}"
+        )
     from_file = bool(os.environ.get(VARIABLE))
     flags = {
         "train_micro_batch_size_per_gpu": (settings.batch_size // processes, "--batch_size over the processes"),
@@ -142,8 +147,9 @@ def fill_deepspeed_config(
         # Pure bf16 weights, asked for by name. By default a NaN would go unnoticed there.
         filled["bf16"] = {**bf16, "check_grad_overflow": True}
     elif precision == "bf16":
-        # Autocast over fp32 weights, so that ZeRO gives DDP's numbers.
-        filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        # Autocast over fp32 weights, so that ZeRO gives DDP's numbers; of classes that the file names, bf16 is sent.
+        classes = (filled.get("torch_autocast") or {}).get("lower_precision_safe_modules", [])
+        filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": classes}
     elif precision == "fp16":
         filled["fp16"] = {"loss_scale_window": 2000, **fp16, "enabled": True}
     # With an offloaded optimizer Accelerate would put DeepSpeed's CPU Adam in place of whatever was asked for, and compile

@@ -48,6 +48,7 @@ class ZeroBackend(Backend):
             raise UserError("the launcher asked for DeepSpeed and Accelerate did not enable it; check the --config_file")
         filled = fill_deepspeed_config(plugin.deepspeed_config, precision, settings, launch.processes, precision_flag)
         check_filled(filled)
+        self.sent_in_bf16 = filled.get("torch_autocast", {}).get("lower_precision_safe_modules", [])
         plugin.deepspeed_config.clear()
         plugin.deepspeed_config.update(filled)
 
@@ -156,7 +157,11 @@ class ZeroBackend(Backend):
         """Where this run's numbers differ from DDP's."""
         kept = "fp16" if self.precision == "fp16" else "bf16" if self.engine.bfloat16_enabled() else None
         setting = {"fp16": "DeepSpeed fp16", "bf16": "DeepSpeed bf16.enabled"}
-        return [f"{setting[kept]}: weights are kept in {kept}, so this run's numbers differ from DDP's"] if kept else []
+        differs = "so this run's numbers differ from DDP's"
+        notes = [f"{setting[kept]}: weights are kept in {kept}, {differs}"] if kept else []
+        if self.sent_in_bf16:
+            notes.append(f"DeepSpeed torch_autocast: what is sent of {', '.join(self.sent_in_bf16)} is bf16, {differs}")
+        return notes
 
     @property
     def averaged_over(self) -> int:
