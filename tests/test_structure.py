@@ -22,6 +22,7 @@ LAYERS = (
     "launched_run",
     "loop",
     "setup",
+    "micro_batches",
     "checkpoints",
     "reporting",
     "backends",
