@@ -121,8 +121,8 @@ class CollatzReport(Report[Config]):
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step; the time is that of the whole log interval."""
         losses = f"Stop: {metrics['train/loss_stop']:.4f}, Seq: {metrics['train/loss_seq']:.4f}"
-        rate, seconds = metrics["train/learning_rate"], metrics["train/interval_seconds"]
-        return f"Step {step} | Loss: {metrics['train/loss']:.4f} ({losses}) | LR: {rate:.2e} | Time: {seconds:.2f}s"
+        loss, rate, norm, seconds = (metrics[f"train/{x}"] for x in ("loss", "learning_rate", "grad_norm", "interval_seconds"))
+        return f"Step {step} | Loss: {loss:.4f} ({losses}) | LR: {rate:.2e} | Grad norm: {norm:.3f} | Time: {seconds:.2f}s"
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console lines of an evaluation."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from recipes.models.gpt2 import Gpt2
     from trainer.checkpoints.pretrained import StoredTensor
+    from trainer.initial_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class Gpt2Report(Report[Config]):
             f"Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
         )
 
+    def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
+        """The first text."""
+        return data.extra["text"].tokenizer().decode(batch["input_ids"][0].tolist())
+
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation."""
         loss, per_token = metrics["eval/val_loss"], metrics["eval/val_perplexity"]
@@ -136,6 +141,7 @@ class Gpt2Wikitext(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "gpt2_wikitext_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
+    free_settings = ("dropout", "tokenizer")
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""
@@ -182,7 +188,15 @@ class Gpt2Wikitext(Recipe[Config]):
         """Perplexity per token."""
         return {"perplexity": perplexity(means["loss"])}
 
-    def pretrained(self, name: str) -> dict[str, StoredTensor]:
+    def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
+        """Those of config.json, and the tokenizer beside it, where there is one."""
+        from recipes.models.gpt2 import settings_of
+        from trainer.checkpoints.pretrained import stored_config
+
+        tokenizer = {"tokenizer": name} if Path(name, "tokenizer.json").exists() else {}
+        return tokenizer | (settings_of(stored_config(name)) if saved is None else vars(saved.model))
+
+    def pretrained(self, name: str, network: Any, initial: Weights) -> dict[str, StoredTensor]:
         """GPT-2 weights from the hub, or from a local folder of transformers'."""
         from trainer.checkpoints.pretrained import stored_tensors
         from trainer.initial_weights import ALL_ROWS
@@ -197,7 +211,11 @@ class Gpt2Wikitext(Recipe[Config]):
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """What transformers needs beside the weights."""
-        return {"config.json": network.config.to_json_string(), "tokenizer.json": data.extra["text"].tokenizer_json}
+        return {
+            "config.json": network.config.to_json_string(),
+            "generation_config.json": network.config.generation_json(),
+            "tokenizer.json": data.extra["text"].tokenizer_json,
+        }
 
     def flops_per_item(self, config: Config, network: Any) -> float:
         """Training FLOPs of a token."""

@@ -107,7 +107,7 @@ class Config:
     run: RunConfig = RunConfig(keep_last=0)
 
     unused = {"max_epochs": "tasks never run out; give --max_steps"} | dict.fromkeys(
-        ("warmup_steps", "min_lr"), "the learning rate follows one cycle"
+        ("warmup_steps", "min_lr"), "the learning rate follows one cycle; give --schedule"
     )
 
     def resolved(self) -> Config:

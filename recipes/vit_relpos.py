@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from recipes.commands.attention_visualisation import Visualise, visualise
-from recipes.commands.image_evaluation import Evaluate, evaluate, summarise_run
+from recipes.commands.image_evaluation import Evaluate, accuracies_in, draw_images, evaluate, summarise_run
 from recipes.experiments.position_encodings import Compare, compare
 from recipes.models.patch_grid import resolve_sizes
 from trainer.command_line import sections
@@ -150,10 +150,12 @@ class VitReport(Report[Config]):
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """Loss, top-1 and, of more than five classes, top-5 of the validation set."""
-        line = (
-            f"Evaluating at step {step}... val_loss: {metrics['eval/val_loss']:.4f} | top-1: {metrics['eval/val_accuracy']:.2%}"
-        )
-        return f"{line} | top-5: {metrics['eval/val_top5']:.2%}" if "eval/val_top5" in metrics else line
+        accuracies = accuracies_in(metrics, "eval/val_", ": ", " | ")
+        return f"Evaluating at step {step}... val_loss: {metrics['eval/val_loss']:.4f} | {accuracies}"
+
+    def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
+        """A picture of the images, as they are after augmentation."""
+        return draw_images(batch, config.data, data.extra["classes"], run.plots / "first_batch.png")
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float]:
         """The loss of a uniform guess."""

@@ -79,6 +79,14 @@ def recipe_of(path: str) -> Any:
     return getattr(importlib.import_module(module), name)()
 
 
+def planned(recipe: Any, argv: Argv) -> Any:
+    """The configuration that a run of this command line begins with."""
+    from trainer.checkpoints.init_from import with_settings
+    from trainer.command_line import config
+
+    return with_settings(recipe, config.parse(recipe.config_class, recipe.presets, argv, recipe.name), argv).config
+
+
 def train_all(folder: Path) -> None:
     """What each process of the launch does."""
     from trainer.backends import backend_of

@@ -19,8 +19,8 @@ from trainer.checkpoints.checkpoint import Checkpoint
 KINDS = ("one", "fsdp", "zero3", "ddp:3", "hsdp", "zero1", "fsdp_offload", "fsdp:3", "zero2:3", "one")
 CHAIN = tuple((kind, 3 * number) for number, kind in enumerate(KINDS, start=1))
 STEPS = CHAIN[-1][1]
-# A micro-batch that 2, 3 and 4 processes share evenly.
-BATCH, ACCUMULATION = 12, 2
+# A micro-batch that neither 2, 3 nor 4 processes share evenly.
+BATCH, ACCUMULATION = 5, 2
 COMMON = ["--max_steps", "32", "--learning_rate", "1e-2", "--warmup_steps", "4", "--save_every", "3", "--keep_last", "0"]
 COMMON += ["--batch_size", str(BATCH), "--gradient_accumulation_steps", str(ACCUMULATION)]
 # Skipped steps in the middle of a part, as the last before a hand-over, and as the first after one; on one rank alone.

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from launching import ROOT
-from scenarios import recipe_of
+from scenarios import planned, recipe_of
 from tiny_runs import TINY
 from torch import Tensor, nn
 from toy_recipe import ToyRecipe
@@ -495,7 +495,7 @@ def test_norms_by_layer_are_refused_under_zero(monkeypatch: pytest.MonkeyPatch) 
     settings = config.parse(ToyRecipe.config_class, {}, ["--log_grad_norms"], "toy").config
     plan = SimpleNamespace(config=settings, checkpoint=None)
     with pytest.raises(UserError, match=r"--log_grad_norms.*ZeRO"):
-        set_up(ToyRecipe(), plan, SimpleNamespace(processes=2), print)
+        set_up(ToyRecipe(), plan, SimpleNamespace(rank=0, processes=2), print)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_settings_of_fsdp_that_would_be_another_launch_are_refused(setting: dict
 def test_every_network_of_ours_names_its_blocks(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
     built = ToyRecipe() if recipe == "toy" else recipe_of(TINY[recipe][0])
-    settings = config.parse(built.config_class, {}, [] if recipe == "toy" else TINY[recipe][1](tmp_path), "x").config
+    settings = planned(built, [] if recipe == "toy" else TINY[recipe][1](tmp_path))
     network = build_network(built, settings, built.build_data(settings))
     found = blocks(network)
     inside = sum(p.numel() for block in found for p in block.parameters())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,26 @@ from typing import Any
 import export_hf
 import pytest
 import torch
+from fake_hub import FakeHub
+from launching import ROOT, environment
 from safetensors.torch import load_file
+from scenarios import planned
 from small_checkpoints import trainer_state
+from tiny_models import model_folder, rows_folder
 
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
+from recipes.finetune_lm import FinetuneLM
 from recipes.gpt2_wikitext import Config as Gpt2Config
 from recipes.models.gpt2 import build_gpt2
 from recipes.models.transformer_lm import TransformerLM
 from recipes.tinystories_lm import Config, ModelConfig
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
+from trainer.checkpoints.network import build_empty_network, first_weights
 from trainer.command_line.config import to_yaml
+from trainer.distributed.launch import alone
 from trainer.errors import BAD_INPUT, CHECKPOINT
+from trainer.initial_weights import fill
 from trainer.state import TrainState
 
 SMALL = ModelConfig(vocab_size=320, context_length=32, d_model=32, num_heads=4, d_ff=48, num_layers=3, rope_theta=500.0)
@@ -145,7 +155,9 @@ def test_gpt2_stays_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     end = TOKENIZER.token_to_id(END_OF_TEXT)
     network = build_gpt2(320, end, max_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=None, dropout=0.0).eval()
-    documents = {"config.json": network.config.to_json_string(), "tokenizer.json": TOKENIZER.to_str()}
+    config = network.config
+    documents = {"config.json": config.to_json_string(), "generation_config.json": config.generation_json()}
+    documents["tokenizer.json"] = TOKENIZER.to_str()
     path = saved(tmp_path, "gpt2_wikitext", network, Gpt2Config(), documents)
     export_hf.main([str(path), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
@@ -155,6 +167,7 @@ def test_gpt2_stays_as_it_is(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(network(tokens), theirs.eval()(tokens).logits, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == end
+    assert theirs.generation_config.eos_token_id == end
     assert "| validation loss | 1.3333 |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -180,3 +193,100 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert problem in line
     assert load_file(path / "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------- fine-tuned models, and the hub
+
+
+@pytest.fixture
+def adapted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Any]:
+    """(the folder of a mixture of experts, a checkpoint with adapters beside its weights, the network of that)."""
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
+    base, rows, recipe = model_folder("mixtral", tmp_path / "base"), rows_folder(tmp_path / "rows"), FinetuneLM()
+    config = planned(recipe, ["--init_from", str(base), "--data_dir", str(rows), "--max_length", "32", "--lora_rank", "2"])
+    network, initial = build_empty_network(recipe, config, None)  # type: ignore[arg-type]
+    weights = first_weights(recipe, network, initial, None, str(base), alone().control, lambda _: None)
+    fill(network, weights, torch.device("cpu"))
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    files = recipe.checkpoint_files(config, network, recipe.build_data(config))
+    (tmp_path / "run").mkdir()
+    return base, saved(tmp_path / "run", "finetune_lm", network, config, files), network.eval()  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def logits(network: Any) -> torch.Tensor:
+    return network.eval()(input_ids=torch.arange(48).view(2, 24)).logits
+
+
+def test_adapters_are_merged_or_alone(adapted: tuple[Path, Path, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, path, network = adapted
+    expected = logits(network)
+    for argv in ([], ["--adapter"]):
+        export_hf.main([str(path), "--out", str(tmp_path / f"out{len(argv)}"), *argv])
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out0", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    written = json.loads((tmp_path / "out0" / "config.json").read_text())
+    assert (written["architectures"], written["dtype"], written["use_cache"]) == (["MixtralForCausalLM"], "float32", True)
+    assert "experts.0.w1.weight" in " ".join(load_file(tmp_path / "out0" / "model.safetensors")), "not as others name them"
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert not torch.allclose(logits(plain), expected, atol=1e-2)
+    assert torch.allclose(logits(PeftModel.from_pretrained(plain, tmp_path / "out1")), expected, atol=1e-5)
+    assert not (tmp_path / "out1" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out1" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    for out in ("out0", "out1"):
+        assert AutoTokenizer.from_pretrained(tmp_path / out)("a river").input_ids
+        assert "from the weights of `base`" in (tmp_path / out / "README.md").read_text()
+
+
+def test_the_card_holds_baseline_and_command_without_a_path(tmp_path: Path) -> None:
+    path, _ = story_checkpoint(tmp_path)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "baseline.json").write_text(json.dumps({"name": "bigram", "loss": 2.5}))
+    (tmp_path / "command.txt").write_text(f"old\ntinystories_lm --train_data_path {tmp_path}/ids/train.ids --seed 3\n")
+    export_hf.main([str(path), "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| for scale: bigram on the same tokens | 2.5000 |" in card
+    assert "    tinystories_lm --train_data_path train.ids --seed 3\n" in card
+    assert str(tmp_path) not in card
+
+
+def pushed(path: Path, out: Path, endpoint: str, token: str | None = "secret", name: str = "owner/name") -> tuple[int, str]:
+    """(exit status, output) of an export that is to be pushed, in a process that takes `endpoint` for the hub."""
+    env = environment(HF_ENDPOINT=endpoint, HF_HUB_DISABLE_XET="1", HF_HOME=str(out.parent / "hf"), NO_PROXY="127.0.0.1")
+    env |= {"HF_TOKEN": token} if token else {}
+    argv = [sys.executable, str(ROOT / "tools" / "export_hf.py"), str(path), "--out", str(out), "--push_to_hub", name]
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_an_export_is_pushed_to_the_hub(tmp_path: Path) -> None:
+    path, _ = story_checkpoint(tmp_path)
+    with FakeHub() as hub:
+        code, text = pushed(path, tmp_path / "out", hub.url)
+        assert code == 0, text
+        assert f"{hub.url}/owner/name" in text
+        assert hub.created == {"name": "name", "organization": "owner", "visibility": "private"}
+        assert hub.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+
+def test_what_cannot_be_pushed_is_said_before_the_export_or_leaves_it_whole(tmp_path: Path) -> None:
+    path, _ = story_checkpoint(tmp_path)
+    with FakeHub(refuses=True) as hub:
+        for token, name, endpoint, words in (
+            ("secret", "name", hub.url, "names no owner; give OWNER/NAME"),
+            ("secret", "owner/name", "http://127.0.0.1:9", "the hub does not answer"),
+            (None, "owner/name", hub.url, "nobody is logged in at the hub"),
+        ):
+            code, text = pushed(path, tmp_path / "out", endpoint, token, name)
+            assert (code, words in text, (tmp_path / "out").exists()) == (BAD_INPUT, True, False), text
+        code, text = pushed(path, tmp_path / "out", hub.url)
+    assert code == BAD_INPUT
+    assert "push_to_hub owner/name failed" in text
+    assert "hf upload owner/name" in text
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.collatz import Collatz
+from recipes.finetune_lm import FinetuneLM
 from recipes.gpt2_wikitext import Gpt2Wikitext
 from recipes.pfn_raventos import PFNRaventos
 from recipes.tinystories_lm import TinyStoriesLM
@@ -19,7 +20,7 @@ from trainer.command_line.flags import flag_names
 from trainer.errors import UserError
 from trainer.recipe import Recipe
 
-RECIPES = [Gpt2Wikitext(), TinyStoriesLM(), PFNRaventos(), VitRelpos(), Collatz()]
+RECIPES = [Gpt2Wikitext(), TinyStoriesLM(), PFNRaventos(), VitRelpos(), Collatz(), FinetuneLM()]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 
 
@@ -84,7 +85,11 @@ def test_it_is_printed_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("recipe", "argv", "message"),
     [
-        (PFNRaventos(), ["--warmup_steps", "10"], "warmup_steps 10 would do nothing: the learning rate follows one cycle"),
+        (
+            PFNRaventos(),
+            ["--warmup_steps", "10"],
+            "warmup_steps 10 would do nothing: the learning rate follows one cycle; give --schedule",
+        ),
         (Collatz(), ["--max_epochs", "2"], "max_epochs 2 would do nothing: numbers never run out; give --max_steps"),
         (Collatz(), ["--use_wandb", "False"], "--use_wandb takes no value: give --use_wandb or --no_use_wandb"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scenarios import recipe_of
+from scenarios import planned, recipe_of
 from tiny_runs import TINY
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def test_each_recipe_begins_with_the_distributions_its_network_asks_for(
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
     path, argv = TINY[name]
     recipe = recipe_of(path)
-    settings = configuration.parse(recipe.config_class, recipe.presets, argv(tmp_path), recipe.name).config
+    settings = planned(recipe, argv(tmp_path))
     data = recipe.build_data(settings)
     torch.manual_seed(0)
     ordinary, ours = recipe.build_model(settings, data), build_network(recipe, settings, data)
@@ -79,7 +79,7 @@ def test_each_model_of_a_stack_begins_as_it_would_alone(tmp_path: Path) -> None:
     for name in ("pfn", "pfn_stack"):
         path, argv = TINY[name]
         recipe = recipe_of(path)
-        settings = configuration.parse(recipe.config_class, recipe.presets, argv(tmp_path), recipe.name).config
+        settings = planned(recipe, argv(tmp_path))
         networks.append(build_network(recipe, settings, recipe.build_data(settings)))
     alone = dict(networks[0].named_parameters())
     for name, p in networks[1].named_parameters():

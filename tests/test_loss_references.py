@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scenarios import recipe_of
+from scenarios import planned, recipe_of
 from tiny_runs import TINY
 from torch import Tensor
 
 from recipes.data.tokenizer import END_OF_TEXT
 from trainer.checkpoints.network import build_network
-from trainer.command_line import config
 from trainer.evaluation.objective import objective_weights
 
 
@@ -29,7 +28,7 @@ def tiny(name: str, folder: Path, *flags: str) -> SimpleNamespace:
     """A recipe's tiny run: recipe, config, data, and a network whose predictions differ a lot from place to place."""
     where, argv = TINY[name]
     recipe = recipe_of(where)
-    settings = config.parse(recipe.config_class, recipe.presets, [*argv(folder), *flags], recipe.name).config
+    settings = planned(recipe, [*argv(folder), *flags])
     data = recipe.build_data(settings)
     network = build_network(recipe, settings, data).eval()
     generator = torch.Generator().manual_seed(1)
@@ -260,3 +259,18 @@ def test_collatz(tmp_path: Path) -> None:
 
     drawn = run.data.train.layout.batch(to_words(numbers), np.zeros(len(numbers), np.uint8))
     assert all(drawn[name].equal(tensor) for name, tensor in batch.items())
+
+
+@torch.no_grad()
+def test_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example by itself: nats of what it says given all before it, and nothing for what it is given."""
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
+    run = tiny("finetune", tmp_path)
+    split = run.data.train.split
+    total, count = 0.0, 0
+    for example in range(len(split.row_ends)):
+        given, said = run.data.train.text_of(example)
+        ids = [*given, *said][: run.config.model.max_length + 1]
+        logits = run.network(input_ids=torch.tensor([ids[:-1]])).logits[0]
+        total, count = total + nats(logits[len(given) - 1 :], ids[len(given) :]), count + len(ids) - len(given)
+    check(run, run.data.train.__getitems__(range(len(run.data.train))), {"next_token": (total, count)})

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from trainer.data.stream import sample_numbers
 from trainer.distributed import peers, rendezvous
 from trainer.distributed.rendezvous import Rendezvous
 from trainer.distributed.signals import stat_fields
-from trainer.errors import BAD_INPUT, CHECKPOINT, OUT_OF_MEMORY, UserError
+from trainer.errors import BAD_INPUT, CHECKPOINT, LOST, OUT_OF_MEMORY, UserError
 
 RECIPE = "faulty_recipe:FaultyRecipe"
 STEPS = 6
@@ -292,15 +293,18 @@ def meet(rank: int, port: int, host: str = "127.0.0.1", processes: int = 2, seco
     return meeting
 
 
+def together(*meetings: Rendezvous) -> list[Rendezvous]:
+    """What each has once all are there."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda each: peers.wait_for_all(each, timedelta(seconds=20)), meetings))
+
+
 def test_the_store_of_rank_0_listens_on_the_given_address_alone() -> None:
     port = free_port()
     first, second = meet(0, port), meet(1, port)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), 5)  # this host too, and what a name or 0.0.0.0 would answer on
-    waiting = threading.Thread(target=peers.wait_for_all, args=(second, timedelta(seconds=20)))
-    waiting.start()
-    peers.wait_for_all(first, timedelta(seconds=20))
-    waiting.join()
+    assert not together(first, second)[0].restarted
     with pytest.raises(UserError, match="RANK=1 was given to two processes"):
         peers.wait_for_all(second, timedelta(seconds=1))
     with pytest.raises(UserError, match=rf"MASTER_PORT {port} on 127.0.0.1: .*another free port"):
@@ -309,14 +313,44 @@ def test_the_store_of_rank_0_listens_on_the_given_address_alone() -> None:
 
 def test_what_ends_one_rank_at_its_start_is_what_the_others_report() -> None:
     port = free_port()
-    first, second, third = (meet(rank, port, processes=3) for rank in range(3))
+    first, second, third = together(*(meet(rank, port, processes=3) for rank in range(3)))
     with pytest.raises(UserError, match="no GPU here"), peers.explained(second):
         raise UserError("no GPU here")
-    with pytest.raises(UserError, match="rank 1: no GPU here") as caught, peers.explained(first):
-        peers.wait_for_all(first, timedelta(seconds=20))
-    assert caught.value.printed_by_other_rank
-    assert caught.value.exit_code == BAD_INPUT
-    del third
+    for other in (first, third):
+        with pytest.raises(UserError, match="rank 1: no GPU here") as caught, peers.explained(other):
+            raise RuntimeError("connection closed")
+        assert caught.value.printed_by_other_rank
+        assert caught.value.exit_code == BAD_INPUT
+
+
+def test_a_restart_meets_anew_whatever_is_left_in_the_store_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a host, which counts the restarts for itself, has counted another number of them."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    port = free_port()
+    first, second = meet(0, port), meet(1, port)
+    before = together(first, second)
+    before[0].store.set("left", "over")
+    again = together(first, second)
+    assert again[0].restarted
+    assert not again[0].store.check(["left"])
+    with ThreadPoolExecutor() as threads:  # one is early, and answers the call of the start before
+        early = threads.submit(peers.wait_for_all, second, timedelta(seconds=20))
+        time.sleep(0.5)
+        peers.wait_for_all(first, timedelta(seconds=20)).store.set("key", "value")
+        assert early.result().store.get("key") == b"value"
+
+
+def test_who_is_missing_is_known_to_all_who_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PAUSES_SECONDS", (0.1,))
+    port = free_port()
+    here = [meet(rank, port, processes=4) for rank in (0, 2)]
+    with ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(peers.wait_for_all, each, timedelta(seconds=0.5)) for each in here]
+        for each in waiting:
+            with pytest.raises(UserError, match=r"^ranks 1, 3 of 4 gave no answer: .*not started within") as caught:
+                each.result()
+            assert caught.value.known_to_all  # so that one of them prints it
+            assert caught.value.exit_code == LOST
 
 
 @pytest.mark.parametrize(

@@ -113,5 +113,5 @@ def test_no_weights_and_weights_of_a_kind_that_is_never_opened(tmp_path: Path) -
 
 
 def test_a_recipe_without_pretrained_weights_says_what_it_takes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a checkpoint folder; give the path of one"):
-        Collatz().pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="is not a checkpoint of collatz; give the path of one"):
+        Collatz().pretrained(str(tmp_path), None, None)  # type: ignore[arg-type]

@@ -225,7 +225,7 @@ def test_a_finished_run_is_finished_whatever_becomes_of_its_picture(data: Path, 
 def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:
     argv = flags(data, tmp_path, "--target_loss", "100", "--eval_every", "0")
     output = launch(*argv, recipe=Gpt2Wikitext())
-    assert "Finished at step 2: target loss" in output
+    assert "Finished at step 1: target loss" in output
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
@@ -400,7 +400,7 @@ def test_resume_from_inside_the_run_rolls_it_back(data: Path, complete: Path) ->
     assert same_weights(rolled_back / "checkpoint_step_12", complete / "checkpoints" / "checkpoint_step_12")
     at = [json.loads(line) for line in (complete / "metrics.jsonl").read_text().splitlines()]
     logged = [row["step"] for row in at if "train/loss" in row]
-    assert logged == [2, 4, 6, 8, 10, 12]
+    assert logged == [1, 2, 4, 6, 8, 10, 12]
 
 
 def test_a_roll_back_survives_a_kill_before_the_next_save(data: Path, complete: Path) -> None:
@@ -489,12 +489,16 @@ def test_a_run_begun_by_init_from_resumes_with_the_same_command(data: Path, fini
 
 
 def test_another_models_weights_are_refused_with_each_difference(data: Path, finished: Path, tmp_path: Path) -> None:
-    source = finished / "checkpoints" / "checkpoint_final"
-    error = refused(*flags(data, tmp_path / "run", "--init_from", str(source), "--d_model", "32", "--num_layers", "2"))
+    init_from = ["--init_from", str(finished / "checkpoints" / "checkpoint_final")]
+    error = refused(*flags(data, tmp_path / "run", *init_from, "--d_model", "32", "--num_layers", "2"))
+    assert error.exit_code == BAD_INPUT
+    assert "d_model: " in str(error)
+    assert "has 16, asked for 32" in str(error)
+    assert "has 1, asked for 2" in str(error)
+    error = refused(*flags(data, tmp_path / "run", *init_from, "--vocab_size", "290"))
     assert error.exit_code == CHECKPOINT
     assert "holds another model" in str(error)
-    assert "(300, 16) instead of (300, 32)" in str(error)
-    assert " more" in str(error)
+    assert "(300, 16) instead of (290, 16)" in str(error)
     assert steps(tmp_path / "run") == []
 
 

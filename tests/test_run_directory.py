@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -105,21 +106,61 @@ def test_release_leaves_no_stale_name_and_lets_the_next_in(tmp_path: Path) -> No
 
 
 def test_heartbeat_of_another_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is watched: moving, it is the proof of life that no clock is."""
     messages: list[str] = []
+    monkeypatch.setattr(locking, "WATCH_SECONDS", 0.01)
+    moving = threading.Timer(0.3, lambda: elsewhere(tmp_path, age=59))
     elsewhere(tmp_path, age=60)
-    with pytest.raises(UserError, match=r"process 4711 on node7, job 12, started 2024.*last seen (6|7|8|9)\d s ago"):
+    moving.start()
+    with pytest.raises(UserError, match=r"process 4711 on node7, job 12, started 2024.*last seen [56]\d s ago"):
         Lock(tmp_path, messages.append).acquire()
+    moving.join()
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 4711
-    elsewhere(tmp_path, age=121)
-    lock = Lock(tmp_path, messages.append)
-    lock.acquire()
-    lock.release()
-    assert "node7" in messages[0]
+    assert re.match(r"Waiting, (59|60) s at most, for a sign of life of process 4711 on node7", messages[0])
+    # Silent, or from a clock that is ahead: until it would be stale. Silent for longer, or released meanwhile: no more.
+    for age, wait, stale in ((119.5, True, 120), (-300, True, 1), (121, False, 120)):
+        monkeypatch.setattr(locking, "STALE_SECONDS", stale)
+        elsewhere(tmp_path, age=age)
+        said: list[str] = []
+        lock = Lock(tmp_path, said.append)
+        lock.acquire()
+        lock.release()
+        assert [line.split(",")[0].split()[0] for line in said] == ["Waiting", "taking"][not wait :]
+        assert "node7" in said[-1]
     # Without locks in the kernel the heartbeat decides on one machine too.
     monkeypatch.setattr(locking.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks")))
     elsewhere(tmp_path, age=0, machine=locking._machine())
-    with pytest.raises(UserError, match="node7"):
-        Lock(tmp_path, messages.append).acquire()
+    released = threading.Timer(0.3, lambda: (tmp_path / ".lock").write_text(""))
+    released.start()
+    monkeypatch.setattr(locking, "STALE_SECONDS", 120)
+    lock = Lock(tmp_path, messages.append)
+    lock.acquire()
+    lock.release()
+    released.join()
+
+
+def test_launches_that_get_no_further_are_counted_and_the_third_restart_refused(tmp_path: Path) -> None:
+    def begin(step: int, restarted: bool) -> int:
+        run = RunDirectory(tmp_path)
+        run.begin(step, restarted)
+        run.write_status("running", None, step)
+        return json.loads(run.status.read_text())["standstills"]
+
+    assert [begin(0, False), begin(0, True), begin(0, True)] == [0, 1, 2]
+    assert [begin(4, True), begin(4, True), begin(4, True)] == [0, 1, 2]
+    assert begin(4, False) == 0  # a person has
+    assert [begin(4, True), begin(4, True)] == [1, 2]
+    RunDirectory(tmp_path).write_status("failed", "rank 1: no memory", 5)
+    assert begin(4, True) == 0  # written by a launch that had not begun: nothing is known
+    for _ in range(2):
+        begin(4, True)
+    again = RunDirectory(tmp_path)
+    with pytest.raises(UserError, match="3 launches in a row saved nothing after step 4; the last one ended so: it was killed"):
+        again.begin(4, True)
+    with pytest.raises(UserError, match="4 launches in a row"):
+        RunDirectory(tmp_path).begin(4, True)
+    (tmp_path / "status.json").write_text("[]")
+    assert begin(4, True) == 0
 
 
 def test_heartbeat_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
-from trainer.optimisation.schedule import one_cycle, ramp_cosine, warmup_cosine, warmup_for
+from recipes.pfn_raventos import PFNRaventos
+from trainer.command_line.config import parse
+from trainer.optimisation.schedule import named, one_cycle, ramp_cosine, warmup_cosine, warmup_for
 
 TOTAL, WARMUP, PEAK, FLOOR = 10_000, 2_000, 6e-4, 6e-5
 
@@ -136,3 +138,30 @@ def test_a_ramp_and_a_cosine_are_torchs_two_schedulers_at_the_start_of_each_epoc
     expected, steps = torchs(both, 100, 1e-3), 7
     ours = [ramp_cosine(1 + epoch * steps, 100 * steps, 10 * steps, 1e-3, 0.0, 0.1) for epoch in range(100)]
     assert ours == pytest.approx(expected, rel=1e-6)
+
+
+def by_name(name: str, total: int = 100, warmup: int = 10, cooldown: float = 0.2) -> list[float]:
+    return [named(name, step, total, warmup, 1.0, 0.1, cooldown) for step in range(1, total + 21)]
+
+
+def test_schedules_by_name_warm_up_and_end_at_the_floor() -> None:
+    for name in ("cosine", "linear", "constant", "wsd"):
+        rates = by_name(name)
+        assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+        assert rates[99:] == pytest.approx([1.0 if name == "constant" else 0.1] * 21)
+    assert by_name("cosine") == [warmup_cosine(step, 100, 10, 1.0, 0.1) for step in range(1, 121)]
+    assert by_name("linear")[54] == pytest.approx(0.55)
+    assert by_name("wsd")[9:80] == [1.0] * 71
+    assert by_name("wsd")[89] == pytest.approx(0.55)
+    assert by_name("wsd", cooldown=0.0)[:100] == by_name("constant")[:100]
+    assert by_name("wsd", warmup=95)[95:100] == pytest.approx([1 - 0.9 * part / 5 for part in range(1, 6)])
+    assert by_name("one_cycle") == [one_cycle(step, 100, 1.0) for step in range(1, 121)]
+
+
+def test_every_recipe_takes_a_schedule_by_name_and_has_its_own_without() -> None:
+    for recipe in (Gpt2Wikitext(), PFNRaventos()):
+        argv = ["--schedule", "linear", "--warmup_steps", "10", "--lr", "1", "--min_lr", "0.1", "--max_steps", "100"]
+        typed = parse(recipe.config_class, {}, argv, recipe.name).config
+        assert [recipe.scheduled_rate(step, 100, typed) for step in range(1, 121)] == by_name("linear")
+        own = replace(typed, optimisation=replace(typed.optimisation, schedule="recipe"))
+        assert recipe.scheduled_rate(30, 100, own) == recipe.learning_rate(30, 100, own) != by_name("linear")[29]

@@ -113,7 +113,7 @@ class Cluster:
 
     def run_command(self, *argv: str, fails: str | None = None) -> str:
         """The output of a Slurm command; `fails` if it fails."""
-        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
         if done.returncode and fails is not None:
             return fails
         assert done.returncode == 0, f"{argv}: {done.stderr}"
@@ -300,6 +300,13 @@ def test_an_array_trains_a_run_for_each_line_of_a_file(cluster: Cluster, tmp_pat
         settings[index] = (optimisation["learning_rate"], optimisation["seed"])
     assert settings == {"1": (1e-3, 42), "2": (2e-3, 7)}
     assert f"error: {lines} has no flags in line 3" in cluster.log("rates")
+
+
+def test_the_tasks_of_srun_are_the_ranks_of_a_launch(cluster: Cluster, tmp_path: Path) -> None:
+    argv = [sys.executable, str(TOY), *FLAGS, "--max_steps", "3", "--output_dir", str(tmp_path / "run")]
+    cluster.run_command("srun", "--nodes=2", "--ntasks=2", "--quiet", *argv)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
+    assert status(tmp_path / "run")["state"] == "finished"
 
 
 def test_a_second_name_for_the_run_is_refused(cluster: Cluster) -> None:

@@ -20,6 +20,7 @@ HEAVY = ("deepspeed", "transformers", "wandb", "datasets", "matplotlib")
 LAYERS = (
     "main",
     "launched_run",
+    "debugging",
     "loop",
     "setup",
     "micro_batches",

@@ -10,7 +10,10 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
+from tiny_models import rows_folder
+
 Argv = list[str]
+NOT_AT_EPOCHS = ["--eval_epochs", "0", "--save_epochs", "0"]
 QUIET = ["--num_workers", "0", "--log_every", "1", "--eval_every", "0", "--save_every", "0", "--no_use_tensorboard"]
 
 
@@ -83,12 +86,19 @@ def vit(folder: Path) -> Argv:
     return [*argv, "--pool", "mean", "--crop_padding", "1", "--flip", "--mixup", "0.3", "--label_smoothing", "0.1", *QUIET]
 
 
+def finetune(folder: Path) -> Argv:
+    """A Llama with fresh weights, on prompts and completions of which only these are predicted."""
+    argv = ["--init_from", "tiny", "--data_dir", str(rows_folder(folder / "examples")), "--max_length", "32"]
+    return [*argv, *QUIET, *NOT_AT_EPOCHS, "--samples", "0"]
+
+
 TINY: dict[str, tuple[str, Callable[[Path], Argv]]] = {
     "tinystories": ("recipes.tinystories_lm:TinyStoriesLM", tinystories),
     "gpt2": ("recipes.gpt2_wikitext:Gpt2Wikitext", gpt2),
     "collatz": ("recipes.collatz:Collatz", collatz),
     "pfn": ("recipes.pfn_raventos:PFNRaventos", pfn),
     "pfn_stack": ("recipes.pfn_raventos:PFNRaventos", pfn_stack),
+    "finetune": ("recipes.finetune_lm:FinetuneLM", finetune),
     "vit": ("recipes.vit_relpos:VitRelpos", vit),
 }
 """{name: (module:class of the recipe, its command line for a folder it may write data to)}; steps, batch and rates are added"""

@@ -1,9 +1,11 @@
 """Exports a checkpoint as a folder that transformers (and libraries built on it, such as vLLM) can load.
 
 python tools/export_hf.py runs/tinystories_lm/NAME/checkpoints/best_model --out exported
+python tools/export_hf.py runs/finetune_lm/NAME/checkpoints/best_model --out exported --push_to_hub OWNER/NAME
 
-A tinystories_lm model becomes a Llama checkpoint; a gpt2_wikitext one is GPT-2 already and stays as it is. With tokenizer,
-generation_config.json and a model card (README.md) that holds the measured loss.
+A tinystories_lm model becomes a Llama checkpoint; a gpt2_wikitext one is GPT-2 already and stays as it is; a finetune_lm one is
+what it began as, its adapters merged into it, or alone (--adapter). With tokenizer, generation_config.json and a model card
+(README.md) that holds data, losses and command.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
+from model_card import model_card
 
+from recipes.data.hub import hub_is_reachable
 from recipes.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
+from recipes.models.causal_lm import build_causal_lm, save_adapters, save_merged
 from trainer.checkpoints.checkpoint import Checkpoint, resolve
+from trainer.checkpoints.network import saved_weights
 from trainer.command_line.locations import argument_path
-from trainer.errors import UserError
-from trainer.reporting.trackers import read_metrics
+from trainer.errors import UserError, one_line
+from trainer.initial_weights import build_empty, fill
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,9 +37,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="checkpoint folder, such as runs/RECIPE/NAME/checkpoints/best_model")
     parser.add_argument("--out", type=argument_path, required=True, help="folder to write; it must not exist, or be empty")
     parser.add_argument("--tokenizer", help="a folder or tokenizer.json (default: the checkpoint's)")
+    parser.add_argument("--adapter", action="store_true", help="of a LoRA run, the adapters alone, as peft loads them")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder too, as this model of the hub")
     options = parser.parse_args(arguments)
     try:
-        export(options.checkpoint, options.out, options.tokenizer)
+        if options.push_to_hub:
+            check_hub(options.push_to_hub)
+        export(options.checkpoint, options.out, options.tokenizer, options.adapter)
+        if options.push_to_hub:
+            print(push(options.out, options.push_to_hub))
     except UserError as error:
         parser.exit(error.exit_code, f"export_hf: {error}\n")
     except (OSError, ValueError) as error:
@@ -41,35 +53,63 @@ def main(arguments: list[str] | None = None) -> None:
     print(options.out)
 
 
-def export(checkpoint_path: str, out: Path, tokenizer: str | None = None) -> None:
+def export(checkpoint_path: str, out: Path, tokenizer: str | None = None, adapter: bool = False) -> None:
     """Write the folder, completely or not at all. Raises UserError, OSError or ValueError."""
     checkpoint, out = Checkpoint(resolve(checkpoint_path, [])), out.resolve()
     checkpoint.verify()
-    recipe = checkpoint.state.get("recipe")
-    if recipe not in ("tinystories_lm", "gpt2_wikitext"):
-        raise UserError(
-            f"{checkpoint.path} was written by {recipe!r}; only tinystories_lm and gpt2_wikitext have a form in transformers"
-        )
+    recipe, config = checkpoint.state["recipe"], checkpoint.config
+    if recipe not in ("tinystories_lm", "gpt2_wikitext", "finetune_lm"):
+        known = "only tinystories_lm, gpt2_wikitext and finetune_lm have a form in transformers"
+        raise UserError(f"{checkpoint.path} was written by {recipe!r}; {known}")
+    if adapter and not config["model"].get("lora_rank"):
+        raise UserError(f"{checkpoint.path} has no adapters: it was trained without --lora_rank; leave out --adapter")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
-    tokenizer_json = _tokenizer(checkpoint, tokenizer)
-    _check_entries(checkpoint, tokenizer_json)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
         folder.mkdir()
-        config = yaml.safe_load(checkpoint.text("config.yaml"))
-        if recipe == "tinystories_lm":
-            _write_llama(
-                folder, checkpoint, config["model"], _write_tokenizer(folder, tokenizer_json, config["model"]["context_length"])
-            )
+        if recipe == "finetune_lm":
+            _write_finetuned(folder, checkpoint, adapter)
         else:
-            _write_tokenizer(folder, tokenizer_json, config["model"]["max_length"])
-            _copy_gpt2(folder, checkpoint)
-        (folder / "README.md").write_text(_card(checkpoint, recipe, config), encoding="utf-8")
+            tokenizer_json = _tokenizer(checkpoint, tokenizer)
+            _check_entries(checkpoint, tokenizer_json)
+            length = config["model"].get("context_length") or config["model"]["max_length"]
+            end_of_text = _write_tokenizer(folder, tokenizer_json, length)
+            if recipe == "tinystories_lm":
+                _write_llama(folder, checkpoint, config["model"], end_of_text)
+            else:
+                _copy_gpt2(folder, checkpoint)
+        (folder / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         for file in folder.iterdir():
             file.chmod((folder / "README.md").stat().st_mode)  # safetensors writes 0600 whatever the umask
         os.replace(folder, out)
+
+
+def check_hub(name: str) -> None:
+    """UserError where nothing can be uploaded: before an hour of export, not after."""
+    from huggingface_hub import get_token
+
+    if "/" not in name:
+        raise UserError(f"push_to_hub {name!r} names no owner; give OWNER/NAME")
+    if not hub_is_reachable():
+        raise UserError(f"push_to_hub {name}: the hub does not answer; leave it out, and upload later: hf upload {name} FOLDER")
+    if get_token() is None:
+        raise UserError(f"push_to_hub {name}: nobody is logged in at the hub; `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload an exported folder, as a private model where there is none of that name; its address. UserError if refused."""
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        hub.create_repo(name, private=True, exist_ok=True)
+        return str(hub.upload_folder(folder_path=folder, repo_id=name, commit_message="Upload by samecurve"))
+    except Exception as error:  # the library raises a dozen types; to the user all mean the same
+        raise UserError(
+            f"push_to_hub {name} failed ({one_line(error, 300)}); {folder} is whole: hf upload {name} {folder}"
+        ) from error
 
 
 def _tokenizer(checkpoint: Checkpoint, path: str | None) -> str:
@@ -177,65 +217,30 @@ def _paired_by_halves(checkpoint: Checkpoint, name: str, num_heads: int) -> Any:
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
+def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> None:
+    """What `save_pretrained` writes of the network, adapters merged into it; or what peft's writes of the adapters."""
+    model = checkpoint.config["model"]
+    names = ("train_last", "lora_rank", "lora_alpha")
+    network, initial = build_empty(
+        lambda: build_causal_lm(model["architecture"], gradient_checkpointing=False, **{name: model[name] for name in names}),
+        0,
+    )
+    fill(network, saved_weights(network, initial, checkpoint), torch.device("cpu"))
+    if adapter:
+        base = checkpoint.config["optimisation"]["init_from"]
+        save_adapters(network, Path(base).name if Path(base).exists() else base, folder)
+    else:
+        save_merged(network, model["architecture"], folder)
+    for name in checkpoint.files:
+        if name.startswith(("tokenizer", "chat_template", "generation_config", "special_tokens")):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+
+
 def _copy_gpt2(folder: Path, checkpoint: Checkpoint) -> None:
     """The files of a GPT-2 checkpoint that transformers reads, byte for byte."""
-    from transformers import GenerationConfig, GPT2Config
-
     for name in checkpoint.files:
-        if name == "config.json" or name.startswith("model"):
+        if name in ("config.json", "generation_config.json") or name.startswith("model"):
             shutil.copyfile(checkpoint.path / name, folder / name)
-    config = GPT2Config.from_json_file(folder / "config.json")
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, temperature=0.8, top_p=0.95
-    ).save_pretrained(folder)
-
-
-def _card(checkpoint: Checkpoint, recipe: str, config: dict[str, Any]) -> str:
-    """The model card: what was measured, on which text, and how it was trained."""
-    progress, o = checkpoint.state["train_state"], config["optimisation"]
-    step, samples = progress["step"], o["batch_size"] * o["gradient_accumulation_steps"]
-    length = config["model"].get("context_length") or config["model"]["max_length"]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        f"# {recipe}, step {step:,}",
-        "",
-        f"Trained by samecurve on {_trained_on(config['data'])}: {step:,} steps of {samples} samples of up to {length} tokens, "
-        f"{o['optimizer']}, peak learning rate {o['learning_rate']:g}, seed {o['seed']}.",
-        "",
-        "| measured | nats per token |",
-        "|---|---|",
-        *(f"| {name} | {value:.4f} |" for name, value in _measured(checkpoint).items()),
-        "",
-    ]
-    if config["run"]["eval_iters"]:
-        lines += [f"Measured on at most {config['run']['eval_iters'] * samples:,} windows of each set, spread over it.", ""]
-    return "\n".join(lines)
-
-
-def _trained_on(data: dict[str, Any]) -> str:
-    paths = data.get("train_data_path") or [data.get("data_dir") or data["dataset"]]
-    return ", ".join(f"`{Path(path).name}`" for path in paths)
-
-
-def _measured(checkpoint: Checkpoint) -> dict[str, float]:
-    """Losses of this very step, from the run's metrics.jsonl; without it, those in the checkpoint."""
-    progress = checkpoint.state["train_state"]
-    step = progress["step"]
-    measured: dict[str, float] = {}
-    for folder in (checkpoint.path.parent.parent, checkpoint.path.parent):
-        if (folder / "metrics.jsonl").is_file():
-            rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] == step]
-            for key, name in (("eval/val_loss", "validation loss"), ("eval/train_loss", "training loss, in evaluation")):
-                values = [value for row in rows if (value := row.get(key)) is not None]
-                measured |= {name: values[-1]} if values else {}
-    if not measured and progress["evaluated_step"] == step and progress["evaluated_metric"] is not None:
-        measured["validation loss"] = progress["evaluated_metric"]
-    if progress["train_loss"] is not None:
-        measured["training loss of the last log interval"] = progress["train_loss"]
-    return measured
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Prints what a run will take, before it is started: batch arithmetic, steps, parameters, memory by launch, disk.
 
 python tools/plan.py recipes/gpt2_wikitext.py --processes 8 -- --d_model 1024 --num_layers 24 --num_heads 16 --batch_size 32
+python tools/plan.py recipes/finetune_lm.py --processes 8 --gpu_gb 80 -- --init_from FOLDER_OR_NAME --data_dir rows
 
 What follows `--` is the recipe's command line. The data are read; the model is built without weights, and nothing is trained.
 """
@@ -34,9 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="file of the recipe, such as recipes/gpt2_wikitext.py")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the launch")
+    parser.add_argument("--gpu_gb", type=float, metavar="N", help="memory of each GPU: which launch fits into it?")
     options = parser.parse_args(argv[:separator])
     try:
-        for line in plan(load_recipe(options.recipe), argv[separator + 1 :], options.processes):
+        for line in plan(load_recipe(options.recipe), argv[separator + 1 :], options.processes, options.gpu_gb):
             print(line)
     except (UserError, OSError, ValueError) as error:
         parser.exit(2, f"plan: {error}\n")
@@ -59,10 +61,11 @@ def load_recipe(path: Path) -> Recipe:
     return recipes[0]()
 
 
-def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
+def plan(recipe: Recipe, argv: list[str], processes: int, gpu_gb: float | None = None) -> list[str]:
     """The lines of the plan. Raises UserError as the run itself would."""
     import torch
 
+    from trainer.checkpoints.init_from import with_settings
     from trainer.checkpoints.network import build_empty_network
     from trainer.data import stream
     from trainer.initial_weights import replace_tensors
@@ -71,7 +74,7 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
 
     if processes < 1:
         raise UserError(f"processes {processes} must be at least 1")
-    parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+    parsed = with_settings(recipe, configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name), argv)
     config, settings = parsed.config, parsed.config.optimisation
     data = recipe.build_data(config)
     samples = stream.length_of(data.train)
@@ -83,28 +86,37 @@ def plan(recipe: Recipe, argv: list[str], processes: int) -> list[str]:
     # An optimizer may want a device that computes: shapes on the CPU, without memory.
     replace_tensors(network, lambda name, tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     moments = state_share(recipe.optimizer(network, config))
-    saved = FP32_BYTES * parameters * (1 + moments)
+    saved = FP32_BYTES * (parameters + moments * trained)
     run = config.run
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
     kept = min(saves, run.keep_last + 1) if run.keep_last else saves
     effective, accumulates = settings.effective_batch_size, settings.gradient_accumulation_steps > 1
     epochs = steps * effective // samples // run.save_epochs if samples and run.save_epochs else 0
+    sizes = {name: bytes_of_state(parameters, trained, moments, name, processes, accumulates) for name in LAUNCHES}
     return [
         *data.notes,
-        f"Parameters: {parameters:,}",
+        f"Parameters: {parameters:,} ({trained:,} trained)",
         *stream.describe(settings.batch_size, settings.gradient_accumulation_steps, processes, steps, samples),
         f"Optimizer: {settings.optimizer}, {recipe.report.schedule(config)}",
         "Memory of each process for weights, gradients and optimizer state in fp32 (activations come on top):",
-        *(
-            f"  {name:20s}{size_text(bytes_of_state(parameters, moments, name, processes, accumulates)):>12s}"
-            for name in LAUNCHES
-        ),
+        *(f"  {name:20s}{size_text(size):>12s}" for name, size in sizes.items()),
+        *([] if gpu_gb is None else [fitting(sizes, processes, gpu_gb)]),
         f"Checkpoint: {size_text(saved)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
         f"disk at once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * saved)} in all",
         f"Saving: a process keeps a copy of its share in host memory, at most "
-        f"{size_text(largest_share(FP32_BYTES * parameters, round(moments * FP32_BYTES * parameters), processes))}",
+        f"{size_text(largest_share(FP32_BYTES * parameters, round(moments * FP32_BYTES * trained), processes))}",
     ]
+
+
+def fitting(sizes: dict[str, float], processes: int, gpu_gb: float) -> str:
+    """Which launch to take: the plainest that leaves a quarter of the memory for activations."""
+    gigabytes = {name: sizes[name] / 1e9 for name in (LAUNCHES[0], "FSDP2")}
+    name = next((name for name, size in gigabytes.items() if size <= 0.75 * gpu_gb), None)
+    if name is None:
+        return f"{processes} x {gpu_gb:g} GB: too little even for FSDP2 ({gigabytes['FSDP2']:.0f} GB each); take more processes"
+    return f"{processes} x {gpu_gb:g} GB: {name}, {gigabytes[name]:.0f} of {gpu_gb:g} GB, and activations"
 
 
 def largest_share(weights_bytes: int, state_bytes: int, processes: int) -> int:
@@ -129,23 +141,26 @@ def state_share(optimizer: Optimizer) -> float:
     return kept / trained
 
 
-def bytes_of_state(parameters: int, moments: float, launch: str, processes: int, accumulates: bool) -> float:
-    """Bytes each process holds for `parameters` in fp32 (Rajbhandari et al. 2020, section 3, with fp32 instead of fp16).
+def bytes_of_state(parameters: int, trained: int, moments: float, launch: str, processes: int, accumulates: bool) -> float:
+    """Bytes each process holds for `parameters` in fp32, of which `trained` have gradients and moments.
+
+    Rajbhandari et al. 2020, section 3, with fp32 instead of fp16.
 
     ZeRO-1 and 2 keep the weights whole, with an fp32 master copy of each process's share beside its `moments` moments. FSDP
     keeps gradients whole until the last micro-batch of a step, if there are several (`accumulates`).
     """
-    share = parameters / max(1, processes // 2 if "HSDP" in launch else processes)
-    fsdp = (share, parameters if accumulates else share)
+    shards = max(1, processes // 2 if "HSDP" in launch else processes)
+    share, own = parameters / shards, trained / shards
+    fsdp = (share, trained if accumulates else own)
     weights, gradients = {
-        "one process or DDP": (parameters, parameters),
-        "ZeRO-1": (parameters + share, parameters),
-        "ZeRO-2": (parameters + share, share),
-        "ZeRO-3": (2 * share, share),
+        "one process or DDP": (parameters, trained),
+        "ZeRO-1": (parameters + own, trained),
+        "ZeRO-2": (parameters + own, own),
+        "ZeRO-3": (share + own, own),
         "FSDP2": fsdp,
         "HSDP, 2 replicas": fsdp,
     }[launch]
-    state = moments * (parameters if launch == LAUNCHES[0] else share)
+    state = moments * (trained if launch == LAUNCHES[0] else own)
     return FP32_BYTES * (weights + gradients + state)
 
 

@@ -128,6 +128,7 @@ class _Recorder(TorchDispatchMode):
 
 with FakeTensorMode():
     _FAKES_OWN = {*vars(nn.Parameter(torch.empty(0)))}
+_module_apply = nn.Module._apply
 _truncated_normal = nn.init._no_grad_trunc_normal_  # what nn.init.trunc_normal_ calls; private, and held by a test
 
 
@@ -171,12 +172,14 @@ def _recorded() -> Iterator[_Recorder]:
     recorder = _Recorder()
     nn.init._no_grad_trunc_normal_ = recorder.truncated_normal
     FakeTensor.__deepcopy__ = _deepcopy  # type: ignore[method-assign]
+    nn.Module._apply = _apply  # type: ignore[method-assign]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             yield recorder
     finally:
         nn.init._no_grad_trunc_normal_ = _truncated_normal
         del FakeTensor.__deepcopy__
+        nn.Module._apply = _module_apply  # type: ignore[method-assign]
 
 
 def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -188,6 +191,13 @@ def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     vars(new).update({key: copy.deepcopy(value, memo) for key, value in vars(tensor).items() if key not in _FAKES_OWN})
     memo[id(tensor)] = new
     return new
+
+
+@torch.no_grad()
+def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What `module.to(...)` does: its own way exchanges the insides of two tensors, which those without memory refuse."""
+    replace_tensors(module, lambda name, tensor: convert(tensor))
+    return module
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:
@@ -208,7 +218,7 @@ def replace_tensors(network: nn.Module, make: Callable[[str, Tensor], Tensor]) -
                     continue
                 if tensor not in made:
                     new = make(f"{prefix}.{key}" if prefix else key, tensor)
-                    if isinstance(tensor, nn.Parameter):
+                    if isinstance(tensor, nn.Parameter) and new is not tensor:
                         new = nn.Parameter(new, tensor.requires_grad)
                         vars(new).update({key: value for key, value in vars(tensor).items() if key not in _FAKES_OWN})
                     made[tensor] = new

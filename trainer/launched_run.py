@@ -13,6 +13,8 @@ from trainer.checkpoints import retention
 from trainer.checkpoints.resume import LaunchPlan, nothing_to_do
 from trainer.checkpoints.writing import check_shared
 from trainer.command_line import config as configuration
+from trainer.data import stream
+from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
 from trainer.distributed.signals import failing, leave, process_start_monotonic
@@ -85,6 +87,7 @@ class LaunchedRun:
         self.started, code = True, 1
         try:
             self.training = Training(session, plan, stops, trackers, self.console, self.alerts)
+            self._open_tools(session, self.training)
             step = self.training.state.step
             description = describe(session, step)
             for line in [f"Run directory: {plan.directory.path}", *description]:
@@ -117,6 +120,31 @@ class LaunchedRun:
                 elif logger.state.train_loss is not None:
                     draw_loss(logger, plan.directory, with_baseline=False)
         return reason
+
+    def _open_tools(self, session: Session, training: Training) -> None:
+        """What --debug and --profile ask for."""
+        config, state, log = session.config, training.state, self.console.log
+        if config.run.debug:
+            from trainer.debugging import Watch, describe_batch
+
+            Watch(session.network, log, lambda: state.step + 1)
+            o = config.optimisation
+            first = range(state.step * o.effective_batch_size, state.step * o.effective_batch_size + o.batch_size)
+            numbers = stream.sample_numbers(first, o.seed, session.samples).tolist()
+            batch = first_batch(session.data.train, numbers, config.run)
+            shown = (
+                self.recipe.report.show_batch(batch, config, session.data, self.plan.directory) if self.launch.is_main else ""
+            )
+            log(
+                "\n".join(
+                    [f"The first micro-batch of step {state.step + 1:,}:", *describe_batch(batch), *filter(None, [shown])]
+                )
+            )
+        if config.run.profile and self.launch.is_main:
+            from trainer.reporting.profiling import StepProfiler
+
+            folder = self.plan.directory.path / "profile"
+            training.logger.profiler = StepProfiler(config.run.profile, folder, self.launch.device, self.console)
 
     def _leave_before_the_first_step(self, text: str, reason: StopReason) -> None:
         if self.launch.is_main:
@@ -155,14 +183,14 @@ class LaunchedRun:
 
     def _write_first_files(self, session: Session) -> None:
         directory, resumed = self.plan.directory, self.plan.checkpoint
+        step = resumed.train_state.step if resumed is not None else 0
+        directory.begin(step, self.launch.restarted)
         self.console.open_log(directory.log)
         directory.write_command([self.recipe.name, *self.argv])
         facts = {"processes": self.launch.processes, "device": str(self.launch.device), "backend": session.backend.name}
         directory.write_environment(facts)
         write_text_atomic(directory.config, configuration.to_yaml(session.config))
-        step = 0
         if resumed is not None:
-            step = resumed.train_state.step
             self.console.log(f"Loading checkpoint: {resumed.path}")
             self.console.log(f"Resumed from step {step}")
             if self.plan.same_run:

@@ -126,8 +126,8 @@ class Training:
                 state.replaced_samples += round(votes.replaced)
                 self.logger.log_replaced(next_step.replaced, round(votes.replaced))
             state.step += 1
-            learning_rate = recipe.learning_rate(state.step, self.session.total_steps, self.session.config)
-            log_due = state.step % self.run_config.log_every == 0 or state.step == self.session.total_steps
+            learning_rate = recipe.scheduled_rate(state.step, self.session.total_steps, self.session.config)
+            log_due = state.step % self.run_config.log_every == 0 or state.step in (1, self.session.total_steps)
             layer_norms = backend.layer_norms(self.layers) if log_due and self.layers else {}
             grad_norm, bad = backend.step(learning_rate)
             self.bad_steps.add(bad, state.step)

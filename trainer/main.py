@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.command_line import config as configuration
 from trainer.command_line import help
 from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, without_urls
-from trainer.distributed.signals import die_with_launcher, leave, leaving_at_signals, process_start_monotonic
-from trainer.errors import FINISHED, INTERRUPTED, UserError, path_of, user_error
+from trainer.distributed.ranks import adopt_ranks, without_local_rank
+from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
+from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, user_error
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -42,7 +46,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         raise RuntimeError("main(...) must stand below `if __name__ == '__main__':`, or data workers start the training anew")
     if argv is None:
         argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
-    argv = list(argv)
+    argv = without_local_rank(argv)
+    adopt_ranks(os.environ)
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
     launch: Launch | None = None
     code, alike = FINISHED, True
@@ -52,11 +57,16 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         run = flags.config.run if isinstance(flags, Parsed) else flags
         with leaving_at_the_time_limit(getattr(run, "max_training_hours", None), console):
             from trainer.backends import backend_of
+            from trainer.backends.deepspeed_config import request_zero
             from trainer.distributed.launch import connect
 
+            if isinstance(flags, Parsed):
+                request_zero(os.environ, run.deepspeed_config)
             backend, alike = backend_of(os.environ), False  # what went wrong before is the same on all ranks: rank 0 says it
             launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
-        if isinstance(flags, Parsed):
+        if isinstance(flags, Parsed) and flags.config.run.fast_dev_run:
+            fast_dev_run(recipe, argv, launch, console)
+        elif isinstance(flags, Parsed):
             train(recipe, flags, argv, launch, console)
         else:
             from trainer.distributed.peers import explained
@@ -70,6 +80,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         code = report_error(error, console, alike)
     finally:
         console.close()
+    if code == BAD_INPUT:
+        end_launcher()
     if launch is None:
         sys.exit(code)
     leave(code)
@@ -136,6 +148,32 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
         ),
     ]
     return help.text(recipe.config_class, f"python {file}", recipe.presets, commands, examples, everything)
+
+
+def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: Console) -> None:
+    """All that a run does, in seconds: a step, an evaluation and a save, and a second step of a run that resumes. Collective.
+
+    Steps end by `--stop_at_step`, so that the schedule, and whatever depends on the length of the run, are the real ones.
+    """
+
+    def make_folder() -> str:
+        root = Path("runs", recipe.name)
+        root.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(dir=root, prefix="fast_dev_run-")
+
+    folder = launch.control.on_main(make_folder)
+    given = [word for word in argv[argv[:1] == ["train"] :] if word not in ("--fast_dev_run", "--fast-dev-run")]
+    quick = ["--output_dir", folder, "--resume", "auto", "--log_every", "1", "--eval_every", "1", "--eval_iters", "1"]
+    quick += ["--no_use_wandb", "--no_use_tensorboard"]
+    try:
+        for step in (1, 2):
+            words = [*given, *quick, "--stop_at_step", str(step)]
+            train(recipe, configuration.parse(recipe.config_class, recipe.presets, words, recipe.name), words, launch, console)
+        console.log("--fast_dev_run: a step, an evaluation, a save and a resume work; nothing of it is kept")
+    finally:
+        console.close_log()
+        if launch.is_main:
+            shutil.rmtree(folder)
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> StopReason:

@@ -53,8 +53,7 @@ def _split_further(session: Session, error: Exception) -> None:
     """Take the next smaller micro-batch that divides; raises the error where there is none. Clears gradients."""
     before, processes = session.config.optimisation, session.launch.processes
     effective = before.effective_batch_size
-    sizes = (n for n in range(before.batch_size - 1, 0, -1) if effective % n == 0 and n % processes == 0)
-    size = next(sizes, None)
+    size = next((n for n in range(before.batch_size - 1, processes - 1, -1) if effective % n == 0), None)
     if size is None:
         raise error
     error.__traceback__ = None  # whose frames hold activations

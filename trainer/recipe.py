@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from trainer.checkpoints.pretrained import StoredTensor
     from trainer.distributed.launch import Launch
+    from trainer.initial_weights import Weights
     from trainer.reporting.run_directory import RunDirectory
 
 Batch = dict[str, "Tensor"]
@@ -128,6 +129,10 @@ class Report(Generic[ConfigT]):
             f"{unit}/sec: {metrics[rate]:.0f}"
         )
 
+    def show_batch(self, batch: Batch, config: ConfigT, data: Data, run: RunDirectory) -> str:
+        """A batch as a person reads it, for `--debug`: its first text, or where a picture of it is. Empty: nothing to add."""
+        return ""
+
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of an evaluation; `metrics` have their full names, `eval/val_loss`."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
@@ -170,6 +175,8 @@ class Recipe(Generic[ConfigT]):
     """terms of `loss` that are no losses (an accuracy): logged under their own names, with weight 0 in the objective"""
     throughput: tuple[str, str] | None = None
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
+    free_settings: tuple[str, ...] = ("dropout",)
+    """of `pretrained_settings`, the flags that may be given another value: weights do not depend on them"""
 
     def __init__(self) -> None:
         self.report: Report[ConfigT] = self.report_class(self)
@@ -244,12 +251,34 @@ class Recipe(Generic[ConfigT]):
         o = config.optimisation
         return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
 
+    def scheduled_rate(self, step: int, total_steps: int, config: ConfigT) -> float:
+        """The learning rate of a step: by `--schedule`, or the recipe's own."""
+        from trainer.optimisation.schedule import named
+
+        o = config.optimisation
+        if o.schedule == "recipe":
+            return self.learning_rate(step, total_steps, config)
+        return named(o.schedule, step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr, o.cooldown_fraction)
+
     # ---- kept with the weights
 
-    def pretrained(self, name: str) -> Mapping[str, StoredTensor]:
-        """Weights for an `--init_from` that is not a checkpoint folder, by the names of the network: each process reads what it
-        will hold. ValueError or OSError in one line if there are none."""
-        raise ValueError(f"init_from {name!r} is not a checkpoint folder; give the path of one")
+    def pretrained_settings(self, name: str, saved: ConfigT | None) -> Mapping[str, Any]:
+        """{flag: the value that the weights of an `--init_from` belong to}, for flags that are not given.
+
+        `name` is a checkpoint folder of this recipe, with its configuration `saved`, or a folder or hub name of somebody
+        else's (None). Default: the flags of the model. ValueError or OSError, in one line, for what this network has not.
+        """
+        if saved is None:
+            raise ValueError(f"is no checkpoint of {self.name}, and it reads no others")
+        return vars(saved.model)
+
+    def pretrained(self, name: str, network: Any, initial: Weights) -> Mapping[str, StoredTensor]:
+        """Weights for an `--init_from` that is no checkpoint of this recipe, by the names of the network; each process reads
+        what it will hold. ValueError or OSError in one line if there are none.
+
+        The network has no memory yet; `initial` are the values that it begins with on its own.
+        """
+        raise ValueError(f"init_from {name!r} is not a checkpoint of {self.name}; give the path of one")
 
     def checkpoint_files(self, config: ConfigT, network: Any, data: Data) -> Mapping[str, str | Mapping[str, Tensor]]:
         """{file name: its content} to stand beside the weights in every checkpoint.

@@ -26,7 +26,7 @@ from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
 from trainer.micro_batches import fit, whole
 from trainer.optimisation.schedule import warmup_for
-from trainer.recipe import Batch, Data, Log, Recipe
+from trainer.recipe import Batch, Data, Log, Recipe, Report
 
 
 @dataclass(kw_only=True)
@@ -62,8 +62,15 @@ class Session:
     def training_batches(self, step: int, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """This process's micro-batches behind a step."""
         o, launch = self.config.optimisation, self.launch
-        first = step * o.gradient_accumulation_steps
-        order = stream.TrainingOrder(o.batch_size, launch.rank, launch.processes, o.seed, self.samples, first)
+        order = stream.TrainingOrder(
+            o.batch_size,
+            launch.rank,
+            launch.processes,
+            o.seed,
+            self.samples,
+            first_micro_batch=step * o.gradient_accumulation_steps,
+            repeated=o.overfit_batch * o.gradient_accumulation_steps,
+        )
         return loader.read(self.data.train, order, self.config.run, launch.device, stop_requested)
 
 
@@ -141,7 +148,7 @@ def check_extra_tensors(saved: Checkpoint, stem: str, tensors: Mapping[str, Tens
 def make_backend(config: Any, launch: Launch) -> Backend:
     """The backend that was launched, in the precision that was requested."""
     optimisation, run = config.optimisation, config.run
-    stream.share(optimisation.batch_size, launch.processes)
+    stream.share(optimisation.batch_size, launch.rank, launch.processes)
     kind = backend_of(os.environ)
     if run.log_grad_norms and not kind.supports_layer_norms:
         raise UserError(
@@ -251,6 +258,9 @@ def describe(session: Session, step: int) -> list[str]:
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     precision = {"no": "fp32", "bf16": "bf16", "fp16": "fp16 with loss scaling"}[session.backend.precision]
     optimisation = config.optimisation
+    schedule = session.recipe.report.schedule(config)
+    if optimisation.schedule != "recipe":
+        schedule = Report.schedule(session.recipe.report, config) + f" ({optimisation.schedule})"
     return [
         f"Launch: {session.backend.name}, {launch.processes} x {launch.device.type}, {precision}, "
         f"{torch.get_num_threads()} CPU threads each",
@@ -262,7 +272,7 @@ def describe(session: Session, step: int) -> list[str]:
             session.total_steps,
             session.samples,
         ),
-        f"Optimizer: {type(session.backend.optimizer).__name__}, {session.recipe.report.schedule(config)}; "
+        f"Optimizer: {type(session.backend.optimizer).__name__}, {schedule}; "
         f"weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
         *session.recipe.report.start_lines(step, session.total_steps, launch.device.type, parameters, trained),
     ]

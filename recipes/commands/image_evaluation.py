@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing
 from trainer.errors import UserError
-from trainer.recipe import Log, Recipe
+from trainer.recipe import Batch, Log, Recipe
 
 if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
@@ -56,16 +57,38 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     network = load_for_evaluation(recipe, checkpoint, config, data, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
-    log(f"{split}: {_accuracies(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")
+    log(f"{split}: {accuracies_in(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")
 
 
 def _names(classes: Sequence[str]) -> str:
     return ", ".join(classes[:6]) + (f" and {len(classes) - 6} more" if len(classes) > 6 else "")
 
 
-def _accuracies(metrics: Mapping[str, float], prefix: str = "") -> str:
-    top5 = metrics.get(f"{prefix}top5")
-    return f"top-1 {metrics[f'{prefix}accuracy']:.2%}" + ("" if top5 is None else f", top-5 {top5:.2%}")
+def accuracies_in(metrics: Mapping[str, float], prefix: str = "", is_: str = " ", separator: str = ", ") -> str:
+    """top-1 and, where it was measured, top-5."""
+    shares = {"top-1": metrics[f"{prefix}accuracy"], "top-5": metrics.get(f"{prefix}top5")}
+    return separator.join(f"{name}{is_}{share:.2%}" for name, share in shares.items() if share is not None)
+
+
+def draw_images(batch: Batch, data: Any, classes: Sequence[str], out: Path) -> str:
+    """Draw up to 16 images of a batch with their classes; a line that names the picture. `data`: the section of that name."""
+    import torch
+
+    from trainer.reporting.plot import new_figure, save_figure
+
+    count = min(16, len(batch["images"]))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.image_mean, data.image_std))
+    pixels = (batch["images"][:count].float() * std + mean).clip(0, 1).permute(0, 2, 3, 1).numpy()
+    columns = min(8, count)
+    figure = new_figure(1.5 * columns, 1.8 * -(-count // columns))
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, label in zip(axes, pixels, batch["labels"].tolist(), strict=False):
+        axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(classes[label][:16], fontsize=8)
+    save_figure(figure, out)
+    return f"Picture: {out}"
 
 
 def summarise_run(run: RunDirectory, log: Log) -> None:
@@ -75,8 +98,8 @@ def summarise_run(run: RunDirectory, log: Log) -> None:
 
     evaluations = [row for row in read_metrics(run.metrics) if row.get("eval/val_accuracy") is not None]
     best = max(evaluations, key=lambda row: (row["eval/val_accuracy"], -row["step"]))
-    log(f"validation, last weights: {_accuracies(evaluations[-1], 'eval/val_')}")
-    log(f"validation, best weights (step {best['step']:,}, best_model): {_accuracies(best, 'eval/val_')}")
+    log(f"validation, last weights: {accuracies_in(evaluations[-1], 'eval/val_')}")
+    log(f"validation, best weights (step {best['step']:,}, best_model): {accuracies_in(best, 'eval/val_')}")
     plot = run.plots / "accuracy.png"
     plot_metric({"": run.metrics}, "eval/val_accuracy", plot, title=f"vit_relpos: {run.path.name}")
     log(f"Plot: {plot}")

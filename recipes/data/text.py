@@ -24,24 +24,25 @@ from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_si
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+
 ENCODE_CHARACTERS = 1 << 20  # tokenized at a time, so that memory stays bounded
 
 
-class Ids(Protocol):
-    """An array of ids [tokens], or files that are read where places in it are asked for; `np.asarray` gives all."""
+class IdsInShards(Protocol):
+    """Ids in several files, as one array would give them (`token_sets.TokenSet`)."""
 
-    def __len__(self) -> int: ...
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Those at some places, of any shape."""
 
-    def __getitem__(self, places: Any, /) -> Any: ...
-
-    def __array__(self) -> np.ndarray: ...
+    def __len__(self) -> int:
+        """Of all files together."""
 
 
 @dataclass(frozen=True)
 class TokenSplit:
     """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
 
-    ids: Ids  # uint16 or uint32 [tokens]: each row followed by end-of-text
+    ids: np.ndarray | IdsInShards  # uint16 or uint32 [tokens]: each row followed by end-of-text; `[places]` reads some of them
     row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
     words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
     fingerprint: str  # hex; of the ids

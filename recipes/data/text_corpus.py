@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from recipes.data.cache import content_hash, file_hash, remembered
 from recipes.data.documents import piece_size
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
-from recipes.data.text_files import lines, no_progress, rows, text_blocks
+from recipes.data.text_files import cell, lines, no_progress, rows, text_blocks
 from recipes.data.text_sources import SPLITS, Source, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
@@ -34,8 +35,8 @@ class Corpus:
     """what the user should know of it"""
 
 
-def find_corpus(dataset: str, data_dir: str | None, column: str, cache: Path) -> Corpus:
-    """The text that is meant.
+def find_corpus(dataset: str, data_dir: str | None, column: str | None, cache: Path) -> Corpus:
+    """The text that is meant; with `column` None each row whole, as JSON: {"text": ...} for one of plain text.
 
     `data_dir` (a file, a pattern, a folder, a data set that `datasets` saved) wins over `dataset`: wikitext2, wikitext103,
     OWNER/NAME[:CONFIGURATION] (from the hub or its local cache) or embedded. Raises ValueError or FileNotFoundError; no other
@@ -54,11 +55,11 @@ def find_corpus(dataset: str, data_dir: str | None, column: str, cache: Path) ->
     )
 
 
-def _local_corpus(data_dir: str, column: str, cache: Path) -> Corpus:
+def _local_corpus(data_dir: str, column: str | None, cache: Path) -> Corpus:
     splits, notes = find_splits(data_dir)
     sources = [source for split in splits.values() for source in split]
     kinds = [f"{name} {source.split or source.kind}" for name, split in splits.items() for source in split]
-    digest = content_hash(column, *kinds, *(_digest(path, cache) for source in sources for path in _files(source)))
+    digest = content_hash(column or "", *kinds, *(_digest(path, cache) for source in sources for path in _files(source)))
     if "validation" in splits:
         return Corpus(digest, lambda without: _split_rows(splits, column, without), notes)
     size = sum(source.size_bytes or 0 for source in splits["train"])
@@ -82,15 +83,19 @@ def _digest(path: Path, cache: Path) -> str:
     return remembered(path, "sha256", lambda: {"sha256": file_hash(path)}, cache)["sha256"]
 
 
-def _split_rows(splits: dict[str, list[Source]], column: str, without: Counter[str]) -> Iterator[Row]:
+def _split_rows(splits: dict[str, list[Source]], column: str | None, without: Counter[str]) -> Iterator[Row]:
     for split in SPLITS:
         for source in splits.get(split, ()):
             found = False
             for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, column, no_progress, without):
                 found = found or not (row.isspace() or not row)
-                yield split, row
+                yield split, row if column is not None or not source.is_plain else _json(row)
             if not found:
                 raise ValueError(f"{source.name} is empty, or has only blank rows; give one with text, or remove it")
+
+
+def _json(text: str) -> str:
+    return json.dumps({"text": text}, ensure_ascii=False) if text.strip() else ""
 
 
 def _plain_rows(path: Path) -> Iterator[str]:
@@ -125,7 +130,7 @@ def _hold_out(stream: Iterable[Row], wanted: list[str], share: float, run_charac
         yield run, row
 
 
-def _hub_corpus(dataset: str, column: str) -> Corpus:
+def _hub_corpus(dataset: str, column: str | None) -> Corpus:
     import datasets
 
     repository, _, configuration = dataset.partition(":")
@@ -136,10 +141,11 @@ def _hub_corpus(dataset: str, column: str) -> Corpus:
         datasets.config.HF_HUB_OFFLINE = config_offline or not hub_is_reachable()
         data = datasets.load_dataset(*names)
         splits = {split: data[name] for name in data if (split := split_named(name))}
-        if not {"train", "validation"} <= splits.keys() or column not in splits["train"].column_names:
-            columns = ", ".join(next(iter(data.values())).column_names)
+        columns = next(iter(data.values())).column_names
+        if not {"train", "validation"} <= splits.keys() or (column is not None and column not in columns):
             raise ValueError(
-                f"it has the splits {', '.join(data)} and the columns {columns}: train, validation, {column} are needed"
+                f"it has the splits {', '.join(data)} and the columns {', '.join(columns)}: train, validation"
+                f"{f', {column}' if column is not None else ''} are needed"
             )
     except Exception as error:  # the library raises a dozen types; to the user all mean the same
         raise ValueError(
@@ -151,10 +157,11 @@ def _hub_corpus(dataset: str, column: str) -> Corpus:
 
     def all_rows(without: Counter[str]) -> Iterator[Row]:
         for split in SPLITS:
-            for row in splits[split][column] if split in splits else ():
-                if row is None:
+            for row in splits.get(split, ()):
+                text = cell(row, column)
+                if text is None:
                     without[dataset] += 1
                 else:
-                    yield split, row.rstrip()
+                    yield split, text.rstrip()
 
-    return Corpus(content_hash(column, *(f"{name} {splits[name]._fingerprint}" for name in sorted(splits))), all_rows, [])
+    return Corpus(content_hash(column or "", *(f"{name} {splits[name]._fingerprint}" for name in sorted(splits))), all_rows, [])

@@ -11,7 +11,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -31,8 +31,10 @@ def no_progress(count: int) -> None:
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 
 
-def rows(source: Source, column: str, read: Read, without: Counter[str]) -> Iterator[str]:
-    """The documents of a source that has one in `column` of every row. Rows without text are counted, by source, in `without`.
+def rows(source: Source, column: str | None, read: Read, without: Counter[str]) -> Iterator[str]:
+    """The documents of a source that has one in `column` of every row; for None each row whole, as JSON.
+
+    Rows without text are counted, by source, in `without`.
 
     ValueError, in one line that names the place, for what is not text, and for a source that has no text at all.
     """
@@ -118,7 +120,12 @@ def _blocks(path: Path, read: Read) -> Iterator[bytes]:
             raise ValueError(f"{path} cannot be read ({error.strerror or one_line(error)}); check what it is") from None
 
 
-def _json_rows(path: Path, column: str, read: Read) -> Iterator[Row]:
+def cell(row: Mapping[str, Any], column: str | None) -> Any:
+    """What stands in a column of a row; for None the whole row, as JSON."""
+    return json.dumps(row, ensure_ascii=False, default=str) if column is None else row.get(column)
+
+
+def _json_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
     # JSON escapes line ends, and a line of bytes is decoded as a whole.
     rest = b""
     number = 0
@@ -133,10 +140,10 @@ def _json_rows(path: Path, column: str, read: Read) -> Iterator[Row]:
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{place} is not JSON ({one_line(error)}); give one object a line") from None
-            yield (place, row.get(column), row) if isinstance(row, dict) else (place, row, ())
+            yield (place, cell(row, column), row) if isinstance(row, dict) else (place, row, ())
 
 
-def _parquet_rows(path: Path, column: str, read: Read) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -145,20 +152,20 @@ def _parquet_rows(path: Path, column: str, read: Read) -> Iterator[Row]:
         # Its index is at its end, so a compressed one has to be unpacked as a whole.
         file = ParquetFile(io.BytesIO(b"".join(_blocks(path, lambda count: None))) if compressed else path)
         names, count = file.schema_arrow.names, max(1, file.metadata.num_rows)
-        if column not in names:
+        if column is not None and column not in names:
             yield str(path), None, names
             return
         done = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
             read(path.stat().st_size * len(batch) // count)
-            for text in batch.column(0).to_pylist():
+            for row in batch.to_pylist():
                 done += 1
-                yield f"{path}, row {done}", text, names
+                yield f"{path}, row {done}", cell(row, column), names
     except ArrowException as error:
         raise ValueError(f"{path} is not a readable parquet file ({one_line(error)})") from None
 
 
-def _data_set_rows(source: Source, column: str) -> Iterator[Row]:
+def _data_set_rows(source: Source, column: str | None) -> Iterator[Row]:
     import datasets
 
     name, _, configuration = source.name.partition(":")
@@ -171,6 +178,6 @@ def _data_set_rows(source: Source, column: str) -> Iterator[Row]:
         else:
             data = datasets.load_dataset(name, configuration or None, split=source.split, streaming=True)
         for number, row in enumerate(data, start=1):
-            yield f"{source.name}, {source.split}, row {number}", row.get(column), row
+            yield f"{source.name}, {source.split}, row {number}", cell(row, column), row
     except Exception as error:  # the library raises a dozen types; to the user all mean the same
         raise ValueError(f"{source.name} cannot be read ({one_line(error)}); give files, or another data set") from error

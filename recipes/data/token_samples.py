@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipes.data.text import Ids, TokenSplit
+from recipes.data.text import IdsInShards, TokenSplit
 from recipes.data.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
     import torch
+
 
 IGNORED = -100  # a label that is not trained on: the default ignore_index of torch's cross entropy
 
@@ -86,7 +87,9 @@ class TokenRows:
         return _gather(self.split.ids, starts, lengths, int(lengths.max()), self.end_of_text)
 
 
-def _gather(ids: Ids, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int) -> dict[str, "torch.Tensor"]:
+def _gather(
+    ids: np.ndarray | IdsInShards, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int
+) -> dict[str, "torch.Tensor"]:
     """ids[start : start + length] and, as labels, the ids one further, padded to `time`: int64 [batch, time] each.
 
     The one place where labels are shifted: neither a recipe nor a model shifts them again.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 INIT_STD = 0.02
+SIZES = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head", "max_length": "n_positions", "d_ff": "n_inner"}
+"""flag: its name in config.json"""
+RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+PUBLISHED: dict[str, Any] = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+"""what decides the function beside sizes: this network has the published ones alone"""
+DEFAULTS = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_inner": None, **dict.fromkeys(RATES, 0.1)}
+"""of a config.json that leaves them out"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,11 @@ class Gpt2Config:
         """The `config.json` of a folder that transformers, and what is built on it, can open."""
         named = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32", "use_cache": True}
         return json.dumps(named | asdict(self), indent=2) + "\n"
+
+    def generation_json(self) -> str:
+        """The `generation_config.json` beside it: where a text ends, and how to sample unless told otherwise."""
+        ends = {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
+        return json.dumps(ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95}, indent=2) + "\n"
 
 
 class Projection(nn.Module):
@@ -205,6 +226,22 @@ def build_gpt2(
         eos_token_id=end_of_text,
     )
     return Gpt2(config, gradient_checkpointing)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{flag: value} of the network that transformers' config.json says; what it leaves out is GPT-2's. ValueError, by name, for
+    what this network has not."""
+    given = {**PUBLISHED, **DEFAULTS, "model_type": "none", **config}
+    if given["activation_function"] == "gelu_pytorch_tanh":  # the same function
+        given["activation_function"] = "gelu_new"
+    for name, own in PUBLISHED.items():
+        if given[name] != own:
+            raise ValueError(f"{name} is {given[name]!r}, and this network has {own!r} alone; choose other weights")
+    rates = {key: given[key] for key in RATES}
+    if len({*rates.values()}) > 1:
+        raise ValueError(f"{', '.join(f'{key} is {rate}' for key, rate in rates.items())}, and this network has one dropout")
+    sizes = {flag: given[key] for flag, key in SIZES.items()}
+    return sizes | {"d_ff": given["n_inner"] or 4 * given["n_embd"], "dropout": given["resid_pdrop"]}
 
 
 def as_transformers(network: Gpt2) -> GPT2LMHeadModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,31 @@ from trainer.errors import UserError, one_line, path_of
 
 VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast")
+
+
+def request_zero(environ: MutableMapping[str, str], file: str | None) -> None:
+    """Ask for ZeRO with the file of `--deepspeed_config`, as Accelerate's launcher does with its own; None: nothing was given.
+
+    UserError where the launcher has asked for something else, or is DeepSpeed's own, which has no file to give.
+    """
+    asked = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+    if file is None:
+        if "CROSS_RANK" in environ and not asked:
+            raise UserError(
+                f"`deepspeed` has started this, without a DeepSpeed file; add --deepspeed_config "
+                f"{path_of('ds_configs/zero2.json')}, or start DDP with torchrun"
+            )
+        return
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError(f"--deepspeed_config {file}, and the launcher asks for FSDP; keep one of them")
+    if asked and Path(environ.get(VARIABLE) or "none").absolute() != Path(file).absolute():
+        raise UserError(f"--deepspeed_config {file}, and the launcher asks for {environ.get(VARIABLE)}; keep one of them")
+    if "WORLD_SIZE" not in environ:
+        raise UserError(
+            f"--deepspeed_config {file}: this process was started alone; start it with torchrun --nproc_per_node N (1 does), "
+            "srun or deepspeed"
+        )
+    environ.update({"ACCELERATE_USE_DEEPSPEED": "true", VARIABLE: file})
 
 
 def check_deepspeed_file(environ: Mapping[str, str]) -> None:
@@ -100,6 +125,8 @@ def fill_deepspeed_config(
         if from_file and in_file != "auto" and in_file != value:
             raise UserError(f'DeepSpeed file: {key} {in_file} contradicts {flag} = {value:g}; write "auto" there')
         filled[key] = value
+    # DeepSpeed checks that this is the product of the others, and makes log lines of it: where shares differ, of the smallest.
+    filled["train_batch_size"] = settings.batch_size // processes * settings.gradient_accumulation_steps * processes
     for key in ("optimizer", "scheduler"):
         if key in filled:
             raise UserError(f"DeepSpeed file: remove its {key!r} section; samecurve sets it from its own flags")

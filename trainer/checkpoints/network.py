@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from trainer.backends import backend_of
 from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, saved_buffers
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.init_from import own_checkpoint
 from trainer.checkpoints.verification import Verify, verify_together
 from trainer.command_line import config as configuration
 from trainer.data.bad_samples import first_batch
@@ -77,12 +77,12 @@ def first_weights(
         return saved_weights(network, initial, resumed)
     if not init_from:
         return initial
-    folder = Path(re.sub(checkpoint.ENDINGS, "", init_from))
-    # One of ours is always checked, also if its manifest is what was lost.
-    if any((folder / file).exists() for file in ("manifest.json", "trainer_state.json")):
-        weights = saved_weights(network, initial, verify_together(folder, control))
+    folder = own_checkpoint(init_from)
+    saved = None if folder is None else verify_together(folder, control)
+    if saved is not None and saved.state["recipe"] == recipe.name:
+        weights = saved_weights(network, initial, saved)
     else:
-        weights = pretrained_weights(recipe, network, initial, init_from)
+        weights = pretrained_weights(recipe, network, initial, str(folder or init_from))
     log(f"Initial weights from {init_from}")
     return weights
 
@@ -90,7 +90,7 @@ def first_weights(
 def pretrained_weights(recipe: Recipe, network: nn.Module, initial: Weights, init_from: str) -> Weights:
     """The weights that the recipe finds under a name, not read yet; UserError where they are not this network's."""
     try:
-        given = recipe.pretrained(init_from)
+        given = recipe.pretrained(init_from, network, initial)
     except (ValueError, OSError) as error:
         raise UserError(f"--init_from {init_from}: {one_line(error)}") from error
     tensors = [*network.named_parameters(), *saved_buffers(network)]

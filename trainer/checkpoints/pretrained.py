@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.errors import UserError, one_line
 from trainer.initial_weights import ALL_ROWS
 
-SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SINGLE, INDEX, PICKLE, CONFIG = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,23 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[[slice], Tensor]
     """some rows of it (places in its first dimension), or all for `ALL_ROWS`, in memory of their own on the host"""
+
+
+def stored_config(name: str) -> dict[str, Any]:
+    """The config.json of a folder, or of a model of the hub. OSError if there is none, ValueError if it is no JSON object."""
+    from transformers.utils import cached_file
+
+    path = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise ValueError(f"holds no {CONFIG}, which says what network its weights are of; put the one of its model there")
+    with open(path, encoding="utf-8") as content:
+        try:
+            config = json.load(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({one_line(error)})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no JSON object; restore it")
+    return config
 
 
 def stored_tensors(name: str) -> dict[str, StoredTensor]:

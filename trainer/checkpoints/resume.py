@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 from trainer.checkpoints import checkpoint as checkpoints
 from trainer.checkpoints import retention, verification
 from trainer.checkpoints.checkpoint import CONFIG, STATE, Checkpoint
+from trainer.checkpoints.init_from import with_settings
 from trainer.checkpoints.verification import Verify
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
@@ -82,7 +82,7 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
 
     def decide(verify: Verify) -> dict[str, Any]:
         nonlocal plan
-        plan = make_plan(recipe, parsed, argv, log, verify)
+        plan = make_plan(recipe, parsed, argv, log, verify, launch.restarted)
         return plan.to_json()
 
     try:
@@ -101,8 +101,18 @@ def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Lau
     return plan
 
 
-def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable[[str], None], verify: Verify) -> LaunchPlan:
-    """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end."""
+def make_plan(
+    recipe: Recipe,
+    parsed: Parsed,
+    argv: Sequence[str],
+    log: Callable[[str], None],
+    verify: Verify,
+    restarted: bool = False,
+) -> LaunchPlan:
+    """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end.
+
+    `restarted`: by a scheduler or a launcher, not by a person.
+    """
     parsed = dataclasses.replace(parsed, config=with_absolute_paths(parsed.config))
     run = parsed.config.run
     path = default_directory(recipe, parsed)
@@ -120,10 +130,12 @@ def make_plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Callable
         directory.prepare()
         directory.lock(log)
         retention.clear_unfinished(directory.checkpoints)
-        saved, same_run = _choose(recipe, run, directory, log, verify)
+        saved, same_run = _choose(recipe, run, directory, log, verify, restarted)
         if saved is None:
             _check_nothing_lost(directory, log)
-        config = parsed.config if saved is None else _merge(recipe, parsed, argv, saved, same_run, log)
+            config = with_absolute_paths(with_settings(recipe, parsed, argv).config)
+        else:
+            config = _merge(recipe, parsed, argv, saved, same_run, log)
     except BaseException:
         directory.release(used=False)
         raise
@@ -180,13 +192,8 @@ def _earlier_value(path: Path, flag: str) -> str | None:
         return None
 
 
-def _restarted(environ: Any = os.environ) -> bool:
-    """Whether a scheduler or torchrun, not a person, started this command again."""
-    return any(int(environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-
-
 def _choose(
-    recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None], verify: Verify
+    recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None], verify: Verify, restarted: bool
 ) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to start from, and whether it is this run's own."""
     folder = directory.checkpoints
@@ -199,12 +206,12 @@ def _choose(
                 f"{folder} holds a run at step {existing[0][0]}; to start anew choose another --run_name or --output_dir"
             )
         return None, True
-    if run.resume_from and not (existing and _restarted()):
+    if run.resume_from and not (existing and restarted):
         path = checkpoints.resolve(run.resume_from, [folder, directory.path])
         inside = path.parent == folder.resolve()
         if inside or not existing:
             return _read(recipe, path, verify), inside
-        if not _restarted() and _earlier_value(directory.path, "resume_from") != run.resume_from:
+        if not restarted and _earlier_value(directory.path, "resume_from") != run.resume_from:
             raise UserError(
                 f"{folder} holds another run, at step {existing[0][0]}, which did not start from {run.resume_from}; leave "
                 "--resume_from out to continue it, or choose another --run_name"

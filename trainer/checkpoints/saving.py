@@ -80,7 +80,7 @@ class Saver:
     ) -> None:
         self.session, self.state, self.logger, self.stops = session, state, logger, stops
         self.recipe, self.run, self.launch = session.recipe, session.config.run, session.launch
-        self.folder = plan.directory.checkpoints
+        self.directory, self.folder = plan.directory, plan.directory.checkpoints
         self.saved_step = state.step if plan.checkpoint and plan.same_run else None
         self.saved_at = time.monotonic()
         self.share, self.thread = Share(self.launch), ThreadPoolExecutor(1, "checkpoint")
@@ -163,6 +163,8 @@ class Saver:
             self.stops.record_save(save.seconds)
             row = {SAVE_SECONDS: save.seconds, "checkpoint/stall_seconds": save.stall_seconds}
             self.logger.write(row, save.step)
+            if self.launch.is_main and not save.last:
+                self.directory.write_status("running", None, save.step, self.folder / save.name)
         what = "Saved checkpoint to" if save.writes else "Linked checkpoint"
         names = f" ({', '.join(save.links)})" if save.links else ""
         self.logger.console.log(f"{what} {self.folder / save.name}{names}")

@@ -97,6 +97,8 @@ def parse(
     base, config = (
         with_homes(dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None))) for c in (base, config)
     )
+    if config.run.debug:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, num_workers=0, compile="no"))
     check(config)
     refuse_unused(config, given)
     unresolved = config
@@ -111,16 +113,13 @@ def parse(
 
 def refuse_unused(config: Any, given: frozenset[str]) -> None:
     """UserError for a flag that does nothing in this recipe, which says so in its config class: `unused` {field: why}."""
-    default = config_class_values(type(config)())
+    default = values(type(config)())
     for name, reason in getattr(config, "unused", {}).items():
-        value = config_class_values(config)[name]
+        value = values(config)[name]
+        if name in ("warmup_steps", "min_lr") and config.optimisation.schedule != "recipe":
+            continue
         if name in given and value not in (0, default[name]):
             raise UserError(f"{name} {value:g} would do nothing: {reason}")
-
-
-def config_class_values(config: Any) -> dict[str, Any]:
-    """Every field of every section."""
-    return {key: value for field in dataclasses.fields(config) for key, value in values(getattr(config, field.name)).items()}
 
 
 def _length_flags(by_source: Sequence[frozenset[str]]) -> frozenset[str]:

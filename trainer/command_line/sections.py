@@ -30,6 +30,10 @@ class Optimisation:
     """learning rate of the last step"""
     warmup_steps: Annotated[int, NotNegative, arg(aliases=("--warmup_iters",))] = 2000
     """optimizer steps of linear warm-up; an untyped value is cut to a tenth of the run"""
+    schedule: Literal["recipe", "cosine", "linear", "constant", "wsd", "one_cycle"] = "recipe"
+    """of the learning rate: the recipe's own, or one of these behind the warm-up; wsd stays at the peak and then comes down"""
+    cooldown_fraction: Annotated[float, Fraction] = 0.2
+    """the last part of the run, over which wsd comes down to min_lr"""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """muon: 2-D hidden weights by Muon, the rest by AdamW (not under ZeRO and FSDP)"""
     weight_decay: Annotated[float, NotNegative] = 0.01
@@ -39,8 +43,10 @@ class Optimisation:
     eps: Annotated[float, Positive] = 1e-8
     grad_clip: Annotated[float, NotNegative, arg(aliases=("--gradient_clip",))] = 1.0
     """largest global gradient norm (0: no clipping)"""
+    overfit_batch: Annotated[int, NotNegative] = 0
+    """train on the run's first so many effective batches alone, again and again: can the network learn them? (0: off)"""
     init_from: Annotated[str | None, Existing] = None
-    """take the initial weights (only these) from this checkpoint folder or pretrained name"""
+    """take the initial weights, and what flags of the network say, from this checkpoint folder or pretrained name"""
 
     @property
     def effective_batch_size(self) -> int:
@@ -61,6 +67,8 @@ class Run:
     config: Annotated[str | None, Existing] = None
     """a YAML file of values, flat or in sections"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deepspeed_config: Annotated[str | None, Existing] = None
+    """train this launch under ZeRO, as a DeepSpeed file says, whatever started its processes: ds_configs/zero2.json, ..."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: what the launcher says, else bf16 on a GPU and fp32 on a CPU"""
     compile: Switch = "auto"
@@ -126,6 +134,13 @@ class Run:
     """steps in a row with a non-finite gradient before the run fails"""
     timeout_minutes: Annotated[float, Positive] = 60.0
     """how long a process waits for the others before it gives up"""
+    debug: bool = False
+    """look at the first batch and at what goes through the network, and name the module where a value first stops being
+    finite, with its step; nothing is compiled, and no worker reads data"""
+    fast_dev_run: bool = False
+    """try all that a run does, in a folder that is thrown away: one step, an evaluation, a save, and a resume"""
+    profile: Annotated[int, NotNegative] = 0
+    """trace so many steps on rank 0, after a few to warm up: a file to look at, and the operations that take the time"""
     use_tensorboard: bool = False
     use_wandb: bool = False
     wandb_project: str = "samecurve"
@@ -138,4 +153,18 @@ class Run:
 
 
 # What describes this launch alone, and is therefore never taken over from a checkpoint.
-PER_LAUNCH = ("output_dir", "run_name", "preset", "config", "device", "resume", "resume_from", "data_changed", "stop_at_step")
+PER_LAUNCH = (
+    "output_dir",
+    "run_name",
+    "preset",
+    "config",
+    "device",
+    "deepspeed_config",
+    "resume",
+    "resume_from",
+    "data_changed",
+    "stop_at_step",
+    "debug",
+    "fast_dev_run",
+    "profile",
+)

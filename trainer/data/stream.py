@@ -55,40 +55,56 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int | None) -> np.ndarray:
-    """Sample numbers at ascending stream positions, int64. Finite set: epoch * length + shuffled item, each once per epoch."""
+    """Sample numbers at stream positions, int64. Finite set: epoch * length + shuffled item, each once per epoch."""
     positions = np.asarray(positions, dtype=np.int64)
     if length is None:
         return positions
     epochs, places = np.divmod(positions, length)
-    first, last = int(epochs[0]), int(epochs[-1])
+    first, last = int(epochs.min()), int(epochs.max())
     keys = np.array([hash32("order", seed, epoch) for epoch in range(first, last + 1)], dtype=np.uint64)
     return epochs * length + shuffled(places, keys[epochs - first], length)
 
 
-def share(batch_size: int, processes: int) -> int:
-    """Samples per process of a micro-batch; UserError with the nearest sizes that divide."""
-    if batch_size % processes:
-        below, above = batch_size // processes * processes, -(-batch_size // processes) * processes
-        sizes = f"{below} or {above}" if below else str(above)
-        raise UserError(f"batch_size {batch_size} does not divide over {processes} processes; use {sizes}")
-    return batch_size // processes
+def share(batch_size: int, rank: int, processes: int) -> range:
+    """The places of a micro-batch that are a process's: as many as any other's, or one more. UserError if there are too few.
+
+    Losses are divided by counts over all processes, so the curve does not depend on who reads what.
+    """
+    if processes > batch_size:
+        raise UserError(
+            f"batch_size {batch_size} does not reach for {processes} processes; use {batch_size} processes at most, or a "
+            "larger --batch_size with fewer --gradient_accumulation_steps"
+        )
+    return range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
 
 
 class TrainingOrder:
-    """Batch sampler: the sample numbers of this process's part of every micro-batch, from `first_micro_batch` on, for ever."""
+    """Batch sampler: the sample numbers of this process's part of every micro-batch, from `first_micro_batch` on, for ever.
+
+    `repeated`: after so many micro-batches the first one comes again (0: never).
+    """
 
     def __init__(
-        self, batch_size: int, rank: int, processes: int, seed: int, length: int | None, first_micro_batch: int
+        self,
+        batch_size: int,
+        rank: int,
+        processes: int,
+        seed: int,
+        length: int | None,
+        first_micro_batch: int,
+        repeated: int = 0,
     ) -> None:
-        self.batch_size, self.part, self.rank = batch_size, share(batch_size, processes), rank
+        self.batch_size, self.places = batch_size, np.array(share(batch_size, rank, processes))
         self.seed, self.length, self.first_micro_batch = seed, length, first_micro_batch
+        self.repeated = repeated * batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        count = max(1, BLOCK // self.part)  # micro-batches at a time
-        own = (np.arange(count)[:, None] * self.batch_size + np.arange(self.part)).ravel()
-        start = self.first_micro_batch * self.batch_size + self.rank * self.part
+        count = max(1, BLOCK // len(self.places))  # micro-batches at a time
+        own = (np.arange(count)[:, None] * self.batch_size + self.places).ravel()
+        start = self.first_micro_batch * self.batch_size
         while True:
-            yield from sample_numbers(start + own, self.seed, self.length).reshape(count, self.part).tolist()
+            positions = (start + own) % self.repeated if self.repeated else start + own
+            yield from sample_numbers(positions, self.seed, self.length).reshape(count, -1).tolist()
             start += count * self.batch_size
 
 
@@ -128,8 +144,10 @@ def length_of(dataset: Any) -> int | None:
 def describe(batch_size: int, accumulation: int, processes: int, total_steps: int, samples: int | None) -> Sequence[str]:
     """The batch arithmetic, in the lines printed at start."""
     effective = batch_size * accumulation
+    least, most = (len(share(batch_size, rank, processes)) for rank in (0, processes - 1))
+    each = str(least) if least == most else f"{least} or {most}"
     lines = [
-        f"Batch: {share(batch_size, processes)} samples x {processes} process{'es' if processes > 1 else ''} x "
+        f"Batch: {each} samples x {processes} process{'es' if processes > 1 else ''} x "
         f"{accumulation} accumulation = {effective} samples per optimizer step"
     ]
     if samples is not None:

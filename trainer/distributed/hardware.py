@@ -41,13 +41,25 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for card, peak in _PEAK_16_BIT.items() if re.search(rf"\b{card}\b", name)), None)
 
 
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """GiB of the GPU's memory: in tensors now and at most so far, and reserved for them. Empty without a GPU."""
+    if device.type != "cuda":
+        return {}
+    import torch
+
+    sizes = {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "peak": torch.cuda.max_memory_allocated(device),
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
 def memory_text(device: torch.device) -> str:
     """Memory in use and at its highest, in GiB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        import torch
-
-        used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        return f"GPU memory {used / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB"
+    memory = gpu_memory(device)
+    if memory:
+        return f"GPU memory {memory['allocated']:.2f} GiB, peak {memory['peak']:.2f} GiB"
     import resource
     import sys
 

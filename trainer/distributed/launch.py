@@ -34,6 +34,8 @@ class Launch:
     control: Control
     store: Any = None
     """what all processes of the launch can write to and read; None for a process alone"""
+    restarted: bool = False
+    """whether a launcher or scheduler, not a person, has started this command again; rank 0 knows"""
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +58,7 @@ def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool]
     meeting = meet(os.environ, timeout)
     if meeting is None:
         return _join(device, timeout, before_connect, None)
+    meeting = wait_for_all(meeting, timeout)
     with explained(meeting):
         launch = _join(device, timeout, before_connect, meeting)
     return launch
@@ -71,19 +74,28 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not torch.cuda.is_available()
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
+    # Where `srun` or `mpirun` started us, which set no number; what it comes to is printed with the launch.
+    warnings.filterwarnings("ignore", category=UserWarning, message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     if not on_cpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches of other sizes leave no holes
     before_connect(on_cpu)
-    if meeting is not None:
-        wait_for_all(meeting, timeout)
     choose_interface(os.environ)
+    if meeting is not None:
+        offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo" if offloads else "nccl"
+        own = dist.PrefixStore("default", meeting.store)
+        dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.processes, timeout=timeout)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
     _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
     if on_cpu:
         _use_all_cores(state.num_processes)
     control = Control(state.process_index, state.num_processes, timeout)
+    # torchrun counts on each host for itself: of several processes only the store knows it all.
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    restarted = any(int(os.environ.get(name) or 0) > 0 for name in counts) or (meeting is not None and meeting.restarted)
     store = meeting.store if meeting is not None else None
-    return Launch(state.process_index, state.num_processes, state.local_process_index, state.device, control, store)
+    place = (state.process_index, state.num_processes, state.local_process_index, state.device)
+    return Launch(*place, control, store, restarted)
 
 
 def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:

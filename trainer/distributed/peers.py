@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,28 +29,60 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
 POLL_SECONDS = 0.1
-FAILURE, WAITING, STARTED = "failure", "waiting/{}", "started/{}"
+PAUSES_SECONDS = (0.05, 0.1, 0.25, 0.6)
+CALL, ANSWER, LIST, FAILURE, WAITING = "samecurve/call", "{}/answer/{}", "{}/list", "failure", "waiting/{}"
 # What gloo, NCCL and torch's store say where the other end is gone.
 _BROKEN = re.compile(
     r"gloo|nccl|monitored ?barrier|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE
 )
 
 
-def wait_for_all(meeting: Rendezvous, timeout: timedelta) -> None:
-    """Until every process of the launch has started. UserError, naming those that have not; at once where one has failed."""
-    store, rank = meeting.store, meeting.rank
-    if store.add(STARTED.format(rank), 1) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise UserError(f"RANK={rank} was given to two processes of this launch; give each its own, from 0 on")
-    started = [STARTED.format(other) for other in range(meeting.processes)]
-    end = time.monotonic() + timeout.total_seconds()
-    while not store.check(started):
-        if store.check([FAILURE]):
-            raise RuntimeError("connection closed")  # the note says why
-        if time.monotonic() > end:
-            silent = [other for other, key in enumerate(started) if not store.check([key])]
-            what = _silence(silent, meeting.processes)
-            raise _lost(what, TimeoutError(f"not started within --timeout_minutes {timeout.total_seconds() / 60:g}"))
-        time.sleep(POLL_SECONDS)
+def wait_for_all(meeting: Rendezvous, timeout: timedelta) -> Rendezvous:
+    """Until every process of the launch has started; with a part of the store that is this start's alone.
+
+    torchrun's store outlives restarts, which every host counts for itself. So rank 0 calls under a name that is new, the others
+    answer with names of their own, and a call is ours if its list of answers, which rank 0 makes, has our name in it.
+
+    UserError on all, naming those that have not answered within `timeout`.
+    """
+    store, rank, own = meeting.store, meeting.rank, uuid.uuid4().hex
+    end, call, restarted = time.monotonic() + timeout.total_seconds(), own, rank == 0 and store.check([CALL])
+    listed: list[str] = []
+    if rank == 0:
+        store.set(CALL, own)
+        answers = [ANSWER.format(own, other) for other in range(1, meeting.processes)]
+        while not (complete := _wait(store, answers)) and time.monotonic() < end:
+            pass
+        silent = [] if complete else [other + 1 for other, key in enumerate(answers) if not store.check([key])]
+        listed = [] if silent else [own, *(name.decode() for name in store.multi_get(answers))]
+        store.set(LIST.format(own), json.dumps([silent, listed]))
+    else:
+        silent = [0]
+        while own not in listed and time.monotonic() < end + 2 * sum(PAUSES_SECONDS):  # rank 0 finds out who is missing
+            if _wait(store, [CALL]):
+                call = store.get(CALL).decode()
+                store.set(ANSWER.format(call, rank), own)
+            if call != own and _wait(store, [LIST.format(call)]):
+                silent, listed = json.loads(store.get(LIST.format(call)))
+                if silent:
+                    break
+                if own not in listed and "TORCHELASTIC_RUN_ID" not in os.environ:  # else it is the call of an earlier start
+                    raise UserError(f"RANK={rank} was given to two processes of this launch; give each its own, from 0 on")
+    if own not in listed:
+        late = TimeoutError(f"not started within --timeout_minutes {timeout.total_seconds() / 60:g}")
+        error = _lost(_silence(silent, meeting.processes), late)
+        error.known_to_all = 0 not in silent
+        raise error
+    return Rendezvous(rank, meeting.processes, dist.PrefixStore(call, store), restarted)
+
+
+def _wait(store: Any, keys: Sequence[str]) -> bool:
+    """Whether all keys are there within a second. Asked for a few times: the store's own wait hears no Ctrl-C."""
+    for pause in PAUSES_SECONDS:
+        if store.check(keys):
+            return True
+        time.sleep(pause)
+    return bool(store.check(keys))
 
 
 def root_cause(error: Exception, rank: int, processes: int, store: Any) -> Exception:

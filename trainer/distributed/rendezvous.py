@@ -26,6 +26,8 @@ class Rendezvous:
     rank: int
     processes: int
     store: Any
+    restarted: bool = False
+    """whether the launcher has started processes before; rank 0 knows"""
 
 
 def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
@@ -39,7 +41,9 @@ def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
     rank, port = _number(environ, "RANK", "", 0, processes - 1), _number(environ, "MASTER_PORT", "", 1, 65535)
     host = environ.get("MASTER_ADDR")
     if not host:
-        raise UserError("MASTER_ADDR is not set: the address of rank 0; start with accelerate launch or torchrun")
+        raise UserError(
+            "MASTER_ADDR is not set: the address of rank 0; set it (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+        )
     holds_it = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listening = _listen(host, port) if holds_it else None
     end = time.monotonic() + timeout.total_seconds()
@@ -57,12 +61,8 @@ def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
                     LOST,
                 ) from None
             time.sleep(POLL_SECONDS)
-    # Several of one process on one port share a server: torch's own, opened later with the process group, will be this one.
-    store = dist.TCPStore(
-        host, port, None, holds_it, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=listening
-    )
-    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store may outlive a restart
-    return Rendezvous(rank, processes, dist.PrefixStore(f"samecurve/{attempt}", store))
+    store = dist.TCPStore(host, port, None, holds_it, timeout, wait_for_workers=False, master_listen_fd=listening)
+    return Rendezvous(rank, processes, store)
 
 
 def _listen(host: str, port: int) -> int:

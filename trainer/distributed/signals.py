@@ -27,7 +27,7 @@ failing = threading.Event()
 
 def launched(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, `accelerate launch` or DeepSpeed's launcher started us."""
-    # Set by launchers only; people export ACCELERATE_MIXED_PRECISION and the like for plain `python`.
+    # Set by launchers only (the last by DeepSpeed's); people export ACCELERATE_MIXED_PRECISION and the like for plain `python`.
     return not environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE", "CROSS_RANK"))
 
 
@@ -68,6 +68,32 @@ def die_with_launcher() -> None:
         die_with_parent(signal.SIGTERM)
         if os.getppid() != parent:  # it died just before that call
             os.kill(os.getpid(), signal.SIGTERM)
+        elif "CROSS_RANK" in os.environ:
+            _die_with_deepspeed(parent)
+
+
+def _die_with_deepspeed(launcher: int) -> None:
+    """On one host the `deepspeed` that people start is the parent of our launcher, which outlives it."""
+    with suppress(OSError, AttributeError):
+        starter = int(stat_fields(launcher)[1])
+        words = Path(f"/proc/{starter}/cmdline").read_bytes().split(b"\0")
+        if not any(word.rpartition(b"/")[2] in (b"deepspeed", b"ds") for word in words[:2]):
+            return  # a shell, which may end before us
+        end = os.pidfd_open(starter)
+
+        def wait() -> None:
+            select.select([end], [], [])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=wait, name="deepspeed", daemon=True).start()
+
+
+def end_launcher() -> None:
+    """Have torchrun end instead of starting us again: no restart mends what we end with. Called on every process."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if count < most and os.environ.get("LOCAL_RANK") == "0":
+        failing.set()
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def leave(code: int) -> NoReturn:

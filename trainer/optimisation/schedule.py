@@ -42,6 +42,26 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
     return peak * (1.0 + (last - 1.0) * (index - half) / (total_steps - 1 - half))
 
 
+def named(
+    name: str, step: int, total_steps: int, warmup_steps: int, peak: float, floor: float, cooldown_fraction: float
+) -> float:
+    """A schedule that `--schedule` names: a linear warm-up, then `cosine` or `linear` to the floor, `constant`, or `wsd`, which
+    stays at the peak and comes down linearly over the last part of the run (Hu et al. 2024, "MiniCPM", section 4.2); or
+    `one_cycle`. The last step has the floor, and later ones keep it.
+    """
+    if name == "cosine":
+        return warmup_cosine(step, total_steps, warmup_steps, peak, floor)
+    if name == "one_cycle":
+        return one_cycle(step, total_steps, peak)
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    start = {"linear": warmup_steps, "constant": total_steps, "wsd": (1 - cooldown_fraction) * total_steps}[name]
+    start = max(start, warmup_steps)
+    if step <= start or name == "constant":
+        return peak
+    return peak + (floor - peak) * min(1.0, (step - start) / max(1e-9, total_steps - start))
+
+
 def warmup_for(requested: int, total_steps: int) -> tuple[int, str | None]:
     """The warm-up for a value that nobody typed: at most a tenth of the run. With the sentence that says it was cut."""
     limit = max(1, total_steps // 10)

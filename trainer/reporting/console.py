@@ -47,6 +47,10 @@ class Console:
         self._log_path = path
         self._append("")
 
+    def close_log(self) -> None:
+        """Appends to no file any more."""
+        self._log_path = None
+
     def log(self, text: str) -> None:
         """Prints `text` on stdout, above the progress bar, and appends it to train.log."""
         if self._is_main:

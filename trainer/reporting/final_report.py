@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from trainer.distributed.stopping import StopReason
 from trainer.reporting.metrics_logger import MetricsLogger
-from trainer.reporting.run_directory import RunDirectory
+from trainer.reporting.run_directory import RunDirectory, write_text_atomic
 
 
 def report_end(
@@ -46,6 +47,9 @@ def draw_loss(logger: MetricsLogger, directory: RunDirectory, with_baseline: boo
         baseline = report.baseline(session.config, session.data) if with_baseline else None
         plot_loss(directory.metrics, picture, title, baseline, unit=report.loss_unit)
         console.log(f"Plot: {picture}")
+        if baseline:
+            known = {"name": baseline[0], "loss": baseline[1]}
+            write_text_atomic(picture.with_name("baseline.json"), json.dumps(known) + "\n")
     except Exception as error:
         console.log_traceback(error)
         console.log(f"WARNING: no plot: {error}")

@@ -18,6 +18,7 @@ from trainer.errors import CHECKPOINT, UserError
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 120.0  # a holder on another machine is dead after this long without a heartbeat
+WATCH_SECONDS = 0.5
 
 
 def now_iso() -> str:
@@ -54,8 +55,8 @@ class Lock:
             descriptor = self._open()
             undo.callback(os.close, descriptor)
             kernel, holder = _record_lock(descriptor), _read_holder(descriptor)
-            if kernel == "held" or _may_live(holder, kernel):
-                raise self._in_use(holder)
+            if kernel == "held" or (_may_live(holder, kernel) and self._lives(descriptor, holder)):
+                raise self._in_use(_read_holder(descriptor))
             if os.fstat(descriptor).st_nlink == 0:  # a refused start has removed it
                 raise self._unusable("removed in this moment; try again")
             if holder:
@@ -71,6 +72,18 @@ class Lock:
         Lock._held.add(os.path.realpath(self.path))
         self._released.clear()
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
+
+    def _lives(self, descriptor: int, holder: dict[str, Any]) -> bool:
+        """Whether a holder on another machine does: its heartbeat moves, before none could be as silent for so long.
+
+        A run whose machine died may be started on another one at once. What its clock said proves nothing.
+        """
+        seconds = STALE_SECONDS - max(0.0, time.time() - holder["heartbeat"])
+        self._log(f"Waiting, {seconds:.0f} s at most, for a sign of life of {_name(holder)}, which holds {self.path.parent}")
+        end = time.monotonic() + seconds
+        while (now := _read_holder(descriptor)) == holder and time.monotonic() < end:
+            time.sleep(WATCH_SECONDS)
+        return bool(now) and now != holder
 
     @property
     def held(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.distributed.hardware import memory_text, peak_flops
+from trainer.distributed.hardware import gpu_memory, memory_text, peak_flops
 from trainer.evaluation.objective import summarise
 from trainer.reporting.alerts import Alerts
 from trainer.reporting.console import Console, format_duration
@@ -18,6 +18,7 @@ from trainer.reporting.trackers import Trackers
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
+    from trainer.reporting.profiling import StepProfiler
     from trainer.setup import Session
 
 WARNING_LINES, WARNING_CHARACTERS = 10, 300  # of each process: an evaluation may find fault with every sample
@@ -50,6 +51,7 @@ class MetricsLogger:
         self.counted_term = self.recipe.throughput[1] if self.recipe.throughput else None
         self.last_line = "no step logged yet"
         self.peak = peak_flops(self.launch.device, session.backend.precision)
+        self.profiler: StepProfiler | None = None
 
     # ---- what a step adds
 
@@ -115,9 +117,13 @@ class MetricsLogger:
         flops = self.recipe.flops_per_item(self.session.config, self.session.network) if self.peak else None
         if self.peak and flops:
             metrics["train/mfu"] = self.per_second * flops / (self.peak * self.launch.processes)
+        memory = gpu_memory(self.launch.device)
+        metrics |= {f"train/gpu_memory_{name}_gib": size for name, size in memory.items()}
         self._start_interval()
         self.write(metrics)
-        self.last_line = self.recipe.report.log_line(step, metrics)
+        of_gpu = [f"MFU: {metrics['train/mfu']:.1%}"] if "train/mfu" in metrics else []
+        of_gpu += [f"GPU: {memory['allocated']:.1f} GiB, peak {memory['peak']:.1f}"] if memory else []
+        self.last_line = " | ".join([self.recipe.report.log_line(step, metrics), *of_gpu])
         self.console.log(self.last_line)
         if math.isfinite(seconds_left):
             self.console.log(f"Elapsed: {self.hours():.2f}h | Remaining: {max(0.0, seconds_left) / 3600:.2f}h")
@@ -178,6 +184,8 @@ class MetricsLogger:
 
     def show_progress(self) -> None:
         """The progress bar, on a terminal; every `alert_every` steps an alert. Both show the last log line's figures."""
+        if self.profiler is not None:
+            self.profiler.step()
         step, total, eta = self.state.step, self.session.total_steps, self.eta_seconds()
         loss = math.nan if self.state.train_loss is None else self.state.train_loss
         self.console.progress(step, total, loss, self.per_second, self.unit, eta)

@@ -16,6 +16,7 @@ from trainer.command_line.secrets import redact, redact_text
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.lock import Lock, now_iso
 
+MAX_STANDSTILLS = 3
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "safetensors")
 
 
@@ -66,6 +67,7 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.stop_file = path / "stop"  # made by the user: `touch stop`
         self.status_file = path / "status"
+        self._began: dict[str, int] = {}
         self._made: list[Path] = []
         self._locks: list[Lock] = []
 
@@ -115,6 +117,23 @@ class RunDirectory:
         for lock in self._locks:
             lock.release()
 
+    def begin(self, step: int, restarted: bool) -> None:
+        """Count the launches in a row that went no further than `step`, where this one begins; a person's starts anew.
+
+        UserError for a restart after MAX_STANDSTILLS of them, with what ended the last one.
+        """
+        try:
+            before = json.loads(self.status.read_text(encoding="utf-8"))
+            standstills = before["standstills"] + 1 if restarted and before["began_at"] == step else 0
+            ended = before["reason"] or "it was killed"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours
+            standstills = 0
+        self._began = {"began_at": step, "standstills": standstills}
+        if standstills >= MAX_STANDSTILLS:
+            problem = f"{standstills} launches in a row saved nothing after step {step:,}; the last one ended so: {ended}"
+            self.write_status("failed", problem, step)
+            raise UserError(f"{problem}. Mend that, and start the same command again")
+
     def write_status(
         self,
         state: Literal["running", "stopped", "finished", "failed"],
@@ -125,7 +144,7 @@ class RunDirectory:
         """Replace status.json. False where the disk refuses: a status must never hide what it reports."""
         status: dict[str, Any] = {"state": state, "reason": reason and redact_text(reason), "step": step}
         status |= {"checkpoint": checkpoint and str(checkpoint), "time": now_iso()}
-        status |= {"pid": os.getpid(), "host": socket.gethostname()}
+        status |= {"pid": os.getpid(), "host": socket.gethostname()} | self._began
         with suppress(OSError):
             write_text_atomic(self.status, json.dumps(status, indent=2) + "\n")
             return True
