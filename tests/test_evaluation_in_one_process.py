@@ -89,13 +89,38 @@ def test_each_measure_is_divided_by_its_own_count_and_the_loss_is_the_objective(
     assert metrics == pytest.approx({**right, "loss_token": means["token"], "loss_value": means["value"]}, rel=1e-5)
 
 
+class Decided:
+    """Votes whose sums are known, and what was asked of them."""
+
+    def __init__(self, *sums: bool) -> None:
+        self.sums, self.seen = iter(sums), list[str]()
+
+    def cast(self, error: Exception | None) -> None:
+        assert error is None
+        self.seen.append("cast")
+
+    def interrupted(self) -> bool:
+        self.seen.append("asked")
+        return next(self.sums)
+
+
+def test_the_vote_on_a_batch_is_on_its_way_while_the_one_before_is_computed(network: nn.Module) -> None:
+    votes = Decided(*[False] * len(VALIDATION))
+    model = Objective(network, RECIPE, list(WEIGHTS))
+    model.register_forward_hook(lambda *_: votes.seen.append("computed"))
+    launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=Rank())
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 4, SETTINGS.run, launch, votes) is not None
+    assert votes.seen == ["cast", *["asked", "computed", "cast"] * 2, "asked", "computed"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_that_is_cut_short_leaves_the_mode_as_it_was(training: bool, network: nn.Module) -> None:
     model, rank = Objective(network, RECIPE, list(WEIGHTS)).train(training), Rank()
     launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=rank)
-    decisions = iter([False, True])
-    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda error: next(decisions)) is None
+    votes = Decided(False, True)
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, votes) is None
     assert rank.sent == []
+    assert votes.seen == ["cast", "asked", "cast", "asked"]
     assert {module.training for module in model.modules()} == {training}
 
 
@@ -107,7 +132,7 @@ def test_an_evaluation_whose_data_do_not_come_is_left_with_all_others(
         raise loader.StopWaiting
 
     monkeypatch.setattr(loader, "read", stopped)
-    model, asked = Objective(network, RECIPE, list(WEIGHTS)), []
+    model, votes = Objective(network, RECIPE, list(WEIGHTS)), Decided(False, False)
     launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=Rank())
-    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, lambda error: bool(asked.append(1))) is None
-    assert len(asked) == 2  # as often as on a rank that has its data
+    assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, votes) is None
+    assert votes.seen == ["cast", "asked", "cast", "asked"]  # as often as on a rank that has its data

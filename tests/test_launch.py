@@ -1,6 +1,7 @@
 """Joining the other processes: ranks, refusals, the control group, precision, and leaving without an abort."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from launching import ROOT, environment, free_port
 
 from trainer.distributed import launch as launching
 from trainer.distributed.control import Control
-from trainer.distributed.launch import Launch, _check_world, connect, resolve_precision
+from trainer.distributed.launch import Launch, _check_world, _had_threads_from_user, connect, resolve_precision
 from trainer.errors import BAD_INPUT, UserError
 
 # Two processes: each writes its results to FOLDER/{rank}.json, and exits as a recipe does.
@@ -297,3 +298,18 @@ def test_a_refusal_on_rank_1_is_shown_once(pairs: tuple[list[list[str]], Path]) 
     assert ["refused", "2", "2"] in lines, text
     assert text.count("the text of rank 1 is missing") == 1
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("threads", [{}, {"OMP_NUM_THREADS": "1"}])
+def test_threads_that_a_user_sets_are_told_from_those_that_a_launcher_sets(threads: dict[str, str]) -> None:
+    """A launcher that sets the variable for its children does not have it from its own start."""
+    alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    script = "import os; os.environ['OMP_NUM_THREADS'] = '1'; print('ready', flush=True); input()"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", script], env={**alone, **threads}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert launcher.stdout is not None
+    launcher.stdout.readline()
+    assert _had_threads_from_user(launcher.pid) == bool(threads)
+    launcher.communicate(b"\n")
+    assert not _had_threads_from_user(launcher.pid)

@@ -11,11 +11,14 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from launching import FAULTY, Started, command, environment, free_port
 from scenarios import Finished, launch
 
@@ -375,3 +378,31 @@ def test_an_environment_that_leads_nowhere_is_one_line(changed: dict[str, str], 
 def test_a_process_alone_needs_no_store() -> None:
     assert rendezvous.meet({}, timedelta(seconds=1)) is None
     assert rendezvous.meet({"WORLD_SIZE": "1", "RANK": "0"}, timedelta(seconds=1)) is None
+
+
+class Counting:
+    """A store that counts requests and the keys they name."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.keys = store, 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def request(*arguments: Any) -> Any:
+            self.keys += len(arguments[0]) if isinstance(arguments[0], list) else 1
+            return getattr(self.store, name)(*arguments)
+
+        return request
+
+
+def test_of_many_ranks_that_lose_one_each_asks_for_little_and_none_is_named_that_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 2.0)
+    server = dist.TCPStore("127.0.0.1", free_port(), None, True, wait_for_workers=False)
+    stores = [Counting(dist.PrefixStore("round", server)) for _ in range(64)]
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234")
+    with ThreadPoolExecutor(64) as threads:
+        causes = list(threads.map(lambda rank: peers.root_cause(broken, rank, 64, stores[rank]), range(63)))
+    assert all("rank 63 of 64 gave no answer" in str(cause) for cause in causes)
+    assert sum(getattr(cause, "printed_by_other_rank", False) for cause in causes) == 62
+    assert sorted(store.keys for store in stores)[-2] < 20  # one of them has looked for all

@@ -239,7 +239,7 @@ def test_a_run_reads_its_limit_from_slurm_stops_before_it_and_is_requeued(cluste
     directory = cluster.run_directory("alone")
     step = check_stopped(directory, "time_limit", jobs["alone"].end)
     assert (directory / "checkpoints" / "checkpoint_time_limit").is_symlink()
-    assert "The time is nearly up" not in cluster.log("alone")  # it was not signalled
+    assert "asked to stop" not in cluster.log("alone")  # it was not signalled
     assert f"Requeued at step {step} of {directory}" in cluster.log("alone")
 
 
@@ -251,7 +251,7 @@ def test_a_run_on_two_nodes_is_signalled_before_its_limit_saved_requeued_and_fin
     step = check_stopped(directory, "stop_file", jobs["wide"].end)
     assert step < STEPS
     assert not (directory / "stop").exists()
-    for message in ("The time is nearly up: asked to stop", f"Requeued at step {step} of {directory}"):
+    for message in ("Signalled: asked to stop", f"Requeued at step {step} of {directory}"):
         assert message in cluster.log("wide")
 
     cluster.pace("wide", 0)
@@ -314,6 +314,44 @@ def test_a_second_name_for_the_run_is_refused(cluster: Cluster) -> None:
     cluster.until(lambda: cluster.job(number)["JobState"] == "FAILED", START_SECONDS, "not failed")
     assert cluster.job(number)["ExitCode"] == "2:0"
     assert "use sbatch --job-name=NAME" in cluster.log("named")
+
+
+@pytest.mark.parametrize(
+    ("written", "code", "expected", "said"),
+    [
+        ({"state": "running", "checkpoint": "step_4"}, 137, 1, "Requeued at step 9 of RUN: it ended with 137"),
+        ({"state": "failed", "checkpoint": "step_4"}, 4, 1, "Requeued at step 9 of RUN: it ended with 4"),
+        (
+            {"state": "stopped", "checkpoint": "step_4", "reason": "time_limit"},
+            0,
+            1,
+            "Requeued at step 9 of RUN: its time was up",
+        ),
+        ({"state": "stopped", "checkpoint": "step_2", "reason": "time_limit"}, 0, 1, "error: RUN has nothing new since step_2"),
+        ({"state": "running", "checkpoint": "step_2"}, 137, 137, "error: RUN has nothing new since step_2: not requeued"),
+        ({"state": "stopped", "checkpoint": "step_4", "reason": "SIGTERM"}, 1, 1, ""),
+        ({"state": "finished", "checkpoint": "step_4"}, 0, 0, ""),
+    ],
+)
+def test_what_a_launch_leaves_decides_whether_its_job_is_requeued(
+    written: dict[str, Any], code: int, expected: int, said: str, tmp_path: Path
+) -> None:
+    """Without Slurm: a command that writes a status, and a `scontrol` that writes down what it was asked for."""
+    directory, asked = tmp_path / "run", tmp_path / "asked"
+    directory.mkdir()
+    for name, text in (("scontrol", f'echo "$@" >{asked}'), ("sleep", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    now = {"state": "stopped", "reason": None, "step": 9, "checkpoint": "step_2"}
+    (directory / "status.json").write_text(json.dumps(now, indent=2))
+    (tmp_path / "new.json").write_text(json.dumps({**now, **written}, indent=2))
+    train = f"cp {tmp_path / 'new.json'} {directory / 'status.json'}; exit {code}"
+    script = f"source tools/slurm/train_until_finished.sh; train_until_finished {directory} bash -c '{train}' train"
+    env = environment(SLURM_JOB_ID="7", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == expected
+    assert said.replace("RUN", str(directory)) in done.stdout + done.stderr
+    assert asked.exists() == said.startswith("Requeued")
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)

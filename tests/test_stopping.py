@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from trainer.command_line.sections import Run
-from trainer.distributed import signals, stopping
+from trainer.distributed import signals, stop_command, stopping
 from trainer.distributed.signals import reset_in_worker
 from trainer.distributed.stopping import REQUESTS, StopReason, StopRequests, finished_reason
 from trainer.errors import BAD_INPUT, UserError
@@ -62,8 +63,15 @@ def start(path: Path, *arguments: str, **options: object) -> subprocess.Popen:
     return process
 
 
-def requests(limit_hours: float | None = None, ago: float = 0.0, **options: float | None) -> StopRequests:
+def requests(limit_hours: float | None = None, ago: float = 0.0, **options: Any) -> StopRequests:
     return StopRequests(limit_hours, time.monotonic() - ago, None, str, print, **options)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 class Clock:
@@ -630,3 +638,26 @@ def test_background_job_is_not_suspended_and_listens_once_in_the_foreground(tmp_
         assert terminal.shows("reason stop_typed")
     finally:
         terminal.close()
+
+
+def test_a_command_of_the_users_asks_to_stop_once_it_exits_with_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_command, "POLL_SECONDS", 0.05)
+    notice, asked = tmp_path / "notice", tmp_path / "asked"
+    with requests(None, stop_when=f"echo >>{asked}; test -e {notice}") as stop:
+        wait_until(lambda: asked.exists() and asked.stat().st_size > 2)
+        assert not stop.any_requested()
+        notice.touch()
+        wait_until(stop.any_requested)
+        assert stop.decide(stop.votes()) == "stop_when"
+
+
+def test_a_command_that_cannot_be_run_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_command, "POLL_SECONDS", 0.01)
+    said: list[str] = []
+    command = stop_command.StopCommand("no-such-command --at all", said.append)
+    wait_until(lambda: bool(said))
+    time.sleep(0.1)
+    command.close()
+    assert len(said) == 1
+    assert "'no-such-command --at all' (exit 127)" in said[0]
+    assert not command.says_stop

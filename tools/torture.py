@@ -2,6 +2,7 @@
 
     python tools/torture.py gpt2_wikitext --kills 100 --launch cpu
     python tools/torture.py recipes/my_recipe.py --kills 20 --launch zero3 -- --d_model 32 --max_steps 50
+    python tools/torture.py gpt2_wikitext --goodput --kills 5
 
 Each run is resumed until it finishes between two kills. It must then equal an uninterrupted run bit for bit.
 Exits with 1 if a checkpoint was lost, a bit differs, a process hung or was left behind, or nothing was killed.
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import goodput
 from fault_injector import (
     COPYING,
     ROOT,
@@ -54,6 +56,7 @@ TINY = {
     "gpt2_wikitext": "--dataset embedded --tokenizer train --vocab_size 512 --d_model 96 --num_layers 3 --num_heads 2 "
     "--max_length 32 --dropout 0.1 --batch_size 4 --max_steps 100 --warmup_steps 10 --eval_iters 30"
 }
+GOODPUT = {name: flags.replace("--max_steps 100", "--max_steps 6000 --save_every 100") for name, flags in TINY.items()}
 SAVING: dict[str, Moment] = {
     "inside the copy": inside_the_copy,
     "while it is written": inside_a_save,
@@ -114,6 +117,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--launch", choices=LAUNCHES, default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument(
+        "--goodput", action="store_true", help="under torchrun, a process each 30 to 60 s: how soon is it back?"
+    )
+    parser.add_argument(
         "--folder", type=argument_path, help="where the runs go (default: a temporary folder, removed if all is well)"
     )
     flags = parser.parse_args(argv[:separator])
@@ -127,6 +133,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     folder = flags.folder.resolve() if flags.folder else Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
+    if flags.goodput:
+        return goodput.measure(script, recipe_flags or GOODPUT.get(script.stem, "").split(), folder, flags.kills, flags.seed)
     campaign = Campaign(script, LAUNCHES[flags.launch], recipe_flags or TINY[script.stem].split(), folder, flags.seed)
     started = time.monotonic()
     campaign.run(flags.kills)

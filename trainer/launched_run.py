@@ -17,7 +17,7 @@ from trainer.data import stream
 from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
-from trainer.distributed.signals import failing, leave, process_start_monotonic
+from trainer.distributed.signals import failing, leave, process_start_monotonic, terminating
 from trainer.distributed.stopping import EXIT_SECONDS, StopReason, StopRequests, slurm_seconds_left
 from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of
 from trainer.loop import Training
@@ -48,6 +48,7 @@ class LaunchedRun:
     def run(self) -> StopReason:
         """Set up, train, report."""
         failing.clear()
+        terminating.clear()
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
         # From here on a signal is a request. Before the first step, and after the last, it is obeyed at once.
         with StopRequests(
@@ -58,6 +59,7 @@ class LaunchedRun:
             self.console.log,
             None if left is None else time.monotonic() + left,
             EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
+            self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
             # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
             try:

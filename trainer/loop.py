@@ -21,7 +21,7 @@ from trainer.data.bad_samples import REPLACED, reading_failed
 from trainer.data.seeding import seed_generators
 from trainer.distributed.control import PendingSum
 from trainer.distributed.stopping import StopReason, StopRequests, finished_reason
-from trainer.distributed.votes import StepVotes
+from trainer.distributed.votes import EvaluationVotes, StepVotes
 from trainer.errors import UserError
 from trainer.evaluation.exact import evaluate, improves
 from trainer.micro_batches import recover
@@ -215,16 +215,8 @@ class Training:
 
     def evaluate(self, save_due: bool) -> tuple[bool, StopReason | None]:
         """Measure the evaluation sets. (whether these weights are to be kept as the best, why to stop if a rank asked to)."""
-        started, state, recipe, reason = time.monotonic(), self.state, self.recipe, None
-
-        def interrupted(error: Exception | None) -> bool:
-            nonlocal reason
-            *requests, failed = self.launch.control.sum([*self.stops.votes(), float(error is not None)]).wait()
-            if failed:
-                self.end_without_data(error)
-            reason = StopRequests.decide(requests)
-            return reason is not None
-
+        started, state, recipe = time.monotonic(), self.state, self.recipe
+        votes = EvaluationVotes(self.launch.control, self.stops, self.end_without_data)
         replaced: list[str] = []
         metrics: dict[str, float] = {}
         for name, dataset in self.session.data.evaluation.items():
@@ -236,13 +228,13 @@ class Training:
                 self.optimisation.batch_size,
                 self.run_config,
                 self.launch,
-                interrupted,
+                votes,
                 self.stops.any_requested,
                 self.run_config.eval_iters * self.optimisation.effective_batch_size,
                 replaced,
             )
             if means is None:
-                return False, reason
+                return False, votes.reason
             metrics |= {f"eval/{name}_{key}": value for key, value in means.items()}
         self.last_evaluation = metrics
         if state.evaluated_step == state.step:

@@ -8,21 +8,19 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it ov
 # Jobs that share a node get ports of their own, below those that the kernel gives to connections.
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 
-# status DIRECTORY KEY: a value of the run's status.json, or nothing.
-status() {
-    sed -n "s/^ *\"$2\": \"\{0,1\}\([^\",]*\).*/\1/p" "$1/status.json" 2>/dev/null
-}
+# shellcheck source=tools/launch/stop_file.sh
+source tools/launch/stop_file.sh
 
 # train_until_finished DIRECTORY COMMAND...
 # Runs a command that trains in this run directory, and ends the job as that ends:
 #   the run is finished, or a person stopped it    exit 0
 #   it stopped because its time was up (the job's,
 #     or --max_training_hours, which counts anew)   the job is requeued, and then the same command continues the run
-#   it failed                                      with its exit status; a job that fails is not requeued
-# When Slurm signals that the end is near, the run is stopped by its stop file. A signal would reach launchers, trackers and
-# compilers too, and each launcher that dies of one takes its node's processes along.
+#   it failed, and has saved something new         the same: a lost node or process, memory that ran out
+#   it failed, and has not                         with its exit status
+# When Slurm signals that the end is near, the run is stopped by its stop file.
 train_until_finished() {
-    local directory=$1 before near_end='' step word code=0
+    local directory=$1 before word why='its time was up'
     shift
     for word in "$@"; do
         case $word in --output[_-]dir* | --run[_-]name*)
@@ -31,25 +29,17 @@ train_until_finished() {
             ;;
         esac
     done
-    before=$(status "$directory" step)
-    trap 'near_end=yes; mkdir -p "$directory"; touch "$directory/stop"; echo "The time is nearly up: asked to stop"' USR1
-
-    "$@" --output_dir "$directory" &
-    step=$!
-    while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the signal interrupts it
-    wait "$step" || code=$?
-    trap '' USR1
-    if [ -n "$near_end" ]; then rm -f "$directory/stop"; fi # in case it came too late to be obeyed
-
-    if [ "$code" -ne 0 ] || [ "$(status "$directory" state)" != stopped ]; then
-        exit "$code"
-    elif [ -z "$near_end" ] && [ "$(status "$directory" reason)" != time_limit ]; then
-        exit 0
-    elif [ "$(status "$directory" step)" = "$before" ]; then
-        echo "error: $directory is still at step $before: not requeued; give the job more --time" >&2
-        exit 1
+    before=$(status "$directory" checkpoint)
+    run_until_signal USR1 "$directory" "$@"
+    if ! stopped_for_now "$directory"; then
+        if [ "$code" -eq 0 ] || [ "$(status "$directory" state)" = stopped ]; then exit "$code"; fi
+        why="it ended with $code"
     fi
-    echo "Requeued at step $(status "$directory" step) of $directory"
+    if [ "$(status "$directory" checkpoint)" = "$before" ]; then
+        echo "error: $directory has nothing new since ${before:-its start}: not requeued; $why" >&2
+        exit "$((code ? code : 1))"
+    fi
+    echo "Requeued at step $(status "$directory" step) of $directory: $why"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the script meanwhile
     exit 1
 }

@@ -126,6 +126,8 @@ class Run:
     """end this launch at this step, as if stopped by a request (0: off)"""
     max_training_hours: Annotated[float | None, Positive] = None
     """end this launch, checkpoint included, within so many hours of its start"""
+    stop_when: str | None = None
+    """a command that one process of each host runs every five seconds: exit 0 asks to stop, as a signal does (spot notices)"""
     patience: Annotated[int, NotNegative] = 0
     """evaluations without a better one before the run ends (0: off)"""
     target_loss: float | None = None

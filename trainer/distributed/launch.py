@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,9 +121,16 @@ def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: 
 
 def _use_all_cores(processes: int) -> None:
     """Launchers set OMP_NUM_THREADS=1 where the user set nothing; share the cores between the processes of this host."""
-    if launched(os.environ) and os.environ.get("OMP_NUM_THREADS") == "1":
+    if launched(os.environ) and os.environ.get("OMP_NUM_THREADS") == "1" and not _had_threads_from_user(os.getppid()):
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
         torch.set_num_threads(max(1, cores() // local))
+
+
+def _had_threads_from_user(launcher: int) -> bool:
+    """Whether a launcher was started with OMP_NUM_THREADS set, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        return b"\0OMP_NUM_THREADS=" in b"\0" + Path("/proc", str(launcher), "environ").read_bytes()
+    return False
 
 
 def resolve_precision(flag: str, launch: Launch) -> str:

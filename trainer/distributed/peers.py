@@ -22,15 +22,18 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed.rendezvous import Rendezvous
+from trainer.distributed.signals import terminating
 from trainer.errors import LOST, OUT_OF_MEMORY, UserError, one_line, user_error
 
 if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
 
 ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
-POLL_SECONDS = 0.1
+POLL_SECONDS, MAX_PAUSE_SECONDS = 0.1, 1.0
 PAUSES_SECONDS = (0.05, 0.1, 0.25, 0.6)
-CALL, ANSWER, LIST, FAILURE, WAITING = "samecurve/call", "{}/answer/{}", "{}/list", "failure", "waiting/{}"
+SIGNALLED_SECONDS = 1.0  # where a launcher that has seen one end signals the others
+CALL, ANSWER, LIST = "samecurve/call", "{}/answer/{}", "{}/list"
+FAILURE, WAITING, ANSWERS, NAMING = "failure", "waiting/{}", "answers", "naming"
 # What gloo, NCCL and torch's store say where the other end is gone.
 _BROKEN = re.compile(
     r"gloo|nccl|monitored ?barrier|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE
@@ -132,13 +135,24 @@ def _silence(silent: Sequence[int], processes: int) -> str:
 
 
 def _await_note(error: Exception, store: Any, rank: int, processes: int) -> Exception:
-    """Wait for the note of the process that failed; else a UserError with the ranks that do not answer."""
+    """Wait for the note of the process that failed; else a UserError with the ranks that do not answer.
+
+    A rank asks for one key at a time, and one of them alone looks for all the others: of a thousand, each asking for each, the
+    store would take longer than they wait. Where the launcher signals, it has seen a process end: the rest answers at once.
+    """
     store.set(WAITING.format(rank), "1")
-    silent = [other for other in range(processes) if other != rank]
-    end = time.monotonic() + ANSWER_SECONDS
-    while silent and time.monotonic() < end and not store.check([FAILURE]):
-        time.sleep(POLL_SECONDS)
-        silent = [other for other in silent if not store.check([WAITING.format(other)])]
+    if store.add(ANSWERS, 1) == processes:
+        return _lost("the processes lost each other", error)
+    end, pause = time.monotonic() + ANSWER_SECONDS, POLL_SECONDS
+    while time.monotonic() < end and not store.check([FAILURE]):
+        if terminating.is_set():
+            end = min(end, time.monotonic() + SIGNALLED_SECONDS)
+        if terminating.wait(pause):
+            time.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)
+    if int(store.compare_set(NAMING, "", str(rank))) != rank:
+        _wait(store, [FAILURE])
+    silent = [] if store.check([FAILURE]) else [r for r in range(processes) if not store.check([WAITING.format(r)])]
     return _lost(_silence(silent, processes) if silent else "the processes lost each other", error)
 
 

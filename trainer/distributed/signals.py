@@ -25,6 +25,10 @@ failing = threading.Event()
 """set where this process ends by itself, with an exit code of its own: the launcher, which then signals all, changes nothing"""
 
 
+terminating = threading.Event()
+"""set once this process has had a SIGTERM that it treats as a request"""
+
+
 def launched(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, `accelerate launch` or DeepSpeed's launcher started us."""
     # Set by launchers only (the last by DeepSpeed's); people export ACCELERATE_MIXED_PRECISION and the like for plain `python`.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from trainer.distributed import signals
 from trainer.distributed.signals import SIGNALS, launched, listen_to_signals
 from trainer.distributed.standard_input import StandardInput
+from trainer.distributed.stop_command import StopCommand
 from trainer.errors import INTERRUPTED, UserError
 from trainer.state import TrainState
 
@@ -36,6 +37,7 @@ class StopReason(StrEnum):
     SIGTERM = "SIGTERM"
     STOP_FILE = "stop_file"
     STOP_TYPED = "stop_typed"
+    STOP_WHEN = "stop_when"
     STOP_AT_STEP = "stop_at_step"
     LAST_STEP = "last step"
     TARGET_LOSS = "target loss"
@@ -62,6 +64,7 @@ REQUESTS = (
     StopReason.SIGTERM,
     StopReason.STOP_FILE,
     StopReason.STOP_TYPED,
+    StopReason.STOP_WHEN,
 )
 """what people and schedulers ask for, at any moment, in order of priority; each rank votes on these"""
 POLL_SECONDS = 0.5  # files and stdin are looked at this often: a network file system is slow
@@ -104,7 +107,8 @@ class StopRequests:
     """Every request to stop early that reaches this rank. A context manager; use it in the main thread.
 
     `limit_hours` count from `started` (`process_start_monotonic()`); `slurm_end` is the Slurm job's end on that clock;
-    the earlier wins. `run` is given on rank 0 only: its `stop` and `status` files, and stdin, are watched.
+    the earlier wins. `run` is given on rank 0 only: its `stop` and `status` files, and stdin, are watched; the command
+    `stop_when` on one process of each host.
 
     What a stop will take is estimated from what steps and saves have taken, and grows with the time that this process, in its
     start and since, had to wait for a core.
@@ -119,6 +123,7 @@ class StopRequests:
         log: Callable[[str], None],
         slurm_end: float | None = None,
         exit_seconds: float = EXIT_SECONDS,
+        stop_when: str | None = None,
     ) -> None:
         check_hours(limit_hours)
         limit = math.inf if limit_hours is None else started + limit_hours * 3600
@@ -134,7 +139,8 @@ class StopRequests:
         """seconds that a second of computation takes, as others use the cores too"""
         self.unsaved = False
         """whether the end of the process would lose steps"""
-        self._exit_seconds = exit_seconds
+        self._exit_seconds, self._stop_when = exit_seconds, stop_when
+        self._command: StopCommand | None = None
         self._next_poll = 0.0
         self._stdin = StandardInput()
         self._previous: dict[signal.Signals, Any] = {}
@@ -154,6 +160,7 @@ class StopRequests:
                 handler = signal.signal(number, self._handle)
                 self._previous[number] = signal.SIG_DFL if handler is None else handler
         self._stop_listening = listen_to_signals(self._hear)
+        self._command = StopCommand(self._stop_when, self._log) if self._stop_when else None
 
     def close(self) -> None:
         """Restore the previous handlers; remove a `stop` file that was acted on. (A run killed before that stops once more.)"""
@@ -162,6 +169,8 @@ class StopRequests:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             self._previous.clear()
+        if self._command is not None:
+            self._command.close()
         self._remove_stop_file()
 
     def votes(self) -> list[float]:
@@ -222,6 +231,8 @@ class StopRequests:
             self._slowdown = 1.0 + waited / max(ran, 0.1)
             if self._run is not None:
                 self._poll(self._run, typed)
+        if self._command is not None and self._command.says_stop:
+            self._requested.add(StopReason.STOP_WHEN)
         exit_seconds = self._exit_seconds + (self._slowdown - 1.0) * EXIT_PROCESSOR_SECONDS
         if now + seconds_needed + exit_seconds >= self._deadline:
             self._requested.add(StopReason.TIME_LIMIT)
@@ -260,6 +271,8 @@ class StopRequests:
     def _hear(self, number: int) -> None:
         """The same in a thread, at once, while the main thread is in a C call."""
         self._requested.add(signal.Signals(number).name)
+        if number == signal.SIGTERM:
+            signals.terminating.set()
         self._leave_at_second_interrupt(number)
 
     def _leave_at_second_interrupt(self, number: int) -> None:

@@ -1,11 +1,12 @@
-"""What the ranks tell each other before each step, added up over all of them while the step before still runs."""
+"""What the ranks tell each other before each step, or batch of an evaluation, while the one before is still computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from trainer.distributed.control import Control
 from trainer.distributed.stopping import REQUESTS, StopReason, StopRequests
 
 
@@ -40,3 +41,25 @@ class StepVotes:
     def stop_reason(self) -> StopReason | None:
         """Why to stop, if a rank wants to."""
         return StopRequests.decide(self.stop_requests)
+
+
+class EvaluationVotes:
+    """On each batch of an evaluation during training: whether a rank wants to stop, or could not read it."""
+
+    def __init__(self, control: Control, stops: StopRequests, end_without_data: Callable[[Exception | None], None]) -> None:
+        self._control, self._stops, self._end_without_data = control, stops, end_without_data
+        self.reason: StopReason | None = None
+        """why to stop, if a rank wants to"""
+
+    def cast(self, error: Exception | None) -> None:
+        """Send off this rank's vote on a batch that it has read, or on the error that came in its place."""
+        self._error = error
+        self._pending = self._control.sum([*self._stops.votes(), float(error is not None)])
+
+    def interrupted(self) -> bool:
+        """Whether to end the evaluation, by the votes of all ranks; a UserError where data cannot be read."""
+        *requests, failed = self._pending.wait()
+        if failed:
+            self._end_without_data(self._error)
+        self.reason = StopRequests.decide(requests)
+        return self.reason is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,29 @@ from trainer.evaluation.objective import summarise
 from trainer.recipe import Recipe
 
 
-def raise_error(error: Exception | None) -> bool:
-    """How an evaluation outside training is interrupted: by an error alone."""
-    if error is not None:
-        if not is_bad_sample(error):
-            raise error
-        raise UserError(f"reading data failed: {reason_of(error)}; mend the data") from error
-    return False
+class Votes(Protocol):
+    """What the processes tell each other before each batch: whether one of them cannot go on."""
+
+    def cast(self, error: Exception | None) -> None:
+        """This process's vote on the batch that it has read, or the error that came in its place."""
+
+    def interrupted(self) -> bool:
+        """Whether to end before that batch; the same on every process."""
+
+
+class ErrorsAlone:
+    """The votes outside training, where a process that cannot go on ends the others with it."""
+
+    def cast(self, error: Exception | None) -> None:
+        """Raise it, in words of its own where a sample cannot be read."""
+        if error is not None:
+            if not is_bad_sample(error):
+                raise error
+            raise UserError(f"reading data failed: {reason_of(error)}; mend the data") from error
+
+    def interrupted(self) -> bool:
+        """Never."""
+        return False
 
 
 def evaluate(
@@ -36,39 +52,46 @@ def evaluate(
     batch_size: int,
     run: Run,
     launch: Launch,
-    interrupted: Callable[[Exception | None], bool] = raise_error,
+    votes: Votes | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     samples: int = 0,
     replaced: list[str] | None = None,
 ) -> dict[str, float] | None:
     """Means of what the recipe measures over `dataset` (its first `samples`, if that is not 0).
 
-    `model` is the objective, prepared or bare. `batch_size` is per micro-step over all processes. Collective. None if
-    `interrupted(error)`, called with each batch or the error that came in its place, says so; it must answer the same on every
-    process, and yes where one of them waits for data no longer because of its own `stop_requested()`. To `replaced` is added
-    a line on each sample that another one stands for.
+    `model` is the objective, prepared or bare. `batch_size` is per micro-step over all processes. Collective. None if the
+    `votes` say so, which are cast while the batch before is computed (without them errors alone end it); they must where a
+    process waits for data no longer because of its own `stop_requested()`. To `replaced` is added a line on each sample that
+    another one stands for.
     """
     length = min(len(dataset), samples or len(dataset))
     order = EvaluationOrder(length, batch_size, launch.rank, launch.processes)
     batches = loader.read(dataset, order, run, launch.device, stop_requested)
     totals: dict[str, Tensor] = {}
     item_counts: dict[str, int] = {}
-    was_training = model.training
+    votes, was_training = votes or ErrorsAlone(), model.training
     model.eval()
+
+    def read_ahead() -> Any:
+        batch: Any = None
+        error: Exception | None = None
+        try:
+            batch = next(batches)
+        except loader.StopWaiting:
+            pass
+        except torch.OutOfMemoryError:  # of a set that is generated on the device
+            raise
+        except Exception as reason:  # every rank has to hear of it
+            error = reason
+        votes.cast(error)
+        return batch
+
     try:
         with torch.no_grad():
-            for own_samples in order.counts:
-                batch: Any = None
-                error: Exception | None = None
-                try:
-                    batch = next(batches)
-                except loader.StopWaiting:
-                    pass
-                except torch.OutOfMemoryError:  # of a set that is generated on the device
-                    raise
-                except Exception as reason:  # every rank has to hear of it
-                    error = reason
-                if interrupted(error) or batch is None:
+            ahead = read_ahead()
+            for number, own_samples in enumerate(order.counts, start=1):
+                batch = ahead
+                if votes.interrupted() or batch is None:
                     return None
                 lines = batch.pop(REPLACED, [])
                 if replaced is not None and own_samples:
@@ -81,6 +104,8 @@ def evaluate(
                     totals[name] = totals.get(name, torch.zeros_like(numbers)) + counted
                     if len(numbers) == 1:
                         item_counts[name] = item_counts.get(name, 0) + (items[name] if own_samples else 0)
+                if number < len(order):
+                    ahead = read_ahead()  # while the device still works
     finally:
         model.train(was_training)
         loader.close(batches)

@@ -54,7 +54,7 @@ def named(
     if name == "one_cycle":
         return one_cycle(step, total_steps, peak)
     if step <= warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)
     start = {"linear": warmup_steps, "constant": total_steps, "wsd": (1 - cooldown_fraction) * total_steps}[name]
     start = max(start, warmup_steps)
     if step <= start or name == "constant":

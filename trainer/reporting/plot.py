@@ -62,6 +62,7 @@ def plot_loss(
     rates = curve(rows, "train/learning_rate", along)
     lower.plot(*rates, "o-" if len(rates[0]) == 1 else "-", color="#2ca02c", markersize=3.5)
     lower.set(xlabel=_bottom(rows, along), ylabel="learning rate", ylim=(0, None))
+    _whole_numbers_below(lower)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.grid(alpha=0.3)
     _finish_figure(figure, title)
@@ -78,10 +79,23 @@ def plot_metric(
     baseline: tuple[str, float] | None = None,
     along: str = "step",
 ) -> None:
-    """Draws one metric of several runs into one panel; `runs` maps a label to a metrics.jsonl.
+    """`draw_runs`, written to `out`. OSError, and ValueError for an ending that matplotlib does not know."""
+    save_figure(draw_runs(runs, metric, title=title, unit=unit, baseline=baseline, along=along), out)
 
-    Beside a share of one run as `eval/val_accuracy` its `train/accuracy` is drawn too, where it has one. Raises UserError if a
-    run lacks the metric, OSError, and ValueError for an ending that matplotlib does not know.
+
+def draw_runs(
+    runs: Mapping[str, Path],
+    metric: str,
+    *,
+    title: str = "",
+    unit: str = "",
+    baseline: tuple[str, float] | None = None,
+    along: str = "step",
+) -> Figure:
+    """One metric of several runs in one panel; `runs` maps a label to a metrics.jsonl.
+
+    Beside a share of one run as `eval/val_accuracy` its `train/accuracy` is drawn too, where it has one. UserError if a run
+    lacks the metric.
     """
     from matplotlib import colormaps
 
@@ -112,8 +126,9 @@ def plot_metric(
     if share:
         axis.set_ylim(max(0.0, axis.get_ylim()[0]), min(1.0, axis.get_ylim()[1]))
     axis.set_xlabel(_bottom(rows, along))
+    _whole_numbers_below(axis)
     _finish_figure(figure, title)
-    save_figure(figure, out)
+    return figure
 
 
 def in_words(metric: str) -> str:
@@ -152,6 +167,15 @@ def _rate_of(rows: Sequence[Mapping[str, Any]]) -> str:
 def _bottom(rows: Sequence[Mapping[str, Any]], along: str) -> str:
     unit = _rate_of(rows).removeprefix("train/").removesuffix("_per_sec")
     return BOTTOMS[along].format(unit=unit)
+
+
+def _whole_numbers_below(axis: Axes) -> None:
+    """No half steps, where there are few."""
+    from matplotlib.ticker import MaxNLocator
+
+    left, right = axis.get_xlim()
+    if right - left > 1:  # hours may be fewer
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _draw(axis: Axes, points: Curve, label: str, colour: object) -> None:

@@ -1,0 +1,148 @@
+"""A table of runs: state, step, best and last loss, speed, and the flags in which they differ; or a page with their curves.
+
+python tools/runs.py                                     # all below runs/
+python tools/runs.py runs/gpt2_wikitext --html runs.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.command_line.locations import argument_path
+from trainer.errors import UserError
+from trainer.reporting.plot import curve, draw_runs
+from trainer.reporting.trackers import read_metrics
+
+COLUMNS = ("run", "state", "step", "best val", "last loss", "per second", "flags that differ")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is told of a run."""
+
+    name: str
+    """RECIPE/NAME"""
+    state: str
+    step: int
+    best: float
+    """lowest eval/val_loss; nan without one"""
+    last: float
+    """last train/loss"""
+    per_second: str
+    flags: Mapping[str, Any]
+    metrics: Path
+
+    def cells(self, differing: Sequence[str]) -> list[str]:
+        """As `COLUMNS` name them."""
+        flags = " ".join(f"{name}={self.flags.get(name)}" for name in differing if name in self.flags)
+        numbers = ["" if math.isnan(value) else f"{value:.4f}" for value in (self.best, self.last)]
+        return [self.name, self.state, f"{self.step:,}", *numbers, self.per_second, flags]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line, prints the table or writes the page. Exits with 2 and one line if it cannot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folders", nargs="*", type=argument_path, default=[Path("runs")], help="searched for runs (default: runs)"
+    )
+    parser.add_argument("--html", type=argument_path, metavar="FILE", help="write one page with the table and the curves")
+    options = parser.parse_args(arguments)
+    try:
+        runs = find_runs(options.folders)
+        if options.html:
+            options.html.write_text(page(runs), encoding="utf-8")
+            print(options.html)
+        else:
+            print(table(runs))
+    except (UserError, OSError) as error:
+        parser.exit(2, f"runs: {error}\n")
+
+
+def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
+    """The runs in some folders and below them, the one that was written to last first. UserError if there are none."""
+    found = {path.parent for folder in folders for path in folder.glob("**/metrics.jsonl")}
+    if not found:
+        raise UserError(f"no run below {', '.join(map(str, folders))}; give a folder that holds RECIPE/NAME/metrics.jsonl")
+    newest_first = sorted(found, key=lambda path: -(path / "metrics.jsonl").stat().st_mtime)
+    return [summary_of(path) for path in newest_first]
+
+
+def summary_of(path: Path) -> RunSummary:
+    """Of one run directory, whatever is missing there."""
+    rows = read_metrics(path / "metrics.jsonl")
+    status = json.loads(_text(path / "status.json") or "{}")
+    config = yaml.safe_load(_text(path / "config.yaml") or "{}")
+    losses = [value for value in curve(rows, "eval/val_loss")[1] if not math.isnan(value)]
+    rates = [(name, value) for row in rows for name, value in row.items() if name.endswith("_per_sec")]
+    unit, rate = rates[-1] if rates else ("", math.nan)
+    return RunSummary(
+        name="/".join(path.resolve().parts[-2:]),
+        state=status.get("state", "running or killed"),
+        step=max((row["step"] for row in rows), default=0),
+        best=min(losses, default=math.nan),
+        last=([math.nan] + curve(rows, "train/loss")[1])[-1],
+        per_second=f"{rate:,.0f} {unit.removeprefix('train/').removesuffix('_per_sec')}" if rates else "",
+        flags={name: value for section in ("model", "data", "optimisation") for name, value in config.get(section, {}).items()},
+        metrics=path / "metrics.jsonl",
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def differing_flags(runs: Sequence[RunSummary]) -> list[str]:
+    """The flags that not all of the runs that have them have alike."""
+    names = dict.fromkeys(name for run in runs for name in run.flags)
+    return [name for name in names if len({repr(run.flags[name]) for run in runs if name in run.flags}) > 1]
+
+
+def table(runs: Sequence[RunSummary]) -> str:
+    """Columns of text."""
+    differing = differing_flags(runs)
+    rows = [[*COLUMNS], *(run.cells(differing) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def page(runs: Sequence[RunSummary]) -> str:
+    """One page of HTML that needs no other file: for each recipe its curves, and a table of all runs."""
+    by_recipe: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        by_recipe.setdefault(run.name.partition("/")[0], []).append(run)
+    parts = []
+    for recipe, own in by_recipe.items():
+        pictures = []
+        for metric in ("eval/val_loss", "train/loss"):
+            drawn = {run.name: run.metrics for run in own if curve(read_metrics(run.metrics), metric)[0]}
+            if drawn:
+                picture = io.StringIO()
+                draw_runs(drawn, metric).savefig(picture, format="svg")
+                pictures.append(picture.getvalue()[picture.getvalue().index("<svg") :])
+        differing = differing_flags(own)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in run.cells(differing))}</tr>" for run in own)
+        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+        parts.append(
+            f"<h2>{html.escape(recipe)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<div>{''.join(pictures)}</div>"
+        )
+    style = (
+        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;"
+        "border-bottom:1px solid #ddd}svg{max-width:48%;height:auto;vertical-align:top}"
+    )
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Runs</title><style>{style}</style>"
+    return f"{head}<h1>Runs</h1>{''.join(parts)}"
+
+
+if __name__ == "__main__":
+    main()
