@@ -18,7 +18,7 @@ from trainer.main import main
 from trainer.recipe import Batch, Data, Log, Report
 from trainer.reporting.run_directory import RunDirectory
 
-STEP = 3
+STEP, LATER = 3, 11
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Rows(toy_recipe.Rows):
     """rows that cannot be read"""
     evaluation_seconds: float = 0.0
     """of each batch"""
+    fits: int = 1_000_000
+    """samples of a forward pass that the memory of this rank has room for"""
+    fits_later: int = 1_000_000
+    """likewise, from forward pass LATER on"""
     data_seconds: float = 0.0
     report_seconds: float = 0.0
 
@@ -113,6 +117,9 @@ class FaultyRecipe(ToyRecipe):
         if self.losses == STEP and self.here(self.config, "clock"):
             true = time.monotonic
             time.monotonic = lambda: true() + 3600.0  # an hour later than on the other host
+        fits = self.config.data.fits_later if self.losses >= LATER else self.config.data.fits
+        if len(batch["tokens"]) > fits and self.here(self.config, "small memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         if self.losses == STEP and self.here(self.config, "memory"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         if self.losses == STEP and self.here(self.config, "bug"):

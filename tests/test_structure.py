@@ -23,6 +23,7 @@ LAYERS = (
     "debugging",
     "loop",
     "setup",
+    "micro_batches",
     "checkpoints",
     "reporting",
     "backends",

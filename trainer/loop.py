@@ -19,12 +19,12 @@ from trainer.checkpoints.saving import Saver
 from trainer.data import loader
 from trainer.data.bad_samples import REPLACED, reading_failed
 from trainer.data.seeding import seed_generators
-from trainer.data.stream import TrainingOrder
 from trainer.distributed.control import PendingSum
 from trainer.distributed.stopping import StopReason, StopRequests, finished_reason
 from trainer.distributed.votes import EvaluationVotes, StepVotes
 from trainer.errors import UserError
 from trainer.evaluation.exact import evaluate, improves
+from trainer.micro_batches import recover
 from trainer.optimisation.finite import BadSteps
 from trainer.recipe import Batch
 from trainer.reporting.alerts import Alerts
@@ -77,17 +77,7 @@ class Training:
 
     def run(self) -> StopReason:
         """Train until something ends it; the reason."""
-        order = TrainingOrder(
-            self.optimisation.batch_size,
-            self.launch.rank,
-            self.launch.processes,
-            self.optimisation.seed,
-            self.session.samples,
-            first_micro_batch=self.state.step * self.optimisation.gradient_accumulation_steps,
-            repeated=self.optimisation.overfit_batch * self.optimisation.gradient_accumulation_steps,
-        )
-        train, device = self.session.data.train, self.launch.device
-        self.batches = loader.read(train, order, self.run_config, device, self.stops.any_requested)
+        self.batches = self.session.training_batches(self.state.step, self.stops.any_requested)
         self.backend.model.train()
         try:
             return self.steps()
@@ -99,7 +89,6 @@ class Training:
     def steps(self) -> StopReason:
         """The loop itself."""
         state, backend, recipe = self.state, self.backend, self.recipe
-        accumulation = self.optimisation.gradient_accumulation_steps
         next_step, first_step = self.read_ahead(), state.step
         if self.saver.saved_step == state.step and self.saver.epoch_due():
             self.save(False, None)  # only its link: a kill may have come between the save and that
@@ -121,16 +110,21 @@ class Training:
                 return reason
 
             started = time.monotonic()
+            seed_generators(self.launch.device, self.optimisation.seed, state.step, self.launch.rank)
+            term_weights = self.term_weights(votes.item_counts)
+            losses: list[Tensor] = []
+            try:
+                for number, batch in enumerate(next_step.micro_batches, start=1):
+                    with backend.micro_step(last=number == len(next_step.micro_batches)):
+                        losses.append(backend.model(loader.to_device(batch, self.launch.device)))
+                        backend.backward(losses[-1], term_weights)  # by global counts: nothing is left to average
+            except Exception as error:
+                next_step = self.begin_again(error)
+                continue
+            self.logger.add_losses(losses)
             if votes.replaced:
                 state.replaced_samples += round(votes.replaced)
                 self.logger.log_replaced(next_step.replaced, round(votes.replaced))
-            seed_generators(self.launch.device, self.optimisation.seed, state.step, self.launch.rank)
-            term_weights = self.term_weights(votes.item_counts)
-            for number, batch in enumerate(next_step.micro_batches, start=1):
-                with backend.micro_step(last=number == accumulation):
-                    loss_sums = backend.model(loader.to_device(batch, self.launch.device))
-                    backend.backward(loss_sums, term_weights)  # by global counts: nothing is left to average
-                self.logger.add_losses(loss_sums)
             state.step += 1
             learning_rate = recipe.scheduled_rate(state.step, self.session.total_steps, self.session.config)
             log_due = state.step % self.run_config.log_every == 0 or state.step in (1, self.session.total_steps)
@@ -145,6 +139,14 @@ class Training:
                 state.train_loss = self.logger.log_step(learning_rate, grad_norm, layer_norms, bad_steps, seconds_left)
             self.stops.record_step(time.monotonic() - started)
             self.logger.show_progress()
+
+    def begin_again(self, error: Exception) -> NextStep:
+        """The step anew, in smaller micro-batches where --fit_batch is on and memory ran out; else raises the error."""
+        self.logger.announce("out of memory", recover(self.session, self.state.step, error))
+        self.optimisation = self.session.config.optimisation
+        loader.close(self.batches)
+        self.batches = self.session.training_batches(self.state.step, self.stops.any_requested)
+        return self.read_ahead()
 
     def read_ahead(self) -> NextStep:
         """Read the next step's micro-batches, and send off this rank's votes on it while the device still works."""
@@ -180,10 +182,8 @@ class Training:
         if self.state.step and self.saver.saved_step != self.state.step:
             self.save(False, None)
             self.settle()
-        error = None
-        if reason is not None:
-            saved_step = self.state.step if self.saver.saved_step == self.state.step else None
-            error = reading_failed(reason, self.launch.rank, saved_step, self.run_config)
+        saved_step = self.state.step if self.saver.saved_step == self.state.step else None
+        error = reading_failed(reason, self.launch.rank, saved_step, self.run_config) if reason else None
         self.launch.control.raise_if_any(error)
 
     def term_weights(self, item_counts: list[float]) -> Tensor:
@@ -198,8 +198,7 @@ class Training:
     def end_reason(self) -> StopReason | None:
         """Why the run, or this launch, is over; the same on every rank."""
         reason = finished_reason(self.state, self.session.total_steps, self.run_config)
-        stop_at = self.run_config.stop_at_step
-        return reason or (StopReason.STOP_AT_STEP if stop_at and self.state.step >= stop_at else None)
+        return reason or (StopReason.STOP_AT_STEP if 0 < self.run_config.stop_at_step <= self.state.step else None)
 
     def evaluation_due(self) -> bool:
         """Every `eval_every` steps, every `eval_epochs` epochs, and at the end of the run; once. Never if both are 0."""

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
-from trainer.data import stream
+from trainer.data import loader, stream
 from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
+from trainer.micro_batches import fit, whole
 from trainer.optimisation.schedule import warmup_for
-from trainer.recipe import Data, Log, Recipe, Report
+from trainer.recipe import Batch, Data, Log, Recipe, Report
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,20 @@ class Session:
         """Whole epochs behind a step; 0 for an endless stream."""
         return max(0, step) * self.config.optimisation.effective_batch_size // self.samples if self.samples else 0
 
+    def training_batches(self, step: int, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """This process's micro-batches behind a step."""
+        o, launch = self.config.optimisation, self.launch
+        order = stream.TrainingOrder(
+            o.batch_size,
+            launch.rank,
+            launch.processes,
+            o.seed,
+            self.samples,
+            first_micro_batch=step * o.gradient_accumulation_steps,
+            repeated=o.overfit_batch * o.gradient_accumulation_steps,
+        )
+        return loader.read(self.data.train, order, self.config.run, launch.device, stop_requested)
+
 
 def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Session:
     """Everything up to the first step. Collective. UserError for whatever does not fit together."""
@@ -68,6 +83,8 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
         log(note)
     steps = total_steps(plan.config, stream.length_of(data.train))
     config = plan.config if plan.checkpoint else cut_warmup(plan, steps, log)
+    if config.run.fit_batch and not plan.checkpoint:  # which has what was found
+        config = dataclasses.replace(config, optimisation=whole(config.optimisation))
 
     network, initial = build_empty_network(recipe, config, data)
     weights = first_weights(recipe, network, initial, plan.checkpoint, config.optimisation.init_from, launch.control, log)
@@ -85,7 +102,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
         restore(backend, plan.checkpoint, extra_files, list(loss_weights), log)
     for note in backend.notes():
         log(note)
-    return Session(
+    session = Session(
         recipe=recipe,
         config=config,
         launch=launch,
@@ -96,6 +113,9 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
         total_steps=steps,
         extra_files=extra_files,
     )
+    if config.run.fit_batch:
+        fit(session, plan.checkpoint.train_state.step if plan.checkpoint else 0, log)
+    return session
 
 
 def restore(backend: Backend, saved: Checkpoint, extra_files: Mapping[str, Any], terms: Sequence[str], log: Log) -> None:
@@ -134,6 +154,8 @@ def make_backend(config: Any, launch: Launch) -> Backend:
         raise UserError(
             "--log_grad_norms needs the gradients of each layer, and ZeRO flattens them; leave it out, or use FSDP or DDP"
         )
+    if run.fit_batch and not kind.survives_out_of_memory:
+        raise UserError("--fit_batch needs one process or DDP: what is sharded cannot go on where memory ran out; leave it out")
     precision = resolve_precision(run.mixed_precision, launch)
     torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
     if run.deterministic:

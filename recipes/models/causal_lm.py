@@ -58,7 +58,8 @@ def build_causal_lm(
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
 
-        adapters = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        alpha: Any = lora_alpha  # which peft calls an int, and divides
+        adapters = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         with warnings.catch_warnings(action="ignore"):  # of what it sets by itself for this network
             inject_adapter_in_model(adapters, network)
         # Checkpoints keep the adapters alone: what is frozen is where it came from.

@@ -100,12 +100,11 @@ def tiktoken_of(tokenizer: Tokenizer) -> Any:
     if importlib.util.find_spec("tiktoken") is None or tokenizer.get_vocab_size() != GPT2_VOCAB_SIZE:
         print("without tiktoken: it is not installed, or the tokenizer is not GPT-2's (--tokenizer)")
         return None
-    ranks = {_bytes_of(piece): rank for piece, rank in tokenizer.get_vocab().items() if piece != END_OF_TEXT}
-    return importlib.import_module("tiktoken").Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-
-def _bytes_of(piece: str) -> bytes:
-    """What a piece of a byte-level vocabulary stands for: a printable Latin byte for itself, the others are 256 and on."""
-    themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    # A printable Latin byte stands for itself in a piece of a byte-level vocabulary; the others are 256 and on.
+    themselves = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in themselves]
-    return bytes(ord(char) if ord(char) < 256 else others[ord(char) - 256] for char in piece)
+    byte_of = {chr(byte): byte for byte in themselves} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    ranks = {
+        bytes(map(byte_of.__getitem__, piece)): rank for piece, rank in tokenizer.get_vocab().items() if piece != END_OF_TEXT
+    }
+    return importlib.import_module("tiktoken").Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})

@@ -41,6 +41,8 @@ class Backend(ABC):
     """
 
     supports_layer_norms: ClassVar[bool] = False
+    survives_out_of_memory: ClassVar[bool] = False
+    """whether it can go on where memory ran out in the middle of a forward or backward pass"""
     network: nn.Module
     model: Any
     optimizer: Optimizer

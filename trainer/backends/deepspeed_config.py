@@ -157,3 +157,18 @@ def fill_deepspeed_config(
     filled["zero_force_ds_cpu_optimizer"] = False
     filled.setdefault("steps_per_print", 2**31 - 1)
     return filled
+
+
+def precision_notes(filled: Mapping[str, Any]) -> list[str]:
+    """What of a filled DeepSpeed file makes other numbers than DDP's, a line each."""
+    settings = {"fp16": "DeepSpeed fp16", "bf16": "DeepSpeed bf16.enabled"}
+    differs = "so this run's numbers differ from DDP's"
+    notes = [
+        f"{setting}: weights are kept in {kind}, {differs}"
+        for kind, setting in settings.items()
+        if (filled.get(kind) or {}).get("enabled")
+    ]
+    sent = (filled.get("torch_autocast") or {}).get("lower_precision_safe_modules")
+    if sent:
+        notes.append(f"DeepSpeed torch_autocast: what is sent of {', '.join(sent)} is bf16, {differs}")
+    return notes

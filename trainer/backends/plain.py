@@ -19,6 +19,8 @@ from trainer.optimisation.finite import LossScale
 class PlainBackend(TorchBackend):
     """The network itself, or torch's DistributedDataParallel around it."""
 
+    survives_out_of_memory = True
+
     def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from trainer.backends import tensors
 from trainer.backends.backend import Backend, StepResult, set_learning_rate
-from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
+from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config, precision_notes
 from trainer.backends.fsdp import shard_for_evaluation
 from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
@@ -48,7 +48,7 @@ class ZeroBackend(Backend):
             raise UserError("the launcher asked for DeepSpeed and Accelerate did not enable it; check the --config_file")
         filled = fill_deepspeed_config(plugin.deepspeed_config, precision, settings, launch.processes, precision_flag)
         check_filled(filled)
-        self.sent_in_bf16 = filled.get("torch_autocast", {}).get("lower_precision_safe_modules", [])
+        self.precision_notes = precision_notes(filled)
         plugin.deepspeed_config.clear()
         plugin.deepspeed_config.update(filled)
 
@@ -155,13 +155,7 @@ class ZeroBackend(Backend):
 
     def notes(self) -> list[str]:
         """Where this run's numbers differ from DDP's."""
-        kept = "fp16" if self.precision == "fp16" else "bf16" if self.engine.bfloat16_enabled() else None
-        setting = {"fp16": "DeepSpeed fp16", "bf16": "DeepSpeed bf16.enabled"}
-        differs = "so this run's numbers differ from DDP's"
-        notes = [f"{setting[kept]}: weights are kept in {kept}, {differs}"] if kept else []
-        if self.sent_in_bf16:
-            notes.append(f"DeepSpeed torch_autocast: what is sent of {', '.join(self.sent_in_bf16)} is bf16, {differs}")
-        return notes
+        return self.precision_notes
 
     @property
     def averaged_over(self) -> int:

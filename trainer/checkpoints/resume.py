@@ -253,6 +253,9 @@ def _merge(
     original = _config_of(recipe, saved)
     typed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
     config = with_absolute_paths(typed)
+    if config.run.fit_batch and parsed.config.optimisation.effective_batch_size == original.optimisation.effective_batch_size:
+        split = {name: getattr(original.optimisation, name) for name in ("batch_size", "gradient_accumulation_steps")}
+        config = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, **split))
     own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
 

@@ -77,6 +77,9 @@ class Run:
     """reduce-overhead: CUDA graphs, for small models; max-autotune-no-cudagraphs: minutes at start, faster kernels"""
     tf32: bool = False
     """fp32 matrix products on a GPU with 10 bits of mantissa instead of 23: several times faster, other numbers"""
+    fit_batch: bool = False
+    """batch_size x gradient_accumulation_steps samples a step in the largest micro-batches that fit into memory, found before
+    the first step (one process, where they are split again if memory runs out later, or DDP)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     deterministic: bool = False

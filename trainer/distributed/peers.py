@@ -170,11 +170,16 @@ def explained(launch: Launch | Rendezvous, optimisation: Any = None) -> Iterator
         raise cause from error
 
 
-def _out_of_memory(error: Exception, optimisation: Any) -> UserError | None:
-    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the host, had no memory left."""
     signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
     says_so = not isinstance(error, UserError) and any(sign in str(error).lower() for sign in signs)
-    if not says_so and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+    return says_so or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _out_of_memory(error: Exception, optimisation: Any) -> UserError | None:
+    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
+    if not ran_out_of_memory(error):
         return None
     batch = ""
     if optimisation is not None:
@@ -183,7 +188,8 @@ def _out_of_memory(error: Exception, optimisation: Any) -> UserError | None:
         batch = f" with batch_size {arithmetic} samples a step"
     return UserError(
         f"out of memory{batch}; try, in this order: half --batch_size with twice --gradient_accumulation_steps (the same "
-        "effective batch), shorter samples, --gradient_checkpointing, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
+        "effective batch; --fit_batch finds what fits), shorter samples, --gradient_checkpointing, "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. "
         f"Checkpoints are kept. ({one_line(error, 200)})",
         OUT_OF_MEMORY,
     )

@@ -55,9 +55,10 @@ class MetricsLogger:
 
     # ---- what a step adds
 
-    def add_losses(self, loss_sums: Tensor) -> None:
-        """Add a micro-batch's loss sums [terms] on this process. Reads nothing on the host."""
-        self.loss_sums += loss_sums.detach()
+    def add_losses(self, losses: Sequence[Tensor]) -> None:
+        """Add the loss sums [terms] of a step's micro-batches on this process. Reads nothing on the host."""
+        for loss_sums in losses:
+            self.loss_sums += loss_sums.detach()
 
     def add_items(self, item_counts: Sequence[float]) -> None:
         """Add a step's items over all ranks, by term."""
