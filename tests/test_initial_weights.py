@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,42 @@ def test_what_a_recipe_cannot_build_is_one_line(tmp_path: Path) -> None:
     settings = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
     with pytest.raises(UserError, match="d_model 15 must be even"):
         build_empty_network(recipe, settings, None)  # type: ignore[arg-type]
+
+
+def test_a_generator_of_ones_own_is_refused() -> None:
+    """Its numbers would depend on which parameters are drawn before, and a resumed run draws fewer."""
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError, match=r"draws from a torch\.Generator"):
+        build_empty(lambda: drawn_with(generator), 0)
+
+
+def drawn_with(generator: torch.Generator) -> nn.Module:
+    network = nn.Linear(3, 3)
+    nn.init.normal_(network.weight, generator=generator)
+    return network
+
+
+def test_tensors_in_a_list_or_dictionary_are_named() -> None:
+    def build() -> nn.Module:
+        network = nn.Linear(3, 3)
+        network.kept = {"mask": [torch.ones(3)]}
+        return network
+
+    with pytest.raises(UserError, match="kept is a tensor that is neither parameter nor buffer"):
+        build_empty(build, 0)
+
+
+def test_numbers_of_numpy_and_python_are_the_same_in_every_process() -> None:
+    def build() -> nn.Module:
+        network = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            network.weight.copy_(torch.tensor([[np.random.rand(), random.random()]]))
+        return network
+
+    drawn = []
+    for state in (1, 2):
+        random.seed(state)
+        np.random.seed(state)
+        drawn.append([build_empty(build, seed)[1]("weight").tolist() for seed in (0, 1)])
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][1]

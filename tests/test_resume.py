@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,16 @@ def test_a_finished_run_is_finished_whatever_becomes_of_its_picture(data: Path, 
 
     output = launch(*flags(data, tmp_path), recipe=Unlucky())
     assert "WARNING: no plot: no baseline today" in output
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+def test_the_report_needs_no_more_memory_than_there_is(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP and ZeRO the model may fit into the memory of no host; for more than there is the system kills."""
+    monkeypatch.setattr("trainer.reporting.final_report.virtual_memory", lambda: SimpleNamespace(available=100))
+    output = launch(*flags(data, tmp_path), recipe=Gpt2Wikitext())
+    assert "No report: it would take the model's 0.0 GiB in one process" in output
+    assert "Sample: " not in output
+    assert (tmp_path / "plots" / "loss.png").exists()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 

@@ -85,7 +85,7 @@ def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """{name: (recipe, command line)}: what each launch trains."""
     command_lines = {f"toy {cut}": (TOY, [*COMMON, *flags]) for cut, flags in CUTS.items()}
     for name, (recipe, argv) in TINY.items():
-        rate = {"finetune": LOWER_RATE, "pfn": NO_WARMUP}.get(name, [])
+        rate = {"finetune": LOWER_RATE, "pfn": NO_WARMUP, "pfn_stack": NO_WARMUP}.get(name, [])
         command_lines |= {f"{name} {cut}": (recipe, [*argv(folder), *COMMON, *CUTS[cut], *rate]) for cut in ("2x4", "8x1")}
     command_lines["toy 4x2"][1].append("--gradient_checkpointing")  # which must not change anything either
     # A lower learning rate: sums in another order round differently in bf16, by 1e-5 of the norm of one gradient; what twenty

@@ -7,13 +7,14 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from test_token_files import VOCABULARY, ids_file, one_line
 
 from recipes.data.token_files import ChunkDigest, TokenFile
-from recipes.data.token_sets import Mixture, Streams, TokenSet, find_files, open_streams
+from recipes.data.token_sets import Mixture, Streams, TokenSet, _mixture, find_files, open_streams
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +138,45 @@ def test_the_sets_of_a_mixture_have_short_names_of_their_own() -> None:
     )
     mixture = Mixture(tuple(TokenSet(name, (), VOCABULARY) for name in names), (1.0,) * len(names))
     assert mixture.labels == ("web", "books", "code", "web_4", "Wiki_train", "ids")
+
+
+def test_labels_of_sets_are_never_alike(tmp_path: Path) -> None:
+    for name in ("x.ids", "x_3.ids", "d/x.ids", "e/x.ids"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.arange(40, dtype=np.uint16).tofile(tmp_path / name)
+    paths = [(str(tmp_path / name), 1.0) for name in ("x.ids", "x_3.ids", "d/x.ids", "e/x.ids")]
+    assert _mixture(paths, 50).labels == ("x", "x_3", "x_4", "x_5")
+    with pytest.raises(ValueError, match=r"x\.ids has the weight 0 in its mixture; give it one above 0"):
+        _mixture([paths[0], (paths[1][0], 1.0), (paths[2][0], 0.0)], 50)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_an_id_out_of_the_vocabulary_is_named_in_its_batch_whatever_the_json_says(tmp_path: Path, dtype: type) -> None:
+    """Read by places, as GPT-2 does, and in windows; an id of 2^31 is no negative number."""
+    ids = np.zeros(40, dtype=dtype)
+    ids[7] = wrong = 2**31 + 5 if dtype is np.uint32 else 60_000
+    ids.tofile(tmp_path / "a.ids")
+    known = {"digest": "0", "largest_id": 9, "dtype": ids.dtype.name, "count": 40}
+    (tmp_path / "a.ids.json").write_text(json.dumps(known))
+    tokens = find_files(str(tmp_path / "a.ids"), 300)
+    said = rf"a\.ids: token id {wrong} at position 7 is not below vocab_size 300"
+    with pytest.raises(ValueError, match=said):
+        tokens[np.arange(4, 12).reshape(2, 4)]
+    with pytest.raises(ValueError, match=said):
+        tokens.windows(4, np.array([0, 5]))
+    assert tokens.windows(4, np.array([0, 20])).tolist() == [[0] * 4] * 2
+
+
+@pytest.mark.parametrize("sidecar", [{"digest": "abc"}, {"digest": "abc", "largest_id": "9"}, {"dtype": 16}, {"count": None}])
+def test_a_json_that_says_nonsense_is_named(tmp_path: Path, sidecar: dict[str, Any]) -> None:
+    np.zeros(40, dtype=np.uint16).tofile(tmp_path / "a.ids")
+    (tmp_path / "a.ids.json").write_text(json.dumps(sidecar))
+    with pytest.raises(ValueError, match=r"a\.ids\.json has \w+ .*; make it again, or remove it"):
+        find_files(str(tmp_path / "a.ids"), 300).check(4)
+
+
+def test_a_largest_id_that_is_not_there_is_named(tmp_path: Path) -> None:
+    np.zeros(40, dtype=np.uint16).tofile(tmp_path / "a.ids")
+    (tmp_path / "a.ids.json").write_text(json.dumps({"digest": "0", "largest_id": 9999}))
+    with pytest.raises(ValueError, match="says largest_id 9999, which is not there; make it again"):
+        find_files(str(tmp_path / "a.ids"), 300).check(4)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainer.data.seeding import seed_generators
+from trainer.data.seeding import hash32, seed_generators
 from trainer.errors import UserError
 
 OVERWRITE = ("normal_", "uniform_", "fill_", "zero_", "copy_")
@@ -108,6 +110,11 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
+        if any(isinstance(value, torch.Generator) for value in tree_leaves((args, keywords))):
+            raise UserError(
+                "building the network draws from a torch.Generator, whose numbers depend on what was drawn before; leave it "
+                "out: each parameter is drawn from (seed, its name)"
+            )
         result = func(*args, **keywords)
         reads, made = _memories((args, keywords)), _memories(result)
         writes = (made or reads) if func._schema.is_mutable else made - reads  # of a view nothing is left
@@ -134,6 +141,8 @@ _truncated_normal = nn.init._no_grad_trunc_normal_  # what nn.init.trunc_normal_
 
 def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, InitialWeights]:
     """(the network that `build` makes, on the meta device; its values). UserError if `build` looks at a tensor's values."""
+    random.seed(hash32("build", seed))  # what is drawn by Python or numpy is then the same in every process
+    np.random.seed(hash32("build", seed))
     with _recorded() as recorder:
         try:
             network = build()
@@ -157,7 +166,8 @@ def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, I
 def check(network: nn.Module, values: InitialWeights) -> None:
     """UserError for tensors of a network that could not be filled one by one."""
     for name, module in network.named_modules():
-        for attribute in (key for key, value in vars(module).items() if isinstance(value, FakeTensor)):
+        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
+        for attribute in (key for key, value in own.items() if any(isinstance(x, FakeTensor) for x in tree_leaves(value))):
             raise UserError(
                 f"{f'{name}.' if name else ''}{attribute} is a tensor that is neither parameter nor buffer, so nobody would "
                 "fill or move it; register it as a buffer"

@@ -100,6 +100,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     backend.prepare(objective, network, lambda: recipe.optimizer(network, config), weights)
     if plan.checkpoint is not None:
         restore(backend, plan.checkpoint, extra_files, list(loss_weights), log)
+        plan.checkpoint.close()
     for note in backend.notes():
         log(note)
     session = Session(

@@ -155,9 +155,10 @@ def scored_tokens(text: Text, split: str, config: Any) -> np.ndarray:
 
 def ngram_losses(text: Text, split: str, config: Any) -> dict[str, float]:
     """{name: nats per token} of models that only count, on the same tokens as the network; none where counting takes long."""
-    train, tokens = np.asarray(text.splits["train"].ids), np.asarray(text.splits[split].ids)
-    if max(len(train), len(tokens)) > MOST_TOKENS:
+    sets = [text.splits[name].ids for name in ("train", split)]
+    if max(map(len, sets)) > MOST_TOKENS:  # before any of them is read
         return {}
+    train, tokens = map(np.asarray, sets)
     mask = scored_tokens(text, split, config)
     return {
         "Kneser-Ney bigram": bigram_loss(train, tokens, text.vocab_size, mask),

@@ -138,7 +138,7 @@ def _json_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place} is not JSON ({one_line(error)}); give one object a line") from None
             yield (place, cell(row, column), row) if isinstance(row, dict) else (place, row, ())
 

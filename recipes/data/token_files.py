@@ -132,7 +132,10 @@ class TokenFile:
         """The digest of the ids. ValueError naming the first that is not below `vocab_size`, and for ids of another width."""
         facts = self.facts()
         if facts.largest_id >= vocab_size or facts.smallest_id < 0:
-            position, token = next(self._outside(vocab_size))
+            found = next(self._outside(vocab_size), None)
+            if found is None:
+                raise ValueError(f"{self.name}.json says largest_id {facts.largest_id}, which is not there; make it again")
+            position, token = found
             raise out_of_range(self.name, token, position, vocab_size)
         if facts.every_second_is_0 and self.path.suffix != ".npy" and self.count >= 64:
             raise ValueError(
@@ -215,6 +218,11 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}.json cannot be read ({error}); make it again, or remove it") from None
     if not isinstance(sidecar, dict):
         raise ValueError(f"{path}.json holds no JSON object; make it again, or remove it")
+    known = {"dtype": str, "count": int, "digest": str, "largest_id": int}
+    wrong = [name for name, kind in known.items() if name in sidecar and type(sidecar[name]) is not kind]
+    wrong += ["largest_id"] if "digest" in sidecar and "largest_id" not in sidecar else []
+    if wrong:
+        raise ValueError(f"{path}.json has {wrong[0]} {sidecar.get(wrong[0])!r}; make it again, or remove it")
     return sidecar
 
 

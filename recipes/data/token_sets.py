@@ -6,9 +6,9 @@ import functools
 import glob
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,17 @@ class TokenSet:
                 tokens[chosen] = self.files[number].windows(length, starts[chosen] - self._begin(number))
             for row in np.flatnonzero(~whole):
                 tokens[row] = self._across(length, int(starts[row]), int(numbers[row]))
-        if tokens.size and tokens.max() >= self.vocab_size:
-            row, column = np.argwhere(tokens >= self.vocab_size)[0]
-            place = int(starts[row]) + int(column)
-            number = int(np.searchsorted(self.ends, place, side="right"))
-            token = int(tokens[row, column])
-            raise out_of_range(self.files[number].name, token, place - self._begin(number), self.vocab_size)
+        places = np.broadcast_to(starts[:, None], tokens.shape)
+        self._check_ids(tokens.view(np.uint32), lambda at: int(places[at]) + int(at[1]))
         return tokens
+
+    def _check_ids(self, ids: np.ndarray, place_of: Callable[[tuple[Any, ...]], int]) -> None:
+        """ValueError for an id out of the vocabulary: what is said of a file beside it may be old."""
+        if ids.size and ids.max() >= self.vocab_size:
+            at = tuple(np.argwhere(ids >= self.vocab_size)[0])
+            place = place_of(at)
+            number = int(np.searchsorted(self.ends, place, side="right"))
+            raise out_of_range(self.files[number].name, int(ids[at]), place - self._begin(number), self.vocab_size)
 
     def _begin(self, number: int) -> int:
         return int(self.ends[number]) - self.files[number].count
@@ -91,12 +95,14 @@ class TokenSet:
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         """ids[places], as of one array; only what is asked for is read."""
         if len(self.files) == 1:
-            return _mapped(self.files[0])[places]
-        numbers = np.searchsorted(self.ends, places, side="right")
-        ids = np.empty(places.shape, np.uint32)
-        for number in np.unique(numbers):
-            chosen = numbers == number
-            ids[chosen] = _mapped(self.files[number])[places[chosen] - self._begin(number)]
+            ids = _mapped(self.files[0])[places]
+        else:
+            numbers = np.searchsorted(self.ends, places, side="right")
+            ids = np.empty(places.shape, np.uint32)
+            for number in np.unique(numbers):
+                chosen = numbers == number
+                ids[chosen] = _mapped(self.files[number])[places[chosen] - self._begin(number)]
+        self._check_ids(ids, lambda at: int(places[at]))
         return ids
 
     def check(self, longer_than: int) -> str:
@@ -140,7 +146,8 @@ class Mixture:
             parts = [re.sub(r"\.(ids|bin|npy)$", "", name) for name in reversed(Path(part.name).parts)]
             said = (name for name in parts if "*" not in name and name.lower() not in chain(*SPLIT_NAMES.values()))
             label = re.sub(r"\W+", "_", next(said, "ids"))
-            labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
+            numbered = (f"{label}_{number}" for number in count(len(labels) + 1))
+            labels.append(label if label not in labels else next(name for name in numbered if name not in labels))
         return tuple(labels)
 
     @property
@@ -185,6 +192,8 @@ def find_files(path: str, vocab_size: int) -> TokenSet:
 
 
 def _mixture(sources: Sequence[Weighted], vocab_size: int) -> Mixture:
+    for path, _ in (source for source in sources if source[1] <= 0):
+        raise ValueError(f"{path} has the weight 0 in its mixture; give it one above 0, or leave it out")
     total = sum(weight for _, weight in sources)
     return Mixture(tuple(find_files(path, vocab_size) for path, _ in sources), tuple(weight / total for _, weight in sources))
 

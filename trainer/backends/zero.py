@@ -257,8 +257,8 @@ class ZeroBackend(Backend):
             start, length = p.ds_tensor.ds_numel * self.launch.rank, p.ds_tensor.ds_numel
         elif getattr(p, "_hp_mapping", None) is not None:  # else it is frozen, or another process's
             start, length = p._hp_mapping.lp_fragment_address.start, p._hp_mapping.lp_fragment_address.numel
-        if not shape:
-            return read(ALL_ROWS).reshape(1)[start : start + length]
+        if 0 in (len(shape), *shape):
+            return read(ALL_ROWS).flatten()[start : start + length]
         row = math.prod(shape[1:])
         first, last = start // row, min(shape[0], -(-(start + length) // row))
         return read(slice(first, last)).flatten()[start - first * row :][:length]

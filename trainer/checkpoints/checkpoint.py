@@ -195,6 +195,10 @@ class Checkpoint:
                 raise self.damaged(file, f"is not a safetensors file ({error})") from None
         return self._open[file]
 
+    def close(self) -> None:
+        """Let go of the files: a deleted one that is mapped keeps its room on the disk."""
+        self._open.clear()
+
     def names(self, stem: str) -> set[str]:
         """Names of the tensors of `model` or `optimizer`."""
         return set(self._files_of(stem))

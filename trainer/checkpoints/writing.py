@@ -71,6 +71,10 @@ class Share:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    def release(self) -> None:
+        """Let go of the memory; the next copy takes it anew."""
+        self._files.clear()
+
     def write(self, folder: Path, name: str, texts: Mapping[str, str]) -> Report:
         """Bring this rank's files of checkpoint `folder/name` to the disk, on rank 0 `texts` too, by file name."""
         temporary, started = _temporary(folder, name), time.monotonic()

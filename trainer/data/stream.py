@@ -36,9 +36,9 @@ def shuffled(places: np.ndarray, keys: np.ndarray, length: int) -> np.ndarray:
         (row, column), key = np.divmod(items[outside], columns), keys[outside]
         for _ in range(ROUNDS):
             key = _mix(key + GOLDEN)
-            row = (row + _mix(key ^ column)) % rows
+            row = (row + _mix(key ^ column) % rows) % rows
             key = _mix(key + GOLDEN)
-            column = (column + _mix(key ^ row)) % columns
+            column = (column + _mix(key ^ row) % columns) % columns
         items[outside] = row * columns + column
         outside = outside[items[outside] >= length]
     return items.astype(np.int64)

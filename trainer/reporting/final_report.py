@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from psutil import virtual_memory
+
 from trainer.distributed.stopping import StopReason
 from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.run_directory import RunDirectory, write_text_atomic
+
+MOST_OF_MEMORY = 0.8
+"""of what is free on the host, that the model of the report may take"""
 
 
 def report_end(
@@ -61,6 +66,12 @@ def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path
     session, console = logger.session, logger.console
     if not (session.config.run.eval_every or session.config.run.eval_epochs):
         return console.log("Never evaluated, so no comparison with baselines; `evaluate` makes one")
+    weights, free = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors")), virtual_memory().available
+    if weights > MOST_OF_MEMORY * free:  # the system would end this process for it, and the launch with it
+        sizes = f"the model's {weights / 2**30:,.1f} GiB in one process, and {free / 2**30:,.1f} GiB are free here"
+        return console.log(
+            f"No report: it would take {sizes}; `evaluate` measures under any launch, in shares under FSDP and ZeRO"
+        )
     try:
         logger.recipe.report.after_training(session.config, session.data, directory, checkpoint, console.log)
     except Exception as error:
