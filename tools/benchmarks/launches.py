@@ -18,7 +18,7 @@ from trainer.reporting.trackers import read_metrics
 LAUNCHES = {
     "one": "one process",
     "ddp": "DDP, 2 processes",
-    "ddp:3": "DDP, 3 processes, one killed (kill -9) in the middle; the same command again",
+    "ddp:3": "DDP, 3 processes, killed (kill -9) in the middle and started again",
     "zero2": "DeepSpeed ZeRO-2, 2 processes",
     "zero3": "DeepSpeed ZeRO-3, 2 processes",
     "fsdp": "FSDP2, 2 processes",
@@ -31,7 +31,7 @@ TIMEOUT_SECONDS = 1800.0
 def main(arguments: Sequence[str]) -> None:
     """Print the largest difference from one process's losses, by launch, and draw the curves."""
     parser = argparse.ArgumentParser(prog="benchmark launches", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("launches.png"))
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def draw(losses: dict[str, list[float]], out: Path) -> None:
     figure = new_figure(8, 4.5)
     axis = figure.subplots()
     for number, (kind, values) in enumerate(losses.items()):
-        width = 2.0 * (len(losses) - number) - 1
+        width = 1.4 * (len(losses) - number) - 0.6
         axis.plot(range(1, len(values) + 1), values, linewidth=width, color=colormaps["tab10"](number), label=LAUNCHES[kind])
     axis.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
     axis.grid(alpha=0.3)
