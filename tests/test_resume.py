@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from recipes.gpt2_wikitext import Gpt2Wikitext
+from trainer.checkpoints.writing import Share
 from trainer.command_line import config as configuration
 from trainer.distributed.launch import connect
 from trainer.errors import BAD_INPUT, CHECKPOINT, UserError
@@ -231,6 +232,42 @@ def test_the_report_needs_no_more_memory_than_there_is(data: Path, tmp_path: Pat
     assert "Sample: " not in output
     assert (tmp_path / "plots" / "loss.png").exists()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_resumed_run_lets_go_of_the_files_it_was_read_from(data: Path, tmp_path: Path) -> None:
+    """A deleted checkpoint that is mapped would keep its room on the disk until the run ends."""
+    mapped: list[bool] = []
+
+    class Watching(Quiet):
+        def learning_rate(self, *arguments: Any) -> float:
+            mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+            return super().learning_rate(*arguments)
+
+    launch(*flags(data, tmp_path, "--stop_at_step", "2"))
+    launch(*flags(data, tmp_path), recipe=Watching())
+    assert mapped
+    assert not any(mapped)
+
+
+def test_the_copies_of_saves_are_let_go_before_the_report(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[Share] = []
+    made = Share.__init__
+
+    def make(share: Share, *arguments: Any) -> None:
+        made(share, *arguments)
+        shares.append(share)
+
+    class Looking(Report):
+        def after_training(self, *_: Any) -> None:
+            held.append(len(shares[0]._files))
+
+    class Looked(Gpt2Wikitext):
+        report_class = Looking
+
+    held: list[int] = []
+    monkeypatch.setattr(Share, "__init__", make)
+    launch(*flags(data, tmp_path), recipe=Looked())
+    assert held == [0]
 
 
 def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:

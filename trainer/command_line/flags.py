@@ -256,7 +256,7 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any) -> Any
     safe = [without_urls(word) for word in argv]
     if safe != list(argv):  # tyro breaks words over lines: let it explain again, with words that may be shown
         cli(config_class, safe, prog, default)
-        raise UserError("the command line cannot be read; --help lists all flags")
+        raise UserError("the command line cannot be read; --help all lists every flag")
     raise UserError(_one_line(printed.getvalue(), config_class))
 
 
@@ -291,5 +291,5 @@ def _one_line(box: str, config_class: type) -> str:
     unknown = re.search(r"Unrecognized options: (--?[\w-]+)", text)
     if unknown:
         word = unknown[1].lstrip("-").replace("-", "_")
-        return f"unknown flag {unknown[1]}{nearest(word, flag_names(config_class))}; --help lists all flags"
-    return text.rstrip(".") + "; --help lists all flags"
+        return f"unknown flag {unknown[1]}{nearest(word, flag_names(config_class))}; --help all lists every flag"
+    return text.rstrip(".") + "; --help all lists every flag"
