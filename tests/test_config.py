@@ -571,8 +571,22 @@ def test_a_mixture_is_spelled_with_weights_on_the_command_line_and_in_yaml(
     assert paths("--config", write("train_data_path: {path: a, weight: 2}\n")) == (f"{tmp_path}/a=2",)
     with pytest.raises(UserError, match="train_data_path takes a list of single values, found a section in it"):
         paths("--config", write("train_data_path:\n- {path: a, wait: 0.7}\n"))
-    assert path_and_weight("year=2020/a.ids") == ("year=2020/a.ids", 1.0)
+    assert path_and_weight("year=2020/a.ids") == ("year=2020/a.ids", None)
     assert path_and_weight("a=.5") == ("a", 0.5)
+    (tmp_path / "year=2020").mkdir()
+    assert path_and_weight("year=2020") == ("year=2020", None)
+    assert paths("--train_data_path", "~/year=2020", "year=2020=.5") == (f"{tmp_path}/year=2020", f"{tmp_path}/year=2020=.5")
+
+
+def test_a_folder_that_is_called_as_a_word_does_not_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "train", "embedded"):
+        (tmp_path / name).mkdir()
+        argv = ("--tokenizer", name) if name != "embedded" else ("--train_data_path", name)
+        data = with_absolute_paths(configuration.parse(TinyStoriesLM.config_class, {}, argv, "tinystories_lm").config).data
+        assert (data.tokenizer if name != "embedded" else data.train_data_path[0]) == name
+    data = with_absolute_paths(parse("--tokenizer", "./gpt2").config).data
+    assert data.tokenizer == str(tmp_path / "gpt2")
 
 
 def test_paths_in_names_are_safe_and_stay_apart() -> None:

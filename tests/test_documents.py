@@ -166,6 +166,9 @@ def test_names_tell_the_splits(tmp_path: Path) -> None:
         ("DEV.jsonl.GZ", "validation"),
         ("my_val.txt", "validation"),
         ("train_evaluation", "train"),
+        ("StoriesTrain.txt", "train"),
+        ("myDevSet.jsonl", "validation"),
+        ("corpusTEST", "test"),
         ("latest.txt", None),
         ("contest.txt", None),
     ):
@@ -186,6 +189,41 @@ def test_names_tell_the_splits(tmp_path: Path) -> None:
     assert names == {"train": ["train/a.txt", "train/b.jsonl"], "validation": ["validation/c.txt"], "test": ["test.txt.gz"]}
     assert notes == [f"{tmp_path}: left out 1 whose names tell no split, or another: README.txt"]
     assert find_splits([str(tmp_path / "validation" / "*.txt")])[0].keys() == {"train"}  # given as the whole text
+
+
+def by_split(folder: Path, *inputs: str, validation: tuple[str, ...] = ()) -> tuple[dict[str, list[str]], list[str]]:
+    splits, notes = find_splits([str(folder / name) for name in inputs], [str(folder / name) for name in validation])
+    return {split: [Path(s.name).name for s in sources] for split, sources in splits.items()}, notes
+
+
+def test_a_folder_called_as_a_split_tells_it_and_then_the_name(tmp_path: Path) -> None:
+    for name in ("data/train/deep/a.txt", "data/train/the_test.txt", "data/VAL/b.txt", "data/my-test/c.txt", "data/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    expected = {"train": ["a.txt", "the_test.txt"], "validation": ["b.txt"], "test": ["c.txt"]}
+    splits, notes = by_split(tmp_path, "data")
+    assert (splits, len(notes)) == (expected, 1)
+    # As several folders, a pattern, or what a shell makes of one.
+    assert by_split(tmp_path, "data/train", "data/VAL", "data/my-test") == (expected, [])
+    for inputs in (["data/*/*.txt", "data/*/*/*.txt"], ["data/train/the_test.txt", "data/VAL/b.txt"]):
+        assert {"the_test.txt"} <= {*by_split(tmp_path, *inputs)[0]["train"]}
+        assert by_split(tmp_path, *inputs)[0]["validation"] == ["b.txt"]
+    assert by_split(tmp_path, "data/VAL") == ({"train": ["b.txt"]}, [])  # a folder that is given is no split of itself
+
+
+def test_names_tell_the_splits_of_files_and_patterns_too(tmp_path: Path) -> None:
+    for name in ("s-train.txt", "s-valid.txt", "s-test.txt", "s-notes.txt", "other.txt"):
+        (tmp_path / name).write_text("text")
+    expected = {"train": ["s-train.txt"], "validation": ["s-valid.txt"], "test": ["s-test.txt"]}
+    splits, notes = by_split(tmp_path, "s-*.txt")
+    assert splits == expected
+    assert "left out 1 whose names tell no split, or another: s-notes.txt" in notes[0]
+    splits, notes = by_split(tmp_path, "s-valid.txt", "other.txt")  # who gives a file means it
+    assert (splits, notes) == ({"validation": ["s-valid.txt"], "train": ["other.txt"]}, [])
+    splits, notes = by_split(tmp_path, "s-*.txt", validation=("other.txt",))
+    assert splits == expected | {"validation": ["other.txt"]}
+    assert "s-valid.txt" in notes[0]
+    assert by_split(tmp_path, "s-valid.txt")[0] == by_split(tmp_path, "*-valid*")[0] == {"train": ["s-valid.txt"]}
 
 
 def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -9,13 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import prepare_text
 import pytest
 from launching import ROOT, Started, environment
 from tokenizers import Tokenizer
 
+from recipes.data.text_of_ids import text_of_ids
 from recipes.data.token_sets import find_files
 from recipes.data.token_streams import open_streams
 from recipes.data.tokenizer import END_OF_TEXT
@@ -195,6 +200,83 @@ def test_shards_hold_the_same_ids_and_an_interrupted_call_goes_on(stories: Path,
         shards = find_files(str(out / name), 320)
         assert np.array_equal(shards.ids(), whole.ids())
     assert "train is there already" in run(tmp_path / "long.txt", "--out", out, *sharded, expect=2)
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The tool in this process, with a twentieth of its usual tasks."""
+    monkeypatch.setattr(prepare_text, "TASK_CHARACTERS", 50_000)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return lambda *arguments: prepare_text.main([*map(str, arguments), "--workers", "1"])
+
+
+def relative_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_nothing_of_an_earlier_preparation_is_left_beside_a_new_one(
+    prepare: Callable[..., None], stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    flags = ["--tokenizer", prepared / "tokenizer.json"]
+    short, out = tmp_path / "short.txt", tmp_path / "out"
+    short.write_text(stories.read_text()[:150_000])
+    for name, sharded in (("few", ["--shard_mb", 0.05]), ("one", [])):
+        prepare(short, "--out", tmp_path / name, *flags, *sharded)
+    prepare(stories, "--out", out, *flags, "--shard_mb", 0.05)
+    assert len(list((out / "train").glob("*.ids"))) > 20
+    (out / "train" / "mine.txt").write_text("is no shard")
+    for name, sharded in (("few", ["--shard_mb", 0.05]), ("one", []), ("few", ["--shard_mb", 0.05])):
+        prepare(short, "--out", out, *flags, *sharded, "--overwrite")
+        assert relative_files(out) == relative_files(tmp_path / name) | {"train/mine.txt": b"is no shard"}
+
+
+def test_a_part_of_the_shards_is_refused_with_the_command_that_goes_on(
+    prepare: Callable[..., None], stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(stories.read_text()[:400_000])
+    monkeypatch.chdir(tmp_path)
+    out, flags = tmp_path / "out", ["--tokenizer", prepared / "tokenizer.json", "--shard_mb", 0.05]
+    encode, calls = prepare_text.encode, itertools.count()
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_text, "encode", interrupted)
+        with pytest.raises(SystemExit):
+            prepare("a.txt", "b.txt", "--out", "out", *flags)
+    for path in (out / "train", f"{out}/train/*.ids", out / "train" / "00000.ids"):
+        with pytest.raises(
+            ValueError, match=r"out/train holds a part of the shards .*; go on with it: cd .* && python"
+        ) as error:
+            find_files(str(path), 320)
+        assert f"cd {tmp_path} && " in str(error.value)
+        assert "prepare_text.py a.txt b.txt --out out --tokenizer" in str(error.value)
+    with pytest.raises(ValueError, match="holds a part of the shards"):
+        text_of_ids(str(out), "gpt2", by_rows=False)
+    with pytest.raises(SystemExit):  # other text, as one of the files is now for validation
+        prepare("a.txt", "--valid", "b.txt", "--out", "out", *flags)
+    prepare("a.txt", "b.txt", "--out", "out", *flags)
+    assert len(find_files(str(out / "train"), 320)) > 10_000
+
+
+def test_a_pattern_that_matches_every_split_trains_on_one(
+    prepare: Callable[..., None], stories: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {name: stories.read_text()[:size] for name, size in (("train", 9000), ("valid", 3000), ("test", 2000))}
+    for name, content in texts.items():
+        (tmp_path / f"s-{name}.txt").write_text(content)
+    prepare(f"{tmp_path}/s-*.txt", "--out", tmp_path / "out", "--tokenizer", prepared / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    for name in ("train", "valid"):
+        ids = np.fromfile(tmp_path / "out" / f"{name}.ids", np.uint16).tolist()
+        assert tokenizer.decode(ids, skip_special_tokens=False) == texts[name] + END_OF_TEXT
+    output = capsys.readouterr().out
+    assert "s-valid.txt (1) is validation text, by its name" in output
+    assert "s-test.txt (1) is left out, as test text, by its name" in output
 
 
 def wait_until(condition: object, seconds: float = 100.0) -> None:

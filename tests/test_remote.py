@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from launching import free_port
+from launching import ROOT, free_port
 from test_token_files import VOCABULARY, ids_file, one_line
 
 from recipes.data import remote
@@ -142,6 +144,80 @@ def test_the_cache_is_bounded_and_what_was_not_used_goes(server: SimpleNamespace
     there = {path.name for path in (server.folder / "small" / "blocks").glob("*/*")}
     assert {"0", "4"} <= there
     assert len(there) <= 3
+
+
+def test_processes_that_share_a_cache_share_its_bound(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what another one is writing is not removed."""
+    monkeypatch.setenv("SAMECURVE_REMOTE_GB", str(6.5 * BLOCK_BYTES / 1e9))
+    monkeypatch.setenv("SAMECURVE_CACHE", str(server.folder / "shared"))
+    (file,) = find_files("s3://texts/other.ids", VOCABULARY).files
+    kept = remote._Blocks(file).folder
+    kept.mkdir(parents=True)
+    (kept / "9.abc.tmp").write_bytes(b"0" * BLOCK_BYTES)
+    (kept / "8.abc.tmp").write_bytes(b"0" * BLOCK_BYTES)
+    os.utime(kept / "8.abc.tmp", (0, 0))  # of a process that was killed
+    code = (
+        "import sys; from recipes.data.remote import _make_room; from pathlib import Path\n"
+        "for number in range(40):\n"
+        "    Path(sys.argv[1], f'{sys.argv[2]}{number}').write_bytes(b'0' * int(sys.argv[3]))\n"
+        "    _make_room(Path(sys.argv[1]).parent, int(sys.argv[3]), int(sys.argv[4]))\n"
+    )
+    sizes = [str(BLOCK_BYTES), str(int(6.5 * BLOCK_BYTES))]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(kept), name, *sizes], cwd=ROOT) for name in "ab"]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    there = {path.name for path in kept.iterdir()}
+    assert "9.abc.tmp" in there
+    assert "8.abc.tmp" not in there
+    assert 3 <= len(there - {"9.abc.tmp"}) <= 6
+
+
+def test_a_damaged_block_is_fetched_again(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMECURVE_CACHE", str(server.folder / "damaged"))
+    (file,) = find_files("s3://texts/other.ids", VOCABULARY).files
+    starts = np.array([3])
+    expected = file.windows(9, starts)
+    block = remote._Blocks(file).folder / "0"
+    intact = block.read_bytes()
+    for damaged in (intact[:-9], b"", b"1", bytes([intact[0] ^ 1]) + intact[1:]):
+        block.write_bytes(damaged)
+        assert np.array_equal(file.windows(9, starts), expected)
+        assert block.read_bytes() == intact
+
+
+def test_what_is_refused_of_a_local_file_is_refused_behind_a_url(server: SimpleNamespace, tmp_path: Path) -> None:
+    import s3fs
+
+    np.save(tmp_path / "a.npy", server.ids)
+    for name, content, sidecar, problem in (
+        ("a.npy", (tmp_path / "a.npy").read_bytes(), None, "is a .npy array, and read where it is local alone"),
+        ("b.ids", b"Once upon a time. " * 20, None, "is text, not ids"),
+        ("c.ids", server.ids[:100].tobytes(), {"dtype": "uint16", "count": 200}, "holds 100 ids, its .json says 200"),
+        ("d.ids", server.ids[:100].tobytes(), {"dtype": 16}, "d.ids.json has dtype 16"),
+        ("e.ids", b"", None, "is empty"),
+        ("f.ids", b"\1\2\3", {}, "has 3 bytes, no whole number"),
+    ):
+        files = s3fs.S3FileSystem()
+        files.pipe_file(f"texts/bad/{name}", content)
+        if sidecar is not None:
+            files.pipe_file(f"texts/bad/{name}.json", json.dumps(sidecar).encode())
+        with pytest.raises(ValueError, match=re.escape(problem)) as error:
+            find_files(f"s3://texts/bad/{name}", VOCABULARY).check(1)
+        assert f"s3://texts/bad/{name}" in one_line(error)
+
+
+def test_a_start_takes_few_requests_however_many_shards(server: SimpleNamespace, requests: list[tuple[str, int]]) -> None:
+    import s3fs
+
+    files = s3fs.S3FileSystem()
+    known = {"dtype": "uint16", "count": 1000, "digest": "ab", "largest_id": 999}
+    for number in range(20):
+        files.pipe_file(f"texts/many/{number:02}.ids", server.ids[:1000].tobytes())
+        files.pipe_file(f"texts/many/{number:02}.ids.json", json.dumps(known).encode())
+    for url in ("s3://texts/many", "s3://texts/many/*", "s3://texts/many/*.ids"):
+        requests.clear()
+        streams = open_streams([(url, None)], [(url, None)], None, VOCABULARY, 16)
+        assert streams.train.count == 20_000
+        assert sorted(requests) == [("cat", 20)] * 2 + [("find" if url.endswith("many") else "glob", 1)] * 2
 
 
 class Wire(threading.Thread):

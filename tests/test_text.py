@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import pickle
@@ -108,6 +109,76 @@ def test_without_a_validation_text_runs_of_rows_are_held_out(tmp_path: Path) -> 
     splits = Counter(split for split, *_ in find_corpus("", [str(tmp_path)], Reading(), tmp_path).rows(Counter()))
     assert splits["test"] == 1
     assert 0.04 < splits["validation"] / splits["train"] < 0.06
+
+
+def test_the_same_rows_have_the_same_ids_from_every_kind_of_file(tmp_path: Path) -> None:
+    """White space at their ends, which lines of a file cannot keep, is no part of them."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    texts = [f"Row {n} of many. \t" for n in range(40)] + ["", "   ", "The end.\n"]
+    for name in ("lines", "documents", "jsonl", "parquet"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lines" / "train.txt").write_text("\r\n".join(text.strip("\n") for text in texts))
+    (tmp_path / "documents" / "train.text").write_text(END_OF_TEXT.join(texts))
+    (tmp_path / "jsonl" / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write_table(pa.table({"text": texts}), tmp_path / "parquet" / "train.parquet")
+    found = []
+    for folder in ("lines", "documents", "jsonl", "parquet"):
+        (tmp_path / folder / "dev.txt").write_text("Something else.")
+        prepared = text.prepare_text("", [str(tmp_path / folder)], "train", 300, tmp_path / "cache")
+        found.append([np.asarray(prepared.splits["train"].ids).tolist(), prepared.splits["train"].words])
+    assert found == [found[0]] * 4
+
+
+def test_a_text_of_one_line_is_held_out_in_pieces(tmp_path: Path) -> None:
+    whole = " ".join(f"Sentence {n} of the only line there is." for n in range(5000))
+    (tmp_path / "book.txt").write_text(whole)
+    rows = list(find_corpus("", [str(tmp_path / "book.txt")], Reading(), tmp_path).rows(Counter()))
+    assert "".join(row for _, row, _ in rows) == whole
+    sizes = Counter()
+    for split, row, _ in rows:
+        sizes[split] += len(row)
+    assert 0.04 < sizes["validation"] / len(whole) < 0.06
+    # A piece ends in the id of end-of-text where the next one went elsewhere.
+    assert [end for _, _, end in rows] == [*(a[0] != b[0] for a, b in itertools.pairwise(rows)), True]
+    prepared = text.prepare_text("", [str(tmp_path / "book.txt")], "train", 300, tmp_path)
+    for name, split in prepared.splits.items():
+        ids, runs = np.asarray(split.ids), [len(list(g)) for s, g in itertools.groupby(row[0] for row in rows) if s == name]
+        assert np.flatnonzero(ids == prepared.end_of_text).tolist() == (split.row_ends - 1).tolist()
+        assert len(split.row_ends) == len(runs)
+
+
+def test_an_empty_file_among_others_is_passed_over_by_name(data_dir: Path, tmp_path: Path) -> None:
+    (data_dir / "wiki.train.2.tokens").write_text(" \n")
+    prepared = text.prepare_text("", [str(data_dir)], "train", 300, tmp_path)
+    assert prepared.notes == (f"{data_dir}/wiki.train.2.tokens: passed over, as it holds no text",)
+    assert len(prepared.splits["train"].row_ends) == len(ROWS["train"])
+
+
+def test_validation_text_that_is_training_text_is_said(data_dir: Path, tmp_path: Path) -> None:
+    (data_dir / "wiki.valid.tokens").write_bytes((data_dir / "wiki.train.tokens").read_bytes())
+    (note,) = find_corpus("", [str(data_dir)], Reading(), tmp_path).notes
+    assert note.startswith(f"{data_dir}/wiki.valid.tokens has the text of {data_dir}/wiki.train.tokens: ")
+
+
+def test_of_a_data_set_of_the_hub_without_validation_a_part_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = [{"text": f"Row {n} of a data set."} for n in range(4000)]
+    data = datasets.DatasetDict({"train": datasets.Dataset.from_list([*rows, {"text": None}])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: data)
+    monkeypatch.setattr(text_corpus, "hub_is_reachable", lambda: True)
+    corpus = find_corpus("owner/stories", [], Reading(), tmp_path)
+    assert "owner/stories has no validation text: 5.00% of it" in corpus.notes[0]
+    without: Counter[str] = Counter()
+    counts = Counter(split for split, *_ in corpus.rows(without))
+    assert 0.04 < counts["validation"] / len(rows) < 0.06
+    assert (counts.total(), without) == (len(rows), {"owner/stories": 1})
+    with pytest.raises(ValueError, match=r"the columns text: train and story \(--column\) are needed"):
+        find_corpus("owner/stories", [], Reading("story"), tmp_path)
 
 
 def test_errors_of_local_files_name_the_file(data_dir: Path, tmp_path: Path) -> None:
@@ -347,6 +418,12 @@ def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, mon
     with pytest.raises(FileNotFoundError, match=r"has no \.ids file for validation") as error:
         text_of_ids(str(folder), "gpt2", by_rows=False)
     one_line(error)
+    for name in ("valid", "dev"):  # two of a split are one set, as two files of text are
+        np.array([3, 4, 0], dtype=np.uint16).tofile(folder / f"{name}.ids")
+    for data_dir in (str(folder), f"{folder}/*.ids"):
+        both = text_of_ids(data_dir, "gpt2", by_rows=True)
+        assert np.asarray(both.splits["validation"].ids).tolist() == [3, 4, 0] * 2
+        assert both.splits["validation"].row_ends.tolist() == [3, 6]
     np.array([3, 300, 4], dtype=np.uint16).tofile(folder / "dev.ids")
     with pytest.raises(ValueError, match=r"dev\.ids: token id 300 at position 1 is not below vocab_size 300") as error:
         text_of_ids(str(folder), "gpt2", by_rows=False)

@@ -119,6 +119,8 @@ def test_a_mixture_says_its_shares_and_measures_each_set(tmp_path: Path, monkeyp
     assert recipe.report.log_line(500, metrics).endswith(" | So far: web 75.12%, books 24.88%")
     with pytest.raises(ValueError, match="sampling sequential visits every window once"):
         recipe.build_data(parsed([*argv, "--sampling", "sequential"]).config)
+    in_order = parsed([*argv[3:], "--train_data_path", *sets, "--sampling", "sequential"])  # without weights they are one set
+    assert len(recipe.build_data(in_order.config).train) == 100
 
 
 # ------------------------------------------------------------------------------------------------------------ trained runs
@@ -168,7 +170,17 @@ SCRIPT: dict[str, list[str]] = {
         "--run_name",
         "raised",
     ],
-    "sequential": [*COMMON, "--sampling", "sequential", "--max_steps", "0", "--max_epochs", "2", "--run_name", "sequential"],
+    "sequential": [
+        *[*COMMON, "--val_data_path", "data/valid.ids", "copy.ids", "--sampling", "sequential"],
+        *["--max_steps", "0", "--max_epochs", "2", "--run_name", "sequential"],
+    ],
+    "evaluate sequential": ["evaluate", "--model_path", MODEL.replace("base", "sequential"), "--device", "cpu"],
+    "from text": [
+        *[*SIZES, "--train_data_path", "stories.txt", "--vocab_size", "300", "--batch_size", "8", "--max_iters", "5"],
+        *["--device", "cpu", "--run_name", "from_text"],
+    ],
+    "evaluate from text": ["evaluate", "--model_path", MODEL.replace("base", "from_text"), "--device", "cpu"],
+    "evaluate other text": ["evaluate", "--model_path", MODEL, "--data_path", "more.txt", "--device", "cpu"],
     "muon": [*WHOLE, "--optimizer", "muon", "--run_name", "muon"],
     "tied": [*WHOLE, "--tie_embeddings", "--run_name", "tied"],
     "ablated": [
@@ -221,6 +233,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     streams["train"].tofile(folder / "copy.ids")
     (folder / "data" / "text.ids").write_text("1 2 3 4 5 6 7 8 9\n" * 90)
     tokenizer.save(str(folder / "data" / "tokenizer.json"))
+    for name, split in (("stories", "train"), ("more", "valid")):
+        (folder / f"{name}.txt").write_text(tokenizer.decode(streams[split].tolist(), skip_special_tokens=False))
     return SimpleNamespace(folder=folder, outputs=run_in_turn(RECIPE, SCRIPT, folder, ENVIRONMENT))
 
 
@@ -407,6 +421,20 @@ def test_sequential_sampling_counts_epochs(place: SimpleNamespace) -> None:
     windows = -(-(count - 1) // 24)
     assert f"epochs of {windows:,}" in text
     assert f"Finished at step {math.ceil(2 * windows / 8)}" in text
+
+
+def test_sets_that_a_sequential_run_was_validated_on_are_evaluated(place: SimpleNamespace) -> None:
+    text, final = output(place, "evaluate sequential"), rows(place, "sequential")[-1]
+    for name in ("val", "val_data", "val_copy"):
+        assert f"{final[f'final/{name}_loss']:.4f} nats per token" in text
+
+
+def test_text_is_trained_on_and_evaluated(place: SimpleNamespace) -> None:
+    assert "stories.txt has no validation text: 5.00% of it, spread over it, is held out" in output(place, "from text")
+    loss, _ = measured(output(place, "evaluate from text"))
+    assert loss == pytest.approx(rows(place, "from_text")[-1]["final/val_loss"], abs=1e-4)
+    # Other text is read with the tokenizer of the checkpoint, all of it: these are the stories of valid.ids.
+    assert measured(output(place, "evaluate other text")) == measured(output(place, "evaluate"))
 
 
 def test_an_epoch_of_sequential_sampling_has_every_id_once(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

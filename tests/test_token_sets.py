@@ -179,3 +179,84 @@ def test_a_largest_id_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.ids.json").write_text(json.dumps({"digest": "0", "largest_id": 9999}))
     with pytest.raises(ValueError, match="says largest_id 9999, which is not there; make it again"):
         find_files(str(tmp_path / "a.ids"), 300).check(4)
+
+
+def test_several_paths_without_weights_are_one_set(tmp_path: Path) -> None:
+    """As a shell makes several of a pattern that is not quoted."""
+    ids = ids_file(tmp_path / "a.ids", 500)
+    paths = [(str(file.path), None) for file in shards(tmp_path / "cut", ids, 100, 130).files]
+    (whole,) = _mixture(paths, VOCABULARY, one_set=True).sets
+    assert np.array_equal(whole.ids(), ids)
+    assert len(_mixture(paths, VOCABULARY, one_set=False).sets) == 3  # of validation each is measured
+    weighted = open_streams([(paths[0][0], 3.0), paths[1]], [(str(tmp_path / "a.ids"), None)], None, VOCABULARY, 8)
+    assert weighted.train.shares == (0.75, 0.25)
+    assert "Samples are drawn from 000 75.00%, 001 25.00%" in weighted.notes
+
+
+def test_a_pattern_does_not_match_what_is_known_of_a_file(tmp_path: Path) -> None:
+    files = shards(tmp_path / "cut", ids_file(tmp_path / "a.ids", 500), 100).files
+    for file in files:
+        file.path.with_name(f"{file.path.name}.json").write_text(json.dumps({"dtype": "uint16", "count": file.count}))
+    assert [file.path for file in find_files(f"{tmp_path}/cut/*", VOCABULARY).files] == [file.path for file in files]
+
+
+def test_validation_ids_that_are_training_ids_are_said(tmp_path: Path) -> None:
+    one, copy = str(tmp_path / "a.ids"), str(tmp_path / "b.ids")
+    ids_file(Path(one), 200)
+    for path in (one, copy):
+        Path(copy).write_bytes(Path(one).read_bytes())
+        assert opened(one, path).notes[-1] == f"{path} holds the ids of {one}: the validation loss is that of training text"
+    ids_file(Path(copy), 201)
+    assert not any("training text" in note for note in opened(one, copy).notes)
+
+
+def test_a_tokenizer_one_folder_up_is_taken_if_it_made_the_ids(tmp_path: Path) -> None:
+    from recipes.data.tokenizer import train_tokenizer
+
+    made_by = train_tokenizer(["one and two", "three"], 260).to_str()
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / "0.ids"
+    ids_file(path)
+    (tmp_path / "tokenizer.json").write_text(made_by)
+    assert opened(str(path), str(path)).tokenizer_json is None  # it may be anybody's
+    path.with_name("0.ids.json").write_text(json.dumps({"tokenizer_sha256": hashlib.sha256(made_by.encode()).hexdigest()}))
+    assert opened(str(path), str(path)).tokenizer_json == made_by
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer(["four"], 257).to_str())
+    assert opened(str(path), str(path)).tokenizer_json is None
+
+
+def test_text_is_made_into_ids_as_prepare_text_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.data.text import Text
+    from recipes.data.tokenizer import END_OF_TEXT
+
+    stories = [f"Story {n}.\n\nIt ends here.\n" for n in range(3000)]
+    (tmp_path / "s-train.txt").write_text(END_OF_TEXT.join(stories))
+    (tmp_path / "s-valid.txt").write_text("One more.\nOf two lines.\n")
+
+    def texts(streams: Streams) -> list[str]:
+        assert streams.tokenizer_json is not None
+        tokenizer = Text.without_data(streams.tokenizer_json).tokenizer()
+        both = (streams.train.whole.ids().tolist(), streams.validation.whole.ids().tolist())
+        return [tokenizer.decode(ids, skip_special_tokens=False) for ids in both]
+
+    expected = ["".join(story + END_OF_TEXT for story in stories), f"One more.\nOf two lines.\n{END_OF_TEXT}"]
+    train, validation = (str(tmp_path / f"s-{name}.txt") for name in ("train", "valid"))
+    for both in ((train, validation), (f"{tmp_path}/s-*.txt", None)):
+        assert texts(opened(*both)) == expected
+    held_out = opened(train, None)
+    assert "5.00% of it, spread over it, is held out" in held_out.notes[-1]
+    assert sum(text.count("Story") for text in texts(held_out)) == pytest.approx(2850, abs=20)  # the rest is for a test
+    monkeypatch.setattr("recipes.data.text._write_ids", None)  # they are kept
+    assert opened(train, validation).fingerprint == opened(f"{tmp_path}/s-*.txt", None).fingerprint
+    ids_file(tmp_path / "a.ids", 200)
+    (tmp_path / "numbers.txt").write_text("1 2 3 " * 100)
+    for sources, problem in (
+        ([(train, None), (str(tmp_path / "a.ids"), None)], r"s-train\.txt is text and .*a\.ids is not"),
+        ([(train, 2.0)], r"s-train\.txt is text with a weight"),
+        ([(str(tmp_path / "numbers.txt"), None)], "val_data_path is missing"),
+    ):
+        with pytest.raises(ValueError, match=problem) as error:
+            open_streams(sources, [], None, VOCABULARY, 8)
+        one_line(error)
+    with pytest.raises(ValueError, match=r"numbers\.txt holds numbers written as text; convert it"):
+        opened(str(tmp_path / "numbers.txt"), str(tmp_path / "a.ids"))
