@@ -95,7 +95,8 @@ def test_without_a_validation_text_runs_of_rows_are_held_out(tmp_path: Path) -> 
     (tmp_path / "play.txt").write_text("".join(f"Line {n} of the play, which goes on.\n" for n in range(12_000)))
     corpus = find_corpus("", [str(tmp_path / "play.txt")], Reading(), tmp_path)
     assert corpus.notes == [
-        f"{tmp_path}/play.txt has no validation text: 5.00% of it, spread over it, is held out for each of validation and test"
+        f"{tmp_path}/play.txt has no validation text: 5.00% of it, spread over it, "
+        "is held out for validation and as much for test"
     ]
     found = list(corpus.rows(Counter()))
     assert [row for _, row, _ in found] == (tmp_path / "play.txt").read_text().splitlines()

@@ -245,7 +245,7 @@ def test_text_is_made_into_ids_as_prepare_text_makes_them(tmp_path: Path, monkey
         assert texts(opened(*both)) == expected
     held_out = opened(train, None)
     assert "5.00% of it, spread over it, is held out" in held_out.notes[-1]
-    assert sum(text.count("Story") for text in texts(held_out)) == pytest.approx(2850, abs=20)  # the rest is for a test
+    assert sum(text.count("Story") for text in texts(held_out)) == pytest.approx(3000, abs=5)  # a piece may begin in a story
     monkeypatch.setattr("recipes.data.text._write_ids", None)  # they are kept
     assert opened(train, validation).fingerprint == opened(f"{tmp_path}/s-*.txt", None).fingerprint
     ids_file(tmp_path / "a.ids", 200)

@@ -43,6 +43,8 @@ class Reading:
     """of the text; None: each row whole, as JSON: {"text": ...} for one of plain text"""
     by_line: bool = True
     """of a text file in which END_OF_TEXT separates nothing, each line; else it is one document"""
+    held_out: tuple[str, ...] = ("validation", "test")
+    """for which a part of the training text is taken, where there is no validation text, nor one for them"""
 
 
 def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Path, validation: Sequence[str] = ()) -> Corpus:
@@ -104,8 +106,8 @@ def _with_validation(
         return Corpus(digest, lambda without: rows_of(without, None), notes)
     share = min(HELD_OUT, MOST_HELD_OUT / max(1, size))
     piece = piece_size(size, share)
-    wanted = [split for split in ("validation", "test") if split not in splits]
-    held = f"{share:.2%} of it, spread over it, is held out for each of {' and '.join(wanted)}"
+    wanted = [split for split in reading.held_out if split not in splits]
+    held = f"{share:.2%} of it, spread over it, is held out for {' and as much for '.join(wanted)}"
     # A row that is JSON cannot be cut.
     cut = piece if reading.column is not None else None
     return Corpus(

@@ -75,7 +75,7 @@ def open_streams(
         raise ValueError("val_data_path is missing: give --val_data_path FILE.ids; or --train_data_path text or embedded")
     both = (_mixture(train, vocab_size, one_set=True), _mixture(validation, vocab_size, one_set=False))
     tokenizer_json = _tokenizer(tokenizer, [file for mixture in both for file in mixture.whole.files], vocab_size)
-    return _checked(both[0], both[1], tokenizer_json, length, [])
+    return _checked(both[0], both[1], tokenizer_json, length, overlap(both[0].whole, both[1].whole))
 
 
 def _is_text(path: str) -> bool:
@@ -85,7 +85,7 @@ def _is_text(path: str) -> bool:
 
 def _of_text(paths: list[str], others: list[str], tokenizer: str | None, vocab_size: int, length: int, column: str) -> Streams:
     dataset, inputs = (paths[0], []) if paths == [EMBEDDED] or is_hub_name(paths[0]) else ("", paths)
-    reading = Reading(column, by_line=False)
+    reading = Reading(column, by_line=False, held_out=("validation",))
     text = prepare_text(dataset, inputs, tokenizer or "train", vocab_size, None, reading, [] if dataset else others)
     if text.vocab_size > vocab_size:
         way_out = f"give --vocab_size {text.vocab_size}"
@@ -117,7 +117,7 @@ def _checked(train: Mixture, validation: Mixture, tokenizer_json: str | None, le
     sizes = [f"{name} data size: {part.count:,} tokens" for name, part in (("Train", train), ("Validation", validation))]
     shares = ", ".join(f"{label} {share:.2%}" for label, share in zip(train.labels, train.shares, strict=True))
     mixed = [f"Samples are drawn from {shares}"] if len(train.sets) > 1 else []
-    said = (*sizes, *mixed, *notes, *overlap(train.whole, validation.whole))
+    said = (*sizes, *mixed, *notes)
     fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Streams(train, validation, tokenizer_json, fingerprint, said)
 
