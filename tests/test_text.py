@@ -410,6 +410,9 @@ def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, mon
             samples = [cut(s, 4, 300, 0) for s in (split, pickle.loads(pickle.dumps(own)))]
             batches = [sample.__getitems__(range(len(sample))) for sample in samples]
             assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+    # No file of ids is mapped, since mapped pages stay in memory, until all of a file does.
+    assert str(folder) not in (maps := Path("/proc/self/maps").read_text())
+    assert ".row_ends" in maps
     other = text.prepare_text("wikitext2", [str(data_dir)], "train", 290).tokenizer_json
     (tmp_path / "other.json").write_text(other)
     with pytest.raises(ValueError, match=r"other\.json is not the one that made the ids") as error:

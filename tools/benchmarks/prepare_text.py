@@ -1,10 +1,11 @@
 """Megabytes of text a second and core that become ids, beside the tokenizer libraries called directly; one interleaved run.
 
-python tools/benchmark.py prepare_text --input wiki.train.tokens --tokenizer gpt2-files       # a document a line: real text
+python tools/benchmark.py prepare_text --input wiki.*.tokens --tokenizer gpt2-files                 # 100 MB made of real text
+python tools/benchmark.py prepare_text --input wiki.*.tokens --tokenizer gpt2-files --megabytes 0   # the text as it is, once
 
 Without `--input` the text is English that is on every machine (Python's documentation). The encoder starts each round cold, as
-a run does. `pip install tiktoken` for that peer; it makes the ids of a GPT-2 tokenizer only. Ids are compared, document by
-document. Seconds are CPU time, so that other work on the machine counts less.
+a run does; it remembers words, so that repeated text is faster. tiktoken, of the extra `benchmark`, makes the ids of a GPT-2
+tokenizer only. Ids are compared, document by document. Seconds are CPU time, so that other work on the machine counts less.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 def main(arguments: list[str]) -> None:
     """Prints a line per way: the median of the rounds, and the fastest and slowest."""
     parser = argparse.ArgumentParser(prog="benchmark.py prepare_text", description=__doc__)
-    parser.add_argument("--input", type=argument_path, help="a text file instead, a document a line")
-    parser.add_argument("--megabytes", type=float, default=10.0, help="repeat the text up to this size")
+    parser.add_argument("--input", type=argument_path, nargs="+", default=[], help="text files instead, a document a line")
+    parser.add_argument("--megabytes", type=float, default=100.0, help="repeat the text up to this size")
     parser.add_argument("--tokenizer", default="train", help="train, gpt2 (hub), a folder, or a tokenizer.json (train)")
     parser.add_argument("--vocab_size", type=int, default=10_000, help="of a trained one")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     os.environ["RAYON_NUM_THREADS"] = "1"  # read when the library starts its threads
-    rows = options.input.read_text(encoding="utf-8").split("\n") if options.input else load_embedded(cache_folder())["train"]
+    rows = [row for path in options.input for row in path.read_text(encoding="utf-8").split("\n")]
+    rows = rows or load_embedded(cache_folder())["train"]
     documents = [row for row in rows if row.strip() and END_OF_TEXT not in row]
     size = sum(len(document.encode()) for document in documents)
     documents *= max(1, round(options.megabytes * 1e6 / size))
