@@ -66,9 +66,10 @@ class Backend(ABC):
         return
 
     @staticmethod
-    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
-        """Give a network on the meta device its values, to be called on every process alike; by default whole on each."""
-        fill(network, weights, launch.device)
+    def fill_for_evaluation(objective: nn.Module, weights: Weights, launch: Launch) -> None:
+        """Give the network of an objective, on the meta device, its values; the objective is then called on every process
+        alike. By default whole on each."""
+        fill(objective.network, weights, launch.device)  # type: ignore[arg-type]
 
     @property
     @abstractmethod

@@ -194,24 +194,24 @@ def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: 
     return network.eval().requires_grad_(False)
 
 
-def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> nn.Module:
-    """The network with the checkpoint's weights for `evaluate_network` alone: under FSDP it is cut over the processes."""
+def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> Objective:
+    """The objective with the checkpoint's weights, for `evaluate_objective`: under FSDP and ZeRO-3 cut over the processes."""
     network, initial = build_empty_network(recipe, config, data)
     opened = partial(verify_together, control=launch.control)
     weights = saved_weights(recipe, network, initial, saved, opened)
-    backend_of(os.environ).fill_for_evaluation(network, weights, launch)
-    return network.eval().requires_grad_(False)
+    objective = Objective(network, recipe)
+    backend_of(os.environ).fill_for_evaluation(objective, weights, launch)
+    return objective.requires_grad_(False)
 
 
-def evaluate_network(
-    recipe: Recipe[ConfigT], network: nn.Module, config: Any, dataset: Any, launch: Launch, batch_size: int
+def evaluate_objective(
+    recipe: Recipe[ConfigT], objective: Objective, config: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
     whole = dataclasses.replace(config.run, bad_samples="stop")  # or a sample would count twice
     weights = objective_weights(recipe, config, recipe.items(first_batch(dataset, [0], whole)))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.run.mixed_precision, launch))
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):
-        model = Objective(network, recipe, list(weights))
-        result = evaluate(model, recipe, weights, dataset, batch_size, config.run, launch)
+        result = evaluate(objective, recipe, weights, dataset, batch_size, config.run, launch)
     assert result is not None
     return result
