@@ -17,6 +17,7 @@ from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, sa
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.init_from import own_checkpoint
+from trainer.checkpoints.tensor_file import TYPES
 from trainer.checkpoints.verification import Verify, verified, verify_together
 from trainer.command_line import config as configuration
 from trainer.data.bad_samples import first_batch
@@ -39,9 +40,18 @@ def build_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> nn.Module
 def build_empty_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> tuple[nn.Module, Weights]:
     """(the bare network, on the meta device; the values that a run of this seed begins with)."""
     try:
-        return build_empty(lambda: recipe.build_model(config, data), config.optimisation.seed)
+        network, initial = build_empty(lambda: recipe.build_model(config, data), config.optimisation.seed)
     except (ValueError, OSError) as error:
         raise UserError(one_line(error)) from error
+    kinds = {name: (p.dtype, p.is_floating_point()) for name, p in network.named_parameters()}
+    kinds |= {name: (b.dtype, b.is_floating_point() or b.dtype in TYPES) for name, b in saved_buffers(network)}
+    for name, (dtype, fits) in kinds.items():
+        if not fits:
+            raise UserError(
+                f"{name} is of {dtype}, which checkpoints do not hold; keep real numbers there (torch.view_as_real), or a "
+                "buffer with persistent=False"
+            )
+    return network, initial
 
 
 def is_kept(network: nn.Module, name: str) -> bool:
