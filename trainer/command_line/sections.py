@@ -43,6 +43,8 @@ class Optimisation:
     eps: Annotated[float, Positive] = 1e-8
     grad_clip: Annotated[float, NotNegative, arg(aliases=("--gradient_clip",))] = 1.0
     """largest global gradient norm (0: no clipping)"""
+    ema: Annotated[float, Fraction] = 0.0
+    """average the weights of all steps with this decay, as 0.999; the average is what is evaluated and exported (0: off)"""
     overfit_batch: Annotated[int, NotNegative] = 0
     """train on the run's first so many effective batches alone, again and again: can the network learn them? (0: off)"""
     init_from: Annotated[str | None, Existing] = None
