@@ -14,13 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from trainer.backends import tensors
+from trainer.backends import tensors, zero_parts
 from trainer.backends.backend import Backend, StepResult, set_learning_rate
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config, precision_notes
 from trainer.backends.fsdp import shard_for_evaluation
@@ -144,13 +142,13 @@ class ZeroBackend(Backend):
         """Give each parameter, and its fp32 master copy, the values of this process, one after the other; buffers too."""
         for name, p in self.network.named_parameters():
             read = partial(weights, name) if self.stage3 else partial(rows_of, weights(name))
-            own = self._own_part(p, read)
+            own = zero_parts.own_part(p, read, self.stage3)
             if self.stage3:
                 p.ds_tensor.zero_()[: len(own)].copy_(own)  # type: ignore[attr-defined]
             else:
                 p.copy_(read(ALL_ROWS))
             if p.requires_grad:
-                self._set(p, own, None)
+                zero_parts.set_part(p, own, None, self.stage3)
         for name, buffer in self.network.named_buffers():
             buffer.copy_(weights(name))
 
@@ -212,71 +210,20 @@ class ZeroBackend(Backend):
         return entries + tensors.count_entries([first], set(first) - set(self.moments))
 
     def _entry(self, name: str, p: Tensor, key: str | None) -> TensorEntry:
-        read = self._from_shares if self.stage3 else self._from_fragments
+        read = zero_parts.from_shares if self.stage3 else zero_parts.from_fragments
         return TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(read, p, key))
-
-    def _from_shares(self, p: Any, key: str | None, writer: int) -> Tensor | None:
-        """Stage 3: a master weight (key None) or a moment lies on all ranks in shares of one size, the last padded."""
-        from deepspeed import utils
-
-        if key is not None:
-            share = utils.safe_get_local_optimizer_state(p, key)
-        else:
-            share = utils.safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor  # frozen: no master copy
-        shares = share.new_empty(self.launch.processes, share.numel()) if self.launch.rank == writer else None
-        dist.gather(share.data, None if shares is None else list(shares), dst=writer)
-        return None if shares is None else shares.flatten()[: p.ds_numel].view(p.ds_shape)
-
-    def _from_fragments(self, p: Any, key: str | None, writer: int) -> Tensor:
-        """Stages 1 and 2: some ranks hold fragments of it."""
-        if not p.requires_grad:
-            return p
-        whole = torch.zeros(p.numel(), device=p.device)
-        if p._hp_mapping is not None:
-            held = p._hp_mapping.lp_fragment_address
-            whole[held.start : held.start + held.numel] = p._hp_mapping.get_hp_fragment(key)
-        # Each number is on one rank, and zero bits on all others. As numbers -0.0 + 0.0 would be 0.0.
-        dist.reduce(whole.view(torch.int32), dst=writer)
-        return whole.view(p.shape)
 
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
         """Give each partition the state it had: of every tensor this process reads the rows that its part lies in."""
         keys_of, counts = tensors.split_names(saved.names("optimizer") if with_optimizer else ())
         for name, p in self.network.named_parameters():
             for key in keys_of.get(name, ()):
-                self._set(p, self._own_part(p, partial(_rows, saved, f"{key}.{name}")), key)
+                own = zero_parts.own_part(p, partial(_rows, saved, f"{key}.{name}"), self.stage3)
+                zero_parts.set_part(p, own, key, self.stage3)
         for flat in self.partitions:
             state = self.base.state[flat]
             for key in counts:
                 state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), flat.device)
-
-    def _set(self, p: Any, own: Tensor, key: str | None) -> None:
-        """Set this process's part (`_own_part`) of a parameter's master weight (key None) or of a moment."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        if not self.stage3:
-            if len(own):
-                p._hp_mapping.get_hp_fragment(key).copy_(own)
-            return
-        # safe_set_full_* fails where the size is not a multiple of the number of processes: hence the local form, padded.
-        padded = F.pad(own, (0, p.ds_tensor.ds_numel - len(own)))
-        if key is None:
-            safe_set_local_fp32_param(p, padded)
-        else:
-            safe_set_local_optimizer_state(p, padded, key)
-
-    def _own_part(self, p: Any, read: Callable[[slice], Tensor]) -> Tensor:
-        """What this process holds of a flattened parameter, or of a moment of it, from the rows that this lies in."""
-        shape, start, length = tensors.whole_shape(p), 0, 0
-        if self.stage3:
-            start, length = p.ds_tensor.ds_numel * self.launch.rank, p.ds_tensor.ds_numel
-        elif getattr(p, "_hp_mapping", None) is not None:  # else it is frozen, or another process's
-            start, length = p._hp_mapping.lp_fragment_address.start, p._hp_mapping.lp_fragment_address.numel
-        if 0 in (len(shape), *shape):
-            return read(ALL_ROWS).flatten()[start : start + length]
-        row = math.prod(shape[1:])
-        first, last = start // row, min(shape[0], -(-(start + length) // row))
-        return read(slice(first, last)).flatten()[start - first * row :][:length]
 
     def held_tensors(self) -> list[Tensor]:
         """Parameters or this process's parts of them, their master copies, and moments."""

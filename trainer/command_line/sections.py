@@ -148,7 +148,12 @@ class Run:
     use_tensorboard: bool = False
     use_wandb: bool = False
     wandb_project: str = "samecurve"
+    """also the project, or experiment, of --log_with"""
+    wandb_group: str | None = None
+    """W&B shows the runs of a group together"""
     wandb_run_name: str | None = None
+    log_with: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"], ...] = ()
+    """trackers of Accelerate, each a package to install and set up as it wants; each launch is a run there"""
     alert_webhook: str | None = None
     """Discord, Slack or any URL that takes JSON, told of start, progress, trouble and stop; kept nowhere. Better given as
     TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""
