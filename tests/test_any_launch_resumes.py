@@ -30,6 +30,7 @@ NAN = ["--nan_samples", *(sample(step, 3 if step % 2 else 4, BATCH * ACCUMULATIO
 RUNS = {
     "adamw": (TOY, COMMON),
     "adamw after skipped steps": (TOY, [*COMMON, *NAN]),
+    "averaged after skipped steps": (TOY, [*COMMON, *NAN, "--ema", "0.8"]),
     # Log intervals that run across the hand-overs: their sums are in the checkpoint.
     "sgd with momentum": (TOY, [*COMMON, "--optimizer", "sgd", "--log_every", "3"]),
     # Signs of momenta near 0 differ by rounding: a small rate keeps what follows from them small.

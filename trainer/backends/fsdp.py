@@ -110,12 +110,20 @@ class FsdpBackend(TorchBackend):
 
     def release(self) -> None:
         """What an evaluation has left gathered too."""
+        self._reshard()
+        super().release()
+
+    def swap_averages(self) -> None:
+        """Of this process's shards; what an evaluation has left gathered is the one of before."""
+        self._reshard()
+        super().swap_averages()
+
+    def _reshard(self) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        super().release()
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -29,6 +29,7 @@ from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, one_line, path_of
 from trainer.initial_weights import ALL_ROWS, Weights, replace_tensors, rows_of
+from trainer.optimisation import averages
 
 
 class ZeroBackend(Backend):
@@ -128,7 +129,7 @@ class ZeroBackend(Backend):
         if self._dynamic_scaler() is not None:
             self._dynamic_scaler().raise_error_at_min_scale = False  # the loop counts bad steps, and ends with a message
         # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, which holds ours: its groups are the flat partitions now.
-        zero = wrapped.optimizer
+        self.zero = zero = wrapped.optimizer
         self.base = zero
         while hasattr(self.base, "optimizer"):
             self.base = self.base.optimizer
@@ -198,6 +199,20 @@ class ZeroBackend(Backend):
         skipped = bool(self.engine.optimizer.overflow)
         norm = torch.as_tensor(math.inf if skipped else self.engine.get_global_grad_norm())
         return StepResult(norm, torch.ones(()) if skipped and scale_before <= 1.0 else None)
+
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """In the fp32 partitions; then DeepSpeed's own weights are made from these, as after a step."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        for flat in self.partitions:
+            averages.swap(flat, self.base.state[flat])
+        if not self.stage3:
+            self.zero.update_lp_params()
+            return
+        self.engine.empty_partition_cache()  # what is gathered is the one of before
+        for p in (p for p in self.network.parameters() if p.requires_grad):
+            p.ds_tensor.copy_(safe_get_local_fp32_param(p))  # type: ignore[attr-defined]
 
     def model_tensors(self) -> list[TensorEntry]:
         """Parameters from the fp32 master weights, and buffers."""

@@ -61,11 +61,17 @@ def is_kept(network: nn.Module, name: str) -> bool:
 
 
 def saved_weights(
-    recipe: Recipe, network: nn.Module, initial: Weights, saved: Checkpoint, opened: Callable[[Path], Checkpoint]
+    recipe: Recipe,
+    network: nn.Module,
+    initial: Weights,
+    saved: Checkpoint,
+    opened: Callable[[Path], Checkpoint],
+    averaged: bool = True,
 ) -> Weights:
     """A checkpoint's values for a network, and for what it does not keep those that its run began with. Reads nothing yet.
 
-    `opened` verifies another checkpoint that these may be in. UserError listing what does not fit.
+    `averaged`: the averages of `--ema`, where it has them. `opened` verifies another checkpoint that the others may be in.
+    UserError listing what does not fit.
     """
     parameters = {name: p for name, p in network.named_parameters() if is_kept(network, name)}
     if len(parameters) < len(dict(network.named_parameters())):
@@ -79,6 +85,8 @@ def saved_weights(
     def read(name: str, rows: slice = ALL_ROWS) -> Tensor:
         if name not in wanted:
             return initial(name, rows)
+        if averaged and name in saved.averaged:
+            return saved.tensor("optimizer", saved.averaged[name], rows=rows)
         return saved.tensor("model", name, finite=name in parameters, rows=rows)
 
     return read
@@ -96,7 +104,7 @@ def first_weights(
     """The weights that this launch starts from: a checkpoint's, those of --init_from, or fresh ones. Collective."""
     opened = partial(verify_together, control=control)
     if resumed is not None:
-        return saved_weights(recipe, network, initial, resumed, opened)
+        return saved_weights(recipe, network, initial, resumed, opened, averaged=False)
     if not init_from:
         return initial
     weights = named_weights(recipe, network, initial, init_from, opened)
