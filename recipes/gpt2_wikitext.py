@@ -25,7 +25,7 @@ from recipes.commands.text_language_model import (
 )
 from trainer.command_line import sections
 from trainer.command_line.bounds import Fraction, Positive
-from trainer.command_line.locations import Existing
+from trainer.command_line.locations import Existing, Tokenizer
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
 from trainer.reporting.run_directory import RunDirectory
@@ -66,7 +66,7 @@ class DataConfig:
     `datasets` saved. Names tell the splits; without a validation text a part is held out. Or prepare_text's folder of ids"""
     column: str = "text"
     """of the text in JSONL, parquet and data sets"""
-    tokenizer: Annotated[str, Existing] = "gpt2"
+    tokenizer: Annotated[str, Tokenizer] = "gpt2"
     """gpt2 (hub), a folder with vocab.json and merges.txt, a tokenizer.json, or `train`: BPE trained on the train split"""
     vocab_size: Annotated[int, Positive] = 8192
     """entries of a trained tokenizer"""
@@ -146,6 +146,7 @@ class Gpt2Wikitext(Recipe[Config]):
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""
         from recipes.data.text import prepare_text
+        from recipes.data.text_corpus import Reading
         from recipes.data.text_of_ids import holds_ids, text_of_ids
         from recipes.data.token_samples import TokenBlocks, TokenRows
 
@@ -153,7 +154,8 @@ class Gpt2Wikitext(Recipe[Config]):
         if flags.data_dir and holds_ids(flags.data_dir):
             text = text_of_ids(flags.data_dir, flags.tokenizer, by_rows=flags.packing == "rows")
         else:
-            text = prepare_text(flags.dataset, flags.data_dir, flags.tokenizer, flags.vocab_size, column=flags.column)
+            inputs, reading = [flags.data_dir] if flags.data_dir else [], Reading(flags.column)
+            text = prepare_text(flags.dataset, inputs, flags.tokenizer, flags.vocab_size, reading=reading)
         blocks = partial(TokenBlocks, by_document=flags.document_mask)
         cut = blocks if flags.packing == "blocks" else TokenRows
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}

@@ -16,7 +16,7 @@ from recipes.commands.language_model import perplexity, trained_network
 from recipes.commands.token_language_model import Evaluate, Generate, bigram, evaluate, generate, sample_validation
 from trainer.command_line import sections
 from trainer.command_line.bounds import Positive
-from trainer.command_line.locations import Existing, Weighted, path_and_weight
+from trainer.command_line.locations import Tokenizer, Weighted, path_and_weight
 from trainer.main import main
 from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
 from trainer.reporting.run_directory import RunDirectory
@@ -65,12 +65,14 @@ class DataConfig:
     """The token ids."""
 
     train_data_path: Annotated[tuple[str, ...], Weighted] = ()
-    """.ids, .bin or .npy, a 'pattern' or folder of shards; several make a mixture, PATH=WEIGHT (in YAML also {path: PATH,
-    weight: WEIGHT}); or `embedded`: English that is on every machine (Python's documentation)"""
+    """.ids, .bin or .npy, a 'pattern' or folder of shards, several as one; a mixture: PATH=WEIGHT (in YAML also {path: PATH,
+    weight: WEIGHT}). Or text, of which ids are made here: files, a folder, OWNER/NAME of the hub, or `embedded`"""
     val_data_path: Annotated[tuple[str, ...], Weighted] = ()
     """likewise; of several each is measured by itself too"""
-    tokenizer: Annotated[str | None, Existing] = None
-    """kept in checkpoints, for generate (default: tokenizer.json beside train_data_path)"""
+    column: str = "text"
+    """of the text in JSONL, parquet and data sets"""
+    tokenizer: Annotated[str | None, Tokenizer] = None
+    """kept in checkpoints (default: tokenizer.json beside train_data_path; of text one that is trained on it)"""
     sampling: Literal["random", "sequential"] = "random"
     """windows at random starts, or every window once an epoch"""
     document_mask: bool = False
@@ -162,16 +164,15 @@ class TinyStoriesLM(Recipe[Config]):
 
     def build_data(self, config: Config) -> Data:
         """Windows to train on, and fixed ones to measure: all of the validation stream, and as many of the training stream."""
-        from recipes.data.token_sets import open_streams
+        from recipes.data.token_streams import open_streams
         from recipes.data.token_windows import FixedWindows, RandomWindows, SharesSoFar, TokenWindows
 
         flags, length, seed = config.data, config.model.context_length, config.optimisation.seed
         train_paths, val_paths = ([*map(path_and_weight, paths)] for paths in (flags.train_data_path, flags.val_data_path))
-        streams = open_streams(train_paths, val_paths, flags.tokenizer, config.model.vocab_size, length)
+        streams = open_streams(train_paths, val_paths, flags.tokenizer, config.model.vocab_size, length, flags.column)
         end = streams.end_of_text() if flags.document_mask else None
-        train: RandomWindows | TokenWindows = RandomWindows(streams.train, length, seed, end)
-        if flags.sampling == "sequential":
-            train = TokenWindows(streams.train.whole, length, end_of_text=end)
+        drawn = RandomWindows(streams.train, length, seed, end)
+        train = TokenWindows(streams.train.whole, length, end_of_text=end) if flags.sampling == "sequential" else drawn
         validation = {"val": TokenWindows(streams.validation.whole, length, end_of_text=end)}
         if len(streams.validation.sets) > 1:
             named = zip(streams.validation.labels, streams.validation.sets, strict=True)
@@ -181,10 +182,9 @@ class TinyStoriesLM(Recipe[Config]):
             if flags.sampling == "sequential":
                 raise ValueError("sampling sequential visits every window once an epoch, whatever its weight; give one set")
             measured = FixedWindows(streams.train, length, seed + 1, len(validation["val"]), end)
-            shares = SharesSoFar(RandomWindows(streams.train, length, seed))
+            shares = SharesSoFar(drawn)
             self.report.shares_at = lambda step: shares.at(step * config.optimisation.effective_batch_size)
-        counts = {"Train": streams.train.count, "Validation": streams.validation.count}
-        notes = ["Loading data with memory mapping...", *(f"{k} data size: {n:,} tokens" for k, n in counts.items())]
+        notes = ["Loading data with memory mapping...", *streams.notes]
         return Data(train, {"train": measured, **validation}, None, streams.fingerprint, notes, {"streams": streams})
 
     def build_model(self, config: Config, data: Data) -> TransformerLM:

@@ -16,7 +16,8 @@ import pytest
 from launching import ROOT, Started, environment
 from tokenizers import Tokenizer
 
-from recipes.data.token_sets import find_files, open_streams
+from recipes.data.token_sets import find_files
+from recipes.data.token_streams import open_streams
 from recipes.data.tokenizer import END_OF_TEXT
 
 TOOL = ROOT / "tools" / "prepare_text.py"

@@ -19,7 +19,7 @@ import torch
 from recipes.data import embedded, text, text_corpus, tokenizer
 from recipes.data.hub import hub_is_reachable
 from recipes.data.text import TokenSplit
-from recipes.data.text_corpus import find_corpus
+from recipes.data.text_corpus import Reading, find_corpus
 from recipes.data.text_of_ids import holds_ids, text_of_ids
 from recipes.data.token_samples import IGNORED, TokenBlocks, TokenRows
 from recipes.data.tokenizer import END_OF_TEXT
@@ -66,7 +66,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 def rows_of(data_dir: Path | str, cache: Path, column: str = "text") -> dict[str, list[str]]:
     """The rows that are not blank, by split."""
     rows: dict[str, list[str]] = {}
-    for split, row in find_corpus("wikitext2", str(data_dir), column, cache).rows(Counter()):
+    for split, row, _ in find_corpus("wikitext2", [str(data_dir)], Reading(column), cache).rows(Counter()):
         if row.strip():
             rows.setdefault(split, []).append(row)
     return rows
@@ -83,29 +83,29 @@ def test_plain_text_files_and_odd_line_separators(tmp_path: Path) -> None:
 
 
 def test_a_text_with_separators_has_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["One.\n\nTwo.\n", "Dreï " * 30, "Four."]
+    texts = ["One.\n\nTwo.", "Dreï " * 300 + "and", "Four."]  # the first border is far from the beginning
     monkeypatch.setattr("recipes.data.text_files.READ_BYTES", 40)
-    (tmp_path / "train.txt").write_text(END_OF_TEXT.join([*texts, "\n"]))
+    (tmp_path / "train.txt").write_text(f" \n{END_OF_TEXT}".join([*texts, "\n"]))
     (tmp_path / "dev.txt").write_text(texts[0])
     assert rows_of(tmp_path, tmp_path / "cache") == {"train": texts, "validation": ["One.", "Two."]}
 
 
 def test_without_a_validation_text_runs_of_rows_are_held_out(tmp_path: Path) -> None:
     (tmp_path / "play.txt").write_text("".join(f"Line {n} of the play, which goes on.\n" for n in range(12_000)))
-    corpus = find_corpus("", str(tmp_path / "play.txt"), "text", tmp_path)
+    corpus = find_corpus("", [str(tmp_path / "play.txt")], Reading(), tmp_path)
     assert corpus.notes == [
         f"{tmp_path}/play.txt has no validation text: 5.00% of it, spread over it, is held out for each of validation and test"
     ]
     found = list(corpus.rows(Counter()))
-    assert [row for _, row in found] == (tmp_path / "play.txt").read_text().splitlines()
+    assert [row for _, row, _ in found] == (tmp_path / "play.txt").read_text().splitlines()
     assert found[0][0] == "train"
     for split in ("validation", "test"):
-        assert 0.04 < sum(name == split for name, _ in found) / len(found) < 0.06
+        assert 0.04 < sum(name == split for name, *_ in found) / len(found) < 0.06
         runs = [len(list(group)) for name, group in itertools.groupby(found, key=lambda row: row[0]) if name == split]
         assert 10 < len(runs) < 40  # of some twenty lines each, all over the play
     (tmp_path / "play.txt").rename(tmp_path / "train.txt")
     (tmp_path / "test.txt").write_text("The end.\n")
-    splits = Counter(split for split, _ in find_corpus("", str(tmp_path), "text", tmp_path).rows(Counter()))
+    splits = Counter(split for split, *_ in find_corpus("", [str(tmp_path)], Reading(), tmp_path).rows(Counter()))
     assert splits["test"] == 1
     assert 0.04 < splits["validation"] / splits["train"] < 0.06
 
@@ -128,10 +128,10 @@ def test_errors_of_local_files_name_the_file(data_dir: Path, tmp_path: Path) -> 
 
 def test_unknown_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'wikitext'.*wikitext2.*embedded.*--data_dir") as error:
-        find_corpus("wikitext", None, "text", tmp_path)
+        find_corpus("wikitext", [], Reading(), tmp_path)
     one_line(error)
     with pytest.raises(FileNotFoundError, match=r"owner/name does not exist; .* a data set of the hub by --dataset") as error:
-        find_corpus("wikitext2", "owner/name", "text", tmp_path)
+        find_corpus("wikitext2", ["owner/name"], Reading(), tmp_path)
     one_line(error)
 
 
@@ -152,7 +152,7 @@ def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: p
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(time, "sleep", pauses.append)
     with pytest.raises(ValueError, match=r"wikitext2.*--data_dir.*--dataset embedded") as error:
-        find_corpus("wikitext2", None, "text", tmp_path)
+        find_corpus("wikitext2", [], Reading(), tmp_path)
     one_line(error)
     with pytest.raises(ValueError, match=r"--tokenizer PATH.*--tokenizer train") as error:
         tokenizer.load_tokenizer("gpt2", list, "", 0, tmp_path)
@@ -212,14 +212,15 @@ def test_embedded_paragraphs_are_prose_lines(tmp_path: Path) -> None:
 def test_prepared_ids_decode_to_the_rows_and_words_count_line_ends(data_dir: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    prepared = text.prepare_text("wikitext2", str(data_dir), "train", 300, tmp_path)
+    prepared = text.prepare_text("wikitext2", [str(data_dir)], "train", 300, tmp_path)
     encoder = Tokenizer.from_str(prepared.tokenizer_json)
     assert (prepared.vocab_size, prepared.end_of_text) == (300, 0)
     for name, split in prepared.splits.items():
-        assert split.ids.dtype == np.uint16
+        ids = np.asarray(split.ids)
+        assert ids.dtype == np.uint16
         assert split.row_ends.dtype == np.int64
         starts = [0, *split.row_ends[:-1]]
-        pieces = [split.ids[a:b] for a, b in zip(starts, split.row_ends, strict=True)]
+        pieces = [ids[a:b] for a, b in zip(starts, split.row_ends, strict=True)]
         assert [encoder.decode(piece[:-1].tolist()) for piece in pieces] == ROWS[name]
         assert all(piece[-1] == 0 for piece in pieces)
         assert len(split.ids) == split.row_ends[-1]
@@ -233,14 +234,14 @@ def test_second_call_reads_the_cache_and_damage_is_repaired(
     cache = tmp_path / "cache"
     encoded: list[int] = []
     add = text._SplitFile.add
-    monkeypatch.setattr(text._SplitFile, "add", lambda file, row: encoded.append(row) or add(file, row))
+    monkeypatch.setattr(text._SplitFile, "add", lambda file, row, end: encoded.append(row) or add(file, row, end))
 
     def prepare() -> text.Text:
         encoded.clear()
-        return text.prepare_text("wikitext2", str(data_dir), "train", 300, cache)
+        return text.prepare_text("wikitext2", [str(data_dir)], "train", 300, cache)
 
     def contents(prepared: text.Text) -> list[list[int]]:
-        return [array.tolist() for split in prepared.splits.values() for array in (split.ids, split.row_ends)]
+        return [array.tolist() for split in prepared.splits.values() for array in (np.asarray(split.ids), split.row_ends)]
 
     first = prepare()
     assert [row for row in encoded if row.strip()] == [row for rows in ROWS.values() for row in rows]
@@ -276,47 +277,47 @@ def test_a_failed_write_leaves_no_file_behind(data_dir: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
         with pytest.raises(ValueError, match=r"No space left.*SAMECURVE_CACHE") as error:
-            text.prepare_text("wikitext2", str(data_dir), "train", 300, cache)
+            text.prepare_text("wikitext2", [str(data_dir)], "train", 300, cache)
     one_line(error)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    assert len(text.prepare_text("wikitext2", str(data_dir), "train", 300, cache).splits) == 3
+    assert len(text.prepare_text("wikitext2", [str(data_dir)], "train", 300, cache).splits) == 3
 
 
 def test_fingerprint_follows_rows_and_tokenizer_and_cache_the_environment(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "from_environment"))
-    first = text.prepare_text("wikitext2", str(data_dir), "train", 300)
-    assert (tmp_path / "from_environment" / "tokens").is_dir()
-    other_tokenizer = text.prepare_text("wikitext2", str(data_dir), "train", 290)
+    first = text.prepare_text("wikitext2", [str(data_dir)], "train", 300)
+    assert (tmp_path / "from_environment" / "ids").is_dir()
+    other_tokenizer = text.prepare_text("wikitext2", [str(data_dir)], "train", 290)
     (data_dir / "wiki.test.tokens").write_text("Another test .\n")
-    other_test = text.prepare_text("wikitext2", str(data_dir), "train", 300)
+    other_test = text.prepare_text("wikitext2", [str(data_dir)], "train", 300)
     assert len({first.fingerprint, other_tokenizer.fingerprint, other_test.fingerprint}) == 3
     assert other_test.splits["train"].fingerprint == first.splits["train"].fingerprint
 
 
 def test_a_mapped_split_is_pickled_by_path(data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "wiki.train.tokens").write_text("The cat sat on the mat .\n" * 5000)
-    prepared = text.prepare_text("wikitext2", str(data_dir), "train", 300, tmp_path)
+    prepared = text.prepare_text("wikitext2", [str(data_dir)], "train", 300, tmp_path)
     blocks = TokenBlocks(prepared.splits["train"], 16, prepared.vocab_size, prepared.end_of_text)
     sent = pickle.dumps(blocks)
-    assert len(sent) < 2000 < prepared.splits["train"].ids.nbytes
+    assert len(sent) < 2000 < len(prepared.splits["train"].ids)
     assert torch.equal(pickle.loads(sent).__getitems__([3])["labels"], blocks.__getitems__([3])["labels"])
 
 
 def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path / "cache"))
-    prepared, folder = text.prepare_text("wikitext2", str(data_dir), "train", 300), tmp_path / "ids"
+    prepared, folder = text.prepare_text("wikitext2", [str(data_dir)], "train", 300), tmp_path / "ids"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(prepared.tokenizer_json)
     for name, split in (("train", "train"), ("valid", "validation"), ("test", "test")):
-        prepared.splits[split].ids.tofile(folder / f"{name}.ids")
+        np.asarray(prepared.splits[split].ids).tofile(folder / f"{name}.ids")
     assert holds_ids(str(folder))
     assert not holds_ids(str(data_dir))
     again = text_of_ids(str(folder), "gpt2", by_rows=True)
     assert (again.vocab_size, again.end_of_text, again.tokenizer_json) == (300, 0, prepared.tokenizer_json)
     for name, split in prepared.splits.items():
-        assert np.asarray(again.splits[name].ids).tolist() == split.ids.tolist()
+        assert np.asarray(again.splits[name].ids).tolist() == np.asarray(split.ids).tolist()
         assert again.splits[name].row_ends.tolist() == split.row_ends.tolist()
     assert text_of_ids(str(folder), "gpt2", by_rows=False).splits["test"].row_ends.tolist() == [
         len(prepared.splits["test"].ids)
@@ -337,7 +338,7 @@ def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, mon
             samples = [cut(s, 4, 300, 0) for s in (split, pickle.loads(pickle.dumps(own)))]
             batches = [sample.__getitems__(range(len(sample))) for sample in samples]
             assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
-    other = text.prepare_text("wikitext2", str(data_dir), "train", 290).tokenizer_json
+    other = text.prepare_text("wikitext2", [str(data_dir)], "train", 290).tokenizer_json
     (tmp_path / "other.json").write_text(other)
     with pytest.raises(ValueError, match=r"other\.json is not the one that made the ids") as error:
         text_of_ids(str(folder), str(tmp_path / "other.json"), by_rows=False)

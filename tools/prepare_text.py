@@ -19,7 +19,9 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,14 +29,15 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
-from prepared_files import PROGRESS, Encoded, locked, write_files, write_shards
+from prepared_files import Encoded, locked, write_files, write_shards
 from tqdm import tqdm
 
 from recipes.data.cache import signature
 from recipes.data.documents import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.text_files import Read, no_progress
-from recipes.data.text_sources import Source, find_sources, find_splits
+from recipes.data.text_sources import Source, find_splits
+from recipes.data.token_files import PROGRESS
 from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, train_tokenizer, vocabulary_size
 from trainer.command_line.locations import argument_path
 from trainer.distributed.hardware import cores
@@ -60,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--shard_mb", type=float, default=0.0, help="megabytes of text a file in OUT/train and OUT/valid (0: one file each)")
     add("--overwrite", action="store_true", help="replace what an earlier call left in --out")
     options = parser.parse_args(arguments)
+    tool = shlex.join(["python", str(path_of("tools/prepare_text.py")), *(sys.argv[1:] if arguments is None else arguments)])
+    options.command = f"cd {shlex.quote(os.getcwd())} && {tool}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same cleanup as after Ctrl-C
     try:
         prepare(options)
@@ -87,25 +92,22 @@ def prepare(options: argparse.Namespace) -> None:
 
 def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
     """What to train on, and what to validate on: nothing, where a part of the first is to be held out."""
-    sources: list[Source] = []
-    validation = find_sources(options.valid, hub_split="validation")
-    for name in options.inputs:
-        if not argument_path(name).is_dir():
-            sources += find_sources([name])
-            continue
-        splits, notes = find_splits(name)
-        for note in notes:
-            print(note)
-        sources += splits["train"]
-        if not options.valid:
-            validation += splits.get("validation", [])
-    return sources, validation
+    splits, notes = find_splits(options.inputs, options.valid)
+    for name, what in (("validation", "is validation text"), ("test", "is left out, as test text")):
+        if name in splits and not (name == "validation" and options.valid):
+            notes.append(f"{', '.join(source.name for source in splits[name][:3])} ({len(splits[name])}) {what}, by its name")
+    for note in notes:
+        print(note)
+    return splits["train"], splits.get("validation", [])
 
 
 def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
-    train = options.out / ("train" if options.shard_mb else "train.ids")
-    if train.exists() and not options.overwrite and not (options.out / PROGRESS).exists():
-        raise ValueError(f"{train} is there already; choose another --out, or add --overwrite")
+    progress = options.out / PROGRESS
+    results = ("train", "train.ids", "valid", "valid.ids")
+    # A file valid.ids alone is left by a call that was killed just before its end.
+    there = [options.out / name for name in results[: 4 if options.shard_mb else 3] if (options.out / name).exists()]
+    if there and not options.overwrite and not (options.shard_mb and progress.exists()):
+        raise ValueError(f"{there[0]} is there already; choose another --out, or add --overwrite")
     without: Counter[str] = Counter()
 
     def parts(read: Read = no_progress) -> Iterator[Part]:
@@ -139,8 +141,9 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
             return _encoded(islice(_tasks(parts(bar.update)), skipped, None), tokenizer_json, dtype, options.workers)
 
         if options.shard_mb:
-            made_from, tasks = _settings(options, all_sources, tokenizer_json), round(options.shard_mb * 1e6 / TASK_CHARACTERS)
-            counts = write_shards(options.out, facts, encoded, tokenizer_json, made_from, max(1, tasks))
+            begun = {"made_from": _settings(options, sources, validation_sources, tokenizer_json), "command": options.command}
+            tasks = max(1, round(options.shard_mb * 1e6 / TASK_CHARACTERS))
+            counts = write_shards(options.out, facts, encoded, tokenizer_json, begun, tasks, options.overwrite)
         else:
             counts = write_files(options.out, facts, encoded(0), tokenizer_json)
     for name, count in without.items():
@@ -156,11 +159,10 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
     )
 
 
-def _settings(options: argparse.Namespace, sources: list[Source], tokenizer_json: str) -> str:
+def _settings(options: argparse.Namespace, train: list[Source], validation: list[Source], tokenizer_json: str) -> str:
     """Hash of all that decides which text is in which shard."""
-    files = [[*signature(Path(source.name)), source.name] for source in sources if not source.split]
-    named = [[source.name, source.split] for source in sources if source.split]
-    settings = [files, named, tokenizer_json, options.valid_percent, options.column, options.shard_mb]
+    files = [[([] if one.split else signature(Path(one.name))), one.name, one.split] for one in (*train, *validation)]
+    settings = [files, len(train), tokenizer_json, options.valid_percent, options.column, options.shard_mb]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

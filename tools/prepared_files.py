@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.token_files import ChunkDigest
+from recipes.data.token_files import PROGRESS, SHARD_FOLDERS, ChunkDigest
 
-PROGRESS = ".progress.json"
 Encoded = Iterator[tuple[bytes, bytes]]
 """(training ids, validation ids) of each task"""
 Facts = dict[str, Any]
@@ -31,6 +30,8 @@ def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: st
                 file.write(ids)
         _check_counts({file.path.stem: file.count for file in files})
         _replace(folder / "tokenizer.json", tokenizer_json.encode())
+        _remove_shards(folder, 0)
+        (folder / PROGRESS).unlink(missing_ok=True)
         for file in reversed(files):  # train.ids last: if it exists, all of them do
             file.commit()
     finally:
@@ -40,24 +41,39 @@ def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: st
 
 
 def write_shards(
-    folder: Path, facts: Facts, encoded: Callable[[int], Encoded], tokenizer_json: str, made_from: str, tasks: int
+    folder: Path,
+    facts: Facts,
+    encoded: Callable[[int], Encoded],
+    tokenizer_json: str,
+    begun: dict[str, str],
+    tasks: int,
+    overwrite: bool,
 ) -> dict[Path, int]:
     """Write files of so many `tasks` each into train/ and valid/; their numbers of ids. Goes on behind those that are there.
 
-    `encoded(n)` gives all tasks but the first n. ValueError if what is there was `made_from` something else.
+    `encoded(n)` gives all tasks but the first n; `begun`: the settings that all is "made_from", and the "command". ValueError
+    if a part of something else is there, unless that is to be overwritten.
     """
     progress = folder / PROGRESS
-    done: dict[str, Any] = {"made_from": made_from, "shards": 0, "train": 0, "valid": 0}
-    if progress.exists():
-        done = json.loads(progress.read_text(encoding="utf-8"))
-        if done["made_from"] != made_from:
-            raise ValueError(f"{folder} holds a part of other text or settings; choose another --out, or remove that one")
+    done: dict[str, Any] = {**begun, "shards": 0, "train": 0, "valid": 0}
+    before = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else done
+    if before["made_from"] == begun["made_from"]:
+        done = before
+    elif not overwrite:
+        raise ValueError(
+            f"{folder} holds a part of other text or settings; choose another --out, add --overwrite, or go on with it: "
+            f"{before.get('command')}"
+        )
+    if done["shards"]:
         print(f"{folder}: going on behind {done['shards']} shards")
     _replace(folder / "tokenizer.json", tokenizer_json.encode())
     _replace(progress, json.dumps(done).encode())
+    _remove_shards(folder, done["shards"])
+    for name in SHARD_FOLDERS:
+        _remove(folder / f"{name}.ids")
     stream = encoded(done["shards"] * tasks)
     for number in count(done["shards"]):
-        files = [Output(folder / name / f"{number:05d}.ids", facts) for name in ("train", "valid")]
+        files = [Output(folder / name / f"{number:05d}.ids", facts) for name in SHARD_FOLDERS]
         try:
             for pair in islice(stream, tasks):
                 for file, ids in zip(files, pair, strict=True):
@@ -72,10 +88,24 @@ def write_shards(
                 file.discard()
         done |= {"shards": number + 1} | {file.path.parent.name: done[file.path.parent.name] + file.count for file in files}
         _replace(progress, json.dumps(done).encode())
-    counts = {name: done[name] for name in ("train", "valid")}
+    counts = {name: done[name] for name in SHARD_FOLDERS}
     _check_counts(counts)
     progress.unlink()
     return {folder / name: ids for name, ids in counts.items()}
+
+
+def _remove_shards(folder: Path, first: int) -> None:
+    """Remove the shards of an earlier preparation, from a number on."""
+    for name in SHARD_FOLDERS:
+        for path in (folder / name).glob("*.ids"):
+            if path.stem.isdecimal() and int(path.stem) >= first:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of ids, and the .json beside it."""
+    path.unlink(missing_ok=True)
+    path.with_name(f"{path.name}.json").unlink(missing_ok=True)
 
 
 def _check_counts(counts: dict[str, int]) -> None:

@@ -11,8 +11,9 @@ from tyro.conf import arg
 from recipes.baselines.ngrams import bigram_loss, unigram_loss
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt, perplexity
 from recipes.data.text import Text
+from recipes.data.token_sets import windows_of
 from trainer.command_line.bounds import NotNegative, Positive
-from trainer.command_line.locations import Existing
+from trainer.command_line.locations import Existing, Tokenizer
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -37,7 +38,7 @@ class Evaluate:
     dataset: str | None = None
     """another data set than the checkpoint's"""
     data_dir: Annotated[str | None, Existing] = None
-    tokenizer: Annotated[str | None, Existing] = None
+    tokenizer: Annotated[str | None, Tokenizer] = None
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
     """samples of one micro-step, summed over all processes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -131,7 +132,7 @@ def sample_validation(network: Any, text: Text, max_length: int) -> str:
     """The first tokens of the validation split, at most 12 and of its first row alone, as the network continues them."""
     validation = text.splits["validation"]
     count = min(12, max_length // 2, int(validation.row_ends[0]) - 1)
-    prompt = text.tokenizer().decode(validation.ids[np.arange(count)].tolist())
+    prompt = text.tokenizer().decode(windows_of(validation.ids, count, np.zeros(1, np.int64))[0].tolist())
     return sample(network, text, Generate(prompt=prompt))
 
 

@@ -6,17 +6,18 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from tyro.conf import arg
 
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt
 from trainer.command_line.bounds import Positive
-from trainer.command_line.locations import Existing
+from trainer.command_line.locations import Existing, Location, Tokenizer
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
 if TYPE_CHECKING:
     from recipes.data.text import Text
-    from recipes.data.token_sets import Streams
+    from recipes.data.token_streams import Streams
     from trainer.distributed.launch import Launch
 
 BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count than it is worth
@@ -28,8 +29,8 @@ class Evaluate:
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    data_path: Annotated[str | None, Existing] = None
-    """.ids, .bin or .npy of the same tokenizer, a pattern, a folder, or `embedded` (default: the checkpoint's val_data_path)"""
+    data_path: Annotated[str | None, Location(words=("embedded",))] = None
+    """.ids, .bin or .npy of the same tokenizer, a pattern, a folder, text, or `embedded` (default: what it was validated on)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
     """windows of one micro-step, summed over all processes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -40,7 +41,7 @@ class Generate(Sampling):
     """Continue a prompt with a trained model, up to <|endoftext|>."""
 
     max_new_tokens: Annotated[int, Positive] = 256
-    tokenizer: Annotated[str | None, Existing] = None
+    tokenizer: Annotated[str | None, Tokenizer] = None
     """a folder or tokenizer.json (default: the checkpoint's)"""
 
 
@@ -50,12 +51,13 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
-    # Of `embedded` the validation part; of any other, that file alone: the training data may be elsewhere.
-    paths = (flags.data_path,) if flags.data_path else config.data.val_data_path or ("embedded",)
+    # That data alone, as the training data may be elsewhere; or the validation part of the training text.
+    validation = (flags.data_path,) if flags.data_path else config.data.val_data_path
     tokenizer = str(checkpoint.path / "tokenizer.json") if "tokenizer.json" in checkpoint.files else None
-    if paths == ("embedded",) and tokenizer is None:
-        raise UserError(f"{checkpoint.path} holds no tokenizer.json to read `embedded` with; give a --data_path of its own ids")
-    config = replace(config, data=replace(config.data, train_data_path=paths, val_data_path=paths, tokenizer=tokenizer))
+    paths = {"train_data_path": validation or config.data.train_data_path, "val_data_path": validation}
+    if tokenizer is None and (paths["train_data_path"] == ("embedded",) or not validation):
+        raise UserError(f"{checkpoint.path} holds no tokenizer.json to read text with; give a --data_path of its own ids")
+    config = replace(config, data=replace(config.data, **paths, tokenizer=tokenizer, sampling="random"))
     data = load_data(recipe, config, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
@@ -111,7 +113,8 @@ def sample_validation(network: Any, streams: Streams) -> str:
 
     assert streams.tokenizer_json is not None
     text = Text.without_data(streams.tokenizer_json)
-    prompt = text.tokenizer().decode(streams.validation.sets[0].ids()[:8].tolist())
+    first = streams.validation.sets[0].windows(min(8, streams.validation.sets[0].count), np.zeros(1, np.int64))[0]
+    prompt = text.tokenizer().decode(first.tolist())
     return sample(network, text, Generate(prompt=prompt, max_new_tokens=100)).strip()
 
 
@@ -121,8 +124,6 @@ def bigram(streams: Streams, vocab_size: int, by_document: bool) -> tuple[str, f
 
     None if that takes long to count.
     """
-    import numpy as np
-
     from recipes.baselines.ngrams import bigram_loss
 
     if max(streams.train.count, streams.validation.count) > BIGRAM_TOKENS:

@@ -57,7 +57,7 @@ def units(
             yield from _text_file(Path(source.name), read, piece)
         else:
             for document in rows(source, column, read, without):
-                yield from _pieces(document, True, piece)
+                yield from pieces(document, True, piece)
 
 
 def piece_size(total_characters: int | None, share: float) -> int:
@@ -83,8 +83,8 @@ def hold_out(stream: Iterable[Unit], share: float) -> Iterator[Part]:
         held_before = held_out
 
 
-def _pieces(text: str, starts: bool, piece: int) -> Iterator[Unit]:
-    """The rest of a document, in pieces."""
+def pieces(text: str, starts: bool, piece: int) -> Iterator[Unit]:
+    """A document, or the rest of one that `starts` does not say begins here, in pieces of `piece` characters or so."""
     text, starts = yield from _full_pieces(text, starts, piece)
     if text and not (starts and text.isspace()):
         yield Unit(text, starts, True)
@@ -120,8 +120,8 @@ def _text_file(path: Path, read: Read, piece: int) -> Iterator[Unit]:
         text += block
         *documents, text = text.split(END_OF_TEXT)
         for document in documents:
-            yield from _pieces(document, starts, piece)
+            yield from pieces(document, starts, piece)
             starts = True
         # The rest of the last document, which may continue, includes any incomplete separator.
         text, starts = yield from _full_pieces(text, starts, piece)
-    yield from _pieces(text, starts, piece)
+    yield from pieces(text, starts, piece)

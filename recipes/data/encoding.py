@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # GPT-2's pre-tokenizer (Radford et al. 2019, its public encoder.py) always cuts where white space begins, and looks no further
 # back: the ids of a text are those of its words, each with the white space before it.
 WORD = re.compile(r"\s*\S+|\s+")
-NO_WHITE_SPACE = re.compile(r"[\x1c-\x1f]")  # the four characters that are white space to Python and not to Unicode
+NO_WHITE_SPACE = "\x1c\x1d\x1e\x1f"  # the four characters that are white space to Python and not to Unicode
 MAX_WORDS, MAX_LENGTH = 1_000_000, 64  # kept at a time: a few hundred megabytes; longer ones rarely come again
 
 
@@ -34,7 +34,7 @@ class Encoder:
         splitter = settings["pre_tokenizer"] or {}
         gpt2 = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True) and not splitter.get("add_prefix_space")
         self.by_words = bool(gpt2 and not settings["normalizer"] and not settings["model"].get("dropout"))
-        self.added = [token["content"] for token in settings["added_tokens"]]
+        self.not_by_words = [*NO_WHITE_SPACE, *(token["content"] for token in settings["added_tokens"])]
         self.words = _Words(self.tokenizer, dtype)
         self.end_of_text = np.array([end_of_text_id(self.tokenizer)], dtype).tobytes()
 
@@ -45,7 +45,7 @@ class Encoder:
         return [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> bytes:
-        if NO_WHITE_SPACE.search(text) or any(token in text for token in self.added):
+        if any(token in text for token in self.not_by_words):
             return self._by_the_library([text])[0]
         return b"".join(map(self.words.__getitem__, WORD.findall(text)))
 

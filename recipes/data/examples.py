@@ -20,7 +20,7 @@ from recipes.data.cache import CacheEntry, cache_folder, content_hash
 from recipes.data.hub import one_line
 from recipes.data.instructions import instruction_rows
 from recipes.data.text import TokenSplit
-from recipes.data.text_corpus import Corpus, find_corpus
+from recipes.data.text_corpus import Corpus, Reading, find_corpus
 from recipes.data.text_sources import SPLITS
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -39,8 +39,8 @@ def find_rows(dataset: str, data_dir: str | None) -> Corpus:
     if dataset == "embedded" and not data_dir:
         rows = instruction_rows()
         digest = content_hash(*(text for row in rows for text in row))
-        return Corpus(digest, lambda without: iter(rows), [])
-    return find_corpus(dataset, data_dir, None, cache_folder())
+        return Corpus(digest, lambda without: ((split, row, True) for split, row in rows), [])
+    return find_corpus(dataset, [data_dir] if data_dir else [], Reading(column=None), cache_folder())
 
 
 def load_chat_tokenizer(name: str, corpus: Corpus) -> Any:
@@ -48,7 +48,7 @@ def load_chat_tokenizer(name: str, corpus: Corpus) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name == "train":
-        texts = (text for split, row in corpus.rows(Counter()) if split == "train" for text in json.loads(row).values())
+        texts = (text for split, row, _ in corpus.rows(Counter()) if split == "train" for text in json.loads(row).values())
         trained = train_tokenizer(texts, TRAINED_ENTRIES)
         return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     try:
@@ -91,7 +91,7 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
     rows = corpus.rows(without)
 
     def examples() -> Iterator[tuple[str, Example]]:
-        for split, row in rows:
+        for split, row, _ in rows:
             found = list(_examples_of(json.loads(row), tokenizer, column)) if row.strip() else []
             without["blank"] += not found and bool(row.strip())
             yield from ((split, example) for example in found)

@@ -1,16 +1,19 @@
 """Files of ids behind a URL of fsspec (s3, gs, hf): read by ranges, through a local cache of bounded size.
 
-The bound is $SAMECURVE_REMOTE_GB gigabytes, 20 if it is not set.
+The bound is $SAMECURVE_REMOTE_GB gigabytes over all processes that share the cache, 20 if it is not set.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
-import json
+import math
 import os
 import secrets
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,12 @@ import numpy as np
 
 from recipes.data.cache import CacheEntry, cache_folder, content_hash
 from recipes.data.hub import one_line
-from recipes.data.token_files import CHUNK_IDS, Facts, TokenFile
+from recipes.data.token_files import CHUNK_IDS, HEAD_BYTES, Facts, TokenFile, default_dtype, ids_among, parsed_sidecar, stored
 
 BLOCK_BYTES = 1 << 17  # asked for at a time, and kept in a file of its own
+CHECKSUM_BYTES = 4  # behind each block that is kept
 DEFAULT_CACHE_GB = 20.0
+TEMPORARY_SECONDS = 3600.0  # a file that is written takes less, or its process was killed
 
 
 def is_url(path: str) -> bool:
@@ -57,13 +62,32 @@ def _asked(url: str, method: str, *arguments: Any, **options: Any) -> Any:
 
 
 def remote_files(url: str, vocab_size: int) -> tuple[TokenFile, ...]:
-    """The ids of a URL, of those that a pattern matches, or of the `.ids` below it, in the order of their names."""
+    """The ids of a URL, of those that a pattern matches, or of the `.ids` below it, in the order of their names.
+
+    However many they are: one request for the list, and one round of them for the .json beside each.
+    """
     protocol = url.partition("://")[0]
-    found = _asked(url, "glob" if "*" in url else "find", url)
-    names = sorted(name for name in found if name.endswith(".ids") or "*" in url or len(found) == 1)
+    found = _asked(url, "glob" if "*" in url else "find", url, detail=True)
+    names = [name for name in ids_among(found) if name.endswith(".ids") or "*" in url or len(found) == 1]
     if not names:
         raise FileNotFoundError(f"{url} has no .ids files; give the URL of one, of a folder of them, or a pattern")
-    return tuple(RemoteTokenFile.open_url(f"{protocol}://{name.split('://')[-1]}", vocab_size) for name in names)
+    beside = [f"{name}.json" for name in names]
+    if "*" not in url and len(found) > 1:  # the list is whole
+        beside = [name for name in beside if name in found]
+    contents = _asked(url, "cat", beside, on_error="return") if beside else {}
+    for name, content in contents.items():
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+            raise OSError(errno.ETIMEDOUT, f"{protocol}://{name} cannot be read ({one_line(content)})") from content
+    known = {name: content for name, content in contents.items() if isinstance(content, bytes)}
+    return tuple(
+        RemoteTokenFile.open_url(f"{protocol}://{name.split('://')[-1]}", found[name], known.get(f"{name}.json"), vocab_size)
+        for name in names
+    )
+
+
+def _entry(url: str, version: str, dtype: str) -> CacheEntry:
+    """Where it is remembered what is known of the ids of a URL."""
+    return CacheEntry(cache_folder() / "files" / content_hash("remote ids", url, version, dtype))
 
 
 @dataclass(frozen=True)
@@ -73,30 +97,31 @@ class RemoteTokenFile(TokenFile):
     url: str = ""
     version: str = ""
     """of the content, as the server tells it: a changed file is not read from the cache"""
+    beside: bytes | None = None
+    """what stands in the .json"""
 
     @classmethod
-    def open_url(cls, url: str, vocab_size: int) -> RemoteTokenFile:
+    def open_url(cls, url: str, info: dict[str, Any], beside: bytes | None, vocab_size: int) -> RemoteTokenFile:
         """ValueError, FileNotFoundError or OSError, in one line, if it holds no ids."""
-        info = _asked(url, "info", url)
         version = " ".join(str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "size"))
-        file = cls(Path(url), "uint16" if vocab_size <= 2**16 else "uint32", 0, 0, url, version)
-        dtype = file.sidecar().get("dtype", file.dtype)
-        count, rest = divmod(info["size"], np.dtype(dtype).itemsize)
-        if rest or not count:
-            raise ValueError(f"{url} has {info['size']} bytes, no whole number of {dtype} ids; it is cut off, or another kind")
-        return cls(Path(url), dtype, 0, count, url, version)
+        sidecar = {} if beside is None else parsed_sidecar(url, beside)
+
+        def head() -> bytes:
+            checked = _entry(url, version, default_dtype(vocab_size)).read()
+            return b"" if checked else _asked(url, "cat_file", url, start=0, end=min(HEAD_BYTES, info["size"]))
+
+        dtype, count = stored(url, info["size"], vocab_size, sidecar, head)
+        return cls(Path(url), dtype, count, 0, url, version, beside)
 
     @property
     def name(self) -> str:
         """For messages."""
         return self.url
 
+    @functools.cached_property
     def sidecar(self) -> dict[str, Any]:
         """The .json beside it; empty if there is none."""
-        try:
-            return json.loads(_asked(f"{self.url}.json", "cat_file", f"{self.url}.json"))
-        except FileNotFoundError:
-            return {}
+        return {} if self.beside is None else parsed_sidecar(self.url, self.beside)
 
     def windows(self, length: int, starts: np.ndarray) -> np.ndarray:
         """ids[start : start + length] for each start: int32 [len(starts), length]."""
@@ -118,12 +143,13 @@ class RemoteTokenFile(TokenFile):
         """All ids [count], in memory."""
         return np.frombuffer(_asked(self.url, "cat_file", self.url), self.dtype)
 
+    @functools.cached_property
     def facts(self) -> Facts:
         """What is known of the ids: by the .json beside them, or found out by reading all of them, once."""
-        sidecar = self.sidecar()
+        sidecar = self.sidecar
         if "digest" in sidecar:
             return Facts(sidecar["digest"], 0, sidecar["largest_id"], False)
-        entry = CacheEntry(cache_folder() / "files" / content_hash("remote ids", self.url, self.version, self.dtype))
+        entry = _entry(self.url, self.version, self.dtype)
         known = entry.read()
         if known is None:
             known = vars(self._find_out())
@@ -149,8 +175,10 @@ class _Blocks:
         for number in wanted:
             path = self.folder / str(number)
             with contextlib.suppress(FileNotFoundError):  # another process may make room just now
-                blocks[number] = path.read_bytes()
-                os.utime(path)
+                content, checksum = (kept := path.read_bytes())[:-CHECKSUM_BYTES], kept[-CHECKSUM_BYTES:]
+                if zlib.crc32(content).to_bytes(CHECKSUM_BYTES) == checksum:  # else it is fetched again
+                    blocks[number] = content
+                    os.utime(path)
         missing = [number for number in wanted if number not in blocks]
         if missing:
             url, size = self.file.url, self.file.count * np.dtype(self.file.dtype).itemsize
@@ -165,33 +193,37 @@ class _Blocks:
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, content in blocks.items():
             temporary = self.folder / f"{number}.{secrets.token_hex(8)}.tmp"
-            temporary.write_bytes(content)
+            temporary.write_bytes(content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES))
             os.replace(temporary, self.folder / str(number))
         limit = float(os.environ.get("SAMECURVE_REMOTE_GB") or DEFAULT_CACHE_GB) * 1e9
-        _room.used += sum(map(len, blocks.values()))
-        if _room.used > limit or not _room.counted:
-            _room.make(self.root, limit)
+        _make_room(self.root, sum(len(content) + CHECKSUM_BYTES for content in blocks.values()), limit)
 
 
-class _Room:
-    """What the blocks of all files take, counted when it may be too much, since other processes add to it too."""
-
-    used, counted = 0.0, False
-
-    def make(self, root: Path, limit: float) -> None:
-        """Remove the oldest blocks down to nine tenths of the limit, if they are above it."""
-        found = []
-        for path in root.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file():
-                    found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        self.used, self.counted = float(sum(size for _, size, _ in found)), True
-        if self.used > limit:
-            for _, size, path in sorted(found):
-                if self.used <= 0.9 * limit:
-                    break
-                path.unlink(missing_ok=True)
-                self.used -= size
+def _make_room(root: Path, added: int, limit: float) -> None:
+    """Count what any process adds to the blocks; past the limit remove those not used for longest, to nine tenths of it."""
+    with (root / "bytes").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = file.read()
+        used = int(known) + added if known.isdecimal() else math.inf  # it was never counted, or a count was cut off
+        if used > limit:
+            used = _remove_oldest(root, limit)
+        file.truncate(0)
+        file.write(str(round(used)))
 
 
-_room = _Room()
+def _remove_oldest(root: Path, limit: float) -> float:
+    """The bytes that are left."""
+    found = []
+    for path in root.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if path.suffix != ".tmp" or status.st_mtime < time.time() - TEMPORARY_SECONDS:  # else it is being written
+                found.append((status.st_mtime_ns, status.st_size, path))
+    used = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found) if used > limit else ():
+        if used <= 0.9 * limit:
+            break
+        path.unlink(missing_ok=True)
+        used -= size
+    return used

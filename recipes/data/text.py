@@ -8,17 +8,19 @@ import hashlib
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recipes.data.cache import CacheEntry, cache_folder, content_hash
 from recipes.data.encoding import Encoder
-from recipes.data.text_corpus import Corpus, find_corpus
+from recipes.data.text_corpus import Corpus, Reading, find_corpus
 from recipes.data.text_sources import SPLITS
+from recipes.data.token_files import TokenFile
+from recipes.data.token_sets import TokenSet
 from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -28,38 +30,21 @@ if TYPE_CHECKING:
 ENCODE_CHARACTERS = 1 << 20  # tokenized at a time, so that memory stays bounded
 
 
-class IdsInShards(Protocol):
-    """Ids in several files, as one array would give them (`token_sets.TokenSet`)."""
-
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Those at some places, of any shape."""
-
-    def __len__(self) -> int:
-        """Of all files together."""
-
-
 @dataclass(frozen=True)
 class TokenSplit:
-    """One split as ids. Pickling a memory-mapped one sends its path, not its content, so that workers start at once."""
+    """One split as ids."""
 
-    ids: np.ndarray | IdsInShards  # uint16 or uint32 [tokens]: each row followed by end-of-text; `[places]` reads some of them
-    row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row
+    ids: TokenSet | np.ndarray  # [tokens]: each row followed by end-of-text
+    row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row; pickled by path where it is memory-mapped
     words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
     fingerprint: str  # hex; of the ids
     largest_id: int | None = None  # where it is known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: (file_of(v), v.dtype.name) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
+        return {k: (v.filename, v.dtype.name) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({k: np.memmap(v[0], v[1], "r") if isinstance(v, tuple) else v for k, v in state.items()})
-
-
-def file_of(ids: np.ndarray) -> Path:
-    """The file of a memory-mapped array."""
-    assert isinstance(ids, np.memmap)
-    assert ids.filename is not None
-    return Path(ids.filename)
 
 
 @dataclass(frozen=True)
@@ -96,11 +81,12 @@ class Text:
 
 def prepare_text(
     dataset: str,
-    data_dir: str | None,
+    inputs: Sequence[str],
     tokenizer: str,
     vocab_size: int,
     cache_dir: str | Path | None = None,
-    column: str = "text",
+    reading: Reading | None = None,
+    validation: Sequence[str] = (),
 ) -> Text:
     """Find text and tokenizer and return the ids of each split, from the cache if the same text was tokenized before.
 
@@ -108,10 +94,10 @@ def prepare_text(
     else $SAMECURVE_CACHE, else ~/.cache/samecurve. Raises what `find_corpus` and `load_tokenizer` raise.
     """
     cache = cache_folder(cache_dir)
-    corpus = find_corpus(dataset, data_dir, column, cache)
+    corpus = find_corpus(dataset, inputs, reading or Reading(), cache, validation)
 
     def training_rows() -> Iterator[str]:
-        return (row for split, row in corpus.rows(Counter()) if split == "train" and row.strip())
+        return (text for split, text, _ in corpus.rows(Counter()) if split == "train" and text.strip())
 
     encoder = load_tokenizer(tokenizer, training_rows, corpus.digest, vocab_size, cache)
     splits, notes = _tokenize(corpus, encoder, cache)
@@ -120,22 +106,22 @@ def prepare_text(
 
 def _tokenize(corpus: Corpus, tokenizer: "Tokenizer", cache: Path) -> tuple[dict[str, TokenSplit], list[str]]:
     """The ids of every split, through the cache, and notes on the rows."""
-    tokenizer_json = tokenizer.to_str()
-    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    entry = CacheEntry(cache / "tokens" / content_hash(tokenizer_json, corpus.digest))
+    tokenizer_json, entries = tokenizer.to_str(), vocabulary_size(tokenizer)
+    dtype = np.dtype(np.uint16 if entries <= 2**16 else np.uint32)
+    entry = CacheEntry(cache / "ids" / content_hash(tokenizer_json, corpus.digest))
     facts = entry.read()
     if facts is None:
         facts = _write_ids(corpus, Encoder(tokenizer_json, dtype.name), entry)
-    splits = {
-        name: TokenSplit(
-            np.memmap(entry.folder / f"{name}.ids", dtype, "r"),
-            np.memmap(entry.folder / f"{name}.row_ends", np.int64, "r"),
-            known["words"],
-            known["fingerprint"],
-        )
-        for name, known in facts["splits"].items()
-    }
-    return splits, [f"{name}: {count:,} rows without text passed over" for name, count in facts["without"].items()]
+    splits = {}
+    for name, known in facts["splits"].items():
+        file = TokenFile(entry.folder / f"{name}.ids", dtype.name, known["count"])
+        row_ends = np.memmap(entry.folder / f"{name}.row_ends", np.int64, "r")
+        ids = TokenSet(f"{name} text", (file,), entries)
+        splits[name] = TokenSplit(ids, row_ends, known["words"], known["fingerprint"], known["largest_id"])
+    return splits, [
+        f"{name}: {count:,} rows without text passed over" if count else f"{name}: passed over, as it holds no text"
+        for name, count in facts["without"].items()
+    ]
 
 
 def _write_ids(corpus: Corpus, encoder: Encoder, entry: CacheEntry) -> dict[str, Any]:
@@ -145,10 +131,10 @@ def _write_ids(corpus: Corpus, encoder: Encoder, entry: CacheEntry) -> dict[str,
     written: dict[str, _SplitFile] = {}
     without: Counter[str] = Counter()
     try:
-        for split, row in corpus.rows(without):
+        for split, text, end in corpus.rows(without):
             if split not in written:
                 written[split] = _SplitFile(entry.temporary(f"{split}.ids"), encoder)
-            written[split].add(row)
+            written[split].add(text, end)
         for file in written.values():
             file.finish()
         if missing := {"train", "validation"} - {split for split, file in written.items() if file.count}:
@@ -168,27 +154,32 @@ class _SplitFile:
     def __init__(self, path: Path, encoder: Encoder) -> None:
         self.path, self.encoder, self.file = path, encoder, path.open("wb")
         self.width = np.dtype(encoder.dtype).itemsize
-        self.waiting: list[str] = []
-        self.characters = self.words = self.count = 0
-        self.row_ends, self.digest = array("q"), hashlib.sha256()
+        self.waiting: list[tuple[str, bool]] = []
+        self.characters = self.words = self.count = self.largest = 0
+        self.row_ends, self.digest, self.in_row = array("q"), hashlib.sha256(), False
 
-    def add(self, row: str) -> None:
-        """Append a row, unless it is blank."""
+    def add(self, text: str, end: bool) -> None:
+        """Append a row, unless it is blank, or a piece of one."""
         # WikiText's own count, by which published perplexities divide, has the ends of blank lines too.
-        self.words += len(row.split()) + row.rstrip("\n").count("\n") + 1
-        if row.strip():
-            self.waiting.append(row)
-            self.characters += len(row)
+        self.words += len(text.split()) + text.count("\n") + end
+        if text.strip() or self.in_row or not end:
+            self.waiting.append((text, end))
+            self.characters += len(text)
+            self.in_row = not end
         if self.characters >= ENCODE_CHARACTERS:
             self._write()
 
     def _write(self) -> None:
-        for ids in self.encoder(self.waiting):
-            self.count += len(ids) // self.width + 1
-            self.row_ends.append(self.count)
-            for part in (ids, self.encoder.end_of_text):
-                self.digest.update(part)
-                self.file.write(part)
+        contents: list[bytes] = []
+        for ids, (_, end) in zip(self.encoder([text for text, _ in self.waiting]), self.waiting, strict=True):
+            contents += [ids, self.encoder.end_of_text] if end else [ids]
+            self.count += len(ids) // self.width + end
+            if end:
+                self.row_ends.append(self.count)
+        content = b"".join(contents)
+        self.largest = max(self.largest, int(np.frombuffer(content, self.encoder.dtype).max(initial=0)))
+        self.digest.update(content)
+        self.file.write(content)
         self.waiting, self.characters = [], 0
 
     def finish(self) -> None:
@@ -202,4 +193,9 @@ class _SplitFile:
 
     def facts(self) -> dict[str, Any]:
         """What is to be known."""
-        return {"words": self.words, "fingerprint": self.digest.hexdigest()}
+        return {
+            "count": self.count,
+            "words": self.words,
+            "fingerprint": self.digest.hexdigest(),
+            "largest_id": self.largest,
+        }

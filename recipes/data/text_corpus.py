@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.data.cache import content_hash, remembered_hash
-from recipes.data.documents import piece_size
+from recipes.data.documents import piece_size, pieces, units
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.text_files import cell, lines, no_progress, rows, text_blocks
@@ -19,8 +19,8 @@ from recipes.data.tokenizer import END_OF_TEXT
 HUB_WIKITEXT = "Salesforce/wikitext"
 HUB_DATASETS = {"wikitext2": (HUB_WIKITEXT, "wikitext-2-raw-v1"), "wikitext103": (HUB_WIKITEXT, "wikitext-103-raw-v1")}
 HELD_OUT, MOST_HELD_OUT = 0.05, 10_000_000  # of a text without a validation split: the share, and bytes of it at most
-Row = tuple[str, str]
-"""(split, row), blank rows too"""
+Row = tuple[str, str, bool]
+"""(split, text, whether it ends a row: long ones come in pieces where a part of them is held out); blank rows too"""
 
 
 @dataclass(frozen=True)
@@ -35,45 +35,83 @@ class Corpus:
     """what the user should know of it"""
 
 
-def find_corpus(dataset: str, data_dir: str | None, column: str | None, cache: Path) -> Corpus:
-    """The text that is meant; with `column` None each row whole, as JSON: {"text": ...} for one of plain text.
+@dataclass(frozen=True)
+class Reading:
+    """What is a row."""
 
-    `data_dir` (a file, a pattern, a folder, a data set that `datasets` saved) wins over `dataset`: wikitext2, wikitext103,
-    OWNER/NAME[:CONFIGURATION] (from the hub or its local cache) or embedded. Raises ValueError or FileNotFoundError; no other
-    text is ever substituted.
+    column: str | None = "text"
+    """of the text; None: each row whole, as JSON: {"text": ...} for one of plain text"""
+    by_line: bool = True
+    """of a text file in which END_OF_TEXT separates nothing, each line; else it is one document"""
+
+
+def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Path, validation: Sequence[str] = ()) -> Corpus:
+    """The text that is meant.
+
+    `inputs` (files, patterns, folders, data sets that `datasets` saved) win over `dataset`: wikitext2, wikitext103,
+    OWNER/NAME[:CONFIGURATION] (from the hub or its local cache) or embedded. `validation` takes the place of what their names
+    call so. Raises ValueError or FileNotFoundError; no other text is ever substituted.
     """
-    if data_dir:
-        return _local_corpus(data_dir, column, cache)
+    if inputs:
+        return _local_corpus(inputs, validation, reading, cache)
     if dataset == "embedded":
         embedded = load_embedded(cache)
         digest = content_hash(*(row for split in SPLITS for row in (split, *embedded[split])))
-        return Corpus(digest, lambda without: ((split, row) for split in SPLITS for row in embedded[split]), [])
+        return Corpus(digest, lambda without: ((split, row, True) for split in SPLITS for row in embedded[split]), [])
     if dataset in HUB_DATASETS or "/" in dataset:
-        return _hub_corpus(dataset, column)
+        return _hub_corpus(dataset, reading)
     raise ValueError(
         f"dataset {dataset!r} is unknown; use {', '.join(HUB_DATASETS)}, embedded, OWNER/NAME of the hub, or --data_dir PATH"
     )
 
 
-def _local_corpus(data_dir: str, column: str | None, cache: Path) -> Corpus:
-    splits, notes = find_splits(data_dir)
+def _local_corpus(inputs: Sequence[str], validation: Sequence[str], reading: Reading, cache: Path) -> Corpus:
+    splits, notes = find_splits(inputs, validation)
     sources = [source for split in splits.values() for source in split]
+    for source in sources:
+        if source.split and not Path(source.name).exists():
+            raise FileNotFoundError(
+                f"{source.name} does not exist; give a file, folder or pattern, or a data set of the hub by --dataset"
+            )
+    hashes = {source: [remembered_hash(path, cache) for path in _files(source)] for source in sources}
     kinds = [f"{name} {source.split or source.kind}" for name, split in splits.items() for source in split]
-    digest = content_hash(
-        column or "", *kinds, *(remembered_hash(path, cache) for source in sources for path in _files(source))
-    )
+    digest = content_hash(repr(reading), *kinds, *(one for source in sources for one in hashes[source]))
+    for source in splits.get("validation", ()):
+        if twin := next((other for other in splits["train"] if hashes[other] == hashes[source] and not source.split), None):
+            notes.append(f"{source.name} has the text of {twin.name}: the validation loss is that of training text")
+
+    def rows_of(without: Counter[str], piece: int | None) -> Iterator[Row]:
+        return _split_rows(splits, reading, without, piece)
+
+    size = sum(source.size_bytes or sum(path.stat().st_size for path in _files(source)) for source in splits["train"])
+    return _with_validation(", ".join(inputs), digest, rows_of, splits.keys(), size, reading, notes)
+
+
+def _with_validation(
+    name: str,
+    digest: str,
+    rows_of: Callable[[Counter[str], int | None], Iterator[Row]],
+    splits: Collection[str],
+    size: int,
+    reading: Reading,
+    notes: list[str],
+) -> Corpus:
+    """The corpus of rows; of training text of `size` bytes a part is held out, where there is no validation text.
+
+    `rows_of` takes the characters that a long row is cut at, too.
+    """
     if "validation" in splits:
-        return Corpus(digest, lambda without: _split_rows(splits, column, without), notes)
-    size = sum(source.size_bytes or 0 for source in splits["train"])
+        return Corpus(digest, lambda without: rows_of(without, None), notes)
     share = min(HELD_OUT, MOST_HELD_OUT / max(1, size))
+    piece = piece_size(size, share)
     wanted = [split for split in ("validation", "test") if split not in splits]
     held = f"{share:.2%} of it, spread over it, is held out for each of {' and '.join(wanted)}"
-
-    def held_out(without: Counter[str]) -> Iterator[Row]:
-        return _hold_out(_split_rows(splits, column, without), wanted, share, piece_size(size, share))
-
+    # A row that is JSON cannot be cut.
+    cut = piece if reading.column is not None else None
     return Corpus(
-        content_hash(digest, "held out", f"{share:.6g}"), held_out, [*notes, f"{data_dir} has no validation text: {held}"]
+        content_hash(digest, "held out", f"{share:.6g}"),
+        lambda without: _hold_out(rows_of(without, cut), wanted, share, piece),
+        [*notes, f"{name} has no validation text: {held}"],
     )
 
 
@@ -81,15 +119,40 @@ def _files(source: Source) -> list[Path]:
     return sorted(Path(source.name).rglob("*.arrow")) if source.split else [Path(source.name)]
 
 
-def _split_rows(splits: dict[str, list[Source]], column: str | None, without: Counter[str]) -> Iterator[Row]:
+def _split_rows(
+    splits: Mapping[str, list[Source]], reading: Reading, without: Counter[str], piece: int | None
+) -> Iterator[Row]:
     for split in SPLITS:
+        found = False
         for source in splits.get(split, ()):
+            before = found
             found = False
-            for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, column, no_progress, without):
-                found = found or not (row.isspace() or not row)
-                yield split, row if column is not None or not source.is_plain else _json(row)
+            for text, end in _texts(source, reading, without, piece):
+                found = found or bool(text)
+                yield split, text, end
             if not found:
-                raise ValueError(f"{source.name} is empty, or has only blank rows; give one with text, or remove it")
+                without[source.name] += 0
+            found = found or before
+        if not found and split in splits:
+            name = splits[split][0].name
+            raise ValueError(f"{name} is empty, or has only blank rows; give one with text for {split}, or remove it")
+
+
+def _texts(source: Source, reading: Reading, without: Counter[str], piece: int | None) -> Iterator[tuple[str, bool]]:
+    """(text, whether it ends a row) of a source. White space at the end of a row is no part of it, whatever its source."""
+    if not reading.by_line and source.is_plain:
+        yield from ((unit.text, unit.ends) for unit in units([source], piece=piece))
+        return
+    for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, reading.column, no_progress, without):
+        yield from _cut(_json(row.rstrip()) if reading.column is None and source.is_plain else row.rstrip(), piece)
+
+
+def _cut(row: str, piece: int | None) -> Iterator[tuple[str, bool]]:
+    """A row; a long one in pieces."""
+    if piece is None or len(row) <= 2 * piece:
+        yield row, True
+    else:
+        yield from ((unit.text, unit.ends) for unit in pieces(row, True, piece))
 
 
 def _json(text: str) -> str:
@@ -97,9 +160,9 @@ def _json(text: str) -> str:
 
 
 def _plain_rows(path: Path) -> Iterator[str]:
-    """The documents of a text file with END_OF_TEXT between them; the lines of one without, less white space at their ends."""
-    if END_OF_TEXT not in next(text_blocks(path, no_progress)):
-        yield from (line.rstrip() for line in lines(path, no_progress))
+    """The documents of a text file with END_OF_TEXT between them; the lines of one without."""
+    if not _is_separated(path):
+        yield from lines(path, no_progress)
         return
     rest = ""
     for block in text_blocks(path, no_progress):
@@ -108,27 +171,43 @@ def _plain_rows(path: Path) -> Iterator[str]:
     yield rest
 
 
+def _is_separated(path: Path) -> bool:
+    """Whether END_OF_TEXT is anywhere in a text file: its first document may be long."""
+    rest = ""
+    for block in text_blocks(path, no_progress):
+        if END_OF_TEXT in (text := rest + block):
+            return True
+        rest = text[-len(END_OF_TEXT) :]
+    return False
+
+
 def _hold_out(stream: Iterable[Row], wanted: list[str], share: float, run_characters: int) -> Iterator[Row]:
     """The rows, with a `share` of the training text evenly over it given to each split that is `wanted`; the first stays.
 
-    Rows are held out in runs of `run_characters`, so that short ones stay with their neighbours.
+    Text is held out in runs of `run_characters`, so that short rows stay with their neighbours. A row that is divided among
+    splits ends in each.
     """
     sizes: Counter[str] = Counter()
     run, left = "train", run_characters
-    for split, row in stream:
-        if split != "train":
-            yield split, row
-            continue
-        if left <= 0:
-            total = sizes.total()
-            run = next((name for name in wanted if sizes[name] < share * total), "train")
-            left = run_characters
-        sizes[run] += len(row)
-        left -= len(row)
-        yield run, row
+    before: Row | None = None
+    for split, text, end in stream:
+        row = (split, text, end)
+        if split == "train":
+            if left <= 0:
+                total = sizes.total()
+                run = next((name for name in wanted if sizes[name] < share * total), "train")
+                left = run_characters
+            sizes[run] += len(text)
+            left -= len(text)
+            row = (run, text, end)
+        if before:
+            yield before[0], before[1], before[2] or row[0] != before[0]
+        before = row
+    if before:
+        yield before
 
 
-def _hub_corpus(dataset: str, column: str | None) -> Corpus:
+def _hub_corpus(dataset: str, reading: Reading) -> Corpus:
     import datasets
 
     repository, _, configuration = dataset.partition(":")
@@ -140,10 +219,10 @@ def _hub_corpus(dataset: str, column: str | None) -> Corpus:
         data = datasets.load_dataset(*names)
         splits = {split: data[name] for name in data if (split := split_named(name))}
         columns = next(iter(data.values())).column_names
-        if not {"train", "validation"} <= splits.keys() or (column is not None and column not in columns):
+        if "train" not in splits or (reading.column is not None and reading.column not in columns):
             raise ValueError(
-                f"it has the splits {', '.join(data)} and the columns {', '.join(columns)}: train, validation"
-                f"{f', {column}' if column is not None else ''} are needed"
+                f"it has the splits {', '.join(data)} and the columns {', '.join(columns)}: train"
+                f"{f' and {reading.column} (--column)' if reading.column is not None else ''} are needed"
             )
     except Exception as error:  # the library raises a dozen types; to the user all mean the same
         raise ValueError(
@@ -153,13 +232,14 @@ def _hub_corpus(dataset: str, column: str | None) -> Corpus:
     finally:
         datasets.config.HF_HUB_OFFLINE = config_offline
 
-    def all_rows(without: Counter[str]) -> Iterator[Row]:
+    def all_rows(without: Counter[str], piece: int | None) -> Iterator[Row]:
         for split in SPLITS:
             for row in splits.get(split, ()):
-                text = cell(row, column)
+                text = cell(row, reading.column)
                 if text is None:
                     without[dataset] += 1
                 else:
-                    yield split, text.rstrip()
+                    yield from ((split, part, end) for part, end in _cut(text.rstrip(), piece))
 
-    return Corpus(content_hash(column or "", *(f"{name} {splits[name]._fingerprint}" for name in sorted(splits))), all_rows, [])
+    digest = content_hash(repr(reading), *(f"{name} {splits[name]._fingerprint}" for name in sorted(splits)))
+    return _with_validation(dataset, digest, all_rows, splits.keys(), splits["train"].data.nbytes, reading, [])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,33 +54,50 @@ def _uncompressed_name(name: str) -> str:
     return next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), name)
 
 
-def find_sources(inputs: Iterable[str], hub_split: str = "train") -> list[Source]:
+def find_sources(inputs: Iterable[str], split: str | None = "train") -> list[Source]:
     """The files that paths and glob patterns match, and those of folders, in their order; or data sets of the hub.
 
-    ValueError or FileNotFoundError, in one line, for what is not there.
+    `split`: of data sets (None: every one of those that were saved, train of the hub's). ValueError or FileNotFoundError, in
+    one line, for what is not there.
     """
     sources: list[Source] = []
     for name in inputs:
-        plain = str(Path(name).expanduser())
-        paths = [plain] if Path(plain).exists() else sorted(glob.glob(plain, recursive=True))
-        if (
-            not paths
-            and HUB_NAME.fullmatch(name)
-            and _uncompressed_name(name).rpartition(".")[2] not in ("txt", "jsonl", "parquet")
-        ):
-            sources.append(Source(name, hub_split))
+        paths = _matched(name)
+        if not paths and is_hub_name(name):
+            sources.append(Source(name, split or "train"))
         elif not paths:
             raise FileNotFoundError(
                 f"{name} does not exist; give a file, a folder, a pattern in quotes, or OWNER/NAME of the hub"
             )
-        for path in map(Path, paths):
-            sources += _in_folder(path, hub_split) if path.is_dir() else [Source(str(path))]
+        for path in paths:
+            sources += _in_folder(path, split) if path.is_dir() else [Source(str(path))]
     for source in sources:
         if not source.split and _uncompressed_name(source.name).endswith(NOT_TEXT):
             raise ValueError(f"{source.name} is no text file; make it text, JSONL (a .jsonl) or parquet")
         if sources.count(source) > 1:
             raise ValueError(f"{source.name} is given twice; give each file once")
     return sources
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is OWNER/NAME[:CONFIGURATION], not the path of a file that is missing."""
+    wrong = (*ENDINGS, *NOT_TEXT)
+    return bool(HUB_NAME.fullmatch(name)) and not _uncompressed_name(name).endswith(wrong) and not Path(name).parent.exists()
+
+
+def is_text(name: str) -> bool:
+    """Whether a path or pattern is of text, or of a saved data set, by the names of what is there; or a name is of the hub."""
+    found = _matched(name)
+    below = [path for root in found for path in (root.rglob("*") if root.is_dir() else [root])]
+    if not below or any(path.suffix == ".ids" for path in below):
+        return not found and is_hub_name(name)
+    return any(path.name in SAVED or _uncompressed_name(path.name).endswith(ENDINGS) for path in below)
+
+
+def _matched(name: str) -> list[Path]:
+    """A path that is there, or what a pattern matches, in order."""
+    path = Path(name).expanduser()
+    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
 
 
 def _in_folder(folder: Path, split: str | None) -> list[Source]:
@@ -104,40 +122,55 @@ def _saved_splits(folder: Path) -> list[str]:
 
 
 def split_named(name: str) -> str | None:
-    """Which split a name tells, by the last of its words that names one: `wiki.valid.tokens`, `TinyStories-DEV.jsonl`."""
-    words = re.findall(r"[a-z]+", name.lower())
-    found = [split for word in words for split, names in SPLIT_NAMES.items() if word in names]
-    return found[-1] if found else None
+    """Which split a name tells, by the last of its words that names one: `wiki.valid.tokens`, `StoriesDEV.jsonl`, `myTest`."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return next((split for word in reversed(words) if (split := _split_called(word))), None)
 
 
-def find_splits(data: str) -> tuple[dict[str, list[Source]], list[str]]:
-    """({split: its sources}, notes) of a file, a pattern, a folder or a data set, by the names; without any, all is train."""
-    root = Path(data).expanduser()
-    sources = _in_folder(root, None) if root.is_dir() else find_sources([data])
-    if sources[0].split and not root.exists():
-        raise FileNotFoundError(f"{data} does not exist; give a file, folder or pattern, or a data set of the hub by --dataset")
+def _split_called(word: str) -> str | None:
+    return next((split for split, names in SPLIT_NAMES.items() if word.lower() in names), None)
+
+
+def find_splits(inputs: Sequence[str], validation: Sequence[str] = ()) -> tuple[dict[str, list[Source]], list[str]]:
+    """({split: its sources}, notes) of files, patterns, folders and data sets, by the names of files and folders.
+
+    Without any name that tells one, all is train. `validation` takes the place of what names call so. ValueError or
+    FileNotFoundError, in one line.
+    """
+    sources = find_sources(inputs, None)
+    paths = [path.absolute() for name in inputs for path in _matched(name)]
+    folders = [path if path.is_dir() else path.parent for path in paths]
     splits: dict[str, list[Source]] = {}
     unnamed: list[str] = []
+    given = {str(Path(name).expanduser()) for name in inputs}
     for source in sources:
-        split = _split_of(source)
-        if split:
+        if split := split_of(source, Path(os.path.commonpath(folders)) if folders else Path()):
             splits.setdefault(split, []).append(source)
+        elif source.name in given:
+            splits.setdefault("train", []).append(source)
         else:
             unnamed.append(source.split or Path(source.name).name)
-    if not splits or (len(splits) == 1 and not unnamed and not root.is_dir()):  # a file `dev.txt`, given as the whole text
-        return {"train": sources}, []
+    # Without names, or a file `dev.txt` that is given as the whole text.
+    if not splits or (len(splits) == 1 and not unnamed and not any(path.is_dir() for path in paths)):
+        splits, unnamed = {"train": sources}, []
     if "train" not in splits:
         raise FileNotFoundError(
-            f"{data} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
+            f"{', '.join(inputs)} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
         )
+    if validation:
+        called_so = splits.get("validation", [])
+        splits["validation"] = find_sources(validation, "validation")
+        unnamed += [Path(source.name).name for source in called_so if source not in splits["validation"]]
     left_out = ", ".join(unnamed[:3]) + (" ..." if len(unnamed) > 3 else "")
-    return splits, [f"{data}: left out {len(unnamed)} whose names tell no split: {left_out}"] if unnamed else []
+    note = f"{', '.join(inputs)}: left out {len(unnamed)} whose names tell no split, or another: {left_out}"
+    return splits, [note] if unnamed else []
 
 
-def _split_of(source: Source) -> str | None:
-    """What the name of a source says, or else that of its folder, if it is a split's alone."""
+def split_of(source: Source, root: Path) -> str | None:
+    """What the folder of a source below `root` says, if it is called as a split is; or its name, or a folder's."""
     if source.split:
         return split_named(source.split)
-    path = Path(source.name)
-    folder = path.parent.name.lower()
-    return split_named(path.name) or next((split for split, names in SPLIT_NAMES.items() if folder in names), None)
+    *folders, name = Path(source.name).absolute().relative_to(root).parts
+    called = [split for folder in reversed(folders) if (split := _split_called(folder))]
+    named = [split for part in (name, *reversed(folders)) if (split := split_named(part))]
+    return next(iter([*called, *named]), None)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -22,6 +22,10 @@ import numpy as np
 from recipes.data.cache import remembered
 
 CHUNK_IDS = 1 << 22  # read and hashed at a time; a digest depends on it
+HEAD_BYTES = 4096
+PROGRESS = ".progress.json"
+"""what prepare_text leaves beside folders of shards until all are there"""
+SHARD_FOLDERS = ("train", "valid")
 MAKE = "make it again with tools/prepare_text.py of samecurve's source repository"
 
 
@@ -47,9 +51,9 @@ class TokenFile:
 
     path: Path
     dtype: str
-    offset: int
-    """bytes before the first id"""
     count: int
+    offset: int = 0
+    """bytes before the first id"""
 
     @classmethod
     def open(cls, path: Path, vocab_size: int) -> TokenFile:
@@ -57,31 +61,9 @@ class TokenFile:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path} {what}; give a .ids, .bin or .npy file of token ids, or `embedded`")
-        size = path.stat().st_size
-        if not size:
-            raise ValueError(f"{path} is empty; {MAKE}")
         if path.suffix == ".npy":
             return cls._open_npy(path)
-        default = "uint16" if vocab_size <= 2**16 else "uint32"
-        sidecar = read_sidecar(path)
-        if not sidecar:
-            _check_head(path, default)
-        dtype = str(sidecar.get("dtype", default))
-        if dtype not in ("uint16", "uint32"):
-            raise ValueError(f"{path}.json: dtype {dtype!r} is unknown; it is uint16 or uint32")
-        width = np.dtype(dtype).itemsize
-        if size % width:
-            raise ValueError(f"{path} has {size} bytes, no whole number of {dtype} ids; it is cut off or of another kind")
-        if sidecar.get("count", size // width) != size // width:
-            raise ValueError(f"{path} holds {size // width} ids, its .json says {sidecar['count']}; make it again")
-        return cls(path, dtype, 0, size // width)
-
-    @classmethod
-    def of_array(cls, ids: object) -> TokenFile:
-        """The file of a memory-mapped array of ids."""
-        assert isinstance(ids, np.memmap)
-        assert ids.filename is not None
-        return cls(Path(ids.filename), ids.dtype.name, 0, len(ids))
+        return cls(path, *stored(str(path), path.stat().st_size, vocab_size, read_sidecar(path), lambda: head_of(path)))
 
     @classmethod
     def _open_npy(cls, path: Path) -> TokenFile:
@@ -93,7 +75,7 @@ class TokenFile:
             raise ValueError(f"{path} is an archive of arrays (.npz), not one; save the ids with np.save")
         if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
             raise ValueError(f"{path} is {array.dtype} {list(array.shape)}; it must be one row of integers")
-        return cls(path, array.dtype.name, array.offset, len(array))
+        return cls(path, array.dtype.name, len(array), array.offset)
 
     def windows(self, length: int, starts: np.ndarray) -> np.ndarray:
         """ids[start : start + length] for each start: int32 [len(starts), length].
@@ -117,20 +99,22 @@ class TokenFile:
         """For messages."""
         return str(self.path)
 
+    @functools.cached_property
     def sidecar(self) -> dict[str, Any]:
         """The .json beside it; empty if there is none."""
         return read_sidecar(self.path)
 
+    @functools.cached_property
     def facts(self) -> Facts:
         """What is known of the ids: by the .json beside them, or found out by this host's cores, once, and remembered."""
-        sidecar = self.sidecar()
+        sidecar = self.sidecar
         if self.path.suffix != ".npy" and "digest" in sidecar:
             return Facts(sidecar["digest"], 0, sidecar["largest_id"], False)
         return Facts(**remembered(self.path, f"ids {self.dtype} {self.offset}", lambda: vars(self._find_out())))
 
     def check(self, vocab_size: int) -> str:
         """The digest of the ids. ValueError naming the first that is not below `vocab_size`, and for ids of another width."""
-        facts = self.facts()
+        facts = self.facts
         if facts.largest_id >= vocab_size or facts.smallest_id < 0:
             found = next(self._outside(vocab_size), None)
             if found is None:
@@ -208,40 +192,99 @@ def out_of_range(name: str, token: int, position: int, vocab_size: int) -> Value
     )
 
 
+def ids_among(names: Iterable[str]) -> list[str]:
+    """What a pattern or a folder has, but for the .json beside a file of ids."""
+    found = set(names)
+    return sorted(name for name in found if name.removesuffix(".json") not in found - {name})
+
+
+def check_finished(folder: Path) -> None:
+    """ValueError for a folder of shards of which there are more to come."""
+    progress = folder.parent / PROGRESS
+    if folder.name in SHARD_FOLDERS and progress.is_file():
+        command = json.loads(progress.read_text(encoding="utf-8")).get("command")
+        raise ValueError(f"{folder} holds a part of the shards that prepare_text was to make; go on with it: {command}")
+
+
+def default_dtype(vocab_size: int) -> str:
+    """Of ids of which nothing else is said."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def stored(name: str, size: int, vocab_size: int, sidecar: dict[str, Any], head: Callable[[], bytes]) -> tuple[str, int]:
+    """(type, number) of the ids in a headerless file of `size` bytes that begins with `head`. ValueError if it holds none."""
+    if not size:
+        raise ValueError(f"{name} is empty; {MAKE}")
+    default = default_dtype(vocab_size)
+    if not sidecar:
+        _check_head(name, head(), default)
+    dtype = str(sidecar.get("dtype", default))
+    if dtype not in ("uint16", "uint32"):
+        raise ValueError(f"{name}.json: dtype {dtype!r} is unknown; it is uint16 or uint32")
+    count, rest = divmod(size, np.dtype(dtype).itemsize)
+    if rest:
+        raise ValueError(f"{name} has {size} bytes, no whole number of {dtype} ids; it is cut off or of another kind")
+    if sidecar.get("count", count) != count:
+        raise ValueError(f"{name} holds {count} ids, its .json says {sidecar['count']}; make it again")
+    return dtype, count
+
+
 def read_sidecar(path: Path) -> dict[str, Any]:
     """NAME.json beside a file of ids; empty if there is none."""
     try:
-        sidecar = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+        return parsed_sidecar(str(path), path.with_name(f"{path.name}.json").read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"{path}.json cannot be read ({error}); make it again, or remove it") from None
+
+
+def parsed_sidecar(name: str, content: bytes) -> dict[str, Any]:
+    """What stands in NAME.json. ValueError in one line."""
+    try:
+        sidecar = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name}.json cannot be read ({error}); make it again, or remove it") from None
     if not isinstance(sidecar, dict):
-        raise ValueError(f"{path}.json holds no JSON object; make it again, or remove it")
+        raise ValueError(f"{name}.json holds no JSON object; make it again, or remove it")
     known = {"dtype": str, "count": int, "digest": str, "largest_id": int}
-    wrong = [name for name, kind in known.items() if name in sidecar and type(sidecar[name]) is not kind]
+    wrong = [key for key, kind in known.items() if key in sidecar and type(sidecar[key]) is not kind]
     wrong += ["largest_id"] if "digest" in sidecar and "largest_id" not in sidecar else []
     if wrong:
-        raise ValueError(f"{path}.json has {wrong[0]} {sidecar.get(wrong[0])!r}; make it again, or remove it")
+        raise ValueError(f"{name}.json has {wrong[0]} {sidecar.get(wrong[0])!r}; make it again, or remove it")
     return sidecar
 
 
-def _check_head(path: Path, dtype: str) -> None:
-    """ValueError if a file without a .json begins like something else than ids."""
+def head_of(path: Path) -> bytes:
+    """The beginning of a file."""
     with path.open("rb") as file:
-        head = file.read(4096)
+        return file.read(HEAD_BYTES)
+
+
+def holds_numbers(head: bytes) -> bool:
+    """Whether the beginning of a file is numbers, written as text."""
+    return bool(re.fullmatch(rb"[\s\[]*\d[\s,\d.eE+\[\]]*", head))
+
+
+def _check_head(name: str, head: bytes, dtype: str) -> None:
+    """ValueError if a file without a .json begins like something else than ids."""
+    path = Path(name)
     if head.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path} is a .npy file under another name; rename it to {path.with_suffix('.npy').name}")
-    if re.fullmatch(rb"[\s\[]*\d[\s,\d.eE+\[\]]*", head):
+        if path.suffix == ".npy":
+            raise ValueError(
+                f"{name} is a .npy array, and read where it is local alone; copy it, or make .ids of it with tofile"
+            )
+        raise ValueError(f"{name} is a .npy file under another name; rename it to {path.with_suffix('.npy').name}")
+    if holds_numbers(head):
         read = "np.fromfile(f, sep=' ')"
         if re.search(rb"[\[,]", head):
             read = "np.fromstring(open(f).read().translate(str.maketrans('[],', '   ')), sep=' ')"
         new = str(path.with_suffix(".bin"))
         code = f"import numpy as np; f = {str(path)!r}; {read}.astype('{dtype}').tofile({new!r})"
-        raise ValueError(f"{path} holds numbers written as text; convert it: python -c {shlex.quote(code)}")
+        raise ValueError(f"{name} holds numbers written as text; convert it: python -c {shlex.quote(code)}")
     if _is_text(head):
-        command = f"python tools/prepare_text.py {shlex.quote(str(path))} --out data"
-        raise ValueError(f"{path} is text, not ids; make them of it: {command} (in samecurve's source repository)")
+        command = f"python tools/prepare_text.py {shlex.quote(name)} --out data"
+        raise ValueError(f"{name} is text, not ids; make them of it: {command} (in samecurve's source repository)")
 
 
 def _is_text(head: bytes) -> bool:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipes.data.text import IdsInShards, TokenSplit
+from recipes.data.text import TokenSplit
+from recipes.data.token_sets import TokenSet, windows_of
 from recipes.data.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class TokenRows:
 
 
 def _gather(
-    ids: np.ndarray | IdsInShards, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int
+    ids: TokenSet | np.ndarray, starts: np.ndarray, lengths: np.ndarray, time: int, pad: int
 ) -> dict[str, "torch.Tensor"]:
     """ids[start : start + length] and, as labels, the ids one further, padded to `time`: int64 [batch, time] each.
 
@@ -97,7 +98,10 @@ def _gather(
     import torch
 
     steps = np.arange(time + 1)
-    window = ids[np.minimum(starts[:, None] + steps, len(ids) - 1)].astype(np.int64)  # [batch, time + 1]
+    # The last windows are read from further ahead, and moved back.
+    first = np.maximum(0, np.minimum(starts, len(ids) - time - 1))
+    places = np.minimum(starts[:, None] + steps, len(ids) - 1) - first[:, None]
+    window = np.take_along_axis(windows_of(ids, min(time + 1, len(ids)), first), places, axis=1).astype(np.int64)
     real = steps[:-1] < lengths[:, None]
     return {
         "input_ids": torch.from_numpy(np.where(real, window[:, :-1], pad)),

@@ -74,9 +74,14 @@ class RandomWindows:
         """(the set of each sample, int64 [batch]; the position of its first id there, from 0 to count - length - 1)."""
         steps = np.asarray(numbers, dtype=np.uint64) * GOLDEN
         counts = np.array([part.count - self.length for part in self.mixture.sets], dtype=np.uint64)
-        sets = np.searchsorted(self.bounds, _mix(self.set_state + steps) / 2.0**64, side="right")
+        sets = self.sets(numbers)
         # 64 random bits modulo at most 2^40 starts: no start is likelier than another by more than one in 2^24.
         return sets, (_mix(self.state + steps) % counts[sets]).astype(np.int64)
+
+    def sets(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The set of each sample, int64 [batch]."""
+        steps = np.asarray(numbers, dtype=np.uint64) * GOLDEN
+        return np.searchsorted(self.bounds, _mix(self.set_state + steps) / 2.0**64, side="right")
 
 
 class FixedWindows(RandomWindows):
@@ -102,7 +107,7 @@ class SharesSoFar:
         if samples < self.samples:
             self.samples, self.counts = 0, np.zeros_like(self.counts)
         for start in range(self.samples, samples, 1 << 16):
-            sets, _ = self.windows.places(np.arange(start, min(samples, start + (1 << 16))))
+            sets = self.windows.sets(np.arange(start, min(samples, start + (1 << 16))))
             self.counts += np.bincount(sets, minlength=len(self.counts))
         self.samples = samples
         return dict(zip(self.windows.mixture.labels, (self.counts / max(1, samples)).tolist(), strict=True))

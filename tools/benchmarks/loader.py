@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipes.data.token_sets import Mixture, find_files, open_streams
+from recipes.data.token_sets import Mixture, find_files
+from recipes.data.token_streams import open_streams
 from recipes.data.token_windows import RandomWindows
 from trainer.command_line.sections import Run
 from trainer.data import loader, stream

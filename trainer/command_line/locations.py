@@ -21,17 +21,20 @@ class Location:
     """it need not exist yet; any other that does not is the name of something else (`gpt2`, of the hub)"""
     weighted: bool = False
     """behind it may stand `=WEIGHT`"""
+    words: tuple[str, ...] = ()
+    """what means something else, even where a file or folder is called so: that is ./WORD"""
 
 
 Existing = Location()
 ToMake = Location(to_make=True)
-Weighted = Location(weighted=True)
+Weighted = Location(weighted=True, words=("embedded",))
+Tokenizer = Location(words=("gpt2", "train"))
 
 
-def path_and_weight(text: str) -> tuple[str, float]:
-    """The parts of `PATH=WEIGHT`; the weight 1 where there is none."""
-    match = re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
+def path_and_weight(text: str) -> tuple[str, float | None]:
+    """The parts of `PATH=WEIGHT`; no weight for the path of what is there, such as the folder `year=2024`."""
+    match = None if os.path.exists(os.path.expanduser(text)) else re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
+    return (match[1], float(match[2])) if match else (text, None)
 
 
 def argument_path(text: str) -> Path:
@@ -48,7 +51,7 @@ def with_absolute_paths(config: Any) -> Any:
     """`config` for any working directory: paths, and patterns that match any, made absolute."""
 
     def absolute(path: str, location: Location) -> str:
-        is_path = location.to_make or os.path.exists(path) or glob.glob(path, recursive=True)
+        is_path = location.to_make or (path not in location.words and (os.path.exists(path) or glob.glob(path, recursive=True)))
         return os.path.abspath(path) if is_path else path
 
     return _changed(config, absolute)

@@ -1,0 +1,151 @@
+"""What a language model of windows is trained on and measured with: sets of ids, or text that is made into ids here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.data.remote import is_url
+from recipes.data.text import Text, prepare_text
+from recipes.data.text_corpus import Reading
+from recipes.data.text_sources import is_hub_name, is_text
+from recipes.data.token_files import TokenFile, head_of, holds_numbers
+from recipes.data.token_sets import Mixture, TokenSet, find_files, overlap
+from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
+
+Weighted = tuple[str, float | None]
+"""(a file, folder or pattern, its weight in a mixture, if it has one)"""
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The ids that a language model is trained on and measured with, and their tokenizer."""
+
+    train: Mixture
+    validation: Mixture
+    tokenizer_json: str | None
+    fingerprint: str
+    """hex; of the ids of each file, whatever their width, and of the shares"""
+    notes: tuple[str, ...]
+    """what the user should know of them"""
+
+    def end_of_text(self) -> int:
+        """The id that ends a document. ValueError without a tokenizer, which alone knows it."""
+        if self.tokenizer_json is None:
+            raise ValueError("document_mask needs the id of <|endoftext|>; give the --tokenizer that made the ids")
+        return Text.without_data(self.tokenizer_json).end_of_text
+
+
+def open_streams(
+    train: Sequence[Weighted],
+    validation: Sequence[Weighted],
+    tokenizer: str | None,
+    vocab_size: int,
+    length: int,
+    column: str = "text",
+) -> Streams:
+    """Open and check all ids, for windows of `length` inputs.
+
+    Sets with weights are a mixture; several without are one set, end to end. Text is made into ids and kept in the cache; of
+    `embedded`, the text that comes with Python, and of other text without `validation`, a part is for validation.
+
+    `tokenizer`: a folder or tokenizer.json; None: the one beside the first ids of `train`, if there is one; of text one that
+    is trained on it. ValueError or OSError, in one line.
+    """
+    if not train:
+        raise ValueError(
+            "train_data_path is missing: give --train_data_path FILE.ids (tools/prepare_text.py of samecurve's source "
+            "repository makes one), text, or --train_data_path embedded"
+        )
+    paths, others = ([path for path, _ in sources] for sources in (train, validation))
+    if EMBEDDED in (*paths, *others) and (len(paths) > 1 or EMBEDDED not in paths or others not in ([], [EMBEDDED])):
+        raise ValueError("`embedded` has its own tokens for training and validation; give it alone, as --train_data_path")
+    texts = [path for path in (*paths, *others) if path == EMBEDDED or _is_text(path)]
+    if len(texts) == len(paths) + len(others):
+        if weighted := [path for path, weight in (*train, *validation) if weight is not None]:
+            raise ValueError(f"{weighted[0]} is text with a weight; make ids of each part of a mixture (tools/prepare_text.py)")
+        return _of_text(paths, others, tokenizer, vocab_size, length, column)
+    if texts:
+        ids = next(path for path in (*paths, *others) if path not in texts)
+        raise ValueError(f"{texts[0]} is text and {ids} is not; make ids of it with the same tokenizer (tools/prepare_text.py)")
+    if not validation:
+        raise ValueError("val_data_path is missing: give --val_data_path FILE.ids; or --train_data_path text or embedded")
+    both = (_mixture(train, vocab_size, one_set=True), _mixture(validation, vocab_size, one_set=False))
+    tokenizer_json = _tokenizer(tokenizer, [file for mixture in both for file in mixture.whole.files], vocab_size)
+    return _checked(both[0], both[1], tokenizer_json, length, [])
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path is of text; numbers that are written as text are refused later, as ids."""
+    return is_text(path) and not (Path(path).is_file() and holds_numbers(head_of(Path(path))))
+
+
+def _of_text(paths: list[str], others: list[str], tokenizer: str | None, vocab_size: int, length: int, column: str) -> Streams:
+    dataset, inputs = (paths[0], []) if paths == [EMBEDDED] or is_hub_name(paths[0]) else ("", paths)
+    reading = Reading(column, by_line=False)
+    text = prepare_text(dataset, inputs, tokenizer or "train", vocab_size, None, reading, [] if dataset else others)
+    if text.vocab_size > vocab_size:
+        way_out = f"give --vocab_size {text.vocab_size}"
+        raise ValueError(f"tokenizer {tokenizer} has {text.vocab_size} entries, vocab_size is {vocab_size}; {way_out}")
+    names = {"train": ", ".join(paths), "validation": ", ".join(others) or f"validation text of {paths[0]}"}
+    files = {split: ids.files for split in names if isinstance(ids := text.splits[split].ids, TokenSet)}
+    train, validation = (Mixture((TokenSet(name, files[split], vocab_size),), (1.0,)) for split, name in names.items())
+    return _checked(train, validation, text.tokenizer_json, length, text.notes)
+
+
+def _mixture(sources: Sequence[Weighted], vocab_size: int, one_set: bool) -> Mixture:
+    """Of the sets; `one_set`: several without any weight are one, as a shell makes several of a pattern that is not quoted."""
+    sets = tuple(find_files(path, vocab_size) for path, _ in sources)
+    if one_set and all(weight is None for _, weight in sources):
+        return Mixture((Mixture(sets, (1.0,)).whole,), (1.0,))
+    weights = [1.0 if weight is None else weight for _, weight in sources]
+    for (path, _), weight in zip(sources, weights, strict=True):
+        if weight <= 0:
+            raise ValueError(f"{path} has the weight 0 in its mixture; give it one above 0, or leave it out")
+    return Mixture(sets, tuple(weight / sum(weights) for weight in weights))
+
+
+def _checked(train: Mixture, validation: Mixture, tokenizer_json: str | None, length: int, notes: Sequence[str]) -> Streams:
+    digests = [
+        f"{part.check(length + 1)} {share:.9g}"
+        for mixture in (train, validation)
+        for part, share in zip(mixture.sets, mixture.shares, strict=True)
+    ]
+    sizes = [f"{name} data size: {part.count:,} tokens" for name, part in (("Train", train), ("Validation", validation))]
+    shares = ", ".join(f"{label} {share:.2%}" for label, share in zip(train.labels, train.shares, strict=True))
+    mixed = [f"Samples are drawn from {shares}"] if len(train.sets) > 1 else []
+    said = (*sizes, *mixed, *notes, *overlap(train.whole, validation.whole))
+    fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Streams(train, validation, tokenizer_json, fingerprint, said)
+
+
+def _tokenizer(tokenizer: str | None, files: Sequence[TokenFile], vocab_size: int) -> str | None:
+    """The tokenizer of ids: the given one, or the one beside the first file. ValueError if it is another than theirs."""
+    if tokenizer is None:
+        tokenizer = _tokenizer_beside(files[0])
+    if tokenizer is None:
+        return None
+    encoder = existing_tokenizer(tokenizer)
+    if (entries := vocabulary_size(encoder)) > vocab_size:
+        ways_out = f"give --vocab_size {entries}, or the --tokenizer that made the ids"
+        raise ValueError(f"tokenizer {tokenizer} has {entries} entries, vocab_size is {vocab_size}; {ways_out}")
+    digest = hashlib.sha256(encoder.to_str().encode()).hexdigest()
+    for file in files:
+        if file.sidecar.get("tokenizer_sha256", digest) != digest:
+            way_out = "give that one with --tokenizer, or make the ids again"
+            raise ValueError(f"tokenizer {tokenizer} is not the one that made {file.name}; {way_out}")
+    return encoder.to_str()
+
+
+def _tokenizer_beside(file: TokenFile) -> str | None:
+    """tokenizer.json in the folder of a file; or in the one above, where shards have it, if the .json of the file names it."""
+    if is_url(file.name):
+        return None
+    beside, above = (folder / "tokenizer.json" for folder in list(file.path.absolute().parents)[:2])
+    if beside.is_file():
+        return str(beside)
+    made_by = file.sidecar.get("tokenizer_sha256")
+    return str(above) if above.is_file() and hashlib.sha256(above.read_bytes()).hexdigest() == made_by else None
