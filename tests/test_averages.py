@@ -21,7 +21,7 @@ from toy_recipe import ToyRecipe
 
 from trainer import main
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.network import evaluate_network, load_for_evaluation
+from trainer.checkpoints.network import evaluate_objective, load_for_evaluation
 from trainer.command_line import config
 from trainer.distributed.control import Control
 from trainer.distributed.launch import Launch
@@ -101,8 +101,8 @@ def test_it_is_evaluated_and_loaded_and_training_is_what_it_would_be_without(tmp
         checkpoint, recipe = saved(tmp_path / "ema", step), ToyRecipe()
         settings = config.from_mapping(recipe.config_class, checkpoint.config, "test")
         data = recipe.build_data(settings)
-        network = load_for_evaluation(recipe, checkpoint, settings, data, ALONE)
-        measured = evaluate_network(recipe, network, settings, data.evaluation["val"], ALONE, 8)["loss"]
+        objective = load_for_evaluation(recipe, checkpoint, settings, data, ALONE)
+        measured = evaluate_objective(recipe, objective, settings, data.evaluation["val"], ALONE, 8)["loss"]
         assert curve(averaged, "eval/val_loss")[step] == pytest.approx(measured, rel=1e-6)
         assert curve(plain, "eval/val_loss")[step] != pytest.approx(measured, rel=1e-4)
         weights = (load_file(saved(tmp_path / name, step).path / "model.safetensors") for name in ("plain", "ema"))

@@ -135,7 +135,7 @@ def test_evaluation_holds_a_share_and_measures_the_same(
     settings = config.parse(recipe.config_class, {}, ["--seed", "7"], recipe.name).config
     trained = build_network(recipe, settings, recipe.build_data(settings))
     tensors = {"model": whole_entries({name: p.detach() for name, p in trained.named_parameters()})}
-    writing.write(tmp_path, "saved", tensors, {})
+    writing.write(tmp_path, "saved", tensors, {"config.yaml": config.to_yaml(settings)})
     alone = evaluate_toy(tmp_path, 0, 1)
     for name, value in launcher_sets.items():
         monkeypatch.setenv(name, value)
