@@ -27,12 +27,13 @@ from recipes.data.token_samples import TokenBlocks
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.models.next_token_loss import next_token_loss
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.network import evaluate_network
+from trainer.checkpoints.network import evaluate_objective
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
 from trainer.distributed.control import Control
 from trainer.distributed.launch import Launch
 from trainer.errors import BAD_INPUT, UserError
+from trainer.evaluation.objective import Objective
 from trainer.main import read_command_line
 from trainer.recipe import Data
 
@@ -302,7 +303,7 @@ def test_a_smaller_stride_gives_every_token_more_context() -> None:
     ids = np.tile(np.arange(12), 40).astype(np.uint16)
     split = TokenSplit(ids, np.array([len(ids)]), 1, "")
     launch = Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta(minutes=1)))
-    config = parsed(["train", "--num_workers", "0"])[1].config
+    config, recipe = parsed(["train", "--num_workers", "0"])[1].config, Gpt2Wikitext()
     losses, guessed = [], []
     for stride in (32, 20, 5, 1):
         dataset = TokenBlocks(split, 32, 50, 0, stride)
@@ -310,7 +311,7 @@ def test_a_smaller_stride_gives_every_token_more_context() -> None:
         assert int((batch["labels"] != -100).sum()) == len(ids) - 1
         # Every block guesses at its first 11 tokens, unless the block before it has scored them.
         guessed.append(11 + (len(dataset) - 1) * max(0, 11 - (32 - stride)))
-        result = evaluate_network(Gpt2Wikitext(), KnowsThePast(), config, dataset, launch, 8)
+        result = evaluate_objective(recipe, Objective(KnowsThePast(), recipe), config, dataset, launch, 8)
         losses.append(result["loss"])
     assert losses == sorted(losses, reverse=True)
     for loss, number in zip(losses, guessed, strict=True):

@@ -15,6 +15,7 @@ import torch
 from scenarios import planned, recipe_of
 from tiny_runs import TINY
 from torch import Tensor, nn
+from toy_recipe import ToyRecipe
 
 from trainer.checkpoints.network import build_empty_network, build_network
 from trainer.command_line import config as configuration
@@ -202,6 +203,7 @@ class Views(nn.Module):
         (Hidden, "layer.mask is a tensor that is neither parameter nor buffer"),
         (Views, "upper and lower lie in the same memory"),
         (lambda: nn.Linear(2, int(torch.randint(3, (1,)))), "building the network reads the values of a tensor"),
+        (lambda: nn.LazyLinear(2), "building the network makes a lazy module"),
     ],
 )
 def test_what_could_not_be_filled_alone_is_refused_by_name(build: Callable[[], nn.Module], message: str) -> None:
@@ -215,6 +217,18 @@ def test_what_a_recipe_cannot_build_is_one_line(tmp_path: Path) -> None:
     settings = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
     with pytest.raises(UserError, match="d_model 15 must be even"):
         build_empty_network(recipe, settings, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(nn.Parameter, torch.complex64), (nn.Buffer, torch.complex128)])
+def test_a_tensor_that_no_checkpoint_could_hold_is_refused_before_training(kind: Any, dtype: torch.dtype) -> None:
+    class Complex(ToyRecipe):
+        def build_model(self, config: Any, data: Any) -> nn.Module:
+            network = super().build_model(config, data)
+            network.phase = kind(torch.zeros(2, dtype=dtype))
+            return network
+
+    with pytest.raises(UserError, match=f"phase is of {dtype}, which checkpoints do not hold"):
+        build_empty_network(Complex(), planned(Complex(), []), None)  # type: ignore[arg-type]
 
 
 def test_a_generator_of_ones_own_is_refused() -> None:

@@ -12,12 +12,17 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
 from trainer.errors import UserError
-from trainer.reporting import trackers
-from trainer.reporting.trackers import Trackers, WandbSettings, _answers, read_metrics
+from trainer.reporting import feed, wandb_run
+from trainer.reporting.trackers import Trackers, read_metrics
+from trainer.reporting.wandb_run import WandbSettings, _answers
 
 
 def start(folder: Path, resumed_step: int | None = None, messages: list[str] | None = None, **options: object) -> Trackers:
@@ -143,7 +148,7 @@ def test_a_tensorboard_folder_that_cannot_be_made_ends_nothing(tmp_path: Path) -
 
 
 def wandb_in(folder: Path) -> WandbSettings:
-    return WandbSettings("a-project", "a run", id_file=folder / "wandb_id", directory=folder)
+    return WandbSettings("a-project", "a-sweep", "a run", id_file=folder / "wandb_id", directory=folder)
 
 
 @pytest.fixture
@@ -176,7 +181,8 @@ def test_wandb_goes_offline_by_itself_and_a_resumed_run_keeps_its_id(tmp_path: P
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     assert all(run.name.endswith(f"-{run_id}") for run in runs)
-    assert all(b"train/loss" in (run / f"run-{run_id}.wandb").read_bytes() for run in runs)
+    written = [(run / f"run-{run_id}.wandb").read_bytes() for run in runs]
+    assert all(text in run for run in written for text in (b"train/loss", b"a-sweep"))
 
 
 class RefuseEveryKey(BaseHTTPRequestHandler):
@@ -211,7 +217,7 @@ def test_a_key_that_wandb_refuses_makes_the_run_offline(tmp_path: Path, monkeypa
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("silent", ["the server", "the look-up of its name"])
 def test_a_server_that_never_answers_holds_nobody_up(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "REACHABLE_SECONDS", 0.3)
+    monkeypatch.setattr(wandb_run, "REACHABLE_SECONDS", 0.3)
     if silent == "the look-up of its name":  # knows no time-out
         monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: threading.Event().wait())
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -221,8 +227,9 @@ def test_a_server_that_never_answers_holds_nobody_up(silent: str, monkeypatch: p
 KILLED_WANDB = """
 import os, signal, subprocess, time
 from pathlib import Path
-from trainer.reporting.trackers import Trackers, WandbSettings
-settings = WandbSettings("a-project", None, Path("wandb_id"), Path("."))
+from trainer.reporting.trackers import Trackers
+from trainer.reporting.wandb_run import WandbSettings
+settings = WandbSettings("a-project", None, None, Path("wandb_id"), Path("."))
 metrics = Trackers(Path("metrics.jsonl"), tensorboard_dir=None, wandb=settings, config={}, resumed_step=None, log=print)
 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 killed = [int(pid) for pid in children if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()]
@@ -246,6 +253,88 @@ def test_a_wandb_process_that_dies_is_reported_once_and_ends_nothing(tmp_path: P
     assert done.stdout.count("W&B: ") == 1
     assert "training goes on without it" in done.stdout
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+class Recording(GeneralTracker):
+    """What a tracker of Accelerate is told."""
+
+    name = "mlflow"
+    requires_logging_directory = False
+    told: ClassVar[list[tuple]] = []
+    fails_at = 0
+    answers = threading.Event()
+    """whether its server does"""
+
+    def __init__(self, project: str, **named: object) -> None:
+        super().__init__(_blank=True)
+        self.told[:] = [(project, named)]
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.told.append(values)
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        self.answers.wait()
+        if step == self.fails_at:
+            raise ConnectionError("the server is gone")
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.told.append("finished")
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Recording)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType.MLFLOW])
+    monkeypatch.setattr(feed, "EXIT_SECONDS", 5.0)
+    monkeypatch.setattr(Recording, "fails_at", 0)
+    Recording.answers.set()
+    return Recording
+
+
+def others(folder: Path, messages: list[str], *names: str) -> Trackers:
+    named = {"project": "a-project", "run_name": "a run", "config": {"seed": 1, "path": ("a", "b")}}
+    return start(folder, messages=messages, others=names, **named)
+
+
+def test_a_tracker_of_accelerate_gets_project_name_settings_and_rows(recording: type[Recording], tmp_path: Path) -> None:
+    metrics = others(tmp_path, messages := [], "mlflow")
+    metrics.log(1, {"train/loss": 2.0})
+    metrics.log(2, {"train/loss": 1.0})
+    metrics.close()
+    rows = [(1, {"train/loss": 2.0}), (2, {"train/loss": 1.0})]
+    assert recording.told == [("a-project", {"run_name": "a run"}), {"seed": 1, "path": "('a', 'b')"}, *rows, "finished"]
+    assert messages == []
+
+
+def test_a_tracker_that_fails_is_named_once_and_ends_nothing(recording: type[Recording], tmp_path: Path) -> None:
+    recording.fails_at = 2
+    metrics = others(tmp_path, messages := [], "mlflow")
+    for step in range(1, 5):
+        metrics.log(step, {"train/loss": 1.0})
+    metrics.close()
+    assert messages == ["mlflow: the server is gone; training goes on without it"]
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_a_tracker_whose_server_never_answers_stalls_neither_a_step_nor_the_end(
+    recording: type[Recording], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "EXIT_SECONDS", 0.2)
+    recording.answers.clear()
+    metrics = others(tmp_path, messages := [], "mlflow")
+    for step in range(1, 5):
+        metrics.log(step, {"train/loss": 1.0})
+    metrics.close()
+    assert messages == ["mlflow did not finish in time; metrics.jsonl has all"]
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+    recording.answers.set()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(UserError, match="--log_with comet_ml needs a package: pip install comet-ml"):
+        others(tmp_path, [], "comet_ml")
 
 
 def test_importing_metrics_imports_nothing_heavy() -> None:

@@ -18,6 +18,7 @@ from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import connect
 from trainer.errors import CHECKPOINT, UserError
 from trainer.optimisation import optimizers as optimizer
+from trainer.optimisation.averages import keep_averages
 from trainer.optimisation.optimizers import MuonAndAdamW
 
 NAMES = get_args(get_type_hints(Optimisation)["optimizer"])
@@ -72,10 +73,15 @@ class Saved(dict[str, Tensor]):
         return self[name]
 
 
+def built(net: Tied, chosen: Optimisation) -> torch.optim.Optimizer:
+    made = optimizer.build(groups(net), net, chosen)
+    return keep_averages(made, chosen.ema) if chosen.ema else made
+
+
 def make_backend(name: str, **changes: float) -> tuple[Tied, PlainBackend]:
     net, chosen = network(), settings(name, **changes)
     backend = PlainBackend(connect("cpu", 1.0), "no", "no", chosen)
-    backend.prepare(net, net, lambda: optimizer.build(groups(net), net, chosen))
+    backend.prepare(net, net, lambda: built(net, chosen))
     return net, backend
 
 
@@ -173,13 +179,14 @@ def test_the_state_of_an_optimizer_is_known_before_its_first_step(name: str, bet
         assert not any(value.any() for value in initial.values())
 
 
-@pytest.mark.parametrize(("name", "beta1"), [*((name, 0.9) for name in NAMES), ("sgd", 0.0)])
-def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> None:
-    net, update = make_backend(name, beta1=beta1)
+@pytest.mark.parametrize(("name", "beta1", "ema"), [*((name, 0.9, 0.8) for name in NAMES), ("sgd", 0.0, 0.0)])
+def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float, ema: float) -> None:
+    net, update = make_backend(name, beta1=beta1, ema=ema)
     train(net, update, RATES[name], range(6))
+    update.use_averages(bool(ema))
     straight = {key: value.clone() for key, value in net.state_dict().items()}
 
-    net, update = make_backend(name, beta1=beta1)
+    net, update = make_backend(name, beta1=beta1, ema=ema)
     train(net, update, RATES[name], range(3))
     weights = {entry.name: entry.read(0).clone() for entry in update.model_tensors()}
     saved = {entry.name: entry.read(0).clone() for entry in update.optimizer_tensors()}
@@ -190,12 +197,13 @@ def test_it_goes_on_from_saved_state_bit_for_bit(name: str, beta1: float) -> Non
         assert entry.size_bytes == tensor.numel() * tensor.element_size()
     train(net, update, RATES[name], range(3, 6))
 
-    net, update = make_backend(name, beta1=beta1)
+    net, update = make_backend(name, beta1=beta1, ema=ema)
     with torch.no_grad():
         for key, p in net.named_parameters():
             p.copy_(weights[key])
     update.restore(Saved(saved), with_optimizer=True)
     train(net, update, RATES[name], range(3, 6))
+    update.use_averages(bool(ema))
     for key, value in net.state_dict().items():
         assert torch.equal(value, straight[key]), key
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from forked import TIMEOUT, forked
+from launching import ROOT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,14 +19,17 @@ from toy_recipe import ToyRecipe
 
 from trainer.backends.fsdp import FsdpBackend, fill_shards
 from trainer.backends.tensors import restored_like, whole_entries
+from trainer.backends.zero import ZeroBackend
 from trainer.checkpoints import writing
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.network import build_network, evaluate_network, load_for_evaluation
+from trainer.checkpoints.network import build_network, evaluate_objective, load_for_evaluation
 from trainer.command_line import config
 from trainer.distributed.control import Control
 from trainer.distributed.launch import Launch
 from trainer.errors import UserError
+from trainer.evaluation.objective import Objective
 from trainer.initial_weights import ALL_ROWS, build_empty
+from trainer.recipe import Batch, Measured
 
 PROCESSES = 3
 SIZES = {"0.weight": 7, "0.bias": 7, "1.weight": 2, "1.bias": 2, "2.weight": 2, "2.bias": 2}  # rows; of 2, one has none
@@ -100,15 +105,23 @@ def test_a_state_of_another_shape_is_cut_likewise(outcomes: list[dict[str, Any]]
     assert all(outcome["whole"] for outcome in outcomes)
 
 
+class MeasuresWeights(ToyRecipe):
+    """Looks at more than what the network gives out."""
+
+    def measure(self, network: nn.Module, batch: Batch) -> dict[str, Measured]:
+        rows = len(batch["tokens"])
+        return super().measure(network, batch) | {"size": (rows * network.value.weight.square().sum(), rows)}  # type: ignore
+
+
 def evaluate_toy(folder: Path, rank: int, processes: int) -> dict[str, float]:
     """What `evaluate` does of a checkpoint of the toy, in one of some processes; and how many weights it holds."""
     launch = Launch(rank, processes, rank, torch.device("cpu"), Control(rank, processes, TIMEOUT))
-    recipe = ToyRecipe()
+    recipe = MeasuresWeights()
     settings = config.parse(recipe.config_class, {}, [], recipe.name).config
     data = recipe.build_data(settings)
-    network = load_for_evaluation(recipe, Checkpoint(folder / "saved"), settings, data, launch)
-    held = [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
-    result = evaluate_network(recipe, network, settings, data.evaluation["val"], launch, 4)
+    objective = load_for_evaluation(recipe, Checkpoint(folder / "saved"), settings, data, launch)
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in objective.parameters()]
+    result = evaluate_objective(recipe, objective, settings, data.evaluation["val"], launch, 4)
     return {**result, "weights": sum(p.numel() for p in held)}
 
 
@@ -122,13 +135,52 @@ def test_evaluation_holds_a_share_and_measures_the_same(
     settings = config.parse(recipe.config_class, {}, ["--seed", "7"], recipe.name).config
     trained = build_network(recipe, settings, recipe.build_data(settings))
     tensors = {"model": whole_entries({name: p.detach() for name, p in trained.named_parameters()})}
-    writing.write(tmp_path, "saved", tensors, {})
+    writing.write(tmp_path, "saved", tensors, {"config.yaml": config.to_yaml(settings)})
     alone = evaluate_toy(tmp_path, 0, 1)
     for name, value in launcher_sets.items():
         monkeypatch.setenv(name, value)
     shared = forked(PROCESSES, tmp_path, lambda rank: evaluate_toy(tmp_path, rank, PROCESSES))
+    assert alone["size"] > 0
     assert sum(outcome.pop("weights") for outcome in shared) == alone.pop("weights")
     assert shared == [{name: pytest.approx(value, rel=1e-6) for name, value in alone.items()}] * PROCESSES
+
+
+def cut_by_zero(folder: Path, rank: int) -> dict[str, Any]:
+    """In one of some processes: how much of each parameter DeepSpeed's engine is given, and the weights that come of it."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs/zero3.json")}
+    os.environ |= {"LOCAL_RANK": str(rank)}
+    ZeroBackend.before_connect(True)
+    from accelerate import PartialState
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    PartialState(cpu=True)
+    launch = Launch(rank, PROCESSES, rank, torch.device("cpu"), Control(rank, PROCESSES, TIMEOUT))
+    recipe = ToyRecipe()
+    settings = config.parse(recipe.config_class, {}, ["--batch_size", str(PROCESSES)], recipe.name).config
+    network, initial = build_empty(lambda: recipe.build_model(settings, recipe.build_data(settings)), 7)
+    backend = ZeroBackend(launch, "no", "auto", settings.optimisation)
+    prepare, given = backend.accelerator.prepare, {}
+
+    def watched(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        given.update({name: p.numel() for name, p in network.named_parameters()})
+        given["groups"] = [len(group["params"]) for group in optimizer.param_groups]
+        return prepare(objective, optimizer)
+
+    backend.accelerator.prepare = watched
+    backend.prepare(Objective(network, recipe), network, lambda: recipe.optimizer(network, settings), initial)
+    same = {name: bool(safe_get_full_fp32_param(p).equal(initial(name))) for name, p in network.named_parameters()}
+    return {"given": given, "same": same}
+
+
+def test_zero_3_is_given_parameters_that_are_cut_already(tmp_path: Path) -> None:
+    recipe = ToyRecipe()
+    settings = config.parse(recipe.config_class, {}, [], recipe.name).config
+    whole = build_network(recipe, settings, recipe.build_data(settings))
+    groups = [len(group["params"]) for group in recipe.optimizer(whole, settings).param_groups]
+    for outcome in forked(PROCESSES, tmp_path, lambda rank: cut_by_zero(tmp_path, rank)):
+        assert outcome["given"].pop("groups") == groups  # of matrices and of vectors, though a part of either is flat
+        assert outcome["given"] == dict.fromkeys((name for name, _ in whole.named_parameters()), 0)
+        assert all(outcome["same"].values())
 
 
 class Blocks(nn.Module):

@@ -221,6 +221,9 @@ def jobs(cluster: Cluster) -> dict[str, Job]:
         "wide": ("multi_node.sbatch", str(STEPS), ("--signal=B:USR1@90", "--time=10"), PACE),
         "alone": ("single_node.sbatch", "1000000", ("--signal=B:USR1@0", "--time=1"), 0.2),
     }
+    (cluster.folder / "data").mkdir()
+    (cluster.folder / "data" / "rows.txt").write_text("some\n")
+    cluster.env |= {"STAGE": f"{cluster.folder}/data", "STAGED": f"{cluster.folder}/local/data"}
     numbers = {
         name: cluster.submit(script, name, str(TOY), *FLAGS, "--max_steps", steps, options=options, pace=pace)
         for name, (script, steps, options, pace) in commands.items()
@@ -260,6 +263,7 @@ def test_a_run_on_two_nodes_is_signalled_before_its_limit_saved_requeued_and_fin
     assert cluster.wait_for(number, "COMPLETED", START_SECONDS, restarts=1)["ExitCode"] == "0:0"
     assert f"Resumed from step {step}\n" in cluster.log("wide")
     assert status(directory)["state"] == "finished"
+    assert (cluster.folder / "local" / "data" / "rows.txt").read_text() == "some\n"
     assert json.loads((directory / "environment.json").read_text())["processes"] == len(NODES)
 
     run("one", TOY, *FLAGS, "--max_steps", str(STEPS), "--output_dir", str(tmp_path / "run"), log=tmp_path / "log")
@@ -304,8 +308,8 @@ def test_an_array_trains_a_run_for_each_line_of_a_file(cluster: Cluster, tmp_pat
 
 def test_the_tasks_of_srun_are_the_ranks_of_a_launch(cluster: Cluster, tmp_path: Path) -> None:
     argv = [sys.executable, str(TOY), *FLAGS, "--max_steps", "3", "--output_dir", str(tmp_path / "run")]
-    cluster.run_command("srun", "--nodes=2", "--ntasks=2", "--quiet", *argv)
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
+    cluster.run_command("srun", "--nodes=2", "--ntasks=3", "--quiet", *argv)  # two on one of them
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 3
     assert status(tmp_path / "run")["state"] == "finished"
 
 

@@ -145,5 +145,11 @@ class ToyRecipe(Recipe[Config]):
         return {"token": sums["token"], "value": (sums["value"], counts["value"]), "accuracy": (right, counts["token"])}
 
 
+class InManyFiles(ToyRecipe):
+    """Its checkpoints are cut into small files, as those of large models into large ones."""
+
+    shard_bytes = 1_500
+
+
 if __name__ == "__main__":
     main(ToyRecipe())

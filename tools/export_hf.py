@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from model_card import model_card
+from safetensors.torch import save_file
 
 from recipes.data.hub import hub_is_reachable
 from recipes.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
@@ -181,7 +182,7 @@ def _write_llama(folder: Path, checkpoint: Checkpoint, model: dict[str, Any], en
         eos_token_id=end_of_text,
     )
     network = kind(config)
-    weights = {name: checkpoint.tensor("model", name) for name in checkpoint.names("model")}
+    weights = _weights(checkpoint)
     weights = {their_name(name): by_halves(t, width) if name.endswith(ROTATED) else t for name, t in weights.items()}
     if model["tie_embeddings"]:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -211,10 +212,21 @@ def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> Non
 
 
 def _copy_gpt2(folder: Path, checkpoint: Checkpoint) -> None:
-    """The files of a GPT-2 checkpoint that transformers reads, byte for byte."""
+    """The files of a GPT-2 checkpoint that transformers reads, byte for byte; but for weights that have an average."""
     for name in checkpoint.files:
-        if name in ("config.json", "generation_config.json") or name.startswith("model"):
+        if name in ("config.json", "generation_config.json") or (name.startswith("model") and not checkpoint.averaged):
             shutil.copyfile(checkpoint.path / name, folder / name)
+    if checkpoint.averaged:
+        save_file(_weights(checkpoint), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """By name; the average of a run with `--ema`."""
+    averaged = checkpoint.averaged
+    return {
+        name: checkpoint.tensor("optimizer", averaged[name]) if name in averaged else checkpoint.tensor("model", name)
+        for name in checkpoint.names("model")
+    }
 
 
 if __name__ == "__main__":

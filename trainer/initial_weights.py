@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import heapq
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +54,11 @@ class InitialWeights:
 
     def __init__(self, calls: list[_Call], tensors: Mapping[str, Tensor], seed: int) -> None:
         self._calls, self._tensors, self._seed = calls, tensors, seed
+        self._writers: dict[int, list[int]] = defaultdict(list)
+        """by memory the numbers of the calls that write to it"""
+        for number, call in enumerate(calls):
+            for memory in call.writes:
+                self._writers[memory].append(number)
         self._owners = {_memory(tensor): name for name, tensor in tensors.items()}
 
     def owner(self, name: str) -> str:
@@ -65,12 +71,7 @@ class InitialWeights:
         Random numbers of a parameter that is copied from another one of the network are that one's; what was drawn for no
         parameter at all (a layer that was copied several times) is drawn for each.
         """
-        wanted = {_memory(self._tensors[name])}
-        needed: list[_Call] = []
-        for call in reversed(self._calls):
-            if call.writes & wanted:
-                needed.append(call)
-                wanted = wanted - (call.writes - call.reads) | call.reads
+        needed = self._calls_behind(_memory(self._tensors[name]))
         if not needed and self._tensors[name].numel():
             raise UserError(f"{name} has no initial value: whoever builds the network leaves it empty; fill it there")
         memories: dict[int, Tensor] = {}
@@ -85,7 +86,7 @@ class InitialWeights:
             return torch.empty(0, dtype=value.dtype).set_(memory, value.storage_offset(), value.shape, value.stride())
 
         with torch.no_grad():
-            for call in reversed(needed):
+            for call in needed:
                 owner = next((self._owners[memory] for memory in call.writes if memory in self._owners), name)
                 draws[owner] += 1
                 seed_generators(torch.device("cpu"), self._seed, "initial weights", owner, draws[owner])
@@ -97,6 +98,24 @@ class InitialWeights:
                         memories[_memory(planned)] = made
             whole = real(self._tensors[name])
         return rows_of(whole, rows)
+
+    def _calls_behind(self, memory: int) -> list[_Call]:
+        """What has to be done, in this order, for the last values of a memory."""
+        wanted = {memory}
+        needed: list[_Call] = []
+        candidates = [-number for number in self._writers[memory]]  # the latest first
+        heapq.heapify(candidates)
+        while candidates:
+            number = -heapq.heappop(candidates)
+            call = self._calls[number]
+            if call.writes & wanted and (not needed or needed[-1] is not call):
+                needed.append(call)
+                for other in call.reads - wanted:
+                    for earlier in self._writers[other]:
+                        if earlier < number:
+                            heapq.heappush(candidates, -earlier)
+                wanted = wanted - (call.writes - call.reads) | call.reads
+        return needed[::-1]
 
 
 class _Recorder(TorchDispatchMode):
@@ -150,6 +169,12 @@ def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, I
             raise UserError(
                 f"building the network reads the values of a tensor ({error.func}), and there are none yet: parameters are "
                 "filled one by one later; compute with Python's numbers there"
+            ) from error
+        except RuntimeError as error:
+            if "UninitializedParameter" not in str(error):
+                raise
+            raise UserError(
+                "building the network makes a lazy module, whose shapes come with its first batch; give it its sizes"
             ) from error
     tensors: dict[str, Tensor] = {}
 

@@ -24,9 +24,11 @@ from trainer.loop import Training
 from trainer.recipe import Recipe
 from trainer.reporting.alerts import Alerts
 from trainer.reporting.console import Console
+from trainer.reporting.feed import EXIT_SECONDS as TRACKER_EXIT_SECONDS
 from trainer.reporting.final_report import draw_loss, draw_report, log_final_metrics, report_end
 from trainer.reporting.run_directory import write_text_atomic
-from trainer.reporting.trackers import WANDB_EXIT_SECONDS, Trackers, WandbSettings
+from trainer.reporting.trackers import Trackers
+from trainer.reporting.wandb_run import WandbSettings
 from trainer.setup import Session, describe, set_up
 
 MAIN_FIRST_SECONDS = 1.0
@@ -58,7 +60,7 @@ class LaunchedRun:
             lambda: self.training.logger.status() if self.training else "starting",
             self.console.log,
             None if left is None else time.monotonic() + left,
-            EXIT_SECONDS + self.alerts.exit_seconds + (WANDB_EXIT_SECONDS if self.plan.config.run.use_wandb else 0.0),
+            EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
             self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
             # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
@@ -202,18 +204,25 @@ class LaunchedRun:
 
     def _open_trackers(self, session: Session) -> Trackers:
         run, directory, resumed = session.config.run, self.plan.directory, self.plan.checkpoint
-        wandb = None
-        if run.use_wandb:
-            name = run.wandb_run_name or f"{self.recipe.name}-{directory.path.name}"
-            wandb = WandbSettings(run.wandb_project, name, directory.path / "wandb_run_id.txt", directory.path)
+        name = run.wandb_run_name or f"{self.recipe.name}-{directory.path.name}"
+        id_file = directory.path / "wandb_run_id.txt"
+        wandb = WandbSettings(run.wandb_project, run.wandb_group, name, id_file, directory.path) if run.use_wandb else None
         return Trackers(
             directory.metrics,
             tensorboard_dir=directory.tensorboard if run.use_tensorboard else None,
             wandb=wandb,
+            others=run.log_with,
+            project=run.wandb_project,
+            run_name=name,
             config=configuration.values(session.config),
             resumed_step=resumed.train_state.step if resumed is not None else None,
             log=self.console.log,
         )
+
+    def _trackers_exit_seconds(self) -> float:
+        """How long the trackers with a server may take at the end."""
+        run = self.plan.config.run
+        return TRACKER_EXIT_SECONDS * (run.use_wandb + len(run.log_with))
 
     def _record_failure(self, reason: str) -> None:
         """In status.json, if there is one, and to the webhook."""

@@ -219,6 +219,7 @@ class Training:
         votes = EvaluationVotes(self.launch.control, self.stops, self.end_without_data)
         replaced: list[str] = []
         metrics: dict[str, float] = {}
+        self.backend.use_averages(True)
         for name, dataset in self.session.data.evaluation.items():
             means = evaluate(
                 self.backend.model,
@@ -236,6 +237,7 @@ class Training:
             if means is None:
                 return False, votes.reason
             metrics |= {f"eval/{name}_{key}": value for key, value in means.items()}
+        self.backend.use_averages(False)
         self.last_evaluation = metrics
         if state.evaluated_step == state.step:
             return False, None  # known already: the launch before was ended between this evaluation and its last save
@@ -263,6 +265,7 @@ class Training:
     def save(self, is_best: bool, reason: StopReason | None) -> None:
         """Begin a checkpoint of this step, if there is none, and the links it has earned; a stop waits for its end."""
         self.settle()  # one at a time
+        self.backend.use_averages(False)  # an evaluation may have been cut short
         self.bad_steps.read()
         self.check_bad_steps()  # a run that must end must not leave a checkpoint it cannot go on from
         state = self.state

@@ -25,6 +25,7 @@ from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
 from trainer.micro_batches import fit, whole
+from trainer.optimisation.averages import keep_averages
 from trainer.optimisation.schedule import warmup_for
 from trainer.recipe import Batch, Data, Log, Recipe, Report
 
@@ -97,7 +98,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     if config.run.compile == "yes" or (config.run.compile == "auto" and on_gpu and backend.gains_by_compiling):
         backend.compile(objective, config.run.compile_mode)
         log("Compiling: the first step takes up to minutes (--no_compile turns it off)")
-    backend.prepare(objective, network, lambda: recipe.optimizer(network, config), weights)
+    backend.prepare(objective, network, lambda: make_optimizer(recipe, network, config), weights)
     if plan.checkpoint is not None:
         restore(backend, plan.checkpoint, extra_files, list(loss_weights), log)
         plan.checkpoint.close()
@@ -117,6 +118,12 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     if config.run.fit_batch:
         fit(session, plan.checkpoint.train_state.step if plan.checkpoint else 0, log)
     return session
+
+
+def make_optimizer(recipe: Recipe, network: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """The recipe's, which averages the weights where `--ema` asks for it."""
+    optimizer, decay = recipe.optimizer(network, config), config.optimisation.ema
+    return keep_averages(optimizer, decay) if decay else optimizer
 
 
 def restore(backend: Backend, saved: Checkpoint, extra_files: Mapping[str, Any], terms: Sequence[str], log: Log) -> None:
@@ -274,6 +281,7 @@ def describe(session: Session, step: int) -> list[str]:
             session.samples,
         ),
         f"Optimizer: {type(session.backend.optimizer).__name__}, {schedule}; "
-        f"weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}",
+        f"weight decay {optimisation.weight_decay:g}; clip {optimisation.grad_clip:g}"
+        + (f"; evaluated is the average of the weights, decay {optimisation.ema:g}" if optimisation.ema else ""),
         *session.recipe.report.start_lines(step, session.total_steps, launch.device.type, parameters, trained),
     ]

@@ -153,7 +153,8 @@ def _short(n: int) -> str:
 def analyse(recipe: Recipe, flags: Analyse, launch: Launch, log: Log) -> None:
     """The `analyse` sub-command: the metrics are exact on any number of processes; rank 0 draws."""
     from recipes.data.collatz import Layout
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_network
+    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_network
+    from trainer.evaluation.objective import Objective
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
     try:
@@ -164,7 +165,7 @@ def analyse(recipe: Recipe, flags: Analyse, launch: Launch, log: Log) -> None:
     except ValueError as reason:
         raise UserError(f"--numbers: {reason}") from None
     network = load_network(recipe, checkpoint, config, Data(None, {}), launch.device)
-    means = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+    means = evaluate_objective(recipe, Objective(network, recipe), config, dataset, launch, flags.batch_size)
     log(f"{checkpoint.path} on {len(dataset):,} numbers held out of training, {beside_baselines(means)}")
     folder = Path(flags.output_dir) if flags.output_dir else checkpoint.path.resolve().parent.parent / "plots"
 

@@ -45,7 +45,7 @@ class Generate(Sampling):
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -61,8 +61,8 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     if dataset is None:
         raise UserError(f"{config.data.data_dir or config.data.dataset} has no test rows; give --split validation")
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    network = load_for_evaluation(recipe, checkpoint, config, data, launch)
-    loss = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)["loss"]
+    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
+    loss = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)["loss"]
     log(f"{split}: {loss:.4f} nats per predicted token, perplexity {perplexity(loss):.2f}, over {len(dataset):,} samples")
 
 

@@ -37,7 +37,7 @@ class Evaluate:
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -54,9 +54,9 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     dataset = {"train": data.train.without_augmentation(), "validation": data.evaluation["val"], "test": data.test}[split]
     if dataset is None:
         raise UserError(f"{config.data.dataset} has no test split; use --split validation")
-    network = load_for_evaluation(recipe, checkpoint, config, data, launch)
+    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+    result = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)
     log(f"{split}: {accuracies_in(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")
 
 

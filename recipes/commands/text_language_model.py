@@ -57,7 +57,7 @@ class Generate(Sampling):
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
     from recipes.data.token_samples import TokenBlocks
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -82,8 +82,8 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
             raise UserError(f"--{reason}") from None
         config = replace(config, data=replace(config.data, packing="blocks"))
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    network = load_for_evaluation(recipe, checkpoint, config, data, launch)
-    result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
+    result = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)
     if launch.is_main:
         log_perplexities(text, split, config, result["loss"], log)
 

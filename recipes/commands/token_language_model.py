@@ -47,7 +47,7 @@ class Generate(Sampling):
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_network, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -60,11 +60,11 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     config = replace(config, data=replace(config.data, **paths, tokenizer=tokenizer, sampling="random"))
     data = load_data(recipe, config, launch)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    network = load_for_evaluation(recipe, checkpoint, config, data, launch)
+    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
     but = " but those that begin a document" if config.data.document_mask else ""
     for name, dataset in data.evaluation.items():
         if name != "train":
-            result = evaluate_network(recipe, network, config, dataset, launch, flags.batch_size)
+            result = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)
             losses = f"{result['loss']:.4f} nats per token over {dataset.ids.count - 1:,} tokens{but}"
             log(f"{dataset.ids.name}: {losses}, each once; perplexity {result['perplexity']:.2f}")
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,7 @@ def measure(megabytes: int, rounds: int, folder: Path) -> None:
         stall, total, _, cpu_stall, cpu = (statistics.median(values) for values in zip(*rounds_of_it[1:], strict=True))
         most = max(figures[2] for figures in rounds_of_it)
         print(
-            f"{launch.processes} processes  {name:12} stands still {stall:6.2f} s ({cpu_stall:5.2f} CPU s), written after "
+            f"{launch.processes} processes  {name:38} stands still {stall:6.2f} s ({cpu_stall:5.2f} CPU s), written after "
             f"{total:6.2f} s ({cpu:5.2f} CPU s), {most:6.0f} MB of memory more",
             flush=True,
         )
@@ -110,6 +111,7 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
     """By name, each with what it keeps from save to save."""
     import torch.distributed.checkpoint as dcp
     from safetensors.torch import save_file
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     from trainer.backends.tensors import whole_entries
     from trainer.checkpoints.writing import Share, commit
@@ -126,10 +128,13 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
         if launch.is_main:
             assert commit(folder, "checkpoint_step_1", reports) is None
 
-    def async_save(folder: Path) -> Callable[[], object]:
+    def async_save(folder: Path, stager: DefaultStager | None = None) -> Callable[[], object]:
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-        saving = dcp.async_save(dict(weights), storage_writer=writer)
+        saving = dcp.async_save(dict(weights), storage_writer=writer, async_stager=stager)
         return saving.result  # type: ignore[union-attr]
+
+    nothing_of_a_gpu = dict.fromkeys(("use_pinned_memory", "use_async_staging", "use_non_blocking_copy"), False)
+    stager = DefaultStager(StagingOptions(use_shared_memory=False, **nothing_of_a_gpu))
 
     def plain(folder: Path) -> Callable[[], object]:
         folder.mkdir()
@@ -138,7 +143,11 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
             os.fsync(file.fileno())
         return lambda: None
 
-    ways: dict[str, Way] = {"samecurve": samecurve, "async_save": async_save}
+    ways: dict[str, Way] = {
+        "samecurve": samecurve,
+        "async_save": async_save,
+        "async_save with a stager that is kept": partial(async_save, stager=stager),
+    }
     return ways if launch.processes > 1 else {**ways, "save_file": plain}
 
 

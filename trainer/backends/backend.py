@@ -46,6 +46,7 @@ class Backend(ABC):
     network: nn.Module
     model: Any
     optimizer: Optimizer
+    averages_are_used = False
     state_layout: StateLayout
 
     def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
@@ -66,9 +67,10 @@ class Backend(ABC):
         return
 
     @staticmethod
-    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
-        """Give a network on the meta device its values, to be called on every process alike; by default whole on each."""
-        fill(network, weights, launch.device)
+    def fill_for_evaluation(objective: nn.Module, weights: Weights, launch: Launch) -> None:
+        """Give the network of an objective, on the meta device, its values; the objective is then called on every process
+        alike. By default whole on each."""
+        fill(objective.network, weights, launch.device)  # type: ignore[arg-type]
 
     @property
     @abstractmethod
@@ -134,6 +136,18 @@ class Backend(ABC):
     @abstractmethod
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update, clear. A step with a non-finite gradient norm changes no weight and no moment."""
+
+    # ---- averages of the weights
+
+    def use_averages(self, use: bool) -> None:
+        """Have the averages of `--ema`, if there are any, in the place of the weights; or have these back, to the bit."""
+        if self.settings.ema and use != self.averages_are_used:
+            self.averages_are_used = use
+            self.swap_averages()
+
+    @abstractmethod
+    def swap_averages(self) -> None:
+        """Exchange what `model` computes with and what the optimizer keeps as `averages.AVERAGE`."""
 
     # ---- a checkpoint: named tensors out and in
 

@@ -49,10 +49,10 @@ class FsdpBackend(TorchBackend):
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
     @staticmethod
-    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
+    def fill_for_evaluation(objective: nn.Module, weights: Weights, launch: Launch) -> None:
         """Each process holds its share, and gathers a block at a time."""
         check_environment(os.environ)
-        shard_for_evaluation(network, weights, device_mesh(os.environ, launch))
+        shard_for_evaluation(objective, weights, device_mesh(os.environ, launch))
 
     @property
     def name(self) -> str:
@@ -110,12 +110,20 @@ class FsdpBackend(TorchBackend):
 
     def release(self) -> None:
         """What an evaluation has left gathered too."""
+        self._reshard()
+        super().release()
+
+    def swap_averages(self) -> None:
+        """Of this process's shards; what an evaluation has left gathered is the one of before."""
+        self._reshard()
+        super().swap_averages()
+
+    def _reshard(self) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        super().release()
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -124,15 +132,17 @@ class FsdpBackend(TorchBackend):
         yield
 
 
-def shard_for_evaluation(network: nn.Module, weights: Weights, mesh: DeviceMesh) -> None:
-    """Cut a network on the meta device over a mesh, and fill it: for forward passes alone, which every process does alike.
+def shard_for_evaluation(objective: nn.Module, weights: Weights, mesh: DeviceMesh) -> None:
+    """Cut an objective's network, on the meta device, over a mesh, and fill it: for forward passes of the objective alone,
+    which every process does alike.
 
     Of any network, if need be as one block; a parameter without dimensions is whole everywhere.
     """
     from torch.distributed.fsdp import fully_shard
 
+    network: nn.Module = objective.network  # type: ignore[assignment]
     found = named_blocks(network)
-    for module in [*([] if tie_across(network, found) else found), network]:
+    for module in [*([] if tie_across(network, found) else found), objective]:
         fully_shard(module, mesh=mesh, ignored_params={p for p in network.parameters() if not p.ndim})
     network.to_empty(device=mesh.device_type)
     fill_shards(network, weights)

@@ -172,7 +172,7 @@ def count_entries(states: Iterable[Mapping[str, Any]], counts: set[str]) -> list
     Of a parameter that was never used they lag behind; hence those of the first that has taken the most steps. A tensor is
     kept as fp32, a Python number as a 64-bit one: `restored_count` tells them apart.
     """
-    ahead = max(states, key=lambda state: float(state.get("step", 0)), default={})
+    ahead = max(states, key=lambda state: sum(float(state[key]) for key in counts if key in state), default={})
     tensors = {key: value for key, value in sorted(ahead.items()) if key in counts}
     return [
         whole_entry(key, torch.tensor(float(value)) if isinstance(value, Tensor) else _number(value))

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from trainer.backends import tensors
 from trainer.backends.backend import Backend, Layers, StepResult, set_learning_rate
 from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.optimisation import averages
 from trainer.optimisation.finite import LossScale
 
 
@@ -69,6 +70,11 @@ class TorchBackend(Backend):
         bad = overflow * (self.scale.scale <= 1.0)
         self.scale.update(overflow)
         return StepResult(norm, bad)
+
+    def swap_averages(self) -> None:
+        """In place."""
+        for p, state in self.optimizer.state.items():
+            averages.swap(p, state)
 
     def model_tensors(self) -> list[TensorEntry]:
         """Parameters and buffers."""

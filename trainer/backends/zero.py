@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
@@ -25,10 +24,12 @@ from trainer.backends.backend import Backend, StepResult, set_learning_rate
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config, precision_notes
 from trainer.backends.fsdp import shard_for_evaluation
 from trainer.backends.tensors import TensorEntry, TensorSource
+from trainer.backends.zero_parts import Fragments, Shares
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, one_line, path_of
 from trainer.initial_weights import ALL_ROWS, Weights, replace_tensors, rows_of
+from trainer.optimisation import averages
 
 
 class ZeroBackend(Backend):
@@ -49,8 +50,9 @@ class ZeroBackend(Backend):
         filled = fill_deepspeed_config(plugin.deepspeed_config, precision, settings, launch.processes, precision_flag)
         check_filled(filled)
         self.precision_notes = precision_notes(filled)
-        plugin.deepspeed_config.clear()
-        plugin.deepspeed_config.update(filled)
+        self.config = plugin.deepspeed_config
+        self.config.clear()
+        self.config.update(filled)
 
     @staticmethod
     def requested(environ: Mapping[str, str]) -> bool:
@@ -76,9 +78,9 @@ class ZeroBackend(Backend):
             operators["deepspeed_shm_comm"] = False
 
     @staticmethod
-    def fill_for_evaluation(network: nn.Module, weights: Weights, launch: Launch) -> None:
+    def fill_for_evaluation(objective: nn.Module, weights: Weights, launch: Launch) -> None:
         """Cut by FSDP2: DeepSpeed wants an optimizer."""
-        shard_for_evaluation(network, weights, init_device_mesh(launch.device.type, (launch.processes,)))
+        shard_for_evaluation(objective, weights, init_device_mesh(launch.device.type, (launch.processes,)))
 
     @property
     def name(self) -> str:
@@ -97,10 +99,11 @@ class ZeroBackend(Backend):
         ZeRO-1 and 2 link moments to parameters after the *first group's* step, and never if the first step is skipped; so
         every partition gets its initial state here, before DeepSpeed links them. The training curve is the same as without.
         """
+        import deepspeed
+
         self.network = network
         if weights is not None:
-            # DeepSpeed wants parameters of a real device to cut: memory that is reserved, and used by one at a time.
-            replace_tensors(network, lambda name, tensor: torch.empty_like(tensor, device="cpu"))
+            replace_tensors(network, self._reserved)
         self.optimizer = make_optimizer()
         if getattr(self.optimizer, "needs_whole_matrices", False):
             raise UserError(
@@ -111,6 +114,10 @@ class ZeroBackend(Backend):
         initial = tensors.elementwise_initial_state(self.optimizer, self.optimizer.param_groups[0]["params"][0])
         self.optimizer.state.clear()  # ZeRO has its own, in flat partitions
         try:
+            if weights is not None and self.config["zero_optimization"]["stage"] == 3:
+                # One parameter after the other: the engine would first move and send all of them.
+                deepspeed.init_distributed(dist.get_backend())
+                deepspeed.zero.Init(module=network, config_dict_or_path=self.config)
             self.model, wrapped = self.accelerator.prepare(objective, self.optimizer)
         except ValueError as error:
             if "`auto`" not in str(error):  # a bucket whose size Accelerate derives from `model.config.hidden_size`
@@ -122,11 +129,12 @@ class ZeroBackend(Backend):
         if self._dynamic_scaler() is not None:
             self._dynamic_scaler().raise_error_at_min_scale = False  # the loop counts bad steps, and ends with a message
         # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, which holds ours: its groups are the flat partitions now.
-        zero = wrapped.optimizer
+        self.zero = zero = wrapped.optimizer
         self.base = zero
         while hasattr(self.base, "optimizer"):
             self.base = self.base.optimizer
         self.stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+        self.parts = Shares(self.launch) if self.stage3 else Fragments()
         self.partitions = zero.fp32_partitioned_groups_flat if self.stage3 else zero.single_partition_of_fp32_groups
         self.moments = sorted(key for key, value in initial.items() if isinstance(value, Tensor) and value.ndim)
         for flat in self.partitions:
@@ -138,18 +146,26 @@ class ZeroBackend(Backend):
         if weights is not None:
             self._fill(weights)
 
+    def _reserved(self, name: str, tensor: Tensor) -> Tensor:
+        """A real tensor, as DeepSpeed wants it. The host commits no memory to a parameter before it is written to."""
+        if not isinstance(tensor, nn.Parameter):
+            return torch.empty_like(tensor, device=self.launch.device)
+        halves = {"fp16": torch.float16, "bf16": torch.bfloat16}  # what weights of the launch are kept in
+        kind = next((kind for key, kind in halves.items() if self.config.get(key, {}).get("enabled")), tensor.dtype)
+        return torch.empty_like(tensor, device="cpu", dtype=kind)
+
     @torch.no_grad()
     def _fill(self, weights: Weights) -> None:
         """Give each parameter, and its fp32 master copy, the values of this process, one after the other; buffers too."""
         for name, p in self.network.named_parameters():
             read = partial(weights, name) if self.stage3 else partial(rows_of, weights(name))
-            own = self._own_part(p, read)
+            own = self.parts.own(p, read)
             if self.stage3:
                 p.ds_tensor.zero_()[: len(own)].copy_(own)  # type: ignore[attr-defined]
             else:
                 p.copy_(read(ALL_ROWS))
             if p.requires_grad:
-                self._set(p, own, None)
+                self.parts.put(p, None, own)
         for name, buffer in self.network.named_buffers():
             buffer.copy_(weights(name))
 
@@ -184,6 +200,20 @@ class ZeroBackend(Backend):
         norm = torch.as_tensor(math.inf if skipped else self.engine.get_global_grad_norm())
         return StepResult(norm, torch.ones(()) if skipped and scale_before <= 1.0 else None)
 
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """In the fp32 partitions; then DeepSpeed's own weights are made from these, as after a step."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        for flat in self.partitions:
+            averages.swap(flat, self.base.state[flat])
+        if not self.stage3:
+            self.zero.update_lp_params()
+            return
+        self.engine.empty_partition_cache()  # what is gathered is the one of before
+        for p in (p for p in self.network.parameters() if p.requires_grad):
+            p.ds_tensor.copy_(safe_get_local_fp32_param(p))  # type: ignore[attr-defined]
+
     def model_tensors(self) -> list[TensorEntry]:
         """Parameters from the fp32 master weights, and buffers."""
         parameters = [self._entry(name, p, None) for name, p in self.network.named_parameters()]
@@ -197,71 +227,19 @@ class ZeroBackend(Backend):
         return entries + tensors.count_entries([first], set(first) - set(self.moments))
 
     def _entry(self, name: str, p: Tensor, key: str | None) -> TensorEntry:
-        read = self._from_shares if self.stage3 else self._from_fragments
-        return TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(read, p, key))
-
-    def _from_shares(self, p: Any, key: str | None, writer: int) -> Tensor | None:
-        """Stage 3: a master weight (key None) or a moment lies on all ranks in shares of one size, the last padded."""
-        from deepspeed import utils
-
-        if key is not None:
-            share = utils.safe_get_local_optimizer_state(p, key)
-        else:
-            share = utils.safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor  # frozen: no master copy
-        shares = share.new_empty(self.launch.processes, share.numel()) if self.launch.rank == writer else None
-        dist.gather(share.data, None if shares is None else list(shares), dst=writer)
-        return None if shares is None else shares.flatten()[: p.ds_numel].view(p.ds_shape)
-
-    def _from_fragments(self, p: Any, key: str | None, writer: int) -> Tensor:
-        """Stages 1 and 2: some ranks hold fragments of it."""
-        if not p.requires_grad:
-            return p
-        whole = torch.zeros(p.numel(), device=p.device)
-        if p._hp_mapping is not None:
-            held = p._hp_mapping.lp_fragment_address
-            whole[held.start : held.start + held.numel] = p._hp_mapping.get_hp_fragment(key)
-        # Each number is on one rank, and zero bits on all others. As numbers -0.0 + 0.0 would be 0.0.
-        dist.reduce(whole.view(torch.int32), dst=writer)
-        return whole.view(p.shape)
+        return TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(self.parts.gather, p, key))
 
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
         """Give each partition the state it had: of every tensor this process reads the rows that its part lies in."""
         keys_of, counts = tensors.split_names(saved.names("optimizer") if with_optimizer else ())
         for name, p in self.network.named_parameters():
             for key in keys_of.get(name, ()):
-                self._set(p, self._own_part(p, partial(_rows, saved, f"{key}.{name}")), key)
+                read = partial(_rows, saved, f"{key}.{name}")
+                self.parts.put(p, key, self.parts.own(p, read))
         for flat in self.partitions:
             state = self.base.state[flat]
             for key in counts:
                 state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), flat.device)
-
-    def _set(self, p: Any, own: Tensor, key: str | None) -> None:
-        """Set this process's part (`_own_part`) of a parameter's master weight (key None) or of a moment."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        if not self.stage3:
-            if len(own):
-                p._hp_mapping.get_hp_fragment(key).copy_(own)
-            return
-        # safe_set_full_* fails where the size is not a multiple of the number of processes: hence the local form, padded.
-        padded = F.pad(own, (0, p.ds_tensor.ds_numel - len(own)))
-        if key is None:
-            safe_set_local_fp32_param(p, padded)
-        else:
-            safe_set_local_optimizer_state(p, padded, key)
-
-    def _own_part(self, p: Any, read: Callable[[slice], Tensor]) -> Tensor:
-        """What this process holds of a flattened parameter, or of a moment of it, from the rows that this lies in."""
-        shape, start, length = tensors.whole_shape(p), 0, 0
-        if self.stage3:
-            start, length = p.ds_tensor.ds_numel * self.launch.rank, p.ds_tensor.ds_numel
-        elif getattr(p, "_hp_mapping", None) is not None:  # else it is frozen, or another process's
-            start, length = p._hp_mapping.lp_fragment_address.start, p._hp_mapping.lp_fragment_address.numel
-        if 0 in (len(shape), *shape):
-            return read(ALL_ROWS).flatten()[start : start + length]
-        row = math.prod(shape[1:])
-        first, last = start // row, min(shape[0], -(-(start + length) // row))
-        return read(slice(first, last)).flatten()[start - first * row :][:length]
 
     def held_tensors(self) -> list[Tensor]:
         """Parameters or this process's parts of them, their master copies, and moments."""

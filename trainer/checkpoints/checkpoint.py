@@ -25,6 +25,7 @@ from trainer.checkpoints.tensor_file import DTYPES
 from trainer.errors import CHECKPOINT, UserError, one_line
 from trainer.fields import is_a, problem_of, shown
 from trainer.initial_weights import ALL_ROWS
+from trainer.optimisation.averages import AVERAGE, COUNT
 from trainer.state import TrainState
 
 FORMAT = 2
@@ -203,6 +204,18 @@ class Checkpoint:
         """Names of the tensors of `model` or `optimizer`."""
         return set(self._files_of(stem))
 
+    @cached_property
+    def averaged(self) -> dict[str, str]:
+        """{parameter: the optimizer's tensor that is its average}, of a run with `--ema`; else empty."""
+        if not self.config.get("optimisation", {}).get("ema") or not self.tensor("optimizer", COUNT) > 0:
+            return {}
+        names = (name for name in self.names("optimizer") if name.startswith(f"{AVERAGE}."))
+        averages = {name.removeprefix(f"{AVERAGE}."): name for name in names}
+        for parameter, name in averages.items():
+            if self.form("optimizer", name) != self.form("model", parameter):
+                raise self.damaged("optimizer.safetensors", f"has {name} in another shape than {parameter}")
+        return averages
+
     def form(self, stem: str, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
         """Shape and type of a tensor, from the header alone; None for a type that no checkpoint has."""
         file = self._files_of(stem)[name]
@@ -233,5 +246,5 @@ def resolve(path: str, below: Sequence[Path]) -> Path:
             return candidate.resolve()
     tried = ", ".join(dict.fromkeys(str(root / plain) for root in (Path(), *below)))
     near = sorted({str(p.parent) for root in below if root.is_dir() for p in root.glob(f"**/{MANIFEST}")})
-    hint = f"; there are: {', '.join(near[:5])}" if near else ""
+    hint = f"; there are: {', '.join(near[:5])}" if near else "; train one first, or give the path of one"
     raise UserError(f"no checkpoint folder at {tried}{hint}")

@@ -17,6 +17,7 @@ from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, sa
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.init_from import own_checkpoint
+from trainer.checkpoints.tensor_file import TYPES
 from trainer.checkpoints.verification import Verify, verified, verify_together
 from trainer.command_line import config as configuration
 from trainer.data.bad_samples import first_batch
@@ -39,9 +40,18 @@ def build_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> nn.Module
 def build_empty_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> tuple[nn.Module, Weights]:
     """(the bare network, on the meta device; the values that a run of this seed begins with)."""
     try:
-        return build_empty(lambda: recipe.build_model(config, data), config.optimisation.seed)
+        network, initial = build_empty(lambda: recipe.build_model(config, data), config.optimisation.seed)
     except (ValueError, OSError) as error:
         raise UserError(one_line(error)) from error
+    kinds = {name: (p.dtype, p.is_floating_point()) for name, p in network.named_parameters()}
+    kinds |= {name: (b.dtype, b.is_floating_point() or b.dtype in TYPES) for name, b in saved_buffers(network)}
+    for name, (dtype, fits) in kinds.items():
+        if not fits:
+            raise UserError(
+                f"{name} is of {dtype}, which checkpoints do not hold; keep real numbers there (torch.view_as_real), or a "
+                "buffer with persistent=False"
+            )
+    return network, initial
 
 
 def is_kept(network: nn.Module, name: str) -> bool:
@@ -51,11 +61,17 @@ def is_kept(network: nn.Module, name: str) -> bool:
 
 
 def saved_weights(
-    recipe: Recipe, network: nn.Module, initial: Weights, saved: Checkpoint, opened: Callable[[Path], Checkpoint]
+    recipe: Recipe,
+    network: nn.Module,
+    initial: Weights,
+    saved: Checkpoint,
+    opened: Callable[[Path], Checkpoint],
+    averaged: bool = True,
 ) -> Weights:
     """A checkpoint's values for a network, and for what it does not keep those that its run began with. Reads nothing yet.
 
-    `opened` verifies another checkpoint that these may be in. UserError listing what does not fit.
+    `averaged`: the averages of `--ema`, where it has them. `opened` verifies another checkpoint that the others may be in.
+    UserError listing what does not fit.
     """
     parameters = {name: p for name, p in network.named_parameters() if is_kept(network, name)}
     if len(parameters) < len(dict(network.named_parameters())):
@@ -69,6 +85,8 @@ def saved_weights(
     def read(name: str, rows: slice = ALL_ROWS) -> Tensor:
         if name not in wanted:
             return initial(name, rows)
+        if averaged and name in saved.averaged:
+            return saved.tensor("optimizer", saved.averaged[name], rows=rows)
         return saved.tensor("model", name, finite=name in parameters, rows=rows)
 
     return read
@@ -86,7 +104,7 @@ def first_weights(
     """The weights that this launch starts from: a checkpoint's, those of --init_from, or fresh ones. Collective."""
     opened = partial(verify_together, control=control)
     if resumed is not None:
-        return saved_weights(recipe, network, initial, resumed, opened)
+        return saved_weights(recipe, network, initial, resumed, opened, averaged=False)
     if not init_from:
         return initial
     weights = named_weights(recipe, network, initial, init_from, opened)
@@ -194,24 +212,24 @@ def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: 
     return network.eval().requires_grad_(False)
 
 
-def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> nn.Module:
-    """The network with the checkpoint's weights for `evaluate_network` alone: under FSDP it is cut over the processes."""
+def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> Objective:
+    """The objective with the checkpoint's weights, for `evaluate_objective`: under FSDP and ZeRO-3 cut over the processes."""
     network, initial = build_empty_network(recipe, config, data)
     opened = partial(verify_together, control=launch.control)
     weights = saved_weights(recipe, network, initial, saved, opened)
-    backend_of(os.environ).fill_for_evaluation(network, weights, launch)
-    return network.eval().requires_grad_(False)
+    objective = Objective(network, recipe)
+    backend_of(os.environ).fill_for_evaluation(objective, weights, launch)
+    return objective.requires_grad_(False)
 
 
-def evaluate_network(
-    recipe: Recipe[ConfigT], network: nn.Module, config: Any, dataset: Any, launch: Launch, batch_size: int
+def evaluate_objective(
+    recipe: Recipe[ConfigT], objective: Objective, config: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
     """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
     whole = dataclasses.replace(config.run, bad_samples="stop")  # or a sample would count twice
     weights = objective_weights(recipe, config, recipe.items(first_batch(dataset, [0], whole)))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.run.mixed_precision, launch))
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):
-        model = Objective(network, recipe, list(weights))
-        result = evaluate(model, recipe, weights, dataset, batch_size, config.run, launch)
+        result = evaluate(objective, recipe, weights, dataset, batch_size, config.run, launch)
     assert result is not None
     return result

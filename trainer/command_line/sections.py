@@ -43,6 +43,8 @@ class Optimisation:
     eps: Annotated[float, Positive] = 1e-8
     grad_clip: Annotated[float, NotNegative, arg(aliases=("--gradient_clip",))] = 1.0
     """largest global gradient norm (0: no clipping)"""
+    ema: Annotated[float, Fraction] = 0.0
+    """average the weights of all steps with this decay, as 0.999; the average is what is evaluated and exported (0: off)"""
     overfit_batch: Annotated[int, NotNegative] = 0
     """train on the run's first so many effective batches alone, again and again: can the network learn them? (0: off)"""
     init_from: Annotated[str | None, Existing] = None
@@ -146,7 +148,12 @@ class Run:
     use_tensorboard: bool = False
     use_wandb: bool = False
     wandb_project: str = "samecurve"
+    """also the project, or experiment, of --log_with"""
+    wandb_group: str | None = None
+    """W&B shows the runs of a group together"""
     wandb_run_name: str | None = None
+    log_with: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"], ...] = ()
+    """trackers of Accelerate, each a package to install and set up as it wants; each launch is a run there"""
     alert_webhook: str | None = None
     """Discord, Slack or any URL that takes JSON, told of start, progress, trouble and stop; kept nowhere. Better given as
     TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""

@@ -98,6 +98,11 @@ def evaluate(
                     replaced += lines
                 items = recipe.items(batch)  # on the host: in the forward it would wait for the device
                 measured = model(loader.to_device(batch, launch.device), measuring=True)
+                missing = [term for term in loss_weights if term not in measured and term not in recipe.monitored]
+                if missing:
+                    raise UserError(
+                        f"measure gives {', '.join(measured)} without {', '.join(missing)}; give the loss terms as well"
+                    )
                 for name, numbers in measured.items():
                     # A process that has run out of samples read a spare one: it takes part, and does not count.
                     counted = numbers if own_samples else torch.zeros_like(numbers)

@@ -1,53 +1,36 @@
-"""Where the numbers of a run go: always metrics.jsonl, by flag TensorBoard and Weights & Biases.
+"""Where the numbers of a run go: always metrics.jsonl; by flag TensorBoard, Weights & Biases, and the trackers of Accelerate.
 
 No tracker may end or stall training: one that fails is named once and then left alone.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
 import mmap
-import netrc
 import os
-import queue
-import secrets
-import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO
 
 from trainer.errors import CHECKPOINT, UserError
 from trainer.recipe import Log
+from trainer.reporting.feed import Feed, Row
+from trainer.reporting.wandb_run import WandbRun, WandbSettings
 
 SAVE_SECONDS = "checkpoint/seconds"
 """what a save took; its row comes when that has ended, after those of later steps"""
-REACHABLE_SECONDS = 2.0  # how long the W&B server may take to answer before the run goes offline
-INIT_SECONDS = 20.0  # how long `wandb.init` may take: the other processes wait for it
-WANDB_EXIT_SECONDS = 15.0  # FINISH_SECONDS, and what its thread may take on top
-FINISH_SECONDS = 10.0  # how long the last upload may take: it counts against --max_training_hours
-
-
-@dataclass(frozen=True)
-class WandbSettings:
-    """Where a W&B run lives; `id_file` keeps its id, so that a resumed run continues the same W&B run."""
-
-    project: str
-    run_name: str | None
-    id_file: Path
-    directory: Path
+RUN_NAME = {"mlflow": "run_name", "clearml": "task_name", "swanlab": "experiment_name", "trackio": "name"}
+"""what Accelerate's trackers call the name of a run, those that have one beside that of the project"""
 
 
 class Trackers:
     """Sends each row of numbers to every tracker; made on rank 0 only.
 
+    `others` are names of Accelerate's trackers: a run of theirs for every launch, called `run_name`, in `project`.
     `resumed_step` is the step of the checkpoint this run continues from: rows after it are dropped, for they will be
     written again. With None the run is new and the file starts empty. `config` must already be free of secrets.
     Raises UserError if `metrics_path` cannot be written at the start or a tracker that was asked for is not installed.
@@ -59,15 +42,19 @@ class Trackers:
         *,
         tensorboard_dir: Path | None,
         wandb: WandbSettings | None,
+        others: Sequence[str] = (),
+        project: str = "",
+        run_name: str = "",
         config: dict[str, object],
         resumed_step: int | None,
         log: Log,
     ) -> None:
         self._path, self._log = metrics_path, log
         self._failed: set[str] = set()
-        self._trackers: dict[str, _TensorBoard | _WandbRun] = {}
+        self._trackers: dict[str, _TensorBoard | WandbRun | _AccelerateTracker] = {}
         _require(tensorboard_dir, "torch.utils.tensorboard", "SummaryWriter", "tensorboard")
         _require(wandb, "wandb", "init", "wandb")
+        _require_others(others)
         try:
             _start_file(metrics_path, resumed_step)
         except OSError as error:
@@ -77,7 +64,9 @@ class Trackers:
                 self._trackers["TensorBoard"] = _TensorBoard(tensorboard_dir, config, resumed_step)
         if wandb:
             with self._surviving("W&B"):
-                self._trackers["W&B"] = _WandbRun(wandb, config, resumed_step is not None, log)
+                self._trackers["W&B"] = WandbRun(wandb, config, resumed_step is not None, log)
+        for name in dict.fromkeys(others):
+            self._trackers[name] = _AccelerateTracker(name, project, run_name, metrics_path.parent, config, log)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` at optimizer step `step`; a NaN or infinity, which JSON lacks, is null in metrics.jsonl."""
@@ -89,7 +78,7 @@ class Trackers:
                 tracker.log(step, values)
 
     def close(self, exit_code: int = 0) -> None:
-        """Flushes every tracker, W&B within about `FINISH_SECONDS`; `exit_code` becomes the state of the W&B run."""
+        """Flushes every tracker, those with a feed within its `EXIT_SECONDS`; `exit_code` becomes the state of the W&B run."""
         for name, tracker in list(self._trackers.items()):
             with self._surviving(name):
                 tracker.close(exit_code)
@@ -122,58 +111,31 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WandbRun:
-    """A W&B run fed from a thread of its own, so that a stalled W&B process never holds up a training step."""
+class _AccelerateTracker:
+    """One of `accelerate.tracking`, by name, used from one thread of its own: whichever server it talks to."""
 
-    def __init__(self, where: WandbSettings, config: dict[str, object], resumed: bool, log: Log) -> None:
-        import wandb
-
-        where.directory.mkdir(parents=True, exist_ok=True)  # otherwise W&B silently moves to the temporary folder
-        run_id = where.id_file.read_text().strip() if resumed and where.id_file.exists() else ""
-        if not run_id:
-            run_id = secrets.token_hex(4)
-            where.id_file.write_text(run_id)
-        # `console="off"`: train.log has the console, and W&B's capture would stand between us and the terminal.
-        start = functools.partial(
-            wandb.init, project=where.project, name=where.run_name, id=run_id, resume="allow",
-            dir=str(where.directory), config=config, allow_val_change=True,
-            settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, console="off"),
-        )  # fmt: skip
-        mode = _wandb_mode(wandb.setup().settings, log)
-        try:
-            self._run = start(mode=mode)
-        except wandb.Error as error:
-            if mode != "online":
-                raise
-            log(f"W&B: {error}; writing an offline run instead")
-            wandb.teardown()  # its process still holds the id of the failed run
-            self._run = start(mode="offline")
-        # Our step is a column, not W&B's counter, which only grows and drops what a resumed run writes a second time.
-        self._run.define_metric("*", step_metric="step")
-        self._log, self._exit_code = log, 0
-        self._rows: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, args=(wandb.teardown,), name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        if self._thread.is_alive():
-            self._rows.put({"step": step, **values})
+    def __init__(self, name: str, project: str, run_name: str, directory: Path, config: Mapping[str, object], log: Log) -> None:
+        self.name, self.project, self.run_name, self.directory, self.config = name, project, run_name, directory, config
+        self._feed, self._log = Feed(name, self._send, log), log
+        self.log = self._feed.put
 
     def close(self, exit_code: int) -> None:
-        self._exit_code = exit_code
-        self._rows.put(None)
-        self._thread.join(WANDB_EXIT_SECONDS)
-        if self._thread.is_alive():
-            self._log(f"W&B did not finish in time; upload the rest with: wandb sync {Path(self._run.dir).parent}")
+        if not self._feed.end():
+            self._log(f"{self.name} did not finish in time; metrics.jsonl has all")
 
-    def _work(self, teardown: Callable[[], None]) -> None:
-        try:
-            while (row := self._rows.get()) is not None:
-                self._run.log(row)
-            self._run.finish(exit_code=self._exit_code)
-            teardown()  # W&B's process ends now: no hook of its own is left to wait at the exit of ours
-        except Exception as error:
-            self._log(f"W&B: {error}; training goes on without it")
+    def _send(self, rows: Iterator[Row]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[self.name]
+        named = {RUN_NAME[self.name]: self.run_name} if self.name in RUN_NAME else {}
+        place = {"logging_dir": str(self.directory)} if kind.requires_logging_directory else {}
+        tracker = kind(self.run_name if self.name == "aim" else self.project, **named, **place)
+        tracker.start()
+        plain = (str, int, float, bool, type(None))
+        tracker.store_init_configuration({k: v if isinstance(v, plain) else str(v) for k, v in self.config.items()})
+        for row in rows:
+            tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -232,31 +194,11 @@ def _require(wanted: object, module: str, name: str, package: str) -> None:
         raise UserError(f"--use_{package} needs a package: pip install {package}, or leave the flag out") from error
 
 
-def _wandb_mode(settings: Any, log: Log) -> Literal["online", "offline", "disabled", "shared"]:
-    """What WANDB_MODE (or `wandb offline`) says; otherwise online if there are a key and a server, else offline.
-    Decided before `wandb.init`, which would ask for a key on the terminal, or let every process wait for the server."""
-    if os.environ.get("WANDB_MODE") or settings.mode != "online":
-        return settings.mode
-    has_key = bool(settings.api_key or settings.identity_token_file)
-    with suppress(OSError, netrc.NetrcParseError):
-        logins = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"))
-        has_key |= any(logins.authenticators(host) for host in (urlsplit(settings.base_url).netloc, "api.wandb.ai"))
-    if has_key and _answers(settings.base_url):
-        return "online"
-    reason = f"{settings.base_url} does not answer" if has_key else "no API key (`wandb login`, or WANDB_API_KEY)"
-    log(f"W&B: {reason}; writing an offline run, upload it later with `wandb sync`")
-    return "offline"
+def _require_others(names: Sequence[str]) -> None:
+    if names:
+        from accelerate.tracking import get_available_trackers
 
-
-def _answers(url: str) -> bool:
-    """Whether an HTTP server answers at `url` (proxies obeyed). In a thread: a name look-up knows no time-out."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        with suppress(OSError, ValueError):  # refused, unknown host, timed out; a malformed URL
-            with suppress(urllib.request.HTTPError):  # an answer all the same
-                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACHABLE_SECONDS).close()
-            answered.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(REACHABLE_SECONDS)
+        available = [str(tracker) for tracker in get_available_trackers()]
+        for name in names:
+            if name not in available:
+                raise UserError(f"--log_with {name} needs a package: pip install {name.replace('_', '-')}, or leave it out")

@@ -1,0 +1,59 @@
+"""`--ema`: beside every weight the average of those of the steps so far, in which older ones count less and less.
+
+The optimizer keeps it as one more state of its parameter: so it is cut as the weight is, saved, resumed and carried to another
+launch like a moment. With a decay d, step t adds max(1 - d, 1 / t) of the difference to its weight: at first the average is the
+plain mean of the weights so far (Polyak and Juditsky 1992), then the exponential one, and no initial weight lingers in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+AVERAGE, COUNT = "ema", "ema_steps"
+"""keys of a parameter's state: its average, and how many steps are in it"""
+
+
+def keep_averages(optimizer: Optimizer, decay: float) -> Optimizer:
+    """Have `optimizer` average its weights after every step that it takes; itself."""
+    optimizer.register_step_post_hook(partial(_average, decay))
+    return optimizer
+
+
+@torch.no_grad()
+def _average(decay: float, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    """A step that the device skips (`found_inf`) adds nothing: nothing is read on the host."""
+    skipped = getattr(optimizer, "found_inf", None)
+    applied = 1.0 if skipped is None else 1.0 - skipped
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        if AVERAGE not in optimizer.state[p]:
+            optimizer.state[p] |= {AVERAGE: torch.zeros_like(p), COUNT: torch.zeros((), device=p.device)}
+    counts = [optimizer.state[p][COUNT] for p in parameters]
+    torch._foreach_add_(counts, applied)
+    rates = torch._foreach_clamp_min(counts, 1.0)
+    torch._foreach_reciprocal_(rates)
+    torch._foreach_clamp_min_(rates, 1.0 - decay)
+    torch._foreach_mul_(rates, applied)
+    for p, rate in zip(parameters, rates, strict=True):
+        _local(optimizer.state[p][AVERAGE]).lerp_(_local(p), rate.to(p.device))  # a restored count may lie on the host
+
+
+@torch.no_grad()
+def swap(weight: Tensor, state: Mapping[str, Any]) -> None:
+    """Exchange a weight and its average, if any step is in it, in place."""
+    if AVERAGE in state and state[COUNT] > 0:
+        own, average = _local(weight), _local(state[AVERAGE])
+        kept = own.clone()
+        own.copy_(average)
+        average.copy_(kept)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,109 @@
+"""A run of Weights & Biases, which asks nothing and waits for no server."""
+
+from __future__ import annotations
+
+import functools
+import netrc
+import os
+import secrets
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from trainer.recipe import Log
+from trainer.reporting.feed import FINISH_SECONDS, Feed, Row
+
+REACHABLE_SECONDS = 2.0  # how long the W&B server may take to answer before the run goes offline
+INIT_SECONDS = 20.0  # how long `wandb.init` may take: the other processes wait for it
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """Where a W&B run lives; `id_file` keeps its id, so that a resumed run continues the same W&B run."""
+
+    project: str
+    group: str | None
+    """under which W&B shows runs together"""
+    run_name: str | None
+    id_file: Path
+    directory: Path
+
+
+class WandbRun:
+    """A W&B run, offline where there is no key or no server; fed from a thread of its own."""
+
+    def __init__(self, where: WandbSettings, config: dict[str, object], resumed: bool, log: Log) -> None:
+        import wandb
+
+        where.directory.mkdir(parents=True, exist_ok=True)  # otherwise W&B silently moves to the temporary folder
+        run_id = where.id_file.read_text().strip() if resumed and where.id_file.exists() else ""
+        if not run_id:
+            run_id = secrets.token_hex(4)
+            where.id_file.write_text(run_id)
+        # `console="off"`: train.log has the console, and W&B's capture would stand between us and the terminal.
+        start = functools.partial(
+            wandb.init, project=where.project, group=where.group, name=where.run_name, id=run_id, resume="allow",
+            dir=str(where.directory), config=config, allow_val_change=True,
+            settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, console="off"),
+        )  # fmt: skip
+        mode = _wandb_mode(wandb.setup().settings, log)
+        try:
+            self._run = start(mode=mode)
+        except wandb.Error as error:
+            if mode != "online":
+                raise
+            log(f"W&B: {error}; writing an offline run instead")
+            wandb.teardown()  # its process still holds the id of the failed run
+            self._run = start(mode="offline")
+        # Our step is a column, not W&B's counter, which only grows and drops what a resumed run writes a second time.
+        self._run.define_metric("*", step_metric="step")
+        self._log, self._exit_code, self._teardown = log, 0, wandb.teardown
+        self._feed = Feed("W&B", self._send, log)
+        self.log = self._feed.put
+
+    def close(self, exit_code: int) -> None:
+        """The last rows within `FINISH_SECONDS`; `exit_code` becomes the state of the run."""
+        self._exit_code = exit_code
+        if not self._feed.end():
+            self._log(f"W&B did not finish in time; upload the rest with: wandb sync {Path(self._run.dir).parent}")
+
+    def _send(self, rows: Iterator[Row]) -> None:
+        for row in rows:
+            self._run.log(row)
+        self._run.finish(exit_code=self._exit_code)
+        self._teardown()  # W&B's process ends now: no hook of its own is left to wait at the exit of ours
+
+
+def _wandb_mode(settings: Any, log: Log) -> Literal["online", "offline", "disabled", "shared"]:
+    """What WANDB_MODE (or `wandb offline`) says; otherwise online if there are a key and a server, else offline.
+    Decided before `wandb.init`, which would ask for a key on the terminal, or let every process wait for the server."""
+    if os.environ.get("WANDB_MODE") or settings.mode != "online":
+        return settings.mode
+    has_key = bool(settings.api_key or settings.identity_token_file)
+    with suppress(OSError, netrc.NetrcParseError):
+        logins = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"))
+        has_key |= any(logins.authenticators(host) for host in (urlsplit(settings.base_url).netloc, "api.wandb.ai"))
+    if has_key and _answers(settings.base_url):
+        return "online"
+    reason = f"{settings.base_url} does not answer" if has_key else "no API key (`wandb login`, or WANDB_API_KEY)"
+    log(f"W&B: {reason}; writing an offline run, upload it later with `wandb sync`")
+    return "offline"
+
+
+def _answers(url: str) -> bool:
+    """Whether an HTTP server answers at `url` (proxies obeyed). In a thread: a name look-up knows no time-out."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(OSError, ValueError):  # refused, unknown host, timed out; a malformed URL
+            with suppress(urllib.request.HTTPError):  # an answer all the same
+                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACHABLE_SECONDS).close()
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(REACHABLE_SECONDS)
