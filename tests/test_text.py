@@ -353,6 +353,13 @@ def test_a_failed_write_leaves_no_file_behind(data_dir: Path, tmp_path: Path, mo
     one_line(error)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
     assert len(text.prepare_text("wikitext2", [str(data_dir)], "train", 300, cache).splits) == 3
+    (entry,) = (cache / "ids").iterdir()
+    for name, age in (("killed", 90_000), ("running", 60)):  # other processes', a day and a minute ago
+        (entry / f"{name}.tmp").write_text("half a file")
+        os.utime(entry / f"{name}.tmp", (time.time() - age,) * 2)
+    (entry / "index.json").unlink()
+    assert len(text.prepare_text("wikitext2", [str(data_dir)], "train", 300, cache).splits) == 3
+    assert [path.name for path in entry.glob("*.tmp")] == ["running.tmp"]
 
 
 def test_fingerprint_follows_rows_and_tokenizer_and_cache_the_environment(

@@ -1,9 +1,11 @@
 """A cache of files by content: an entry is whole and intact, or it is written again. What is known of a file is read once."""
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +50,11 @@ class CacheEntry:
         return facts if intact else None
 
     def temporary(self, name: str) -> Path:
-        """Where to write a large file before it is given to `write`."""
+        """Where to write a large file before it is given to `write`. What a killed process left there is removed."""
         self._to_write(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        for left in self.folder.glob("*.tmp"):
+            if is_abandoned(left):
+                left.unlink(missing_ok=True)
         return self.folder / f"{name}.{secrets.token_hex(8)}.tmp"
 
     def write(self, files: Mapping[str, bytes | Path], facts: dict[str, Any] | None = None) -> None:
@@ -75,6 +80,13 @@ class CacheEntry:
             raise ValueError(
                 f"cannot write the cache {self.folder} ({reason}); set SAMECURVE_CACHE to a folder with space"
             ) from error
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a temporary file is nobody's any more: it was not written to for a day."""
+    with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        return path.suffix == ".tmp" and path.stat().st_mtime < time.time() - 24 * 3600
+    return False
 
 
 def remembered(path: Path, what: str, find_out: Callable[[], dict[str, Any]], cache: Path | None = None) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import secrets
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.cache import CacheEntry, cache_folder, content_hash
+from recipes.data.cache import CacheEntry, cache_folder, content_hash, is_abandoned
 from recipes.data.hub import one_line
 from recipes.data.token_files import CHUNK_IDS, HEAD_BYTES, Facts, TokenFile, default_dtype, ids_among, parsed_sidecar, stored
 
 BLOCK_BYTES = 1 << 17  # asked for at a time, and kept in a file of its own
 CHECKSUM_BYTES = 4  # behind each block that is kept
 DEFAULT_CACHE_GB = 20.0
-TEMPORARY_SECONDS = 3600.0  # a file that is written takes less, or its process was killed
 
 
 def is_url(path: str) -> bool:
@@ -218,7 +216,7 @@ def _remove_oldest(root: Path, limit: float) -> float:
     for path in root.glob("*/*"):
         with contextlib.suppress(FileNotFoundError):
             status = path.stat()
-            if path.suffix != ".tmp" or status.st_mtime < time.time() - TEMPORARY_SECONDS:  # else it is being written
+            if path.suffix != ".tmp" or is_abandoned(path):  # else it is being written
                 found.append((status.st_mtime_ns, status.st_size, path))
     used = sum(size for _, size, _ in found)
     for _, size, path in sorted(found) if used > limit else ():
