@@ -5,8 +5,8 @@ python tools/prepare_text.py 'corpus/*.jsonl' --out data --tokenizer gpt2       
 
 INPUT is a text file, JSONL, parquet (each compressed or not), a pattern in quotes, a folder of such files or one that
 `datasets` saved, or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub. Names of files and folders tell the splits, where
-several do (stories-train.txt, valid/a.txt). In text files <|endoftext|> separates documents; a file without it is one document. Every document ends in <|endoftext|> in the ids; else
-text is kept as it is.
+several do (stories-train.txt, valid/a.txt). In text files <|endoftext|> separates documents; a file without it is one
+document. Every document ends in <|endoftext|> in the ids; else text is kept as it is.
 Writes train.ids, valid.ids (each with a .json beside it: size, digest, largest id, documents) and tokenizer.json, each
 atomically; with --shard_mb files in train/ and valid/, and the same command goes on where it was interrupted.
 """
