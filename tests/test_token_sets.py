@@ -258,5 +258,7 @@ def test_text_is_made_into_ids_as_prepare_text_makes_them(tmp_path: Path, monkey
         with pytest.raises(ValueError, match=problem) as error:
             open_streams(sources, [], None, VOCABULARY, 8)
         one_line(error)
+    with pytest.raises(ValueError, match=r"owner/stories has its own validation text; leave out val_data_path"):
+        opened("owner/stories", validation)
     with pytest.raises(ValueError, match=r"numbers\.txt holds numbers written as text; convert it"):
         opened(str(tmp_path / "numbers.txt"), str(tmp_path / "a.ids"))

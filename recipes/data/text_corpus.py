@@ -42,7 +42,7 @@ class Reading:
     column: str | None = "text"
     """of the text; None: each row whole, as JSON: {"text": ...} for one of plain text"""
     by_line: bool = True
-    """of a text file in which END_OF_TEXT separates nothing, each line; else it is one document"""
+    """each line of a text file in which END_OF_TEXT separates nothing; else it is one document, and text is kept as it is"""
     held_out: tuple[str, ...] = ("validation", "test")
     """for which a part of the training text is taken, where there is no validation text, nor one for them"""
 
@@ -141,9 +141,10 @@ def _split_rows(
 
 
 def _texts(source: Source, reading: Reading, without: Counter[str], piece: int | None) -> Iterator[tuple[str, bool]]:
-    """(text, whether it ends a row) of a source. White space at the end of a row is no part of it, whatever its source."""
-    if not reading.by_line and source.is_plain:
-        yield from ((unit.text, unit.ends) for unit in units([source], piece=piece))
+    """(text, whether it ends a row or document) of a source. White space at the end of a row is no part of it."""
+    if not reading.by_line:
+        documents = units([source], reading.column or "text", piece=piece, without=without)
+        yield from ((unit.text, unit.ends) for unit in documents)
         return
     for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, reading.column, no_progress, without):
         yield from _cut(_json(row.rstrip()) if reading.column is None and source.is_plain else row.rstrip(), piece)
@@ -228,8 +229,8 @@ def _hub_corpus(dataset: str, reading: Reading) -> Corpus:
             )
     except Exception as error:  # the library raises a dozen types; to the user all mean the same
         raise ValueError(
-            f"cannot load --dataset {dataset} from the hub ({one_line(error)}); "
-            "give local files with --data_dir PATH, or use --dataset embedded, which needs no network"
+            f"cannot load {dataset} from the hub ({one_line(error)}); give local files (--data_dir, --train_data_path), or "
+            "embedded, which needs no network (--dataset embedded, --train_data_path embedded)"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = config_offline

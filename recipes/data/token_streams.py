@@ -84,7 +84,11 @@ def _is_text(path: str) -> bool:
 
 
 def _of_text(paths: list[str], others: list[str], tokenizer: str | None, vocab_size: int, length: int, column: str) -> Streams:
-    dataset, inputs = (paths[0], []) if paths == [EMBEDDED] or is_hub_name(paths[0]) else ("", paths)
+    dataset, inputs = (paths[0], []) if len(paths) == 1 and (paths[0] == EMBEDDED or is_hub_name(paths[0])) else ("", paths)
+    if dataset and others not in ([], paths):
+        raise ValueError(
+            f"{dataset} has its own validation text; leave out val_data_path, or make ids with tools/prepare_text.py"
+        )
     reading = Reading(column, by_line=False, held_out=("validation",))
     text = prepare_text(dataset, inputs, tokenizer or "train", vocab_size, None, reading, [] if dataset else others)
     if text.vocab_size > vocab_size:
