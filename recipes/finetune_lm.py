@@ -149,13 +149,7 @@ class FinetuneLM(Recipe[Config]):
         from recipes.models.causal_lm import build_causal_lm, keeps_examples_apart
 
         m = config.model
-        network = build_causal_lm(
-            m.architecture,
-            train_last=m.train_last,
-            lora_rank=m.lora_rank,
-            lora_alpha=m.lora_alpha,
-            gradient_checkpointing=config.run.gradient_checkpointing,
-        )
+        network = build_causal_lm(m.architecture, train_last=m.train_last, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha)
         most = getattr(network.config, "max_position_embeddings", m.max_length)
         if m.max_length > most:
             raise ValueError(f"max_length {m.max_length} is more than the {most} positions of the network; lower it")

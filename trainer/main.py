@@ -164,7 +164,7 @@ def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: C
     folder = launch.control.on_main(make_folder)
     given = [word for word in argv[argv[:1] == ["train"] :] if word not in ("--fast_dev_run", "--fast-dev-run")]
     quick = ["--output_dir", folder, "--resume", "auto", "--log_every", "1", "--eval_every", "1", "--eval_iters", "1"]
-    quick += ["--no_use_wandb", "--no_use_tensorboard"]
+    quick += ["--no_use_wandb", "--no_use_tensorboard", "--log_with"]
     try:
         for step in (1, 2):
             words = [*given, *quick, "--stop_at_step", str(step)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.backends import backend_of
 from trainer.backends.backend import Backend
+from trainer.backends.blocks import recompute_activations
 from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
@@ -93,6 +94,8 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     loss_weights = objective_weights(recipe, config, loss_terms(recipe, config, data))
     extra_files = recipe.checkpoint_files(config, network, data)
 
+    if config.run.gradient_checkpointing:
+        recompute_activations(network, config.run.gradient_checkpointing_every)
     objective = Objective(network, recipe, list(loss_weights))
     on_gpu = launch.device.type == "cuda"
     if config.run.compile == "yes" or (config.run.compile == "auto" and on_gpu and backend.gains_by_compiling):

@@ -25,9 +25,7 @@ BASE = ".base_layer"
 """what peft puts into the name of a weight that it adds an adapter to"""
 
 
-def build_causal_lm(
-    architecture: str, *, train_last: int, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
-) -> PreTrainedModel:
+def build_causal_lm(architecture: str, *, train_last: int, lora_rank: int, lora_alpha: float) -> PreTrainedModel:
     """The network of a config.json, given as text, with fresh weights in fp32; names are those of transformers.
 
     `train_last` N: all but the last N blocks are frozen (0: none is). `lora_rank` R: all is frozen, and every linear layer but
@@ -43,9 +41,6 @@ def build_causal_lm(
         raise ValueError(f"model_type {given.get('model_type')!r} is no causal language model of transformers; choose another")
     # The class itself: under ZeRO-3 `from_config` would cut the network before anybody knows its shapes.
     network: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # type: ignore[operator]
-    if gradient_checkpointing:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the name, which transformers 6 changes
-            network.gradient_checkpointing_enable({"use_reentrant": False})
     if train_last and lora_rank:
         raise ValueError(f"train_last {train_last} and lora_rank {lora_rank} are two ways to train a part; keep one")
     if train_last:
@@ -153,7 +148,7 @@ def save_merged(network: Any, architecture: str, folder: Path) -> None:
             module.merge(safe_merge=True)
     weights = {name.replace(BASE, ""): tensor for name, tensor in network.state_dict().items() if ".lora_" not in name}
     with torch.device("meta"):
-        plain = build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1.0, gradient_checkpointing=False)
+        plain = build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1.0)
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.config.use_cache = True

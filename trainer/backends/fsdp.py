@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
+from trainer.backends.blocks import blocks, named_blocks
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
@@ -158,32 +159,6 @@ def fill_shards(network: nn.Module, weights: Weights) -> None:
             p.copy_(weights(name))
     for name, buffer in network.named_buffers():
         buffer.copy_(weights(name))
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time. UserError if there are none."""
-    found = named_blocks(network)
-    if not found:
-        classes = ", ".join(_block_classes(network)) or "so"
-        raise UserError(
-            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
-            "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
-        )
-    return found
-
-
-def named_blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules whose classes the network names in `_no_split_modules`, as transformers' models do, or the launcher in
-    `fsdp_transformer_layer_cls_to_wrap`. A block within another comes before it, as `fully_shard` wants them."""
-    classes = _block_classes(network)
-    return [module for module in network.modules() if type(module).__name__ in classes][::-1]
-
-
-def _block_classes(network: nn.Module) -> list[str]:
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-    return [name.strip() for name in named.split(",") if name.strip()] or list(
-        getattr(network, "_no_split_modules", None) or ()
-    )
 
 
 def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
