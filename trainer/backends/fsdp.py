@@ -200,16 +200,22 @@ def check_environment(environ: Mapping[str, str]) -> None:
         raise UserError("the launcher sets fsdp_auto_wrap_policy SIZE_BASED_WRAP; use TRANSFORMER_BASED_WRAP: blocks are known")
 
 
-def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
-    """One dimension (shards) or two (replicas, shards), as Accelerate's `parallelism_config` says."""
-    kind, replicas, shards = launch.device.type, 1, launch.processes
+def mesh_sizes(environ: Mapping[str, str], processes: int) -> tuple[int, int]:
+    """(replicas, shards of each), as Accelerate's `parallelism_config` says. UserError unless they are all processes."""
+    replicas, shards = 1, processes
     if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() in ("true", "1"):
         replicas, shards = (int(environ.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") or 1) for part in ("REPLICATE", "SHARD"))
-    if replicas * shards != launch.processes:
+    if replicas * shards != processes:
         raise UserError(
-            f"dp_replicate_size {replicas} x dp_shard_size {shards} is not {launch.processes} processes; set both in the "
+            f"dp_replicate_size {replicas} x dp_shard_size {shards} is not {processes} processes; set both in the "
             "parallelism_config of the --config_file, or by --parallelism_config_dp_replicate_size and ..._dp_shard_size"
         )
+    return replicas, shards
+
+
+def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
+    """One dimension (shards) or two (replicas, shards)."""
+    kind, (replicas, shards) = launch.device.type, mesh_sizes(environ, launch.processes)
     if replicas == 1:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))

@@ -118,6 +118,21 @@ def draw_runs(
     return figure
 
 
+def plot_learning_rate(rates: Sequence[float], out: Path, title: str) -> None:
+    """Draws the learning rate of each step, from the first on. Raises OSError."""
+    figure = new_figure(8, 3)
+    axis = figure.subplots()
+    every = max(1, len(rates) // 2000)
+    places = [*range(0, len(rates), every), len(rates) - 1]
+    axis.plot(
+        [place + 1 for place in places], [rates[place] for place in places], label=f"learning rate (last {rates[-1]:.3g})"
+    )
+    axis.set_xlabel(BOTTOMS["step"])
+    _finish_axis(axis, "learning rate", linear=True)
+    _finish_figure(figure, title)
+    save_figure(figure, out)
+
+
 def in_words(metric: str) -> str:
     """`eval/val_accuracy` as `validation accuracy`."""
     for prefix, word in {"train/": "training ", "eval/val_": "validation ", "eval/": ""}.items():
