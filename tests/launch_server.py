@@ -23,6 +23,7 @@ from pathlib import Path
 from launching import TIMEOUT_SECONDS, Started, command, environment
 
 IMPORTED = ("accelerate.commands.launch", "torch.distributed.run", "trainer.loop", "trainer.backends.plain", "scenarios")
+IMPORTED += ("transformers", "torch._inductor.compile_fx")  # which DeepSpeed does, in every rank
 
 
 def launch_forked(kind: str, folder: Path, env: Mapping[str, str]) -> None:
