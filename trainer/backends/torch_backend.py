@@ -33,6 +33,10 @@ class TorchBackend(Backend):
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skips_on_device = all(group.get("fused") for group in optimizer.param_groups)
         self.state_layout = tensors.state_layout(optimizer, network)
+        if isinstance(optimizer, torch.optim.SGD):
+            # Its fused form allocates this without filling it, and a skipped first step would leave it that way.
+            for group in (group for group in optimizer.param_groups if group["momentum"] and not group["dampening"]):
+                optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]}
 
     def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
         """The weights are the gradient of the sums."""
