@@ -185,7 +185,7 @@ class Collatz(Recipe[Config]):
         """The transformer."""
         from recipes.models.collatz import CollatzTransformer
 
-        return CollatzTransformer(**vars(config.model), gradient_checkpointing=config.run.gradient_checkpointing)
+        return CollatzTransformer(**vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
         """Numbers whose stopping time is scored, and predicted parities."""

@@ -122,6 +122,7 @@ class FinetuneLM(Recipe[Config]):
         """Train, validation and test as packed examples."""
         from recipes.data.cache import content_hash
         from recipes.data.examples import PackedExamples, encode_rows, find_rows, load_chat_tokenizer
+        from recipes.models.causal_lm import config_of
 
         flags, model = config.data, config.model
         if not model.architecture or not flags.tokenizer:
@@ -129,7 +130,7 @@ class FinetuneLM(Recipe[Config]):
         corpus = find_rows(flags.dataset, flags.data_dir)
         tokenizer = load_chat_tokenizer(flags.tokenizer, corpus)
         splits, notes = encode_rows(corpus, tokenizer, flags.column)
-        vocab_size = json.loads(model.architecture)["vocab_size"]
+        vocab_size = config_of(model.architecture).vocab_size
         sets = {name: PackedExamples(part, model.max_length, vocab_size, flags.packing) for name, part in splits.items()}
         for name, part in sets.items():
             notes.append(f"{name}: {len(part.split.row_ends):,} examples in {len(part):,} samples")
@@ -149,13 +150,7 @@ class FinetuneLM(Recipe[Config]):
         from recipes.models.causal_lm import build_causal_lm, keeps_examples_apart
 
         m = config.model
-        network = build_causal_lm(
-            m.architecture,
-            train_last=m.train_last,
-            lora_rank=m.lora_rank,
-            lora_alpha=m.lora_alpha,
-            gradient_checkpointing=config.run.gradient_checkpointing,
-        )
+        network = build_causal_lm(m.architecture, train_last=m.train_last, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha)
         most = getattr(network.config, "max_position_embeddings", m.max_length)
         if m.max_length > most:
             raise ValueError(f"max_length {m.max_length} is more than the {most} positions of the network; lower it")

@@ -175,8 +175,8 @@ class Gpt2Wikitext(Recipe[Config]):
         """GPT-2, with the vocabulary of the data."""
         from recipes.models.gpt2 import build_gpt2
 
-        text, recompute = data.extra["text"], config.run.gradient_checkpointing
-        return build_gpt2(text.vocab_size, text.end_of_text, gradient_checkpointing=recompute, **vars(config.model))
+        text = data.extra["text"]
+        return build_gpt2(text.vocab_size, text.end_of_text, **vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
         """Predicted tokens: all but padding."""

@@ -199,7 +199,6 @@ class PFNRaventos(Recipe[Config]):
         y_min, y_max = config.y_bounds()
         sizes: dict[str, Any] = {"d_model": m.d_model, "num_layers": m.num_layers, "num_heads": m.num_heads, "d_ff": m.d_ff}
         sizes |= {"d_x": d.task_size, "d_vocab": m.d_vocab, "y_min": y_min, "y_max": y_max, "examples": d.examples}
-        sizes |= {"gradient_checkpointing": config.run.gradient_checkpointing}
         single = AutoregressivePFN(**sizes)
         return repeat_weights(single, AutoregressivePFN(**sizes, models=len(d.stack))) if d.stack else single
 

@@ -191,7 +191,7 @@ class TinyStoriesLM(Recipe[Config]):
         """The network, from flags alone."""
         from recipes.models.transformer_lm import TransformerLM
 
-        return TransformerLM(gradient_checkpointing=config.run.gradient_checkpointing, **vars(config.model))
+        return TransformerLM(**vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
         """Predicted tokens."""

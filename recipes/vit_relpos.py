@@ -201,7 +201,7 @@ class VitRelpos(Recipe[Config]):
         """VisionTransformer with as many classes as the data."""
         from recipes.models.vit import build_vit
 
-        return build_vit(config.model, config.data, len(data.extra["classes"]), config.run.gradient_checkpointing)
+        return build_vit(config.model, config.data, len(data.extra["classes"]))
 
     def items(self, batch: Batch) -> dict[str, int]:
         """Images, for the loss and for the accuracy beside it."""

@@ -1,22 +1,23 @@
-"""Many training runs in one launch: a launch costs ten seconds, a run of the toy recipe a few tenths.
+"""Many training runs in one launch: a launch costs seconds, a run of the toy recipe a few tenths.
 
-As a script, under any launcher, it trains each run of a JSON file through `trainer.main.train` with one `connect()`, and each
-rank writes down how every run ended. `launch` starts it, and gives back the runs as their run directories hold them.
+Each process of it trains each run of a JSON file through `trainer.main.train` with one `connect()`, and writes down how every
+run ended. `launch` starts it, and gives back the runs as their run directories hold them.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launching import environment, processes_of, run
+from launch_server import launch_forked
+from launching import environment, processes_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def launch(
     (folder / "runs.json").write_text(json.dumps(command_lines))
     # One thread a process: more of them wait for each other longer than they compute on tensors this small.
     env = environment(SAMECURVE_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
-    run(kind, Path(__file__), str(folder), log=folder / "log.txt", env=env)
+    launch_forked(kind, folder, env)
     ranks = sorted(folder.glob("rank*.json"))
     assert len(ranks) == processes_of(kind), f"{kind} started {len(ranks)} processes"
     outcomes_by_rank = [json.loads(path.read_text()) for path in ranks]
@@ -101,6 +102,10 @@ def train_all(folder: Path) -> None:
     from trainer.reporting.console import Console
 
     connected = connect("cpu", 3.0, backend_of(os.environ).before_connect)
+    # Each run collects and freezes what is there, and lets go of it at its end. What was imported stays frozen here: to look at
+    # a million objects again takes longer than to train the toy.
+    gc.freeze()
+    gc.unfreeze = lambda: None
     outcomes = {}
     for name, (path, argv) in json.loads((folder / "runs.json").read_text()).items():
         recipe, console = recipe_of(path), Console(None, connected.is_main)
@@ -116,7 +121,3 @@ def train_all(folder: Path) -> None:
         outcomes[name] = outcome
     (folder / f"rank{connected.rank}.json").write_text(json.dumps(outcomes))
     leave(0)
-
-
-if __name__ == "__main__":
-    train_all(Path(sys.argv[1]))

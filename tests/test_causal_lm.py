@@ -185,7 +185,7 @@ def test_what_cannot_be_built_is_named(family: str, argv: list[str], words: str,
 )
 def test_an_architecture_that_cannot_be_trained_is_named(architecture: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build_causal_lm(json.dumps(architecture), train_last=0, lora_rank=0, lora_alpha=1, gradient_checkpointing=False)
+        build_causal_lm(json.dumps(architecture), train_last=0, lora_rank=0, lora_alpha=1)
 
 
 def test_a_network_that_would_mix_packed_examples_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -201,9 +201,7 @@ def test_a_network_that_would_mix_packed_examples_is_refused(folders: dict[str, 
 def test_experts_are_read_and_put_together_for_the_rows_that_are_wanted(folders: dict[str, Path]) -> None:
     stored = stored_tensors(str(folders["mixtral"]))
     architecture = (folders["mixtral"] / "config.json").read_text()
-    empty, _ = build_empty(
-        lambda: build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1, gradient_checkpointing=False), 0
-    )
+    empty, _ = build_empty(lambda: build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1), 0)
     whole = theirs(folders["mixtral"]).model.layers[1].mlp.experts.gate_up_proj
     experts = named_as_in(empty, stored)["model.layers.1.mlp.experts.gate_up_proj"]  # type: ignore[arg-type]
     assert experts.shape == tuple(whole.shape)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scenarios import Finished, launch
+import torch
+from scenarios import Finished, launch, planned, recipe_of
 from tiny_runs import TINY, mixture
+
+from trainer.checkpoints.network import build_network
+from trainer.evaluation.objective import Objective
 
 STEPS, PARTS, HOW = 12, (3, 8), ("whole", "in parts")
 COMMON = ["--max_steps", "16", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"]
@@ -58,6 +62,23 @@ def test_it_learns_something(name: str, finished: dict[str, Finished]) -> None:
     """Else equal curves show little: the weights move, and the losses are no constants."""
     losses = list(finished[f"{name} whole"].curve("train/loss").values())
     assert len(set(losses)) > STEPS // 2
+
+
+@pytest.mark.parametrize("name", ["tinystories", "gpt2", "pfn_stack", "vit", "collatz"])
+def test_what_is_compiled_is_one_graph(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each break is a wait of the device for the host. (Collatz, measuring, looks for anomalies on the host.)"""
+    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
+    path, argv = TINY[name]
+    recipe = recipe_of(path)
+    config = planned(recipe, [*argv(tmp_path), "--max_steps", "24"])
+    data = recipe.build_data(config)
+    first = data.train.__getitems__([0, 1])
+    objective = Objective(build_network(recipe, config, data), recipe, list(recipe.items(first)))
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    assert compiled(first).isfinite().all()
+    if name != "collatz":
+        compiled(data.evaluation["val"].__getitems__([0, 1]), measuring=True)
+    torch.compiler.reset()
 
 
 def test_every_recipe_has_a_tiny_run() -> None:

@@ -23,6 +23,7 @@ from fault_injector import (
     rows,
 )
 from launching import RECIPE, Started, command, environment, run
+from scenarios import launch
 
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.retention import newest_good
@@ -51,16 +52,20 @@ def env(place: Path) -> dict[str, str]:
     return environment(SAMECURVE_CACHE=str(place / "cache"), OMP_NUM_THREADS="1")
 
 
-def arguments(place: Path, directory: Path, *more: str) -> list[str]:
-    return [*TINY.split(), "--data_dir", str(place / "text"), "--output_dir", str(directory), *more]
+def arguments(place: Path, *more: str) -> list[str]:
+    return [*TINY.split(), "--data_dir", str(place / "text"), *more]
+
+
+def never_interrupted(place: Path, kind: str) -> Path:
+    """The run directory of a launch that is left alone, with another number of workers than most of those that are killed."""
+    runs = {"run": ("recipes.gpt2_wikitext:Gpt2Wikitext", arguments(place, "--num_workers", "0"))}
+    return launch(kind, runs, place / f"uninterrupted-{kind}")["run"].path
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(place: Path, env: dict[str, str]) -> Path:
-    """One process, never interrupted, and with another number of workers than most of the runs that are killed."""
-    directory = place / "uninterrupted"
-    run("one", RECIPE, *arguments(place, directory, "--num_workers", "0"), log=place / "uninterrupted.log", env=env)
-    return directory
+def uninterrupted(place: Path) -> Path:
+    """One process, never interrupted."""
+    return never_interrupted(place, "one")
 
 
 def start_and_kill(
@@ -134,7 +139,7 @@ def test_killed_again_and_again_in_one_process(
     place: Path, env: dict[str, str], uninterrupted: Path, workers: int, moments: dict[str, Moment]
 ) -> None:
     directory = place / f"killed-{workers}"
-    argv = arguments(place, directory, "--num_workers", str(workers))
+    argv = arguments(place, "--output_dir", str(directory), "--num_workers", str(workers))
     found = []  # whether each launch finds a checkpoint: one that was still being written at the kill is none
     for name, moment in moments.items():
         found.append(any((directory / "checkpoints").glob("checkpoint_step_*")))
@@ -163,9 +168,8 @@ def test_killed_under_a_launcher(place: Path, env: dict[str, str], kind: str, ra
 
     Their reference is a run of their own: dropout differs from one process's.
     """
-    expected, directory = place / kind, place / f"{kind}-killed"
-    run(kind, RECIPE, *arguments(place, expected, "--num_workers", "0"), log=expected.with_suffix(".log"), env=env)
-    argv = arguments(place, directory, "--num_workers", "0")
+    expected, directory = never_interrupted(place, kind), place / f"{kind}-killed"
+    argv = arguments(place, "--output_dir", str(directory), "--num_workers", "0")
     assert start_and_kill(later(inside_a_save, 8), kind, argv, directory, env, rank)
     assert max(row["step"] for row in rows(directory)) < LAST_STEP
     messages: list[str] = []

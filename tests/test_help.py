@@ -18,6 +18,7 @@ from trainer import main
 from trainer.command_line import config, help
 from trainer.command_line.flags import flag_names
 from trainer.errors import UserError
+from trainer.planning.flags import take_plan_flags
 from trainer.recipe import Recipe
 
 RECIPES = [Gpt2Wikitext(), TinyStoriesLM(), PFNRaventos(), VitRelpos(), Collatz(), FinetuneLM()]
@@ -60,7 +61,7 @@ def test_the_examples_are_command_lines_of_the_recipe(recipe: Recipe) -> None:
     for example in examples:
         words = shlex.split(example, comments=True)
         argv = words[words.index("recipes/mine.py") + 1 :]
-        main.read_command_line(recipe, argv)
+        main.read_command_line(recipe, take_plan_flags(argv)[1])
 
 
 @each_recipe

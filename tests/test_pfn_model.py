@@ -182,16 +182,6 @@ def test_a_stack_of_models_gives_what_each_gives_alone() -> None:
         torch.testing.assert_close(sums[i : i + 1], single.cross_entropy(alone, ys[i]))
 
 
-def test_recomputing_activations_changes_no_gradient() -> None:
-    x, y = pairs(6)
-    gradients = []
-    for recompute in (False, True):
-        model = network(gradient_checkpointing=recompute)
-        model.cross_entropy(model(x, y), y).sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 def test_flops_grow_as_the_matrix_products_do() -> None:
     def forward_flops(examples: int) -> float:
         model = network(examples=examples)

@@ -1,86 +1,264 @@
-"""tools/plan.py: its plan is what the run then does, and what cannot be planned is refused in one line."""
+"""--plan and tools/plan.py: what they say is what the run then does, and what cannot be planned is refused in one line."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launching import RECIPE, ROOT
+import torch
+from launching import RECIPE, ROOT, environment
 from tiny_runs import TINY
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
-assert spec is not None
-assert spec.loader is not None
-plan = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plan)
+from recipes.finetune_lm import FinetuneLM
+from recipes.gpt2_wikitext import Gpt2Wikitext
+from recipes.vit_relpos import VitRelpos
+from trainer.command_line import config as configuration
+from trainer.command_line.sections import Optimisation
+from trainer.errors import UserError
+from trainer.evaluation.objective import Objective
+from trainer.main import main
+from trainer.planning.activations import count_micro_step
+from trainer.planning.flags import PlanFlags, take_plan_flags
+from trainer.planning.launch import place_of, way_of
+from trainer.planning.memory import Footprint, MicroStep, memory_of, ways
+from trainer.planning.plan import measure, plan
+from trainer.planning.sizes import save_buffers
+from trainer.recipe import Recipe
 
 
-def test_the_plan_of_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def planned(recipe: Recipe, argv: list[str], folder: Path, gpu: str | None = None, **environ: str) -> list[str]:
+    argv = [*argv, "--output_dir", str(folder / "run")]
+    parsed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+    return plan(recipe, parsed, argv, PlanFlags(gpu, 0.4), environ)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
+
+
+def test_the_plan_of_a_tiny_run(tmp_path: Path) -> None:
     steps = ["--batch_size", "8", "--gradient_accumulation_steps", "2", "--max_steps", "50", "--save_every", "10"]
-    plan.main([str(RECIPE), "--processes", "4", "--", *TINY["gpt2"][1](tmp_path), *steps])
-    output = capsys.readouterr().out
+    output = "\n".join(planned(Gpt2Wikitext(), [*TINY["gpt2"][1](tmp_path), *steps], tmp_path, "h100", WORLD_SIZE="4"))
+    assert "Launch: DDP, 4 x H100, bf16" in output
     assert "Batch: 2 samples x 4 processes x 2 accumulation = 16 samples per optimizer step" in output
     assert "Plan: 50 optimizer steps = 800 samples = 13.33 epochs of 60" in output
     assert "after 5 steps" in output, "an untyped warm-up is cut to a tenth of the run"
     assert "5 step saves, with keep_last 3 at most 4 of them" in output
     assert "13 of epochs and the best model stay" in output
+    assert "4 x 80 GB: DDP, 0 of 80 GB; what is cut or offloaded would be slower" in output
+    assert (tmp_path / "run_learning_rate.png").stat().st_size > 10_000
+    assert not (tmp_path / "run").exists(), "nothing is trained"
+
+
+def of_a_billion(accumulates: bool = False, trained: int = 4_000_000_000) -> Footprint:
+    count = MicroStep(0, 0, 0.0)
+    return Footprint(4_000_000_000, trained, 2 * trained, (0, 0), (0, 0), count, count, accumulates)
+
+
+def held(net: Footprint) -> dict[str, float]:
+    """Gigabytes of weights, gradients and moments of each of 8 processes, on device and host."""
+    memories = {way.name: memory_of(way, net) for way in ways(8)}
+    return {name: (m.weights + m.gradients + m.moments + m.host) / 1e9 for name, m in memories.items()}
 
 
 def test_memory_of_a_billion_parameters_with_adam() -> None:
-    """16 bytes a parameter in one piece; ZeRO-3 splits all of it, and an fp32 master copy more."""
-    gigabytes = {name: plan.bytes_of_state(10**9, 10**9, 2, name, 8, False) / 1e9 for name in plan.LAUNCHES}
-    assert gigabytes == pytest.approx(
-        {"one process or DDP": 16, "ZeRO-1": 9.5, "ZeRO-2": 6, "ZeRO-3": 2.5, "FSDP2": 2, "HSDP, 2 replicas": 4}
-    )
-    assert plan.bytes_of_state(10**9, 10**9, 2, "FSDP2", 8, True) / 1e9 == pytest.approx(5.5)
+    """16 bytes a parameter in one piece; ZeRO splits, and has an fp32 master copy more."""
+    whole = {"DDP": 16, "ZeRO-1": 9.5, "ZeRO-2": 6, "ZeRO-3": 2.5, "FSDP2": 2, "HSDP, 2 replicas": 4}
+    assert held(of_a_billion()) == pytest.approx(whole | {"ZeRO-3, offload": 2.5, "FSDP2, offload": 2})
+    assert held(of_a_billion(accumulates=True))["FSDP2"] == pytest.approx(1.5 + 4), "gradients whole until the last micro-step"
+    assert memory_of(ways(8)[-1], of_a_billion()).weights == 0, "on the host"
 
 
 def test_what_is_frozen_has_neither_gradients_nor_moments() -> None:
-    gigabytes = [plan.bytes_of_state(10**9, 10**7, 2, name, 8, False) / 1e9 for name in (plan.LAUNCHES[0], "ZeRO-3", "FSDP2")]
-    assert gigabytes == pytest.approx([4 + 0.12, 0.5 + 0.02, 0.5 + 0.015])
+    gigabytes = held(of_a_billion(trained=40_000_000))
+    assert [gigabytes[name] for name in ("DDP", "ZeRO-3", "FSDP2")] == pytest.approx([4.12, 0.52, 0.515])
 
 
-def test_a_model_of_seven_billion_is_for_fsdp_on_eight_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Planned from its config.json alone."""
-    monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
+def test_gradients_that_come_as_activations_go_take_less() -> None:
+    net = Footprint(100, 100, 200, (0, 0), (0, 0), MicroStep(1000, 1010, 0.0), MicroStep(1000, 1010, 0.0), False)
+    assert memory_of(ways(1)[0], net).device == 100 + 200 + 1010
+    assert memory_of(ways(2)[0], net).device == 100 + 200 + 1000 + 100, "DDP keeps its buckets"
+
+
+class Deep(Recipe[Any]):
+    """`Layers` on [batch, 64], whose results are widest where the forward pass ends."""
+
+    name = "deep"
+
+    def loss(self, network: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"loss": network(batch["x"]).repeat(1, 40).sum()}
+
+
+class Layers(nn.Module):
+    def __init__(self, depth: int, recompute: bool) -> None:
+        super().__init__()
+        layers = (nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Tanh()) for _ in range(depth))
+        self.layers, self.recompute = nn.ModuleList(layers), recompute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+        return x
+
+
+def counted(depth: int, recompute: bool = False, precision: str = "no") -> tuple[MicroStep, MicroStep]:
+    objective = Objective(Layers(depth, recompute), Deep(), ["loss"])
+    return count_micro_step(objective, {"x": torch.empty(1024, 64)}, precision, on_gpu=False)
+
+
+def test_every_layer_adds_what_the_backward_pass_reads_and_its_work() -> None:
+    """The results of ReLU and tanh; a matrix product and two in the backward pass."""
+    (less, _), (more, _) = counted(8), counted(9)
+    assert more.activations - less.activations == 2 * 1024 * 64 * 4
+    assert more.flops - less.flops == 6 * 1024 * 64 * 64
+    assert more.with_gradients >= more.activations
+
+
+def test_recomputing_keeps_the_input_of_a_layer_and_works_more() -> None:
+    (less, _), (more, _) = counted(8, recompute=True), counted(9, recompute=True)
+    assert more.activations - less.activations == 1024 * 64 * 4
+    assert more.flops - less.flops == 8 * 1024 * 64 * 64
+
+
+def test_autocast_keeps_weights_that_are_recomputed_only_where_it_has_a_cache() -> None:
+    (less_cached, less), (more_cached, more) = (counted(depth, recompute=True, precision="bf16") for depth in (8, 9))
+    layer, weight = 1024 * 64 * 2, 64 * 64 * 2
+    assert more.activations - less.activations == layer
+    assert more_cached.activations - less_cached.activations == layer + weight
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_step_of_every_recipe_can_be_counted(name: str, tmp_path: Path) -> None:
+    module, _, recipe_class = TINY[name][0].partition(":")
+    recipe = getattr(importlib.import_module(module), recipe_class)()
+    output = planned(recipe, [*TINY[name][1](tmp_path), "--max_steps", "9", "--batch_size", "4"], tmp_path)
+    assert not [line for line in output if "NOT" in line], output
+    assert float(next(line for line in output if line.startswith("Work:")).split()[1]) > 0
+
+
+def test_what_fits_is_advised(tmp_path: Path) -> None:
+    """Of a 7B planned from its config.json alone, under the launches that do not hold it too."""
     llama = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
     llama |= {"num_hidden_layers": 32, "num_attention_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps(llama))
-    argv = [str(ROOT / "recipes" / "finetune_lm.py"), "--processes", "8", "--gpu_gb"]
-    flags = ["--", "--init_from", str(tmp_path), "--tokenizer", "train", "--max_length", "256"]
-    for gpu_gb, more, line in (
-        ("80", [], "8 x 80 GB: FSDP2, 13 of 80 GB, and activations"),
-        ("80", ["--train_last", "1"], "8 x 80 GB: one process or DDP, 29 of 80 GB, and activations"),
-        ("16", [], "8 x 16 GB: too little even for FSDP2 (13 GB each); take more processes"),
-    ):
-        plan.main([*argv, gpu_gb, *flags, *more])
-        assert line in capsys.readouterr().out
+    argv = ["--init_from", str(tmp_path), "--tokenizer", "train", "--max_length", "2048", "--gradient_checkpointing"]
+    output = planned(FinetuneLM(), argv, tmp_path, "h100", WORLD_SIZE="8")
+    assert output[-1] == "8 x 80 GB: FSDP2, 21 of 80 GB; DDP takes 123"
+    assert "Parameters: 6,738,415,616 (6,738,415,616 trained)" in output
+    assert any(line.startswith("Checkpoint: 80.86 GB.") for line in output)
+
+
+def test_what_fits_nowhere_is_told_the_ways_out(tmp_path: Path) -> None:
+    argv = [*TINY["vit"][1](tmp_path), "--max_steps", "9", "--batch_size", "4"]
+    line = planned(VitRelpos(), argv, tmp_path, "0.0001", WORLD_SIZE="2")[-1]
+    assert line.startswith("2 x 0.0001 GB: too little even for ")
+    assert "--gradient_checkpointing" in line
+    assert "more processes" in line
 
 
 def test_a_checkpoint_is_dealt_out_in_files() -> None:
-    """Of weights and two moments: 1.5 + 3 GB are files of 1, 0.5, 1, 1 and 1 GB."""
-    assert [plan.largest_share(1_500_000_000, 3_000_000_000, n) / 1e9 for n in (1, 2, 3, 8)] == [4.5, 3.0, 2.0, 1.0]
+    """In turn; torch's page-locked blocks are powers of two."""
+    files = [1000, 600, 1000, 700]
+    assert [save_buffers(files, n, pinned=False) for n in (1, 2, 3, 8)] == [3300, 2000, 1700, 1000]
+    assert save_buffers(files, 2, pinned=True) == 2048
+
+
+def test_the_files_planned_are_those_written(tmp_path: Path) -> None:
+    recipe = Gpt2Wikitext()
+    argv = [*TINY["gpt2"][1](tmp_path), "--max_steps", "1", "--batch_size", "4", "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, str(RECIPE), *argv, "--device", "cpu"]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=200)
+    config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
+    files = measure(recipe, config, recipe.build_data(config), ways(1)[0], "no", on_gpu=False).files
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint_final"
+    written = [(folder / f"{stem}.safetensors").stat().st_size for stem in ("model", "optimizer")]
+    assert files == [written[0], pytest.approx(written[1], abs=200)], "but for the count of steps"
+
+
+def test_the_launch_is_read_from_its_environment(tmp_path: Path) -> None:
+    settings = Optimisation(batch_size=8)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}
+    assert way_of(fsdp, settings, 4, "bf16", "auto").name == "FSDP2, offload"
+    sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "3"}
+    with pytest.raises(UserError, match="dp_replicate_size 2 x dp_shard_size 3 is not 4 processes"):
+        way_of(fsdp | sizes | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, settings, 4, "bf16", "auto")
+    with pytest.raises(UserError, match="mixed_precision fp16 is not for FSDP"):
+        way_of(fsdp, settings, 4, "fp16", "auto")
+
+
+def test_a_deepspeed_file_that_contradicts_a_flag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": zero}))
+    for name, value in (("USE_DEEPSPEED", "true"), ("DEEPSPEED_CONFIG_FILE", str(file))):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=r"gradient_clipping 0\.5 contradicts --grad_clip"):
+        way_of(os.environ, Optimisation(), 4, "no", "auto")
+    way = way_of(os.environ, Optimisation(grad_clip=0.5), 4, "no", "auto")
+    assert (way.name, way.buckets["reduce_bucket_size"]) == ("ZeRO-2, offload", 1000)
+
+
+def test_cards() -> None:
+    assert place_of("4090", "auto", {}, 1).gigabytes == 24
+    assert place_of("40", "auto", {}, 1).gigabytes == 40
+    assert place_of(None, "cpu", {}, 1).gigabytes == pytest.approx(2 * place_of(None, "cpu", {}, 2).gigabytes)
+    with pytest.raises(UserError, match="gpu 'h1000' is unknown; give its gigabytes, or one of h200"):
+        place_of("h1000", "auto", {}, 1)
+
+
+def test_flags_of_a_plan_are_no_flags_of_a_run() -> None:
+    assert take_plan_flags(["--gpu", "h100"]) == (None, ["--gpu", "h100"]), "refused later, as unknown"
+    flags, rest = take_plan_flags(["--lr", "1e-3", "--plan", "--mfu=0.5", "--no_compile"])
+    assert (flags, rest) == (PlanFlags(None, 0.5), ["--lr", "1e-3", "--no_compile"])
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["recipes/none.py"], "recipes/none.py is no file"),
-        ([str(ROOT / "trainer" / "optimisation" / "schedule.py")], "defines 0 recipes"),
-        ([str(RECIPE), "--processes", "17", "--", "--preset", "quick"], "batch_size 16 does not reach for 17 processes"),
-        ([str(RECIPE), "--processes", "0", "--", "--preset", "quick"], "processes 0 must be at least 1"),
-        ([str(RECIPE), "--", "--d_modle", "3"], "unknown flag --d_modle"),
+        (["--plan", "--preset", "quick", "--d_modle", "3"], "unknown flag --d_modle"),
+        (["--plan", "--gpu"], "--plan --gpu h100"),
+        (["--plan", "--mfu", "2"], "mfu 2 is a part of the peak"),
+        (["evaluate", "--model_path", "x", "--plan"], "leave the sub-command out"),
+        (["--plan", "--preset", "quick", "--gpu", "h1"], "gpu 'h1' is unknown"),
     ],
 )
 def test_what_cannot_be_planned(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        plan.main(argv)
+        main(Gpt2Wikitext(), argv)
     assert caught.value.code == 2
     output = capsys.readouterr().err
     assert message in output
     assert output.count("\n") == 1
+
+
+def test_a_batch_that_does_not_reach_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size 16 does not reach for 17 processes"):
+        planned(Gpt2Wikitext(), ["--preset", "quick"], tmp_path, WORLD_SIZE="17")
+
+
+def test_the_tool_reads_the_file_of_the_launcher(tmp_path: Path) -> None:
+    """One process stands for all eight."""
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config_file", "accelerate_configs/hsdp.yaml", str(RECIPE)]
+    argv = [*TINY["gpt2"][1](tmp_path), "--output_dir", str(tmp_path / "run"), "--max_steps", "9", "--gpu", "a100"]
+    done = subprocess.run([*command, *argv], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "Launch: HSDP, 2 replicas, 8 x A100, bf16" in done.stdout
+    assert "> HSDP, 2 replicas" in done.stdout
+
+
+def test_the_tool_wants_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    tool = importlib.import_module("plan")
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--num_processes", "2", "recipes/none.py"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "plan: recipes/none.py is no file; give a recipe's, such as recipes/gpt2_wikitext.py\n"

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from trainer.errors import UserError
-from trainer.reporting.plot import _running_mean, curve, plot_loss, plot_metric
+from trainer.reporting.plot import _running_mean, curve, draw_runs, plot_loss, save_figure
 
 TOOL = Path(__file__).parents[1] / "tools" / "plot_run.py"
 
@@ -89,7 +89,7 @@ def test_a_value_that_is_not_finite_is_a_gap() -> None:
 
 def test_many_runs_have_a_colour_each(tmp_path: Path) -> None:
     runs = {f"run {i}": write_run(tmp_path / str(i), 50, final=i + 1) / "metrics.jsonl" for i in range(12)}
-    plot_metric(runs, "train/loss", tmp_path / "all.svg")
+    save_figure(draw_runs(runs, "train/loss"), tmp_path / "all.svg")
     assert all(f"run {i} (last" in (tmp_path / "all.svg").read_text() for i in range(12))
 
 
@@ -100,8 +100,7 @@ def test_long_names_are_broken_and_overlap_nothing(tmp_path: Path) -> None:
     figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.reporting.plot.save_figure", lambda figure, out: figures.append(figure))
-        plot_metric(runs, "train/loss", tmp_path / "long.png", title=names[0])
-        plot_metric({"a": runs[names[0]]}, "train/loss", tmp_path / "short.png")
+        figures += [draw_runs(runs, "train/loss", title=names[0]), draw_runs({"a": runs[names[0]]}, "train/loss")]
         plot_loss(runs[names[0]], tmp_path / "loss.png", names[0], (names[1], 4.0))
     for figure in figures:
         figure.canvas.draw()
@@ -119,11 +118,7 @@ def test_long_names_are_broken_and_overlap_nothing(tmp_path: Path) -> None:
 def test_an_accuracy_has_its_training_curve_and_an_axis_within_0_and_1(tmp_path: Path) -> None:
     rows = [{"step": i, "train/accuracy": i / 10, "eval/val_accuracy": 1.0} for i in range(1, 11)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.reporting.plot.save_figure", lambda figure, out: figures.append(figure))
-        plot_metric({"": tmp_path / "metrics.jsonl"}, "eval/val_accuracy", tmp_path / "accuracy.png")
-    (axis,) = figures[0].axes
+    (axis,) = draw_runs({"": tmp_path / "metrics.jsonl"}, "eval/val_accuracy").axes
     assert [line.get_label() for line in axis.get_lines()] == ["training accuracy (last 1)", "validation accuracy (last 1)"]
     assert axis.get_ylim() == (pytest.approx(0.055), 1.0)
     assert axis.get_ylabel() == "accuracy"
@@ -151,10 +146,19 @@ def test_losses_are_drawn_on_a_logarithmic_scale_and_shares_on_a_linear_one(tmp_
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ticks = {}
     for name in ("loss", "accuracy"):
-        plot_metric({"run": tmp_path / "metrics.jsonl"}, f"eval/val_{name}", tmp_path / f"{name}.svg")
+        save_figure(draw_runs({"run": tmp_path / "metrics.jsonl"}, f"eval/val_{name}"), tmp_path / f"{name}.svg")
         ticks[name] = re.findall(r"<!-- (0\.\d+|1\.0) -->", (tmp_path / f"{name}.svg").read_text())
     assert "0.15" in ticks["loss"]
     assert [float(tick) for tick in ticks["accuracy"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_a_first_loss_far_above_all_others_does_not_flatten_them(tmp_path: Path) -> None:
+    losses = {1: 9.0} | {step: 0.5 + (step % 200) / 1000 for step in range(100, 2000, 100)}
+    rows = [{"step": step, "train/loss": loss} for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (axis,) = draw_runs({"run": tmp_path / "metrics.jsonl"}, "train/loss").axes
+    assert axis.get_ylim() == (pytest.approx(0.49), pytest.approx(0.61))
+    assert axis.get_yscale() == "linear"
 
 
 def run_tool(*arguments: object) -> "subprocess.CompletedProcess[str]":

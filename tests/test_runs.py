@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
+from matplotlib.image import imread
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
 
 def write_run(folder: Path, width: int, losses: list[float], state: str | None = "finished") -> None:
@@ -37,6 +43,9 @@ def test_the_table_has_a_line_for_each_run_and_the_flags_that_differ(folder: Pat
     assert "d_model=16" in lines["gpt/<b>small"]
     assert "num_layers" not in "".join(lines.values())  # alike
     assert "log_every" not in "".join(lines.values())  # changes nothing of what is trained
+    runs.main([str(folder)])
+    (other,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("vit/quick"))
+    assert "=" not in other  # flags are compared within a recipe
 
 
 class Page(HTMLParser):
@@ -57,11 +66,26 @@ def test_the_page_needs_no_other_file_and_has_every_run_and_curve(folder: Path) 
     page = Page()
     page.feed(text)
     assert page.count["tr"] == 2 + 3
-    assert page.count["svg"] == 4
+    assert page.count["svg"] == 2 + 1  # of a single run both losses are in one picture
     assert page.count["h2"] == 2
     assert not page.links
     assert "<b>small" not in text
     assert "gpt/&lt;b&gt;small" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium, or Chrome")
+def test_a_browser_shows_the_table_and_the_curves(folder: Path) -> None:
+    runs.main([str(folder), "--html", str(folder / "page.html")])
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile", "--window-size=1300,1600"]
+    command = [str(BROWSER), *options, f"--screenshot={folder}/page.png", (folder / "page.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    shown = (imread(folder / "page.png")[..., :3] * 255).round().astype(int)
+    first, second = shown[:, :650], shown[:, 650:]
+    for colour in ((31, 119, 180), (255, 127, 14)):  # of the two runs of one recipe, in both of its pictures
+        assert all((np.abs(half - colour).sum(-1) < 6).any() for half in (first, second)), colour
+    grey, black = (np.abs(shown - 221).sum(-1) < 3).any(1), (shown.sum(-1) < 60).any(1)
+    assert grey.sum() >= 5  # the lines below the rows of two tables
+    assert black.sum() > 100  # text
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ HEAVY = ("deepspeed", "transformers", "wandb", "datasets", "matplotlib")
 # The layers of trainer/, top to bottom: each imports from those below it, and from nothing above.
 LAYERS = (
     "main",
+    "planning",
     "launched_run",
     "debugging",
     "loop",

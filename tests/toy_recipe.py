@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from trainer.command_line import sections
 from trainer.main import main
@@ -87,9 +86,8 @@ class ToyNetwork(nn.Module):
     _no_split_modules: ClassVar = ["Sequential"]
     """what FSDP gathers at a time, by class, as transformers' models say it"""
 
-    def __init__(self, width: int, dropout: float, recompute: bool) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.recompute = recompute
         self.embed = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 33), nn.GELU(), nn.Linear(33, width), nn.Dropout(dropout))
@@ -102,7 +100,7 @@ class ToyNetwork(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.embed(tokens)
         for block in self.blocks:
-            hidden = hidden + (checkpoint(block, hidden, use_reentrant=False) if self.recompute else block(hidden))
+            hidden = hidden + block(hidden)
         return self.head(hidden), self.value(hidden[:, 0])[:, 0]
 
 
@@ -118,7 +116,7 @@ class ToyRecipe(Recipe[Config]):
         return Data(train, {"val": ToyRows(9, 10_000)}, fingerprint="toy")
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
-        network = ToyNetwork(config.model.width, config.model.dropout, config.run.gradient_checkpointing)
+        network = ToyNetwork(config.model.width, config.model.dropout)
         network.blocks[0].requires_grad_(not config.model.frozen)
         return network
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trainer.command_line.locations import argument_path
 from trainer.errors import UserError
-from trainer.reporting.plot import BOTTOMS, plot_loss, plot_metric
+from trainer.reporting.plot import BOTTOMS, draw_runs, plot_loss, save_figure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def draw(
     out = out or (run_dirs[0] if len(run_dirs) == 1 else Path()) / "plots" / f"{metric.replace('/', '_')}.png"
     runs = {_label(run_dir): run_dir / "metrics.jsonl" for run_dir in run_dirs}
     title = _label(run_dirs[0]) if len(run_dirs) == 1 else ""
-    plot_metric(runs, metric, out, title=title, unit=unit, baseline=baseline, along=along)
+    save_figure(draw_runs(runs, metric, title=title, unit=unit, baseline=baseline, along=along), out)
     return out
 
 

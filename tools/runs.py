@@ -101,6 +101,14 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
+def by_recipe(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
+    """The runs of each recipe."""
+    groups: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        groups.setdefault(run.name.partition("/")[0], []).append(run)
+    return groups
+
+
 def differing_flags(runs: Sequence[RunSummary]) -> list[str]:
     """The flags that not all of the runs that have them have alike."""
     names = dict.fromkeys(name for run in runs for name in run.flags)
@@ -108,24 +116,21 @@ def differing_flags(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def table(runs: Sequence[RunSummary]) -> str:
-    """Columns of text."""
-    differing = differing_flags(runs)
-    rows = [[*COLUMNS], *(run.cells(differing) for run in runs)]
+    """Columns of text, recipe by recipe."""
+    groups = by_recipe(runs).values()
+    rows = [[*COLUMNS], *(run.cells(differing_flags(own)) for own in groups for run in own)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def page(runs: Sequence[RunSummary]) -> str:
     """One page of HTML that needs no other file: for each recipe its curves, and a table of all runs."""
-    by_recipe: dict[str, list[RunSummary]] = {}
-    for run in runs:
-        by_recipe.setdefault(run.name.partition("/")[0], []).append(run)
     parts = []
-    for recipe, own in by_recipe.items():
-        pictures = []
+    for recipe, own in by_recipe(runs).items():
+        pictures: list[str] = []
         for metric in ("eval/val_loss", "train/loss"):
             drawn = {run.name: run.metrics for run in own if curve(read_metrics(run.metrics), metric)[0]}
-            if drawn:
+            if drawn and (len(own) > 1 or not pictures):  # that of a single run's validation loss shows both
                 picture = io.StringIO()
                 draw_runs(drawn, metric).savefig(picture, format="svg")
                 pictures.append(picture.getvalue()[picture.getvalue().index("<svg") :])
@@ -138,7 +143,8 @@ def page(runs: Sequence[RunSummary]) -> str:
         )
     style = (
         "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;"
-        "border-bottom:1px solid #ddd}svg{max-width:48%;height:auto;vertical-align:top}"
+        "border-bottom:1px solid #ddd}"
+        "td:not(:first-child):not(:last-child){white-space:nowrap}svg{max-width:48%;height:auto;vertical-align:top}"
     )
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Runs</title><style>{style}</style>"
     return f"{head}<h1>Runs</h1>{''.join(parts)}"

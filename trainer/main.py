@@ -22,6 +22,7 @@ from trainer.command_line.secrets import redact, without_urls
 from trainer.distributed.ranks import adopt_ranks, without_local_rank
 from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
 from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, user_error
+from trainer.planning.flags import PLAN_HELP, PlanFlags, take_plan_flags
 from trainer.recipe import Recipe
 from trainer.reporting.console import Console
 
@@ -52,7 +53,10 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     launch: Launch | None = None
     code, alike = FINISHED, True
     try:
+        planned, argv = take_plan_flags(argv)
         command, flags = read_command_line(recipe, argv)
+        if planned is not None:
+            sys.exit(print_plan(recipe, flags, argv, planned, console))
         die_with_launcher()
         run = flags.config.run if isinstance(flags, Parsed) else flags
         with leaving_at_the_time_limit(getattr(run, "max_training_hours", None), console):
@@ -85,6 +89,20 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     if launch is None:
         sys.exit(code)
     leave(code)
+
+
+def print_plan(recipe: Recipe, flags: Any, argv: Sequence[str], planned: PlanFlags, console: Console) -> int:
+    """What `--plan` does, on rank 0 alone; the exit code."""
+    if not isinstance(flags, Parsed):
+        raise UserError("--plan is for training; leave the sub-command out")
+    if int(os.environ.get("RANK") or 0) == 0:
+        from trainer.backends.deepspeed_config import request_zero
+        from trainer.planning.plan import plan
+
+        request_zero(os.environ, flags.config.run.deepspeed_config)
+        for line in plan(recipe, flags, argv[argv[:1] == ["train"] :], planned, os.environ):
+            console.log(line)
+    return FINISHED
 
 
 def leaving_at_the_time_limit(hours: float | None, console: Console) -> AbstractContextManager[None]:
@@ -139,6 +157,7 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
     examples = [
         *(f"python {file} --preset {preset}" for preset in recipe.presets),
         f"accelerate launch --config_file {path_of('accelerate_configs/ddp.yaml')} {file} --batch_size 64",
+        f"python {file} --plan --gpu h100    # what it would take; of a launch of many: tools/plan.py",
         f"python {file} --run_name mine --max_training_hours 8    # and once more, to go on",
         f"python {file} --run_name other --init_from {best} --seed 1",
         *(
@@ -147,7 +166,7 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
             if help.takes(recipe.commands[name].flags, "model_path")
         ),
     ]
-    return help.text(recipe.config_class, f"python {file}", recipe.presets, commands, examples, everything)
+    return help.text(recipe.config_class, f"python {file}", recipe.presets, commands, examples, everything, PLAN_HELP)
 
 
 def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: Console) -> None:
@@ -164,7 +183,7 @@ def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: C
     folder = launch.control.on_main(make_folder)
     given = [word for word in argv[argv[:1] == ["train"] :] if word not in ("--fast_dev_run", "--fast-dev-run")]
     quick = ["--output_dir", folder, "--resume", "auto", "--log_every", "1", "--eval_every", "1", "--eval_iters", "1"]
-    quick += ["--no_use_wandb", "--no_use_tensorboard"]
+    quick += ["--no_use_wandb", "--no_use_tensorboard", "--log_with"]
     try:
         for step in (1, 2):
             words = [*given, *quick, "--stop_at_step", str(step)]

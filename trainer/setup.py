@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.backends import backend_of
 from trainer.backends.backend import Backend
+from trainer.backends.blocks import recompute_activations
 from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
@@ -83,7 +84,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     for note in data.notes:
         log(note)
     steps = total_steps(plan.config, stream.length_of(data.train))
-    config = plan.config if plan.checkpoint else cut_warmup(plan, steps, log)
+    config = plan.config if plan.checkpoint else cut_warmup(plan.config, plan.typed, steps, log)
     if config.run.fit_batch and not plan.checkpoint:  # which has what was found
         config = dataclasses.replace(config, optimisation=whole(config.optimisation))
 
@@ -93,6 +94,8 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     loss_weights = objective_weights(recipe, config, loss_terms(recipe, config, data))
     extra_files = recipe.checkpoint_files(config, network, data)
 
+    if config.run.gradient_checkpointing:
+        recompute_activations(network, config.run.gradient_checkpointing_every)
     objective = Objective(network, recipe, list(loss_weights))
     on_gpu = launch.device.type == "cuda"
     if config.run.compile == "yes" or (config.run.compile == "auto" and on_gpu and backend.gains_by_compiling):
@@ -226,18 +229,18 @@ def total_steps(config: Any, samples: int | None) -> int:
     return math.ceil(optimisation.max_epochs * samples / optimisation.effective_batch_size)
 
 
-def cut_warmup(plan: LaunchPlan, steps: int, log: Log) -> Any:
+def cut_warmup(config: Any, typed: Container[str], steps: int, log: Log) -> Any:
     """The config of a fresh run, with a warm-up that nobody typed cut to a tenth of the run.
 
     It is kept in the config as cut, so that a resumed run, longer perhaps, goes on with the same warm-up.
     """
-    optimisation = plan.config.optimisation
-    if "warmup_steps" in plan.typed:
-        return plan.config
+    optimisation = config.optimisation
+    if "warmup_steps" in typed:
+        return config
     warmup, message = warmup_for(optimisation.warmup_steps, steps)
     if message:
         log(message)
-    return dataclasses.replace(plan.config, optimisation=dataclasses.replace(optimisation, warmup_steps=warmup))
+    return dataclasses.replace(config, optimisation=dataclasses.replace(optimisation, warmup_steps=warmup))
 
 
 def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:

@@ -108,12 +108,12 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
     with_class_token = network.pool == "cls"
     attention = attention[:, :, 0, 1:] if with_class_token else attention.mean(2)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.data.image_mean, config.data.image_std))
-    titles = [f"{classes[label]}\npredicted {classes[p]}" for label, p in zip(labels, predictions, strict=True)]
-    query = "the class token" if with_class_token else "the patches, on average,"
+    titles = [f"class {classes[label]}\npredicted {classes[p]}" for label, p in zip(labels, predictions, strict=True)]
+    query = "the class token attends to" if with_class_token else "the patches attend to, on average"
     pixels = (images.cpu() * std + mean).numpy()
     maps = attention.unflatten(-1, network.grid).cpu().numpy()
     path = folder / "attention.png"
-    plot_attention(pixels, maps, titles, path, f"what {query} attends to, mean over heads")
+    plot_attention(pixels, maps, titles, path, f"what {query}; mean over heads")
     log(f"Plot: {path}")
 
 

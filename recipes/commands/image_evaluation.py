@@ -93,7 +93,7 @@ def draw_images(batch: Batch, data: Any, classes: Sequence[str], out: Path) -> s
 
 def summarise_run(run: RunDirectory, log: Log) -> None:
     """Log top-1 and top-5 of the last and the best weights of a finished run, and plot its accuracy."""
-    from trainer.reporting.plot import plot_metric
+    from trainer.reporting.plot import draw_runs, save_figure
     from trainer.reporting.trackers import read_metrics
 
     evaluations = [row for row in read_metrics(run.metrics) if row.get("eval/val_accuracy") is not None]
@@ -101,5 +101,5 @@ def summarise_run(run: RunDirectory, log: Log) -> None:
     log(f"validation, last weights: {accuracies_in(evaluations[-1], 'eval/val_')}")
     log(f"validation, best weights (step {best['step']:,}, best_model): {accuracies_in(best, 'eval/val_')}")
     plot = run.plots / "accuracy.png"
-    plot_metric({"": run.metrics}, "eval/val_accuracy", plot, title=f"vit_relpos: {run.path.name}")
+    save_figure(draw_runs({"": run.metrics}, "eval/val_accuracy", title=f"vit_relpos: {run.path.name}"), plot)
     log(f"Plot: {plot}")

@@ -85,6 +85,7 @@ def _train(recipe: Recipe, flags: Compare, launch: Launch, variant: str, seed: i
 
     settings = ["--config", flags.config] if flags.config else ["--preset", flags.preset]
     argv = [*settings, *VARIANTS[variant], "--seed", str(seed), "--device", flags.device, "--output_dir", str(path)]
+    argv += ["--wandb_group", path.parent.name]
     console = Console(None, launch.is_main)
     try:
         reason = train(recipe, config.parse(recipe.config_class, recipe.presets, argv, recipe.name), argv, launch, console)

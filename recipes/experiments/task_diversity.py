@@ -177,7 +177,7 @@ def plan(recipe: Recipe, flags: Sweep) -> list[SweepModel]:
     folder = Path(flags.output_dir or Path("runs", recipe.name, f"sweep-{configuration.run_name(parsed())}"))
     models = []
     for size, number in itertools.product(flags.task_size, flags.tasks):
-        arguments = (*common, "--num_tasks", str(number), "--task_size", str(size))
+        arguments = (*common, "--num_tasks", str(number), "--task_size", str(size), "--wandb_group", folder.name)
         name = f"tasks{number}-size{size}"
         models.append(SweepModel(name, folder / name, arguments, parsed(*arguments).config))
     for model in models:

@@ -18,34 +18,37 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ALL_ROWS = slice(None)
 BASE = ".base_layer"
 """what peft puts into the name of a weight that it adds an adapter to"""
 
 
-def build_causal_lm(
-    architecture: str, *, train_last: int, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
-) -> PreTrainedModel:
+def config_of(architecture: str) -> PretrainedConfig:
+    """transformers' configuration of a config.json, given as text. ValueError for what is no causal language model to train."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    given = json.loads(architecture)
+    if "quantization_config" in given:
+        raise ValueError("its weights are quantized (quantization_config), and cannot be trained; choose the original ones")
+    config = AutoConfig.for_model(**given) if given.get("model_type") in CONFIG_MAPPING else None
+    if config is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model_type {given.get('model_type')!r} is no causal language model of transformers; choose another")
+    return config
+
+
+def build_causal_lm(architecture: str, *, train_last: int, lora_rank: int, lora_alpha: float) -> PreTrainedModel:
     """The network of a config.json, given as text, with fresh weights in fp32; names are those of transformers.
 
     `train_last` N: all but the last N blocks are frozen (0: none is). `lora_rank` R: all is frozen, and every linear layer but
     the head gets an adapter of rank R, scaled by alpha / R (Hu et al. 2021, section 4.1). ValueError for what cannot be built.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    given = json.loads(architecture)
-    if "quantization_config" in given:
-        raise ValueError("its weights are quantized (quantization_config), and cannot be trained; choose the original ones")
-    config = AutoConfig.for_model(**given)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"model_type {given.get('model_type')!r} is no causal language model of transformers; choose another")
+    config = config_of(architecture)
     # The class itself: under ZeRO-3 `from_config` would cut the network before anybody knows its shapes.
     network: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # type: ignore[operator]
-    if gradient_checkpointing:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the name, which transformers 6 changes
-            network.gradient_checkpointing_enable({"use_reentrant": False})
     if train_last and lora_rank:
         raise ValueError(f"train_last {train_last} and lora_rank {lora_rank} are two ways to train a part; keep one")
     if train_last:
@@ -153,7 +156,7 @@ def save_merged(network: Any, architecture: str, folder: Path) -> None:
             module.merge(safe_merge=True)
     weights = {name.replace(BASE, ""): tensor for name, tensor in network.state_dict().items() if ".lora_" not in name}
     with torch.device("meta"):
-        plain = build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1.0, gradient_checkpointing=False)
+        plain = build_causal_lm(architecture, train_last=0, lora_rank=0, lora_alpha=1.0)
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.config.use_cache = True

@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 PADDING = 2  # the token behind the end; 0 and 1 are parities or binary digits
 TOKENS = 3
@@ -43,7 +42,6 @@ class CollatzTransformer(nn.Module):
         mode: Literal["honest", "guide"] = "honest",
         input: Literal["parities", "digits"] = "parities",
         prefix_len: int = 64,
-        gradient_checkpointing: bool = False,
     ) -> None:
         """ValueError for sizes that do not fit together."""
         super().__init__()
@@ -56,7 +54,7 @@ class CollatzTransformer(nn.Module):
         # One path for training and evaluation: torch's fused inference layer keeps whole attention matrices, and reads weights
         # that ZeRO-3 has not gathered.
         torch.backends.mha.set_fastpath_enabled(False)
-        self.causal, self.gradient_checkpointing = mode == "honest", gradient_checkpointing
+        self.causal = mode == "honest"
         self.prefix_len = prefix_len if self.causal else max_len
         self.embed = nn.Embedding(TOKENS, d_model)
         self.embed_digits = nn.Embedding(TOKENS, d_model) if input == "digits" else None
@@ -98,10 +96,7 @@ class CollatzTransformer(nn.Module):
         causal = padding is None
         mask = nn.Transformer.generate_square_subsequent_mask(time, x.device) if causal else None
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, mask, padding, causal, use_reentrant=False)
-            else:
-                x = layer(x, src_mask=mask, src_key_padding_mask=padding, is_causal=causal)
+            x = layer(x, src_mask=mask, src_key_padding_mask=padding, is_causal=causal)
         return x
 
     def pool(self, states: Tensor, padding: Tensor, digits: Tensor | None = None) -> Tensor:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from recipes.models.causal_attention import causal_attention, document_mask
 from recipes.models.next_token_loss import next_token_loss
@@ -145,9 +144,9 @@ class Gpt2(nn.Module):
     _no_split_modules: ClassVar = ["Block"]
     """what FSDP gathers at a time, by class, as transformers' models say it"""
 
-    def __init__(self, config: Gpt2Config, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, config: Gpt2Config) -> None:
         super().__init__()
-        self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        self.config = config
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -185,8 +184,7 @@ class Gpt2(nn.Module):
         x = wte(input_ids) + wpe(torch.arange(input_ids.shape[1], device=input_ids.device) if mask is None else positions)
         x = F.dropout(x, c.embd_pdrop, self.training)
         for layer in layers:  # type: ignore[attr-defined]
-            recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
+            x = layer(x, mask)
         return self.lm_head(ln_f(x), labels)
 
     def training_flops_per_token(self) -> float:
@@ -209,7 +207,6 @@ def build_gpt2(
     num_heads: int | None,
     d_ff: int | None,
     dropout: float,
-    gradient_checkpointing: bool = False,
 ) -> Gpt2:
     """A network of these flags with fresh weights; `num_heads` None means heads of 64, `d_ff` None 4 x d_model."""
     config = Gpt2Config(
@@ -225,7 +222,7 @@ def build_gpt2(
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
-    return Gpt2(config, gradient_checkpointing)
+    return Gpt2(config)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 HALF_NORMAL_MEDIAN = 0.6744897501960817
 
@@ -103,10 +102,9 @@ class AutoregressivePFN(nn.Module):
         y_max: float,
         examples: int,
         models: int | None = None,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.models, self.gradient_checkpointing = models, gradient_checkpointing
+        self.models = models
         self.d_x, self.d_model, self.d_ff, self.d_vocab = d_x, d_model, d_ff, d_vocab
         self.bin_width = (y_max - y_min) / d_vocab
         self.embed_x, self.embed_y = _linear(models, d_x, d_model), _linear(models, 1, d_model)
@@ -146,9 +144,8 @@ class AutoregressivePFN(nn.Module):
         if len(self.mask) < 2 * examples:
             self.mask = attention_mask(examples).to(self.mask.device)
         mask = self.mask[: 2 * examples, : 2 * examples]
-        recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            hidden = checkpoint(block, hidden, mask, use_reentrant=False) if recompute else block(hidden, mask)
+            hidden = block(hidden, mask)
         return self.head(hidden[..., ::2, :])
 
     def per_model(self, y: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from recipes.models.causal_attention import causal_attention, document_mask
 from recipes.models.next_token_loss import next_token_loss
@@ -183,7 +182,6 @@ class TransformerLM(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         norm_eps: float = EPS,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None and d_model % num_heads:
@@ -198,7 +196,6 @@ class TransformerLM(nn.Module):
             )
         self.context_length, self.rope_theta, self.rope = context_length, rope_theta, rope
         self.attention_width = num_heads * self.d_head
-        self.gradient_checkpointing = gradient_checkpointing
         pre_norm = norm_position == "pre"
         self.token_embeddings = Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(
@@ -234,8 +231,7 @@ class TransformerLM(nn.Module):
         # Anew in each forward: no buffer that a backend could round to bf16, and a fraction of a layer's time.
         angles = rope_angles(places, self.d_head, self.rope_theta) if self.rope else None
         for layer in self.layers:
-            recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(layer, x, angles, mask, use_reentrant=False) if recompute else layer(x, angles, mask)
+            x = layer(x, angles, mask)
         return self.lm_head(self.ln_final(x), labels)
 
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from recipes.models.patch_grid import resolve_sizes
 from recipes.models.relative_position_bias import INIT_STD, RelativePositionBias, bias_arguments
@@ -128,7 +127,6 @@ class VisionTransformer(nn.Module):
         use_absolute_position: bool = True,
         rpb_kwargs: Mapping[str, Any] | None = None,
         pool: str = "cls",
-        gradient_checkpointing: bool = False,
         head_dim: int | None = None,
         scale: bool = True,
     ) -> None:
@@ -146,7 +144,7 @@ class VisionTransformer(nn.Module):
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool {pool!r} is neither 'cls' nor 'mean'")
         self.grid = (height // patch_size, width // patch_size)
-        self.pool, self.gradient_checkpointing = pool, gradient_checkpointing
+        self.pool = pool
         prefix_tokens, patches = int(pool == "cls"), self.grid[0] * self.grid[1]
         head_dim = head_dim or embed_dim // num_heads
         rpb = bias_arguments(rpb_kwargs or {}, num_heads, self.grid, prefix_tokens) if use_relative_position else None
@@ -195,9 +193,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[batch, channels, height, width] -> logits [batch, num_classes]."""
         x = self.embed(images)
-        recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = block(x)
         x = self.norm(x)
         x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)
         # Logits in the precision of the weights: bf16 would round them, and the gradient of the head, which is most of the
@@ -243,7 +240,7 @@ class VisionTransformer(nn.Module):
         return flops
 
 
-def build_vit(m: Any, d: Any, num_classes: int, gradient_checkpointing: bool) -> VisionTransformer:
+def build_vit(m: Any, d: Any, num_classes: int) -> VisionTransformer:
     """The network of the recipe's sections `model` and `data`, with its constructor's arguments as `network.arguments`."""
     grid, in_channels = resolve_sizes(m, d)
     window = {"window_size": grid.window} if m.bias_type == "2d" else {"seq_len": grid.window[0] * grid.window[1]}
@@ -264,6 +261,6 @@ def build_vit(m: Any, d: Any, num_classes: int, gradient_checkpointing: bool) ->
         "head_dim": m.head_dim,
         "scale": m.attention_scale,
     }
-    network = VisionTransformer(**arguments, gradient_checkpointing=gradient_checkpointing)
+    network = VisionTransformer(**arguments)
     network.arguments = arguments
     return network

@@ -27,6 +27,8 @@ SIZES = {100: (768, 12, 2048), 300: (1024, 22, 2816)}
 """millions of parameters: width, layers, width of the feed-forward layers"""
 VOCABULARY, CONTEXT = 10_000, 16
 PHASES = ("start", "save", "resume")
+SETTLED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""has the C library give back what is freed"""
 SAMPLE_SECONDS = 0.002
 TIMEOUT_SECONDS = 900
 
@@ -42,28 +44,20 @@ def main(arguments: Sequence[str]) -> None:
     for size in flags.parameters:
         for kind in flags.launches:
             with tempfile.TemporaryDirectory(dir=flags.folder) as place:
-                peaks = measure(kind, size, Path(place))
+                peaks = measure(kind, arguments_of(size, CONTEXT, Path(place)), Path(place))
             cells = "".join(f"{f'{max(own):,.0f}, {sum(own):,.0f}':>24}" for own in (peaks[phase] for phase in PHASES))
             print(f"{kind:10}{peaks['model'][0]:10,.0f} |{cells}", flush=True)
 
 
-def measure(kind: str, size: int, folder: Path) -> dict[str, list[float]]:
-    """Peaks in MB by phase, of every process; `model`: the weights in fp32."""
+def measure(kind: str, argv: Sequence[str], folder: Path) -> dict[str, list[float]]:
+    """Peaks in MB by phase, of every process; `model`: the weights in fp32. `training`: of a resumed run, in steps 2 to 5."""
     from fault_injector import ROOT, command, environment
 
-    ids = array("H", (number % VOCABULARY for number in range(2000)))
-    for name in ("train", "valid"):
-        (folder / f"{name}.ids").write_bytes(ids.tobytes())
-    width, layers, d_ff = SIZES[size]
-    argv = ["--train_data_path", f"{folder}/train.ids", "--val_data_path", f"{folder}/valid.ids"]
-    argv += ["--output_dir", f"{folder}/run", "--context_length", str(CONTEXT)]
-    argv += ["--d_model", str(width), "--num_layers", str(layers), "--num_heads", "16", "--d_ff", str(d_ff)]
-    argv += ["--vocab_size", str(VOCABULARY), "--batch_size", "4", "--max_steps", "9"]
-    argv += ["--num_workers", "0", "--eval_every", "0", "--save_every", "0", "--device", "cpu"]
     peaks: dict[str, list[float]] = defaultdict(list)
-    for step, phases in ((1, ("start", "save")), (2, ("resume",))):
+    for step, phases in ((1, ("start", "save")), (5, ("resume", "training"))):
         launched = command(kind, Path(__file__), str(folder), *argv, "--stop_at_step", str(step))
-        done = subprocess.run(launched, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        env = environment(**SETTLED)
+        done = subprocess.run(launched, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         reports = sorted(folder.glob("rank*.json"))
         if done.returncode or not reports:
             raise RuntimeError(f"{kind}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -76,6 +70,19 @@ def measure(kind: str, size: int, folder: Path) -> dict[str, list[float]]:
     peaks["model"] = [sum(file.stat().st_size for file in weights) / 1e6]
     shutil.rmtree(folder / "run")
     return peaks
+
+
+def arguments_of(size: int, context: int, folder: Path) -> list[str]:
+    """The run of a model of so many million parameters, whose ids lie in `folder`."""
+    ids = array("H", (number % VOCABULARY for number in range(20 * context + 2000)))
+    for name in ("train", "valid"):
+        (folder / f"{name}.ids").write_bytes(ids.tobytes())
+    width, layers, d_ff = SIZES[size]
+    argv = ["--train_data_path", f"{folder}/train.ids", "--val_data_path", f"{folder}/valid.ids"]
+    argv += ["--output_dir", f"{folder}/run", "--context_length", str(context)]
+    argv += ["--d_model", str(width), "--num_layers", str(layers), "--num_heads", "16", "--d_ff", str(d_ff)]
+    argv += ["--vocab_size", str(VOCABULARY), "--batch_size", "4", "--max_steps", "9"]
+    return [*argv, "--num_workers", "0", "--eval_every", "0", "--save_every", "0", "--device", "cpu"]
 
 
 def train_and_watch(folder: Path, argv: list[str]) -> None:

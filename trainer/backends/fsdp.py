@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
+from trainer.backends.blocks import blocks, named_blocks
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
@@ -160,32 +161,6 @@ def fill_shards(network: nn.Module, weights: Weights) -> None:
         buffer.copy_(weights(name))
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time. UserError if there are none."""
-    found = named_blocks(network)
-    if not found:
-        classes = ", ".join(_block_classes(network)) or "so"
-        raise UserError(
-            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
-            "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
-        )
-    return found
-
-
-def named_blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules whose classes the network names in `_no_split_modules`, as transformers' models do, or the launcher in
-    `fsdp_transformer_layer_cls_to_wrap`. A block within another comes before it, as `fully_shard` wants them."""
-    classes = _block_classes(network)
-    return [module for module in network.modules() if type(module).__name__ in classes][::-1]
-
-
-def _block_classes(network: nn.Module) -> list[str]:
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-    return [name.strip() for name in named.split(",") if name.strip()] or list(
-        getattr(network, "_no_split_modules", None) or ()
-    )
-
-
 def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
     """The name of a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only."""
     blocks_by_name = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in found}
@@ -225,16 +200,22 @@ def check_environment(environ: Mapping[str, str]) -> None:
         raise UserError("the launcher sets fsdp_auto_wrap_policy SIZE_BASED_WRAP; use TRANSFORMER_BASED_WRAP: blocks are known")
 
 
-def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
-    """One dimension (shards) or two (replicas, shards), as Accelerate's `parallelism_config` says."""
-    kind, replicas, shards = launch.device.type, 1, launch.processes
+def mesh_sizes(environ: Mapping[str, str], processes: int) -> tuple[int, int]:
+    """(replicas, shards of each), as Accelerate's `parallelism_config` says. UserError unless they are all processes."""
+    replicas, shards = 1, processes
     if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() in ("true", "1"):
         replicas, shards = (int(environ.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") or 1) for part in ("REPLICATE", "SHARD"))
-    if replicas * shards != launch.processes:
+    if replicas * shards != processes:
         raise UserError(
-            f"dp_replicate_size {replicas} x dp_shard_size {shards} is not {launch.processes} processes; set both in the "
+            f"dp_replicate_size {replicas} x dp_shard_size {shards} is not {processes} processes; set both in the "
             "parallelism_config of the --config_file, or by --parallelism_config_dp_replicate_size and ..._dp_shard_size"
         )
+    return replicas, shards
+
+
+def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
+    """One dimension (shards) or two (replicas, shards)."""
+    kind, (replicas, shards) = launch.device.type, mesh_sizes(environ, launch.processes)
     if replicas == 1:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))

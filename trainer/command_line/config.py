@@ -84,11 +84,12 @@ def parse(
     from_file = arguments(read_yaml(Path(config_file).expanduser(), config_class)) if config_file else []
     by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
     given = frozenset().union(*by_source)
+    beneath = [*leading, *from_file]
     try:
-        base = _epochs_win(cli(config_class, [*leading, *from_file], prog, default), by_source[:2])
+        base = _epochs_win(cli(config_class, beneath, prog, default) if beneath else default, by_source[:2])
     except UserError as error:
         raise UserError(f"--config {config_file}: {error}") from None
-    config = _epochs_win(cli(config_class, [*leading, *from_file, *argv], prog, default), by_source)
+    config = _epochs_win(cli(config_class, [*beneath, *argv], prog, default), by_source)
     steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
     if _length_flags(by_source) == {"max_steps", "max_epochs"} and steps and epochs:
         ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"

@@ -41,8 +41,10 @@ def text(
     commands: Mapping[str, str] | None = None,
     examples: Sequence[str] = (),
     everything: bool = True,
+    beside: Mapping[str, str] | None = None,
 ) -> str:
-    """The help for a config class in sections, or a flat dataclass of flags; `commands` {name: description}."""
+    """The help for a config class in sections, or a flat dataclass of flags; `commands` {name: description}, and likewise flags
+    `beside` the configuration."""
     sections = dict(_sections(config_class))
     shown = {
         title: [flag for flag in flags if everything or title not in ("optimisation", "run") or flag.name in USUAL]
@@ -59,6 +61,8 @@ def text(
         parts.append("\n".join(["Examples:", *(f"  {line}" for line in examples)]))
     for title, flags in shown.items():
         parts.append("\n".join([f"{title.capitalize() or 'Flags'}:", *(_row(flag.spelling, flag.help) for flag in flags)]))
+    if beside:
+        parts.append("\n".join(["Plan:", *(_row(name, description) for name, description in beside.items())]))
     hidden = sum(map(len, sections.values())) - sum(map(len, shown.values()))
     if hidden:
         parts.append(f"{hidden} more flags: --help all")

@@ -83,7 +83,9 @@ class Run:
     """batch_size x gradient_accumulation_steps samples a step in the largest micro-batches that fit into memory, found before
     the first step (one process, where they are split again if memory runs out later, or DDP)"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    """recompute activations in the backward pass, block by block: less memory, about a third more time"""
+    gradient_checkpointing_every: Annotated[int, Positive] = 1
+    """of so many blocks one, with --gradient_checkpointing: the others keep their activations, and cost no time"""
     deterministic: bool = False
     """deterministic kernels: bit-exact resume on a GPU too"""
     num_workers: Annotated[int, NotNegative] = 2

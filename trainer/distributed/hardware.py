@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-# Dense bf16/fp16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity).
-_PEAK_16_BIT = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+
+class Card(NamedTuple):
+    """A GPU."""
+
+    memory_gb: float
+    flops: float | None
+    """peak FLOP/s in bf16, or fp16 where it has no bf16, dense; None: not known"""
+    has_bf16: bool = True
+
+
+# NVIDIA's data sheets: memory, and tensor cores without sparsity. Of cards that come in two sizes, the larger memory.
+CARDS = {
+    "H200": Card(141, 989e12),
+    "H100 PCIe": Card(80, 756e12),
+    "H100 NVL": Card(94, 835e12),
+    "H100": Card(80, 989e12),
+    "A100": Card(80, 312e12),
+    "L40S": Card(48, 362e12),
+    "L4": Card(24, 121e12),
+    "A10": Card(24, 125e12),
+    "RTX 4090": Card(24, 165e12),
+    "RTX 3090": Card(24, 71e12),
+    "V100": Card(32, 125e12, has_bf16=False),
+    "T4": Card(16, 65e12, has_bf16=False),
 }
 
 
@@ -38,7 +48,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in _PEAK_16_BIT.items() if re.search(rf"\b{card}\b", name)), None)
+    return next((card.flops for known, card in CARDS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:

@@ -133,16 +133,25 @@ def _had_threads_from_user(launcher: int) -> bool:
     return False
 
 
-def resolve_precision(flag: str, launch: Launch) -> str:
-    """no, bf16 or fp16: the value of `--mixed_precision`, else what the launcher set, else the best this device has."""
+def requested_precision(flag: str) -> str:
+    """no, bf16 or fp16: the value of `--mixed_precision`, else what the launcher set; auto where neither says."""
     from_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if flag == "auto" and from_launcher not in ("no", "bf16", "fp16"):
         raise UserError(f"the launcher asks for mixed_precision {from_launcher}; use no, bf16 or fp16")
-    if flag == "auto" and from_launcher in ("bf16", "fp16"):
-        flag = from_launcher
-    elif flag == "auto":
-        on_gpu = launch.device.type == "cuda"
-        flag = "no" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if flag == "fp16" and launch.device.type == "cpu":
+    return from_launcher if flag == "auto" and from_launcher != "no" else flag
+
+
+def resolve_precision(flag: str, launch: Launch) -> str:
+    """no, bf16 or fp16: what was requested, else the best this device has."""
+    on_gpu = launch.device.type == "cuda"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision_on(requested_precision(flag), on_gpu, has_bf16)
+
+
+def precision_on(requested: str, on_gpu: bool, has_bf16: bool) -> str:
+    """no, bf16 or fp16 on such a device. UserError for fp16 without a GPU."""
+    if requested == "fp16" and not on_gpu:
         raise UserError("mixed_precision fp16 needs a GPU (on a CPU it would silently train in fp32); use bf16 or no")
-    return flag
+    if requested == "auto":
+        return "no" if not on_gpu else "bf16" if has_bf16 else "fp16"
+    return requested

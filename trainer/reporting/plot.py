@@ -21,6 +21,7 @@ Curve = tuple[list[float], list[float]]
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d62728"
 SHARES = ("accuracy", "fraction", "mfu")  # metrics between 0 and 1 that are read on a linear scale
+START_FRACTION = 0.02  # of a run, whose losses may be far above all others
 LOG_SPAN = 3  # ratio of largest and smallest value above which a scale is logarithmic
 MANY_POINTS = 200  # with more, a noisy curve is drawn pale under its running mean
 TITLE_CHARACTERS, LABEL_CHARACTERS, LEGEND_ROW_INCHES = 80, 90, 0.2
@@ -69,20 +70,6 @@ def plot_loss(
     save_figure(figure, out)
 
 
-def plot_metric(
-    runs: Mapping[str, Path],
-    metric: str,
-    out: Path,
-    *,
-    title: str = "",
-    unit: str = "",
-    baseline: tuple[str, float] | None = None,
-    along: str = "step",
-) -> None:
-    """`draw_runs`, written to `out`. OSError, and ValueError for an ending that matplotlib does not know."""
-    save_figure(draw_runs(runs, metric, title=title, unit=unit, baseline=baseline, along=along), out)
-
-
 def draw_runs(
     runs: Mapping[str, Path],
     metric: str,
@@ -129,6 +116,21 @@ def draw_runs(
     _whole_numbers_below(axis)
     _finish_figure(figure, title)
     return figure
+
+
+def plot_learning_rate(rates: Sequence[float], out: Path, title: str) -> None:
+    """Draws the learning rate of each step, from the first on. Raises OSError."""
+    figure = new_figure(8, 3)
+    axis = figure.subplots()
+    every = max(1, len(rates) // 2000)
+    places = [*range(0, len(rates), every), len(rates) - 1]
+    axis.plot(
+        [place + 1 for place in places], [rates[place] for place in places], label=f"learning rate (last {rates[-1]:.3g})"
+    )
+    axis.set_xlabel(BOTTOMS["step"])
+    _finish_axis(axis, "learning rate", linear=True)
+    _finish_figure(figure, title)
+    save_figure(figure, out)
 
 
 def in_words(metric: str) -> str:
@@ -218,9 +220,23 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
-    """Names and grids a panel. Unless `linear`, its scale is logarithmic if the values span more than a factor of 3: on a
-    linear one the first steps of a run take all the height and what matters afterwards is a flat line."""
-    values = [v for line in axis.get_lines() for v in cast(list[float], line.get_ydata()) if math.isfinite(v)]
+    """Names and grids a panel, so that the first steps do not take all the height and make a flat line of the rest.
+
+    Where all but the start of the run spans less than a fifth of the values, the start runs out of the panel at the top. Unless
+    `linear`, the scale is logarithmic if what is shown spans more than a factor of 3.
+    """
+    points = [
+        (x, y)
+        for line in axis.get_lines()
+        for x, y in zip(cast(list[float], line.get_xdata()), cast(list[float], line.get_ydata()), strict=True)
+        if math.isfinite(y)
+    ]
+    values, start = [y for _, y in points], axis.dataLim.x0 + START_FRACTION * axis.dataLim.width
+    rest = [y for x, y in points if x >= start]
+    if rest and not linear and max(values) - min(values) > 5 * (max(rest) - min(values)):
+        margin = 0.1 * (max(rest) - min(values))
+        axis.set_ylim(min(values) - margin, max(rest) + margin)
+        values = rest
     span = max(values) / min(values) if values and min(values) > 0 else 1
     if span > LOG_SPAN and not linear:
         log_scale(axis, span)

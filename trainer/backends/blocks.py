@@ -1,0 +1,58 @@
+"""The blocks of a network: what FSDP gathers at a time, and what `--gradient_checkpointing` computes again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import UserError
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one at a time. UserError if there are none."""
+    found = named_blocks(network)
+    if not found:
+        classes = ", ".join(_block_classes(network)) or "so"
+        raise UserError(
+            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
+            "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
+        )
+    return found
+
+
+def named_blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules whose classes the network names in `_no_split_modules`, as transformers' models do, or the launcher in
+    `fsdp_transformer_layer_cls_to_wrap`. A block within another comes before it, as `fully_shard` wants them."""
+    classes = _block_classes(network)
+    return [module for module in network.modules() if type(module).__name__ in classes][::-1]
+
+
+def _block_classes(network: nn.Module) -> list[str]:
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    return [name.strip() for name in named.split(",") if name.strip()] or list(
+        getattr(network, "_no_split_modules", None) or ()
+    )
+
+
+def recompute_activations(network: nn.Module, every: int) -> None:
+    """Keep no activations of one block in `every`, the first of them: its backward pass computes them again (Chen et al. 2016).
+
+    In the block, not around it, so that FSDP and ZeRO gather its weights once for both. UserError for a network without blocks.
+    """
+    blocks = named_blocks(network)[::-1]
+    if not blocks:
+        raise UserError(
+            f"--gradient_checkpointing goes block by block, and {type(network).__name__} names none in _no_split_modules; "
+            "leave it out"
+        )
+    for block in blocks[::every]:
+        block.forward = partial(_recomputed, block, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if block.training else forward(*args, **kwargs)

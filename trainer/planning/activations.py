@@ -1,0 +1,122 @@
+"""What a pass through the real network keeps and computes, counted without its memory: operations are done on shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from trainer.evaluation.objective import Objective
+from trainer.initial_weights import replace_tensors
+from trainer.planning.memory import MicroStep
+from trainer.recipe import Batch
+
+_aten = torch.ops.aten
+_FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Counter(TorchDispatchMode):
+    """Counts memory from the operation that makes it until no tensor lies in it any more."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.gradients = self.most = self.most_with_gradients = 0
+        self.flops = 0.0
+        self.sizes = dict.fromkeys((_memory(tensor) for tensor in known), 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor) and _memory(tensor) not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+                self.compare()
+        return result
+
+    def forget(self, memory: int) -> None:
+        """It is free."""
+        self.live -= self.sizes.pop(memory, 0)
+
+    def take_gradient(self, parameter: Tensor) -> None:
+        """A gradient is complete: from here on it counts as one."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+        self.compare()
+
+    def compare(self) -> None:
+        """Keep the highest so far."""
+        self.most = max(self.most, self.live)
+        self.most_with_gradients = max(self.most_with_gradients, self.live + self.gradients)
+
+
+def count_micro_step(objective: Objective, batch: Batch, precision: str, on_gpu: bool) -> tuple[MicroStep, MicroStep]:
+    """A forward and backward pass of a batch in `precision` (no, bf16, fp16), as it would be without torch.compile: where
+    autocast keeps what it casts of the weights until the forward is over, and where it does not, as under FSDP.
+
+    The network of `objective` is useless afterwards. RuntimeError for what cannot be done on shapes alone.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        replace_tensors(objective, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    inputs: Batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+    objective.train()
+    with mode, _attention_as_on_a_gpu() if on_gpu else contextlib.nullcontext():
+        cached = _count(objective, inputs, precision, cache=True)
+        return cached, cached if precision == "no" else _count(objective, inputs, precision, cache=False)
+
+
+def _count(objective: Objective, inputs: Batch, precision: str, cache: bool) -> MicroStep:
+    counter = _Counter([*objective.parameters(), *objective.buffers(), *inputs.values()])
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(counter.take_gradient) for parameter in trained]
+    with counter:
+        with torch.autocast("cpu", _DTYPES[precision], enabled=precision != "no", cache_enabled=cache):
+            sums = objective(inputs)
+        sums.backward(torch.ones_like(sums))
+    for hook in hooks:
+        hook.remove()
+    return MicroStep(counter.most, counter.most_with_gradients, counter.flops)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def _attention_as_on_a_gpu() -> Iterator[None]:
+    """Without dropout: a GPU's kernels drop within, and a CPU's would write all attention weights to memory for it."""
+    attention = F.scaled_dot_product_attention
+
+    def without_dropout(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **other: Any
+    ) -> Tensor:
+        return attention(query, key, value, attn_mask, **other)
+
+    F.scaled_dot_product_attention = without_dropout  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention

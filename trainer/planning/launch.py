@@ -1,0 +1,95 @@
+"""The launch that is planned: how it spreads a model, and over what. Checked as the run would check it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.backends import backend_of
+from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
+from trainer.backends.fsdp import FsdpBackend, check_environment, mesh_sizes
+from trainer.backends.zero import ZeroBackend
+from trainer.command_line.sections import Optimisation
+from trainer.distributed.hardware import CARDS, Card
+from trainer.errors import UserError
+from trainer.planning.memory import BUCKETS, Way
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a process runs on."""
+
+    name: str
+    card: Card | None
+    """None: a CPU"""
+    gigabytes: float
+    """for each process"""
+
+
+def place_of(gpu: str | None, device: str, environ: Mapping[str, str], local_processes: int) -> Place:
+    """A card by its name or its gigabytes; else the GPU here, or a process's part of the host. UserError for other cards."""
+    names = {name.lower().removeprefix("rtx ").replace(" ", "-"): name for name in CARDS}
+    if gpu is not None and gpu.lower() in names:
+        name = names[gpu.lower()]
+        return Place(name, CARDS[name], CARDS[name].memory_gb)
+    if gpu is not None:
+        try:
+            gigabytes = float(gpu)
+        except ValueError:
+            raise UserError(f"gpu {gpu!r} is unknown; give its gigabytes, or one of {', '.join(names)}") from None
+        return Place("GPU", Card(gigabytes, None), gigabytes)
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") if device == "auto" else device == "cpu"
+    if torch.cuda.is_available() and not on_cpu:
+        properties = torch.cuda.get_device_properties(0)
+        known = next((card for name, card in CARDS.items() if name in properties.name), Card(0, None))
+        gigabytes = properties.total_memory / 1e9
+        return Place(properties.name, known._replace(memory_gb=gigabytes), gigabytes)
+    return Place("CPU", None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 / local_processes)
+
+
+def way_of(environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str) -> Way:
+    """How this launch spreads a model. UserError for whatever its files and the flags of the recipe do not agree on."""
+    kind = backend_of(environ)
+    if kind is ZeroBackend:
+        return _zero(environ, settings, processes, precision, precision_flag)
+    if kind is FsdpBackend:
+        check_environment(environ)
+        if precision == "fp16":
+            raise UserError("mixed_precision fp16 is not for FSDP: use bf16 or no")
+        replicas, shards = mesh_sizes(environ, processes)
+        offloads = environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        name = (f"HSDP, {replicas} replicas" if replicas > 1 else "FSDP2") + (", offload" if offloads else "")
+        gathered = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("false", "0")
+        offload = frozenset({"weights", "moments"} if offloads else ())
+        return Way(name, "fsdp", processes, shards, offload=offload, stays_gathered=gathered)
+    return Way("DDP" if processes > 1 else "one process", "plain", processes, 1)
+
+
+def _zero(environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str) -> Way:
+    """From the DeepSpeed file, as Accelerate reads it."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    check_deepspeed_file(environ)
+    config = DeepSpeedPlugin().deepspeed_config
+    filled = fill_deepspeed_config(config, precision, settings, processes, precision_flag)
+    check_filled(filled)
+    zero: Mapping[str, Any] = filled["zero_optimization"]
+
+    def offloads(part: str) -> bool:
+        return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
+
+    offload = frozenset(what for what, part in (("weights", "param"), ("moments", "optimizer")) if offloads(part))
+    return Way(
+        f"ZeRO-{zero['stage']}" + (", offload" if offload else ""),
+        "zero",
+        processes,
+        processes,
+        stage=zero["stage"],
+        offload=offload,
+        half=any((filled.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16")),
+        buckets={name: int(zero[name]) if zero.get(name, "auto") != "auto" else size for name, size in BUCKETS.items()},
+    )
