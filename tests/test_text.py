@@ -178,6 +178,10 @@ def test_of_a_data_set_of_the_hub_without_validation_a_part_is_held_out(
     counts = Counter(split for split, *_ in corpus.rows(without))
     assert 0.04 < counts["validation"] / len(rows) < 0.06
     assert (counts.total(), without) == (len(rows), {"owner/stories": 1})
+    data["train"] = datasets.Dataset.from_list([{"text": ["a list"]}])
+    with pytest.raises(ValueError, match=r"owner/stories, train, row 1: column 'text' holds .* not text") as error:
+        list(find_corpus("owner/stories", [], Reading(), tmp_path).rows(Counter()))
+    one_line(error)
     with pytest.raises(ValueError, match=r"the columns text: train and story \(--column\) are needed"):
         find_corpus("owner/stories", [], Reading("story"), tmp_path)
 

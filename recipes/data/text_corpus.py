@@ -12,7 +12,7 @@ from recipes.data.cache import content_hash, remembered_hash
 from recipes.data.documents import piece_size, pieces, units
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
-from recipes.data.text_files import cell, lines, no_progress, rows, text_blocks
+from recipes.data.text_files import cell, checked_texts, lines, no_progress, rows, text_blocks
 from recipes.data.text_sources import SPLITS, Source, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
@@ -124,20 +124,18 @@ def _files(source: Source) -> list[Path]:
 def _split_rows(
     splits: Mapping[str, list[Source]], reading: Reading, without: Counter[str], piece: int | None
 ) -> Iterator[Row]:
-    for split in SPLITS:
-        found = False
-        for source in splits.get(split, ()):
-            before = found
+    for split in (name for name in SPLITS if name in splits):
+        empty: list[str] = []
+        for source in splits[split]:
             found = False
             for text, end in _texts(source, reading, without, piece):
                 found = found or bool(text)
                 yield split, text, end
             if not found:
-                without[source.name] += 0
-            found = found or before
-        if not found and split in splits:
-            name = splits[split][0].name
-            raise ValueError(f"{name} is empty, or has only blank rows; give one with text for {split}, or remove it")
+                empty.append(source.name)
+        if len(empty) == len(splits[split]):
+            raise ValueError(f"{empty[0]} is empty, or has only blank rows; give one with text for {split}, or remove it")
+        without.update(dict.fromkeys(empty, 0))
 
 
 def _texts(source: Source, reading: Reading, without: Counter[str], piece: int | None) -> Iterator[tuple[str, bool]]:
@@ -237,12 +235,10 @@ def _hub_corpus(dataset: str, reading: Reading) -> Corpus:
 
     def all_rows(without: Counter[str], piece: int | None) -> Iterator[Row]:
         for split in SPLITS:
-            for row in splits.get(split, ()):
-                text = cell(row, reading.column)
-                if text is None:
-                    without[dataset] += 1
-                else:
-                    yield from ((split, part, end) for part, end in _cut(text.rstrip(), piece))
+            read = enumerate(splits.get(split, ()), start=1)
+            values = ((f"{dataset}, {split}, row {number}", cell(row, reading.column), row) for number, row in read)
+            for text in checked_texts(values, dataset, reading.column, without):
+                yield from ((split, part, end) for part, end in _cut(text.rstrip(), piece))
 
     digest = content_hash(repr(reading), *(f"{name} {splits[name]._fingerprint}" for name in sorted(splits)))
     return _with_validation(dataset, digest, all_rows, splits.keys(), splits["train"].data.nbytes, reading, [])

@@ -42,6 +42,15 @@ def rows(source: Source, column: str | None, read: Read, without: Counter[str]) 
         values = _data_set_rows(source, column)
     else:
         values = (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, read)
+    return checked_texts(values, source.name, column, without)
+
+
+Row = tuple[str, Any, Iterable[str]]
+"""where it is, what stands in the column (None: nothing), the names of the columns"""
+
+
+def checked_texts(values: Iterable[Row], name: str, column: str | None, without: Counter[str]) -> Iterator[str]:
+    """The texts of rows of `name`, in which those without are counted. ValueError as of `rows`."""
     found, names = False, ""
     for place, text, columns in values:
         if isinstance(text, str):
@@ -50,16 +59,12 @@ def rows(source: Source, column: str | None, read: Read, without: Counter[str]) 
             found = True
             yield text
         elif text is None:
-            without[source.name] += 1
+            without[name] += 1
             names = names or ", ".join(columns)
         else:
             raise ValueError(f"{place}: column {column!r} holds {str(text)[:40]!r}, not text; give another with --column")
     if names and not found:
-        raise ValueError(f"{source.name} has no text in {column!r} (it has {names}); give its name with --column")
-
-
-Row = tuple[str, Any, Iterable[str]]
-"""where it is, what stands in the column (None: nothing), the names of the columns"""
+        raise ValueError(f"{name} has no text in {column!r} (it has {names}); give its name with --column")
 
 
 def text_blocks(path: Path, read: Read) -> Iterator[str]:
