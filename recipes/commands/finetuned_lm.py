@@ -11,6 +11,7 @@ from tyro.conf import arg
 from recipes.commands.language_model import Sampling, check_sampling, perplexity, trained_network
 from trainer.command_line.bounds import NotNegative, Positive
 from trainer.command_line.locations import Existing
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -31,7 +32,7 @@ class Evaluate:
     data_dir: Annotated[str | None, Existing] = None
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
     """samples of one micro-step, summed over all processes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from trainer.command_line.bounds import Bound, NotNegative
 from trainer.command_line.locations import Existing
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Sampling:
     top_p: Annotated[float, Bound(0, most=1, exclusive=True)] = 0.95
     """sample from the smallest set of tokens with this mass"""
     seed: int = 42
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 def check_sampling(flags: Sampling) -> None:

@@ -72,8 +72,13 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps: torch sees no Apple GPU here; use --device cpu")
+    if device == "mps" and meeting is not None:
+        raise UserError("device mps is for one process that python starts: Apple's GPUs have no collectives; use --device cpu")
     launcher_uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() or (meeting is None and torch.backends.mps.is_available())
+    on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not has_gpu
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     # Where `srun` or `mpirun` started us, which set no number; what it comes to is printed with the launch.
@@ -141,8 +146,8 @@ def resolve_precision(flag: str, launch: Launch) -> str:
     if flag == "auto" and from_launcher in ("bf16", "fp16"):
         flag = from_launcher
     elif flag == "auto":
-        on_gpu = launch.device.type == "cuda"
+        on_gpu = launch.device.type == "cuda"  # on Apple's, fp32: bf16 asks for macOS 14
         flag = "no" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if flag == "fp16" and launch.device.type == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU (on a CPU it would silently train in fp32); use bf16 or no")
+    if flag == "fp16" and launch.device.type != "cuda":
+        raise UserError(f"mixed_precision fp16 needs a CUDA GPU, and this is {launch.device.type}; use bf16 or no")
     return flag
