@@ -17,7 +17,7 @@ from recipes.baselines.collatz import Anomalies, beside_baselines, held_out_with
 from recipes.commands.collatz import Analyse, Predict, analyse, predict
 from trainer.command_line import sections
 from trainer.command_line.bounds import Bound, Fraction, NotNegative, Positive
-from trainer.distributed.hardware import cores
+from trainer.distributed.hardware import cores, sum_dtype
 from trainer.errors import UserError
 from trainer.main import main
 from trainer.optimisation.schedule import ramp_cosine
@@ -211,8 +211,8 @@ class Collatz(Recipe[Config]):
         predicted, logits = predict_batch(network, batch)
         self.anomalies.record(predicted, batch)
         scored, steps, targets = batch["scored"], batch["steps"], batch["tokens"][:, 1:]
-        real = targets != PADDING
-        nats, count = next_token_loss(logits, batch).double().sum(1), real.sum(1)
+        real, exact = targets != PADDING, sum_dtype(targets.device)
+        nats, count = next_token_loss(logits, batch).to(exact).sum(1), real.sum(1)
         right = ((logits.argmax(-1) == targets) & real).sum(1)
         cut = steps > batch["tokens"].shape[1]
         sums: dict[str, tuple[Tensor | float, Tensor | float]] = {
@@ -225,8 +225,8 @@ class Collatz(Recipe[Config]):
         }
         guesses = {"": predicted, "_magnitude": batch["magnitude"].float(), "_formula": batch["formula"].float()}
         for suffix, guess in guesses.items():
-            error = (steps_of(guess) - steps).abs().double()
-            sums[f"stop{suffix}"] = (stopping_loss(guess, batch).double().sum(), scored.sum())
+            error = (steps_of(guess) - steps).abs().to(exact)
+            sums[f"stop{suffix}"] = (stopping_loss(guess, batch).to(exact).sum(), scored.sum())
             sums[f"mae{suffix}"] = ((error * (scored & ~cut)).sum(), (scored & ~cut).sum())
             sums[f"mae_cut{suffix}"] = ((error * (scored & cut)).sum(), (scored & cut).sum())
         for number, kind in enumerate(KINDS):

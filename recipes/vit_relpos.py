@@ -13,8 +13,9 @@ from tyro.conf import arg
 
 from recipes.commands.attention_visualisation import Visualise, visualise
 from recipes.commands.image_evaluation import Evaluate, accuracies_in, draw_images, evaluate, summarise_run
+from recipes.commands.timm_weights import timm_settings, timm_weights
 from recipes.experiments.position_encodings import Compare, compare
-from recipes.models.patch_grid import resolve_sizes
+from recipes.models.patch_grid import YAML_SECTIONS, resolve_sizes
 from trainer.command_line import sections
 from trainer.command_line.bounds import Fraction, NotNegative, Positive
 from trainer.command_line.locations import Existing
@@ -45,8 +46,8 @@ class ModelConfig:
     """of attention weights, the output of attention, and the MLP"""
     attention_scale: bool = True
     """attention logits divided by sqrt(head_dim)"""
-    pool: Literal["cls", "mean"] = "cls"
-    """what the head reads: a class token, or the mean of the patches (and no class token)"""
+    pool: Literal["cls", "mean", "mean_then_norm"] = "cls"
+    """what the head reads: a class token; or, without one, the mean of the patches, behind or before the last norm"""
     patch_size: Annotated[int | None, Positive] = None
     """pixels along a side of a patch (default: 16; digits 2, cifar10 4)"""
     window_size: Annotated[tuple[int, int] | None, Positive] = None
@@ -117,14 +118,7 @@ class Config:
         num_workers=WORKERS, log_every=50, eval_every=0, save_epochs=10, use_tensorboard=True, wandb_project="vit-relpos"
     )
 
-    yaml_sections = {
-        "project": {"name": "run_name", "seed": "seed", "device": "device"},
-        "input": {"batch_size": "batch_size", "sequence_length": "sequence_length", "embed_dim": "d_model"},
-        "attention": {"num_heads": "num_heads", "head_dim": "head_dim", "dropout": "dropout", "scale": "attention_scale"},
-        "relative_position_bias": {name: name for name in ("window_size", "init_std")}
-        | {"enabled": "relative_position", "type": "bias_type", "learnable": "learnable_bias"},
-        "training": None,
-    }
+    yaml_sections = YAML_SECTIONS
 
     def resolved(self) -> Config:
         """With sizes of image, patches and window that agree, and channels. ValueError, naming both, where two contradict."""
@@ -180,8 +174,8 @@ class VitRelpos(Recipe[Config]):
     }
     best_metric, best_is = "val_accuracy", "higher"
     patience_metric = ("val_loss", "lower")
-    monitored = ("accuracy",)
-    throughput = ("images", "class")
+    monitored, throughput = ("accuracy",), ("images", "class")
+    free_settings = ("dropout", "relative_position", "image_mean", "image_std")
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and, where there is one, test; the training images augmented."""
@@ -221,9 +215,8 @@ class VitRelpos(Recipe[Config]):
 
         logits, labels = network(batch["images"]).float(), batch["labels"]
         hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]  # [batch, 5]
-        sums = {"class": cross_entropy(logits, labels, reduction="sum"), "accuracy": hits[:, 0].sum()}
-        sums |= {"top5": hits.sum()} if logits.shape[-1] > 5 else {}
-        return {name: (total, len(labels)) for name, total in sums.items()}
+        sums = {"class": cross_entropy(logits, labels, reduction="sum"), "accuracy": hits[:, 0].sum(), "top5": hits.sum()}
+        return {name: (total, len(labels)) for name, total in sums.items() if name != "top5" or logits.shape[-1] > 5}
 
     def parameter_groups(self, network: Any, config: Config) -> list[dict[str, Any]]:
         """No weight decay on biases, norms, bias tables, class token and position embedding."""
@@ -233,6 +226,14 @@ class VitRelpos(Recipe[Config]):
         """Warm-up from a tenth of the peak, then a cosine."""
         o = config.optimisation
         return ramp_cosine(step, total_steps, o.warmup_steps or o.warmup_fraction * total_steps, o.learning_rate, o.min_lr, 0.1)
+
+    def pretrained_settings(self, name: str, saved: Config | None) -> Mapping[str, Any]:
+        """Of our own checkpoint, or of a ViT of timm."""
+        return vars(saved.model) if saved else timm_settings(name)
+
+    def pretrained(self, name: str, network: Any, initial: Any) -> Any:
+        """timm's, interpolated for our grid; a classifier of other classes, and a bias that timm's has not, begin anew."""
+        return timm_weights(name, network, initial, self.notes)
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """The arguments of VisionTransformer, and the names of the classes."""

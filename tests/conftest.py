@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from fault_injector import guard
+from launching import keep_imports_frozen
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for number in (signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+
+
+def pytest_collection_finish() -> None:
+    """Once the tests are imported."""
+    keep_imports_frozen()

@@ -6,7 +6,6 @@ run ended. `launch` starts it, and gives back the runs as their run directories 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch_server import launch_forked
-from launching import environment, processes_of
+from launching import environment, keep_imports_frozen, processes_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -102,10 +101,7 @@ def train_all(folder: Path) -> None:
     from trainer.reporting.console import Console
 
     connected = connect("cpu", 3.0, backend_of(os.environ).before_connect)
-    # Each run collects and freezes what is there, and lets go of it at its end. What was imported stays frozen here: to look at
-    # a million objects again takes longer than to train the toy.
-    gc.freeze()
-    gc.unfreeze = lambda: None
+    keep_imports_frozen()
     outcomes = {}
     for name, (path, argv) in json.loads((folder / "runs.json").read_text()).items():
         recipe, console = recipe_of(path), Console(None, connected.is_main)

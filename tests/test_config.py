@@ -142,7 +142,7 @@ def test_booleans_none_and_the_last_of_two() -> None:
         (["--d_model", "1.5"], ["--d_model", "1.5"]),
         (["--d_model"], ["--d_model"]),
         (["--max_training_hours", "8h"], ["--max_training_hours", "8h"]),
-        (["--device", "gpu"], ["gpu", "auto", "cpu", "cuda"]),
+        (["--device", "gpu"], ["gpu", "auto", "cpu", "cuda", "mps"]),
         (["--optimizer", "lion"], ["lion", "adamw", "muon"]),
         (["--compile", "perhaps"], ["perhaps"]),
         (["stray"], ["stray"]),

@@ -82,7 +82,7 @@ def test_a_model_goes_on_from_a_checkpoint(outputs: tuple[Path, dict[str, tuple[
     [
         ("no model", "no model is named; give --init_from"),
         ("another rank", "lora_rank: "),
-        ("no test rows", "has no test rows; give --split validation"),
+        ("no test rows", "has no test text; give --split validation"),
         ("long prompt", "tokens, and the model reads"),
     ],
 )

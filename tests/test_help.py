@@ -18,7 +18,7 @@ from trainer import main
 from trainer.command_line import config, help
 from trainer.command_line.flags import flag_names
 from trainer.errors import UserError
-from trainer.planning.flags import take_plan_flags
+from trainer.planning.flags import PLAN_HELP, take_plan_flags
 from trainer.recipe import Recipe
 
 RECIPES = [Gpt2Wikitext(), TinyStoriesLM(), PFNRaventos(), VitRelpos(), Collatz(), FinetuneLM()]
@@ -39,7 +39,7 @@ def test_every_flag_is_there_with_all_and_those_that_people_use_without(recipe: 
     short, full = (main.help_text(recipe, "train", everything) for everything in (False, True))
     fields = set(flag_names(recipe.config_class).values())
     unused = set(getattr(recipe.config_class, "unused", ()))
-    assert flags_in(full) == fields - unused
+    assert flags_in(full) == fields - unused | {flag.removeprefix("--").split()[0] for flag in PLAN_HELP}
     assert flags_in(full) - flags_in(short)
     assert set(help.USUAL) - unused <= flags_in(short)
     assert f"{len(flags_in(full)) - len(flags_in(short))} more flags: --help all" in short

@@ -88,6 +88,14 @@ def test_a_folder_without_a_configuration_is_refused(content: str | None, words:
         planned("--init_from", str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["nosuch", "nobody/nosuch", "./nosuch", "/no/such/folder"])
+def test_what_is_no_folder_is_said_to_be_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="there is no such folder"):
+        planned("--init_from", name)
+
+
 def test_a_checkpoint_of_ours_brings_its_flags(tmp_path: Path) -> None:
     trained = Config(ModelConfig(d_model=32, num_layers=3, num_heads=2, max_length=40), DataConfig(dataset="embedded"))
     texts = {"config.yaml": configuration.to_yaml(trained), "tokenizer.json": "{}"}

@@ -204,11 +204,21 @@ class Views(nn.Module):
         (Views, "upper and lower lie in the same memory"),
         (lambda: nn.Linear(2, int(torch.randint(3, (1,)))), "building the network reads the values of a tensor"),
         (lambda: nn.LazyLinear(2), "building the network makes a lazy module"),
+        (lambda: nn.ParameterDict({"none": nn.Parameter(torch.zeros(3, 0))}), r"none is of shape \(3, 0\), without an element"),
     ],
 )
 def test_what_could_not_be_filled_alone_is_refused_by_name(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(UserError, match=message):
         filled(build)
+
+
+def test_parameters_lie_in_memory_as_a_resumed_run_has_them() -> None:
+    """By rows, whatever layout their author gave them: sums in another order would round otherwise."""
+    build = lambda: nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last))  # noqa: E731
+    assert not build()[0].weight.is_contiguous()
+    network = filled(build)
+    assert network[0].weight.is_contiguous()
+    assert network[0].weight.shape == (4, 3, 3, 3)
 
 
 def test_what_a_recipe_cannot_build_is_one_line(tmp_path: Path) -> None:

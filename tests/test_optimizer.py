@@ -124,6 +124,7 @@ def test_classes_and_settings() -> None:
     sgd = optimizer.build(groups(net), net, settings("sgd", beta1=0.6))
     assert type(sgd) is torch.optim.SGD
     assert all(group["momentum"] == 0.6 and group["fused"] for group in sgd.param_groups)
+    assert not sgd.state  # nothing of the size of the whole model before a backend has cut it
 
 
 # --------------------------------------------------------------------------------------------------------------- muon

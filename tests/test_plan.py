@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def test_the_plan_of_a_tiny_run(tmp_path: Path) -> None:
     assert "after 5 steps" in output, "an untyped warm-up is cut to a tenth of the run"
     assert "5 step saves, with keep_last 3 at most 4 of them" in output
     assert "13 of epochs and the best model stay" in output
-    assert "4 x 80 GB: DDP, 0 of 80 GB; what is cut or offloaded would be slower" in output
+    assert re.search(r"4 x 80 GB: DDP, 0\.00\d+ of 80 GB; what is cut or offloaded would be slower", output)
+    assert "Memory of each process at its highest, in MB:" in output
     assert (tmp_path / "run_learning_rate.png").stat().st_size > 10_000
     assert not (tmp_path / "run").exists(), "nothing is trained"
 

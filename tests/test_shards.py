@@ -1,4 +1,4 @@
-"""FSDP2 from the meta device: each process reads and holds its own rows, and together they are the whole."""
+"""FSDP2 and ZeRO-3 from the meta device: each process reads and holds its own part, and together they are the whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from toy_recipe import ToyRecipe
 
-from trainer.backends.fsdp import FsdpBackend, fill_shards
+from trainer.backends.blocks import check_dimensions
+from trainer.backends.fsdp import FsdpBackend, fill_shards, make_room
 from trainer.backends.tensors import restored_like, whole_entries
 from trainer.backends.zero import ZeroBackend
 from trainer.checkpoints import writing
@@ -143,6 +144,20 @@ def test_evaluation_holds_a_share_and_measures_the_same(
     assert alone["size"] > 0
     assert sum(outcome.pop("weights") for outcome in shared) == alone.pop("weights")
     assert shared == [{name: pytest.approx(value, rel=1e-6) for name, value in alone.items()}] * PROCESSES
+
+
+def test_buffers_stay_where_an_offloaded_network_computes() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to("meta")
+    make_room(network, "cpu", "meta")
+    assert {p.device.type for p in network.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
+
+
+def test_a_parameter_without_dimensions_is_refused_by_name() -> None:
+    network = nn.Linear(2, 2)
+    network.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(UserError, match="scale has no dimension to cut it along"):
+        check_dimensions(network)
 
 
 def cut_by_zero(folder: Path, rank: int) -> dict[str, Any]:

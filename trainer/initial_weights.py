@@ -180,7 +180,7 @@ def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, I
 
     def on_meta(name: str, tensor: Tensor) -> Tensor:
         tensors[name] = tensor.detach()
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # row-major, as it comes from a checkpoint
 
     replace_tensors(network, on_meta)
     values = InitialWeights(recorder.calls, tensors, seed)
@@ -197,7 +197,9 @@ def check(network: nn.Module, values: InitialWeights) -> None:
                 f"{f'{name}.' if name else ''}{attribute} is a tensor that is neither parameter nor buffer, so nobody would "
                 "fill or move it; register it as a buffer"
             )
-    for name, _ in network.named_parameters():
+    for name, p in network.named_parameters():
+        if not p.numel():
+            raise UserError(f"{name} is of shape {tuple(p.shape)}, without an element to train; leave it out")
         if values.owner(name) != name:
             raise UserError(f"{name} and {values.owner(name)} lie in the same memory; tie them (one Parameter), or copy")
 
@@ -262,7 +264,7 @@ def replace_tensors(network: nn.Module, make: Callable[[str, Tensor], Tensor]) -
 
 def fill(network: nn.Module, weights: Weights, device: torch.device) -> None:
     """Give a network on the meta device its values, whole, one tensor at a time."""
-    replace_tensors(network, lambda name, tensor: weights(name).to(device, tensor.dtype))
+    replace_tensors(network, lambda name, tensor: weights(name).to(device, tensor.dtype).contiguous())
 
 
 def _memory(tensor: Tensor) -> int:

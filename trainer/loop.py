@@ -104,8 +104,9 @@ class Training:
             if reason is None and self.evaluation_due():
                 is_best, reason = self.evaluate(votes.save > 0)
             reason = reason or self.end_reason()
-            if reason or is_best or votes.save or self.saver.due():
-                self.save(is_best, reason)
+            due = votes.save > 0 or self.saver.due()
+            if reason or is_best or due:
+                self.save(is_best, reason, only_best=not (reason or due))
             if reason:
                 return reason
 
@@ -262,7 +263,7 @@ class Training:
             state.best_metric, state.best_step = metric, state.step
         return is_best, None
 
-    def save(self, is_best: bool, reason: StopReason | None) -> None:
+    def save(self, is_best: bool, reason: StopReason | None, only_best: bool = False) -> None:
         """Begin a checkpoint of this step, if there is none, and the links it has earned; a stop waits for its end."""
         self.settle()  # one at a time
         self.backend.use_averages(False)  # an evaluation may have been cut short
@@ -272,7 +273,7 @@ class Training:
         state.bad_steps, state.bad_steps_in_a_row = self.bad_steps.total, self.bad_steps.in_a_row
         state.loss_sums, state.item_counts = self.logger.unlogged()
         state.hours = self.logger.hours()
-        self.saver.save(is_best, reason)
+        self.saver.save(is_best, reason, only_best)
         if reason or self.run_config.save_sync:
             self.settle()
 

@@ -180,6 +180,8 @@ class Recipe(Generic[ConfigT]):
 
     def __init__(self) -> None:
         self.report: Report[ConfigT] = self.report_class(self)
+        self.notes: list[str] = []
+        """what the user should know of the weights that `pretrained` has found, printed with their name"""
 
     # ---- what is trained on what
 

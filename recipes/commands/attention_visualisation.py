@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from trainer.command_line.bounds import NotNegative
 from trainer.command_line.locations import Existing, ToMake
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 from trainer.reporting.plot import new_figure, save_figure
@@ -37,7 +38,7 @@ class Visualise:
     """folder of the plots (default: plots/ of the run)"""
     images: Annotated[int, NotNegative] = 4
     """validation images whose attention is plotted: one of each class, wrongly classified ones first"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 def visualise(recipe: Recipe, flags: Visualise, launch: Launch, log: Log) -> None:

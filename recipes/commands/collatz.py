@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 from recipes.baselines.collatz import FORMULA, beside_baselines, held_out_with_baselines, log_and_digits, steps_of
 from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing, ToMake
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 from trainer.reporting.plot import new_figure, save_figure
@@ -40,7 +41,7 @@ class Predict:
     """decimal numbers of any size"""
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
     """checkpoint folder, as given or below the latest run"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Analyse:
     """where the pictures go (default: plots/ of the run)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 256
     """numbers of one micro-step, summed over all processes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import arg
-
-from recipes.commands.language_model import Sampling, check_sampling, perplexity, trained_network
+from recipes.commands.language_model import Sampling, SplitEvaluation, check_sampling, perplexity, trained_network
 from trainer.command_line.bounds import NotNegative, Positive
-from trainer.command_line.locations import Existing
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -19,19 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(SplitEvaluation):
     """Measure a trained model: loss and perplexity on what it is to say."""
-
-    model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
-    split: Literal["train", "validation", "test"] | None = None
-    """default: test, or validation where there are no test rows"""
-    dataset: str | None = None
-    """another data set than the checkpoint's"""
-    data_dir: Annotated[str | None, Existing] = None
-    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
-    """samples of one micro-step, summed over all processes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -49,17 +35,9 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
-    changes: dict[str, str | None] = {"tokenizer": str(checkpoint.path)}
-    if flags.dataset:
-        changes |= {"dataset": flags.dataset, "data_dir": None}
-    if flags.data_dir is not None:
-        changes |= {"data_dir": flags.data_dir}
-    config = replace(config, data=replace(config.data, **changes))
+    config = flags.applied_to(config, str(checkpoint.path))
     data = load_data(recipe, config, launch)
-    split = flags.split or ("test" if data.test else "validation")
-    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
-    if dataset is None:
-        raise UserError(f"{config.data.data_dir or config.data.dataset} has no test rows; give --split validation")
+    split, dataset = flags.chosen(config, data)
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
     objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
     loss = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)["loss"]

@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Batch, Log, Recipe
 
@@ -32,7 +33,7 @@ class Evaluate:
     """another folder of images, with the classes of the model"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
     """samples of one forward, summed over all processes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:

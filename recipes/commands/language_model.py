@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from trainer.command_line.bounds import Bound, NotNegative
+from tyro.conf import arg
+
+from trainer.command_line.bounds import Bound, NotNegative, Positive
 from trainer.command_line.locations import Existing
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +34,40 @@ class Sampling:
     top_p: Annotated[float, Bound(0, most=1, exclusive=True)] = 0.95
     """sample from the smallest set of tokens with this mass"""
     seed: int = 42
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class SplitEvaluation:
+    """Which split of which data a language model of text is measured on."""
+
+    model_path: Annotated[str, Existing] = "checkpoints/best_model"
+    """checkpoint folder, as given or below the latest run"""
+    split: Literal["train", "validation", "test"] | None = None
+    """default: test, or validation where there is no test text"""
+    dataset: str | None = None
+    """another data set than the checkpoint's"""
+    data_dir: Annotated[str | None, Existing] = None
+    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
+    """samples of one micro-step, summed over all processes"""
+    device: Device = "auto"
+
+    def applied_to(self, config: Any, tokenizer: str) -> Any:
+        """A checkpoint's configuration with these data, and with its tokenizer: one trained anew would give other ids."""
+        changes: dict[str, str | None] = {"tokenizer": tokenizer}
+        if self.dataset:
+            changes |= {"dataset": self.dataset, "data_dir": None}
+        if self.data_dir is not None:
+            changes |= {"data_dir": self.data_dir}
+        return replace(config, data=replace(config.data, **changes))
+
+    def chosen(self, config: Any, data: Data) -> tuple[str, Any]:
+        """(name of the split, its samples). UserError where there is no such split."""
+        split = self.split or ("test" if data.test else "validation")
+        dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
+        if dataset is None:
+            raise UserError(f"{config.data.data_dir or config.data.dataset} has no test text; give --split validation")
+        return split, dataset
 
 
 def check_sampling(flags: Sampling) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from trainer.command_line.bounds import AtLeast, NotNegative, Positive
 from trainer.command_line.locations import Existing
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Log, Recipe
 
@@ -38,7 +39,7 @@ class Predict:
     distribution: Literal["true", "pretraining"] = "true"
     """a new task, or one of those the model was trained on"""
     seed: Annotated[int, NotNegative] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 def predict(recipe: Recipe, flags: Predict, launch: Launch, log: Log) -> None:

@@ -6,12 +6,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from trainer.command_line.bounds import AtLeast, Positive
 from trainer.command_line.locations import Existing, ToMake
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -51,7 +52,7 @@ class Evaluate:
     """seed of the sequences"""
     out: Annotated[str | None, ToMake] = None
     """JSON file for all numbers, also position by position"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from tyro.conf import arg
 
 from recipes.baselines.ngrams import bigram_loss, unigram_loss
-from recipes.commands.language_model import Sampling, check_sampling, continue_prompt, perplexity
+from recipes.commands.language_model import Sampling, SplitEvaluation, check_sampling, continue_prompt, perplexity
 from recipes.data.text import Text
 from recipes.data.token_sets import windows_of
 from trainer.command_line.bounds import NotNegative, Positive
-from trainer.command_line.locations import Existing, Tokenizer
+from trainer.command_line.locations import Tokenizer
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -26,22 +25,12 @@ MOST_TOKENS = 500_000_000  # of which n-grams are counted, in memory that grows 
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(SplitEvaluation):
     """Measure a trained model: loss, perplexity per token and per word, beside n-gram baselines on the same tokens."""
 
-    model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
-    split: Literal["train", "validation", "test"] | None = None
-    """default: test, or validation where there is no test text"""
     stride: Annotated[int | None, Positive] = None
     """tokens scored per window (default: all of it); smaller ones give each token more context"""
-    dataset: str | None = None
-    """another data set than the checkpoint's"""
-    data_dir: Annotated[str | None, Existing] = None
     tokenizer: Annotated[str | None, Tokenizer] = None
-    batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
-    """samples of one micro-step, summed over all processes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -61,19 +50,10 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
-    # The checkpoint's own tokenizer: one trained anew on other data would give other ids.
-    changes: dict[str, str | None] = {"tokenizer": flags.tokenizer or str(checkpoint.path / "tokenizer.json")}
-    if flags.dataset:
-        changes |= {"dataset": flags.dataset, "data_dir": None}
-    if flags.data_dir is not None:
-        changes |= {"data_dir": flags.data_dir}
-    config = replace(config, data=replace(config.data, **changes))
+    config = flags.applied_to(config, flags.tokenizer or str(checkpoint.path / "tokenizer.json"))
     data = load_data(recipe, config, launch)
     text, length = data.extra["text"], config.model.max_length
-    split = flags.split or ("test" if data.test else "validation")
-    dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
-    if dataset is None:
-        raise UserError(f"{config.data.data_dir or config.data.dataset} has no test text; give --split validation")
+    split, dataset = flags.chosen(config, data)
     if flags.stride is not None:
         try:
             by_document = config.data.document_mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import arg
@@ -12,6 +12,7 @@ from tyro.conf import arg
 from recipes.commands.language_model import Sampling, check_sampling, continue_prompt
 from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing, Location, Tokenizer
+from trainer.command_line.sections import Device
 from trainer.errors import UserError
 from trainer.recipe import Data, Log, Recipe
 
@@ -33,7 +34,7 @@ class Evaluate:
     """.ids, .bin or .npy of the same tokenizer, a pattern, a folder, text, or `embedded` (default: what it was validated on)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
     """windows of one micro-step, summed over all processes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

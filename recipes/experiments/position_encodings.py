@@ -7,10 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from trainer.command_line.bounds import NotNegative, Positive
 from trainer.command_line.locations import Existing, ToMake
+from trainer.command_line.sections import Device
 from trainer.recipe import Log, Recipe
 from trainer.reporting.plot import new_figure, save_figure
 
@@ -42,7 +43,7 @@ class Compare:
     """runs of each variant"""
     first_seed: Annotated[int, NotNegative] = 42
     output_dir: Annotated[str, ToMake] = "runs/vit_relpos_comparison"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

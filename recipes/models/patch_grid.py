@@ -6,6 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+YAML_SECTIONS = {
+    "project": {"name": "run_name", "seed": "seed", "device": "device"},
+    "input": {"batch_size": "batch_size", "sequence_length": "sequence_length", "embed_dim": "d_model"},
+    "attention": {"num_heads": "num_heads", "head_dim": "head_dim", "dropout": "dropout", "scale": "attention_scale"},
+    "relative_position_bias": {name: name for name in ("window_size", "init_std")}
+    | {"enabled": "relative_position", "type": "bias_type", "learnable": "learnable_bias"},
+    "training": None,
+}
+"""{section of a YAML file: {key: flag}} of those that know sections of their own; None: any flag"""
+
 
 @dataclass(frozen=True)
 class PatchGrid:

@@ -261,7 +261,7 @@ def generate(
     last `context_length` tokens.
     """
     for _ in range(max_new_tokens):
-        logits = network(tokens[None, -network.context_length :])[0, -1].double()
+        logits = network(tokens[None, -network.context_length :])[0, -1].cpu().double()
         if temperature:
             probabilities = nucleus(torch.softmax((logits - logits.max()) / temperature, dim=-1), top_p)
             token = torch.multinomial(probabilities, 1)
@@ -269,5 +269,5 @@ def generate(
             token = logits.argmax(-1, keepdim=True)
         if end_of_text is not None and int(token) == end_of_text:
             break
-        tokens = torch.cat([tokens, token.to(tokens.dtype)])
+        tokens = torch.cat([tokens, token.to(tokens)])
     return tokens

@@ -104,7 +104,8 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images to class logits. `pool` "cls" reads a class token, "mean" has none and reads the mean of the patches."""
+    """Images to class logits. `pool` "cls" reads a class token, "mean" has none and reads the mean of the patches, of their
+    values behind the last norm; "mean_then_norm" has that norm behind the mean."""
 
     _no_split_modules: ClassVar = ["Block"]
     """what FSDP gathers at a time, by class, as transformers' models say it"""
@@ -141,8 +142,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"img_size {height} x {width} is not a whole number of patches of patch_size {patch_size}")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} does not divide into {num_heads} heads; give a head_dim")
-        if pool not in ("cls", "mean"):
-            raise ValueError(f"pool {pool!r} is neither 'cls' nor 'mean'")
+        if pool not in ("cls", "mean", "mean_then_norm"):
+            raise ValueError(f"pool {pool!r} is none of 'cls', 'mean' and 'mean_then_norm'")
         self.grid = (height // patch_size, width // patch_size)
         self.pool = pool
         prefix_tokens, patches = int(pool == "cls"), self.grid[0] * self.grid[1]
@@ -195,8 +196,10 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
-        x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)
+        if self.pool == "mean_then_norm":
+            x = self.norm(x.mean(dim=1))
+        else:
+            x = self.norm(x)[:, 0] if self.pool == "cls" else self.norm(x).mean(dim=1)
         # Logits in the precision of the weights: bf16 would round them, and the gradient of the head, which is most of the
         # gradient norm, to three digits. The cost beside the blocks is nothing.
         with torch.autocast(x.device.type, enabled=False):

@@ -10,7 +10,14 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.errors import UserError
+from trainer.distributed.launch import DDP
+from trainer.errors import UserError, path_of
+
+
+def check_dimensions(network: nn.Module) -> None:
+    """UserError for a parameter that FSDP and ZeRO could not cut."""
+    for name in (name for name, p in network.named_parameters() if not p.ndim):
+        raise UserError(f"{name} has no dimension to cut it along; give it the shape (1,), or use {path_of(DDP)}")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
-from trainer.backends.blocks import blocks, named_blocks
+from trainer.backends.blocks import blocks, check_dimensions, named_blocks
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
 from trainer.errors import UserError, path_of
-from trainer.initial_weights import Weights
+from trainer.initial_weights import Weights, replace_tensors
 
 FSDP = "accelerate_configs/fsdp.yaml"
 HSDP = "accelerate_configs/hsdp.yaml"
@@ -72,8 +72,7 @@ class FsdpBackend(TorchBackend):
         from accelerate import FullyShardedDataParallelPlugin
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-        for name in (name for name, p in network.named_parameters() if not p.ndim):
-            raise UserError(f"{name} has no dimension to cut it along; give it the shape (1,), or use {path_of(DDP)}")
+        check_dimensions(network)
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
         policy = CPUOffloadPolicy(pin_memory=self.launch.device.type == "cuda") if offload else OffloadPolicy()
@@ -92,7 +91,7 @@ class FsdpBackend(TorchBackend):
         # Its weights are needed last and then first, so torch keeps them gathered in between.
         self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
         if weights is not None:
-            objective.to_empty(device="cpu" if offload else self.launch.device)
+            make_room(objective, "cpu" if offload else self.launch.device, self.launch.device)
             fill_shards(network, weights)
         optimizer = make_optimizer()
         if getattr(optimizer, "needs_whole_matrices", False):
@@ -147,6 +146,12 @@ def shard_for_evaluation(objective: nn.Module, weights: Weights, mesh: DeviceMes
         fully_shard(module, mesh=mesh, ignored_params={p for p in network.parameters() if not p.ndim})
     network.to_empty(device=mesh.device_type)
     fill_shards(network, weights)
+
+
+def make_room(objective: nn.Module, for_parameters: torch.device | str, for_buffers: torch.device | str) -> None:
+    """Bring an objective from the meta device to memory: of what is offloaded, the buffers stay where it computes."""
+    objective.to_empty(device=for_parameters)
+    replace_tensors(objective, lambda _, tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.to(for_buffers))
 
 
 @torch.no_grad()

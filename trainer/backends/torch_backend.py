@@ -31,8 +31,13 @@ class TorchBackend(Backend):
         # Kept, for FSDP2 puts others in their places while the weights are gathered.
         self.named_parameters = dict(network.named_parameters())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.skips_on_device = all(group.get("fused") for group in optimizer.param_groups)
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        self.skips_on_device = fused and self.launch.device.type != "mps"  # whose fused forms promise nothing of the kind
         self.state_layout = tensors.state_layout(optimizer, network)
+        if isinstance(optimizer, torch.optim.SGD):
+            # Its fused form allocates this without filling it, and a skipped first step would leave it that way.
+            for group in (group for group in optimizer.param_groups if group["momentum"] and not group["dampening"]):
+                optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]}
 
     def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
         """The weights are the gradient of the sums."""

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from trainer.backends import tensors
 from trainer.backends.backend import Backend, StepResult, set_learning_rate
+from trainer.backends.blocks import check_dimensions
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config, precision_notes
 from trainer.backends.fsdp import shard_for_evaluation
 from trainer.backends.tensors import TensorEntry, TensorSource
@@ -101,6 +102,7 @@ class ZeroBackend(Backend):
         """
         import deepspeed
 
+        check_dimensions(network)
         self.network = network
         if weights is not None:
             replace_tensors(network, self._reserved)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trainer.backends.tensors import whole_shape
 from trainer.distributed.launch import Launch
-from trainer.initial_weights import ALL_ROWS
 
 
 class ZeroParts(ABC):
@@ -35,8 +34,6 @@ class ZeroParts(ABC):
     def own(self, p: Any, read: Callable[[slice], Tensor]) -> Tensor:
         """This process's part, flat, of what has the shape of `p`, from the rows that it lies in."""
         shape, (start, length) = whole_shape(p), self._stretch(p)
-        if 0 in (len(shape), *shape):
-            return read(ALL_ROWS).flatten()[start : start + length]
         row = math.prod(shape[1:])
         first, last = start // row, min(shape[0], -(-(start + length) // row))
         return read(slice(first, last)).flatten()[start - first * row :][:length]
@@ -82,8 +79,9 @@ class Shares(ZeroParts):
             share = utils.safe_get_local_optimizer_state(p, key)
         else:
             share = utils.safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor  # frozen: no master copy
+        share = share.data.to(self.launch.device)  # a frozen one that is offloaded lies on the host
         shares = share.new_empty(self.launch.processes, share.numel()) if self.launch.rank == writer else None
-        dist.gather(share.data, None if shares is None else list(shares), dst=writer)
+        dist.gather(share, None if shares is None else list(shares), dst=writer)
         return None if shares is None else shares.flatten()[: p.ds_numel].view(p.ds_shape)
 
     def put(self, p: Any, key: str | None, own: Tensor) -> None:

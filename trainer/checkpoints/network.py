@@ -108,7 +108,8 @@ def first_weights(
     if not init_from:
         return initial
     weights = named_weights(recipe, network, initial, init_from, opened)
-    log(f"Initial weights from {init_from}")
+    for line in (f"Initial weights from {init_from}", *recipe.notes):
+        log(line)
     return weights
 
 

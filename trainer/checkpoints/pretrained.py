@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from trainer.errors import UserError, one_line
 from trainer.initial_weights import ALL_ROWS
 
 SINGLE, INDEX, PICKLE, CONFIG = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json"
+WAY_OUT = "give a folder, or OWNER/NAME of the hub"
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,11 @@ class StoredTensor:
 
 def stored_config(name: str) -> dict[str, Any]:
     """The config.json of a folder, or of a model of the hub. OSError if there is none, ValueError if it is no JSON object."""
-    from transformers.utils import cached_file
-
-    path = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False)
+    path = _file(name, CONFIG)
+    if path is None and not Path(name).is_dir():
+        raise ValueError(
+            f"there is no such folder, and the hub gives no {CONFIG} of it; give a folder, or OWNER/NAME of the hub"
+        )
     if path is None:
         raise ValueError(f"holds no {CONFIG}, which says what network its weights are of; put the one of its model there")
     with open(path, encoding="utf-8") as content:
@@ -47,23 +52,30 @@ def stored_config(name: str) -> dict[str, Any]:
 def weight_files(name: str) -> list[str]:
     """The safetensors of a folder that `save_pretrained` wrote, or of a model of the hub. OSError or ValueError if there are
     none."""
-    from transformers.utils import cached_file
-
-    def path_of(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-
-    single, index = path_of(SINGLE), path_of(INDEX)
+    single, index = _file(name, SINGLE), _file(name, INDEX)
     if single:
         return [single]
     if index:
+        from transformers.utils import cached_file
+
         with open(index, encoding="utf-8") as content:
             return [str(cached_file(name, file)) for file in sorted(set(json.load(content)["weight_map"].values()))]
-    if path_of(PICKLE):
+    if _file(name, PICKLE):
         raise ValueError(
             f"holds its weights as a pickle ({PICKLE}), which is never opened; convert it where you trust it: "
             f"AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER)"
         )
     raise ValueError(f"holds neither {SINGLE} nor {INDEX}; give a folder that save_pretrained wrote, or a checkpoint")
+
+
+def _file(name: str, file: str) -> str | None:
+    """Where a file of a folder, or of a model of the hub, lies on this machine; None if there is none. ValueError for a path
+    that leads nowhere, OSError where the hub refuses."""
+    from transformers.utils import cached_file
+
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"there is no such folder; {WAY_OUT}")
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
 
 
 def stored_tensors(name: str) -> dict[str, StoredTensor]:

@@ -110,15 +110,15 @@ class Saver:
         name = f"{self.recipe.checkpoint_prefix}{self.state.step}"
         return self.folder / name if self.saved_step == self.state.step else None
 
-    def save(self, is_best: bool, reason: StopReason | None) -> None:
+    def save(self, is_best: bool, reason: StopReason | None, only_best: bool) -> None:
         """Begin a checkpoint of this step, if there is none, and the links it has earned. Collective, and none is in flight.
 
-        `reason`: why the launch ends with it, if it does.
+        `reason`: why the launch ends with it, if it does. `only_best`: nothing but a new best is the reason to save.
         """
         started, step = time.monotonic(), self.state.step
         name, links = f"{self.recipe.checkpoint_prefix}{step}", self._links(is_best, reason)
         writes = self.saved_step != step
-        texts = self._copy(only_best=is_best and reason is None and not self.due()) if writes else None
+        texts = self._copy(only_best) if writes else None
         job = self.thread.submit(self.share.write, self.folder, name, texts) if texts else self.thread.submit(dict)
         self.saved_at = time.monotonic()
         stall = self.saved_at - started

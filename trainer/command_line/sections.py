@@ -9,6 +9,8 @@ from trainer.command_line.bounds import Fraction, NotNegative, Positive
 from trainer.command_line.flags import Switch
 from trainer.command_line.locations import Existing, ToMake
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
 
 @dataclass(frozen=True)
 class Optimisation:
@@ -68,7 +70,8 @@ class Run:
     """a named set of values of this recipe"""
     config: Annotated[str | None, Existing] = None
     """a YAML file of values, flat or in sections"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
+    """auto: cuda if there is a GPU, else mps (an Apple GPU, one process), else cpu"""
     deepspeed_config: Annotated[str | None, Existing] = None
     """train this launch under ZeRO, as a DeepSpeed file says, whatever started its processes: ds_configs/zero2.json, ..."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

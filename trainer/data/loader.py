@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from trainer.command_line.sections import Run
 from trainer.data.bad_samples import guarded
+from trainer.distributed.hardware import sum_dtype
 from trainer.distributed.signals import reset_in_worker
 from trainer.errors import LOST, UserError, one_line
 
@@ -29,7 +30,11 @@ class StopWaiting(Exception):  # noqa: N818 - not an error
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; asynchronous from page-locked memory."""
+    """The batch on `device`; asynchronous from page-locked memory. On Apple's GPUs numbers in float64 become float32."""
+    if device.type == "mps":
+        batch = {
+            name: tensor.to(sum_dtype(device)) if tensor.dtype == torch.float64 else tensor for name, tensor in batch.items()
+        }
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 

@@ -51,6 +51,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((card.flops for known, card in CARDS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many batches are kept in on a device: float64, which Apple's GPUs lack."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def gpu_memory(device: torch.device) -> dict[str, float]:
     """GiB of the GPU's memory: in tensors now and at most so far, and reserved for them. Empty without a GPU."""
     if device.type != "cuda":

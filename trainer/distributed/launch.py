@@ -72,8 +72,13 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps: torch sees no Apple GPU here; use --device cpu")
+    if device == "mps" and meeting is not None:
+        raise UserError("device mps is for one process that python starts: Apple's GPUs have no collectives; use --device cpu")
     launcher_uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() or (meeting is None and torch.backends.mps.is_available())
+    on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not has_gpu
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     # Where `srun` or `mpirun` started us, which set no number; what it comes to is printed with the launch.
@@ -142,7 +147,7 @@ def requested_precision(flag: str) -> str:
 
 
 def resolve_precision(flag: str, launch: Launch) -> str:
-    """no, bf16 or fp16: what was requested, else the best this device has."""
+    """no, bf16 or fp16: what was requested, else the best this device has; on Apple's fp32, as bf16 asks for macOS 14."""
     on_gpu = launch.device.type == "cuda"
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision_on(requested_precision(flag), on_gpu, has_bf16)
@@ -151,7 +156,7 @@ def resolve_precision(flag: str, launch: Launch) -> str:
 def precision_on(requested: str, on_gpu: bool, has_bf16: bool) -> str:
     """no, bf16 or fp16 on such a device. UserError for fp16 without a GPU."""
     if requested == "fp16" and not on_gpu:
-        raise UserError("mixed_precision fp16 needs a GPU (on a CPU it would silently train in fp32); use bf16 or no")
+        raise UserError("mixed_precision fp16 needs a CUDA GPU (elsewhere it would silently train in fp32); use bf16 or no")
     if requested == "auto":
         return "no" if not on_gpu else "bf16" if has_bf16 else "fp16"
     return requested

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.distributed.hardware import sum_dtype
 from trainer.errors import UserError
 from trainer.recipe import Batch, Measured, Recipe
 
@@ -25,7 +26,7 @@ class Objective(nn.Module):
         self.config = getattr(network, "config", None)  # where DeepSpeed looks for hidden_size when a bucket is "auto"
 
     def forward(self, batch: Batch, measuring: bool = False) -> Any:
-        """Loss sums [terms]; with `measuring` {name: [sum, count], or [sum] over the term's items} in float64."""
+        """Loss sums [terms]; with `measuring` {name: [sum, count], or [sum] over the term's items} in `sum_dtype`."""
         if measuring:
             return {name: _numbers(value) for name, value in self.recipe.measure(self.network, batch).items()}
         sums = self.recipe.loss(self.network, batch)
@@ -37,7 +38,7 @@ class Objective(nn.Module):
 
 def _numbers(measured: Measured) -> Tensor:
     total, *count = (torch.as_tensor(value) for value in (measured if isinstance(measured, tuple) else (measured,)))
-    return torch.stack([total.double(), *(value.to(total.device).double() for value in count)])
+    return torch.stack([value.to(total.device, sum_dtype(total.device)) for value in (total, *count)])
 
 
 def objective_weights(recipe: Recipe, config: Any, terms: Iterable[str]) -> dict[str, float]:

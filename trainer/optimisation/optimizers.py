@@ -32,12 +32,7 @@ def build(groups: Groups, network: nn.Module, settings: Optimisation) -> torch.o
     if settings.optimizer == "adam":
         return torch.optim.Adam(groups, lr=settings.learning_rate, **adam)
     if settings.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.beta1, fused=True)
-        if settings.beta1:
-            # Fused SGD allocates this without filling it, and a skipped first step would leave it that way.
-            for p in (p for group in groups for p in group["params"]):
-                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return sgd
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.beta1, fused=True)
     return MuonAndAdamW(groups, network, settings)
 
 

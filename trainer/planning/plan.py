@@ -137,13 +137,14 @@ def micro_batch(recipe: Recipe, data: Data, config: Any, processes: int) -> tupl
 def table(sizes: Mapping[Way, Memory], copies: int) -> list[str]:
     """A row for each way, the launch's own first; `copies`: bytes of host memory that saving takes beside it."""
     width = max(len(way.name) for way in sizes)
+    unit, name = (1e9, "GB") if max(memory.device for memory in sizes.values()) >= 1e9 else (1e6, "MB")
     lines = [
-        "Memory of each process at its highest, in GB:",
+        f"Memory of each process at its highest, in {name}:",
         f"  {'':{width}}" + "".join(f"{column:>12}" for column in COLUMNS),
     ]
     for number, (way, memory) in enumerate(sizes.items()):
         cells = [*(getattr(memory, column) for column in COLUMNS[:-1]), memory.host + copies]
-        lines.append(f"{'  ' if number else '> '}{way.name:{width}}" + "".join(f"{size / 1e9:12,.2f}" for size in cells))
+        lines.append(f"{'  ' if number else '> '}{way.name:{width}}" + "".join(f"{size / unit:12,.2f}" for size in cells))
     return [*lines, f"  (host: what is offloaded, and {size_text(copies)} in which a save is copied)"]
 
 
@@ -185,6 +186,10 @@ def advice(sizes: Mapping[Way, Memory], own: Way, place: Place, processes: int, 
     def needed(memory: Memory) -> float:
         return (memory.device + (memory.host if place.card is None else 0)) / 1e9
 
+    def shown(way: Way) -> str:
+        gigabytes = needed(sizes[way])
+        return f"{gigabytes:.0f}" if gigabytes >= 10 else f"{gigabytes:.2g}"
+
     order = {"plain": 0, "fsdp": 1, "zero": 2}
     ordered = sorted(sizes, key=lambda way: (bool(way.offload), order[way.kind], -way.shards, -way.stage))
     plain, where = ordered[0], f"{processes} x {place.gigabytes:.4g} GB"
@@ -193,11 +198,11 @@ def advice(sizes: Mapping[Way, Memory], own: Way, place: Place, processes: int, 
         least = min(ordered, key=lambda way: needed(sizes[way]))
         ways_out = "a smaller --batch_size with more --gradient_accumulation_steps, or more processes"
         more = "" if recomputes else "--gradient_checkpointing, "
-        return f"{where}: too little even for {least.name}, {needed(sizes[least]):.0f} GB each; {more}{ways_out}"
-    because = "what is cut or offloaded would be slower" if best == plain else f"{plain.name} takes {needed(sizes[plain]):.0f}"
-    line = f"{where}: {best.name}, {needed(sizes[best]):.0f} of {place.gigabytes:.4g} GB; {because}"
+        return f"{where}: too little even for {least.name}, {shown(least)} GB each; {more}{ways_out}"
+    because = "what is cut or offloaded would be slower" if best == plain else f"{plain.name} takes {shown(plain)}"
+    line = f"{where}: {best.name}, {shown(best)} of {place.gigabytes:.4g} GB; {because}"
     if needed(sizes[own]) > FITS * place.gigabytes and own != plain:
-        line += f", {own.name} (this launch) {needed(sizes[own]):.0f}"
+        line += f", {own.name} (this launch) {shown(own)}"
     return line
 
 

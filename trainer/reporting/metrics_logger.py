@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.distributed.hardware import gpu_memory, memory_text, peak_flops
+from trainer.distributed.hardware import gpu_memory, memory_text, peak_flops, sum_dtype
 from trainer.evaluation.objective import summarise
 from trainer.reporting.alerts import Alerts
 from trainer.reporting.console import Console, format_duration
@@ -40,7 +40,7 @@ class MetricsLogger:
         # The sums of a checkpoint are over all ranks: rank 0 alone carries them on.
         resumed = [math.nan if s is None else s for s in state.loss_sums] or zeros
         mine = resumed if self.launch.is_main else zeros
-        self.loss_sums = torch.tensor(mine, dtype=torch.float64, device=self.launch.device)
+        self.loss_sums = torch.tensor(mine, dtype=sum_dtype(self.launch.device), device=self.launch.device)
         self.item_counts = list(state.item_counts) or zeros
         self.timed_counts = zeros
         self.hours_before, self.started = state.hours, time.monotonic()

@@ -160,8 +160,10 @@ def interleave(
     """Make each contender and let it warm up (and compile); then rounds of `steps` steps of each in turn.
 
     One that fails is left out of the rest, unless it is the `required` one, whose error is raised. `until`: the end on the
-    monotonic clock, before which fewer contenders, or fewer rounds, are what can still be had.
+    monotonic clock, before which fewer contenders, or fewer rounds, are what can still be had. On a CPU, which others may want
+    too, seconds are those of this process on it.
     """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     no_more_contenders = until - 0.4 * (until - time.monotonic())
     measured, contenders, held = Rounds(), dict[str, Contender](), dict[str, int]()
 
@@ -191,10 +193,10 @@ def interleave(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         wait_for(device)
-        started = time.perf_counter()
+        started = clock()
         contenders[name].run(steps)
         wait_for(device)
-        measured.seconds[name].append((time.perf_counter() - started) / steps)
+        measured.seconds[name].append((clock() - started) / steps)
         if device.type == "cuda":
             own = (torch.cuda.max_memory_allocated(device) - others) / 2**30
             measured.peak_gib[name] = max(own, measured.peak_gib.get(name, 0.0))

@@ -1,0 +1,151 @@
+"""Vision Transformers as timm keeps them, its `vit_relpos_*` too: their settings, and their weights under our names.
+
+What timm has and this network has not is computed into what it has: a layer scale into the projection before it; the small
+network of `vit_relpos_*`, from the logarithm of an offset to a bias, into a table, for any grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from recipes.models.vit import VisionTransformer
+
+ALL_ROWS = slice(None)
+HEAD_WIDTH = 64  # of every ViT of timm that does not say another number of heads
+TABLE, MLP = "relative_position_bias_table", "mlp.fc2.weight"
+SCALED = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}
+
+
+def settings_of(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """{flag: value} of the network that a config.json of timm and the shapes of its weights say. ValueError, by name, for what
+    this network has not."""
+    architecture = str(config.get("architecture"))
+    for part, why in (("_rpn", "norms behind attention and MLP"), ("clsgap", "a class token that nobody reads")):
+        if part in architecture:
+            raise ValueError(f"architecture is {architecture!r}, with {why}; choose another")
+    needed = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+    if missing := [name for name in needed if name not in stored]:
+        raise ValueError(f"holds no {missing[0]}, as timm calls it; give a vit_* of timm")
+    d_model, channels, patch_size, _ = stored[needed[0]].shape
+    pools: dict[tuple[bool, Any, bool], str] = {
+        (True, "token", False): "cls",
+        (False, "avg", False): "mean",
+        (False, "avg", True): "mean_then_norm",
+    }
+    pool = pools.get(("cls_token" in stored, config.get("global_pool"), "fc_norm.weight" in stored))
+    if pool is None:
+        raise ValueError(f"global_pool is {config.get('global_pool')!r}, which does not go with its tokens and norm here")
+    biases = [tensor.shape for name, tensor in stored.items() if "rel_pos." in name and name.endswith((TABLE, MLP))]
+    arguments, pixels = (config.get(part) or {} for part in ("model_args", "pretrained_cfg"))
+    heads = min(biases[0]) if biases else d_model // HEAD_WIDTH
+    return {
+        "d_model": d_model,
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in stored if name.startswith("blocks.")),
+        "num_heads": arguments.get("num_heads", heads),
+        "d_ff": stored[needed[2]].shape[0],
+        "patch_size": patch_size,
+        "in_channels": channels,
+        "pool": pool,
+        "attention_scale": True,
+        "absolute_position": "pos_embed" in stored,
+        "relative_position": bool(biases),
+        "bias_type": "2d",
+        **{f"image_{name}": tuple(pixels[name]) for name in ("mean", "std") if name in pixels},
+    }
+
+
+def named_as_ours(
+    network: VisionTransformer, stored: Mapping[str, Any], fresh: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """(tensors that are not read yet, with a `shape` and `read(rows)`, under our names; what the user should know of them).
+
+    `fresh` are those that the network begins with on its own: a classifier of other classes keeps them, and bias tables where
+    timm's network has none.
+    """
+    left = dict(stored)
+    found: dict[str, Any] = {}
+    notes = []
+
+    def given(name: str, compute: Callable[..., Tensor], *of: Any) -> None:
+        found[name] = replace(fresh[name], read=lambda rows: compute(*of)[rows])
+
+    for name, own in fresh.items():
+        theirs = name
+        if name.startswith("norm.") and network.pool == "mean_then_norm":
+            theirs = f"fc_{name}"
+        block, _, inside = name.removeprefix("blocks.").partition(".")
+        layer, _, kind = inside.rpartition(".")
+        if name.endswith(TABLE):
+            places = (f"blocks.{block}.attn.rel_pos.", "shared_rel_pos.")
+            rel_pos = next((place for place in places if any(key.startswith(place) for key in stored)), None)
+            if rel_pos is None:
+                found[name] = own
+                continue
+            parts = {key.removeprefix(rel_pos): left.pop(key, stored[key]) for key in stored if key.startswith(rel_pos)}
+            given(name, bias_table, parts, network.grid, own.shape[0])
+        elif name == "pos_embed" and name in left:
+            embedding = left.pop(name)
+            given(name, position_embedding, embedding, network.grid)
+            if embedding.shape != own.shape:
+                notes.append(f"Position embeddings are interpolated: {embedding.shape[1]} positions to {own.shape[1]}")
+        elif theirs.startswith("head.") and theirs in left and left[theirs].shape != own.shape:
+            left.pop(theirs)
+            found[name] = own
+            notes += [] if kind == "bias" else ["The classifier begins anew: its weights are of other classes"]
+        elif theirs.endswith("qkv.bias") and theirs not in left:
+            given(name, torch.zeros, own.shape)
+            notes += [] if block != "0" else ["Biases of queries, keys and values begin at 0: there are none in it"]
+        elif theirs in left and (gamma := f"blocks.{block}.{SCALED.get(layer)}") in left:
+            weight, scale = left.pop(theirs), stored[gamma]
+            given(name, _scaled, weight, scale)
+        elif theirs in left:
+            found[name] = left.pop(theirs)
+    interpolated = {key: t.shape[0] for key, t in stored.items() if key.endswith(TABLE)}
+    tables = [tensor.shape[0] for name, tensor in fresh.items() if name.endswith(TABLE)]
+    if interpolated and tables and {*interpolated.values()} != {*tables}:
+        notes.append(f"Tables of the position bias are interpolated: {max(interpolated.values())} rows to {tables[0]}")
+    scales = (*SCALED.values(),)
+    return found | {key: tensor for key, tensor in left.items() if not key.endswith(scales)}, notes
+
+
+def _scaled(stored: Any, stored_scale: Any) -> Tensor:
+    weight, scale = stored.read(ALL_ROWS), stored_scale.read(ALL_ROWS)
+    return weight * (scale[:, None] if weight.ndim == 2 else scale)
+
+
+def position_embedding(stored: Any, grid: tuple[int, int]) -> Tensor:
+    """[1, (1 +) positions of a square, width] -> the same of another grid: bicubic, the class token as it was."""
+    embedding = stored.read(ALL_ROWS)
+    prefix = embedding.shape[1] - math.isqrt(embedding.shape[1]) ** 2
+    side = math.isqrt(embedding.shape[1] - prefix)
+    if grid == (side, side):
+        return embedding
+    square = embedding[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([embedding[:, :prefix].float(), resized.flatten(2).transpose(1, 2)], 1)
+
+
+def bias_table(parts: Mapping[str, Any], grid: tuple[int, int], rows: int) -> Tensor:
+    """Table [rows, heads] of `RelativePositionBias` for a grid: timm's own, interpolated for another grid (a square before), or
+    what its network of log-coordinates gives; towards and from a class token the latter has no bias."""
+    offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
+    if TABLE in parts:
+        table = parts[TABLE].read(ALL_ROWS).float()
+        side = math.isqrt(len(table))
+        last = table[side * side :]
+        square = table[: side * side].t().reshape(1, -1, side, side)
+        if (side, side) != offsets:
+            square = F.interpolate(square, offsets, mode="bicubic", align_corners=True)
+        return torch.cat([square.flatten(2)[0].t(), last])
+    places = torch.stack(torch.meshgrid(*(torch.arange(1 - n, n).float() for n in grid), indexing="ij"), -1).flatten(0, 1)
+    w1, b1, w2, b2 = (parts[f"mlp.{fc}"].read(ALL_ROWS).float() for fc in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+    table = F.linear(F.linear(places.sign() * places.abs().log1p(), w1, b1).relu(), w2, b2)
+    return F.pad(table, (0, 0, 0, rows - len(table)))
