@@ -28,6 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prepared_files import Encoded, locked, write_files, write_shards
 from tqdm import tqdm
@@ -42,6 +43,9 @@ from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, train_tok
 from trainer.command_line.locations import argument_path
 from trainer.distributed.hardware import cores
 from trainer.errors import path_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Task = list[Part]
 TASK_CHARACTERS = 1 << 20
@@ -119,19 +123,17 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
         held_out = units(validation_sources, options.column, read, without=without)
         yield from (Part(unit.text, True, unit.ends, False) for unit in held_out)
 
-    tokenizer_json = _tokenizer(options, sources, parts)
+    tokenizer = _tokenizer(options, sources, parts)
+    tokenizer_json = tokenizer.to_str()
     target = options.out / "tokenizer.json"
     if target.exists() and target.read_text(encoding="utf-8") != tokenizer_json and not options.overwrite:
         raise ValueError(f"{target} is there already and is another one; choose another --out, or add --overwrite")
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(tokenizer_json)
-    entries = vocabulary_size(encoder)
+    entries = vocabulary_size(tokenizer)
     dtype = "uint16" if entries <= 2**16 else "uint32"
     facts = {
         "dtype": dtype,
         "vocabulary": entries,
-        "end_of_text": end_of_text_id(encoder),
+        "end_of_text": end_of_text_id(tokenizer),
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
     }
     all_sources = sources + validation_sources
@@ -172,10 +174,10 @@ def _total(sources: list[Source]) -> int | None:
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callable[..., Iterator[Part]]) -> str:
-    """tokenizer.json: the one of --tokenizer, or one trained on a part of the training text that fits into memory."""
+def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callable[..., Iterator[Part]]) -> Tokenizer:
+    """The one of --tokenizer, or one trained on a part of the training text that fits into memory."""
     if options.tokenizer != "train":
-        return existing_tokenizer(options.tokenizer).to_str()
+        return existing_tokenizer(options.tokenizer)
     limit, size = options.sample_mb * 1e6, _total(sources)
     every = 1 if size is None else max(1, math.ceil(size / limit))
     used = 0
@@ -192,7 +194,7 @@ def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callab
     trained = train_tokenizer(sample(), options.vocab_size)
     which = "the first documents" if size is None else f"one document in {every}" if every > 1 else "all documents"
     print(f"Tokenizer: {trained.get_vocab_size():,} entries, trained on {which}, {used / 1e6:,.1f} M characters")
-    return trained.to_str()
+    return trained
 
 
 def _tasks(stream: Iterable[Part]) -> Iterator[Task]:
