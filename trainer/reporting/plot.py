@@ -247,8 +247,8 @@ def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
 def _finish_figure(figure: Figure, title: str) -> None:
     """A title, and below the panels a legend: a row for each curve, several for long names; the figure grows with them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    labels = [textwrap.fill(label, LABEL_CHARACTERS, break_on_hyphens=False) for label in labels]
-    title = textwrap.fill(title, TITLE_CHARACTERS, break_on_hyphens=False)
+    labels = [textwrap.fill(label, LABEL_CHARACTERS) for label in labels]
+    title = textwrap.fill(title, TITLE_CHARACTERS)
     rows = sum(label.count("\n") + 1 for label in labels) + title.count("\n")
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + LEGEND_ROW_INCHES * rows)

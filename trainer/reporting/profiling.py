@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class StepProfiler:
 
     def __init__(self, steps: int, folder: Path, device: torch.device, console: Console) -> None:
         self.steps, self.folder, self.on_gpu, self.console = steps, folder, device.type == "cuda", console
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's library would write on the terminal that it starts and stops
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         timing = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=steps, repeat=1)
         self.profiler = profile(activities=activities, schedule=timing, on_trace_ready=self._write, record_shapes=True)
