@@ -81,11 +81,6 @@ class FsdpBackend(TorchBackend):
             autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
             objective.forward = autocast(objective.forward)
         found = blocks(network)
-        tied = tie_across(network, found)
-        if tied is not None:  # not every torch says so
-            raise UserError(
-                f"{tied} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}"
-            )
         for block in found:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
         # Its weights are needed last and then first, so torch keeps them gathered in between.
@@ -151,7 +146,7 @@ def fill_shards(network: nn.Module, weights: Weights) -> None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time. UserError if there are none."""
+    """The modules that are gathered one at a time. UserError if there are none, or a parameter is tied across them."""
     found = named_blocks(network)
     if not found:
         classes = ", ".join(_block_classes(network)) or "so"
@@ -159,6 +154,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
             f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
             "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
         )
+    tied = tie_across(network, found)
+    if tied is not None:  # not every torch says so
+        raise UserError(f"{tied} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}")
     return found
 
 

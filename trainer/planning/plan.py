@@ -18,8 +18,8 @@ from trainer.checkpoints.resume import default_directory
 from trainer.command_line.config import Parsed
 from trainer.data import stream
 from trainer.data.bad_samples import first_batch
-from trainer.distributed.launch import alone, precision_on, requested_precision
-from trainer.errors import one_line
+from trainer.distributed.launch import DDP, alone, precision_on, requested_precision
+from trainer.errors import UserError, one_line, path_of
 from trainer.evaluation.objective import Objective
 from trainer.initial_weights import replace_tensors
 from trainer.planning.activations import count_micro_step
@@ -100,6 +100,9 @@ def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, o
     # An optimizer may want a device that computes: shapes on the CPU, without memory.
     replace_tensors(network, lambda _, tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     optimizer = recipe.optimizer(network, config)
+    if own.kind != "plain" and getattr(optimizer, "needs_whole_matrices", False):
+        name = type(optimizer).__name__
+        raise UserError(f"optimizer {name} needs whole matrices, and {own.name} cuts them; use adamw, or {path_of(DDP)}")
     layout = state_layout(optimizer, network)
     files = checkpoint_files(network, layout)
     has_blocks = bool(named_blocks(network))
