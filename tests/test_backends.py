@@ -17,7 +17,7 @@ from toy_recipe import ToyRecipe
 from trainer.backends import backend_of
 from trainer.backends.backend import layers
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
-from trainer.backends.fsdp import FsdpBackend, blocks, check_environment, tie_across
+from trainer.backends.fsdp import FsdpBackend, blocks, check_environment, named_blocks, tie_across
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
 from trainer.checkpoints.network import build_network
@@ -570,7 +570,7 @@ def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypa
     inner = [nn.Linear(2, 2) for _ in range(3)]
     network = nn.ModuleList([nn.Sequential(inner[0]), nn.Sequential(inner[1]), inner[2]])
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Sequential, Linear")
-    found = blocks(network)
+    found = named_blocks(network)
     assert found.index(inner[0]) < found.index(network[0])
     assert tie_across(network, found) is None
     inner[0].bias = inner[1].bias
@@ -578,9 +578,9 @@ def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypa
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Sequential")
     inner[0].bias = nn.Parameter(torch.zeros(2))
     inner[1].bias = inner[2].bias
-    assert tie_across(network, blocks(network)) == "2.bias"
+    assert tie_across(network, named_blocks(network)) == "2.bias"
     network[2] = network[1]  # the same block twice
-    assert tie_across(network, blocks(network)) is None
+    assert tie_across(network, named_blocks(network)) is None
 
 
 def test_the_backend_of_each_launch() -> None:

@@ -248,6 +248,14 @@ def test_a_batch_that_does_not_reach_is_refused(tmp_path: Path) -> None:
         planned(Gpt2Wikitext(), ["--preset", "quick"], tmp_path, WORLD_SIZE="17")
 
 
+def test_an_optimizer_that_the_launch_would_cut_is_refused(tmp_path: Path) -> None:
+    argv = [*TINY["gpt2"][1](tmp_path), "--max_steps", "9", "--optimizer", "muon"]
+    with pytest.raises(UserError, match=r"Muon.* needs whole matrices, and FSDP2 cuts them"):
+        planned(Gpt2Wikitext(), argv, tmp_path, WORLD_SIZE="2", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    whole = planned(Gpt2Wikitext(), argv, tmp_path, WORLD_SIZE="2")
+    assert not [line for line in whole if line.startswith(("  ZeRO", "  FSDP2"))], "nor offered"
+
+
 def test_the_tool_reads_the_file_of_the_launcher(tmp_path: Path) -> None:
     """One process stands for all eight."""
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config_file", "accelerate_configs/hsdp.yaml", str(RECIPE)]

@@ -21,7 +21,7 @@ def check_dimensions(network: nn.Module) -> None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time. UserError if there are none."""
+    """The modules that are gathered one at a time. UserError if there are none, or a parameter is tied across them."""
     found = named_blocks(network)
     if not found:
         classes = ", ".join(_block_classes(network)) or "so"
@@ -29,6 +29,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
             f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
             "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
         )
+    tied = tie_across(network, found)
+    if tied is not None:  # not every torch says so
+        raise UserError(f"{tied} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}")
     return found
 
 
@@ -44,6 +47,19 @@ def _block_classes(network: nn.Module) -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip()] or list(
         getattr(network, "_no_split_modules", None) or ()
     )
+
+
+def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
+    """The name of a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only."""
+    blocks_by_name = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in found}
+    gathered_with: dict[nn.Parameter, nn.Module] = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        around = (blocks_by_name.get(".".join(parts[:end])) for end in reversed(range(len(parts))))
+        block = next((module for module in around if module is not None), network)
+        if gathered_with.setdefault(p, block) is not block:
+            return name
+    return None
 
 
 def recompute_activations(network: nn.Module, every: int) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
-from trainer.backends.blocks import blocks, check_dimensions, named_blocks
+from trainer.backends.blocks import blocks, check_dimensions, named_blocks, tie_across
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import DDP, Launch
@@ -80,13 +80,7 @@ class FsdpBackend(TorchBackend):
             # Over fp32 weights, so that the numbers are DDP's. A cache would keep a copy in bf16 of every block's weights.
             autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
             objective.forward = autocast(objective.forward)
-        found = blocks(network)
-        tied = tie_across(network, found)
-        if tied is not None:  # not every torch says so
-            raise UserError(
-                f"{tied} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}"
-            )
-        for block in found:
+        for block in blocks(network):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
         # Its weights are needed last and then first, so torch keeps them gathered in between.
         self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
@@ -164,19 +158,6 @@ def fill_shards(network: nn.Module, weights: Weights) -> None:
             p.copy_(weights(name))
     for name, buffer in network.named_buffers():
         buffer.copy_(weights(name))
-
-
-def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
-    """The name of a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only."""
-    blocks_by_name = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in found}
-    gathered_with: dict[nn.Parameter, nn.Module] = {}
-    for name, p in network.named_parameters(remove_duplicate=False):
-        parts = name.split(".")
-        around = (blocks_by_name.get(".".join(parts[:end])) for end in reversed(range(len(parts))))
-        block = next((module for module in around if module is not None), network)
-        if gathered_with.setdefault(p, block) is not block:
-            return name
-    return None
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

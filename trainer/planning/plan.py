@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from trainer.backends.blocks import blocks, named_blocks, recompute_activations
+from trainer.backends.blocks import blocks, check_dimensions, named_blocks, recompute_activations
 from trainer.backends.tensors import state_layout
 from trainer.checkpoints.init_from import with_settings
 from trainer.checkpoints.network import build_empty_network
@@ -18,8 +18,8 @@ from trainer.checkpoints.resume import default_directory
 from trainer.command_line.config import Parsed
 from trainer.data import stream
 from trainer.data.bad_samples import first_batch
-from trainer.distributed.launch import alone, precision_on, requested_precision
-from trainer.errors import one_line
+from trainer.distributed.launch import DDP, alone, precision_on, requested_precision
+from trainer.errors import UserError, one_line, path_of
 from trainer.evaluation.objective import Objective
 from trainer.initial_weights import replace_tensors
 from trainer.planning.activations import count_micro_step
@@ -95,11 +95,16 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
 def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, on_gpu: bool) -> Measured:
     """Build the network without memory, and count a micro-step of it."""
     network, _ = build_empty_network(recipe, config, data)
+    if own.kind != "plain":
+        check_dimensions(network)
     if own.kind == "fsdp":
         blocks(network)
     # An optimizer may want a device that computes: shapes on the CPU, without memory.
     replace_tensors(network, lambda _, tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     optimizer = make_optimizer(recipe, network, config)
+    if own.kind != "plain" and getattr(optimizer, "needs_whole_matrices", False):
+        name = type(optimizer).__name__
+        raise UserError(f"optimizer {name} needs whole matrices, and {own.name} cuts them; use adamw, or {path_of(DDP)}")
     layout = state_layout(optimizer, network)
     files = checkpoint_files(network, layout)
     has_blocks = bool(named_blocks(network))
