@@ -66,12 +66,13 @@ def serve(connection: socket.socket) -> None:
     gc.freeze()
     for line in connection.makefile("rb"):
         kind, folder, env = json.loads(line)
-        child = _fork(functools.partial(_start, kind, Path(folder), env))
+        child = _fork(functools.partial(_start, connection, kind, Path(folder), env))
         connection.sendall(b"%d\n" % _exit_code(child))
 
 
-def _start(kind: str, folder: Path, env: Mapping[str, str]) -> None:
+def _start(connection: socket.socket, kind: str, folder: Path, env: Mapping[str, str]) -> None:
     """What a launcher does."""
+    os.close(connection.detach())  # or nobody would see that the server has died
     from accelerate.commands import launch
     from scenarios import train_all
     from torch.distributed import run
