@@ -126,17 +126,17 @@ def test_it_has_left_before_the_limit_counted_from_its_start(launch: Launcher) -
         return time.monotonic() - run.began
 
     late = ["one", "ddp"]
-    for limit_seconds in (16.0, 32.0, 64.0):  # again, with more of it, where others kept it from the cores
+    for limit_seconds in (20.0, 40.0, 80.0):  # again, with more of it, where others kept it from the cores
         argv = ["--max_training_hours", str(limit_seconds / 3600)]
         runs = [launch(kind, *argv, name=f"{kind}-{limit_seconds:g}") for kind in late]
         with ThreadPoolExecutor() as threads:
             took = dict(zip(late, threads.map(seconds, runs), strict=True))
         late = []
         for (kind, needed), run in zip(took.items(), runs, strict=True):
-            if needed > limit_seconds or "is over before the first step" in run.text:
+            used_it = limit_seconds / 2 < needed <= limit_seconds  # a slow step or save takes its length off what is left
+            if not used_it or "is over before the first step" in run.text:
                 late.append(kind)
                 continue
-            assert needed > limit_seconds / 2, f"{kind} did not use the time it had: {needed:.1f} s"
             run.check_stopped("time_limit")
             link = run.directory / "checkpoints" / "checkpoint_time_limit"
             assert link.is_symlink()
@@ -144,7 +144,7 @@ def test_it_has_left_before_the_limit_counted_from_its_start(launch: Launcher) -
             assert Checkpoint(link).state["train_state"]["step"] > 0
         if not late:
             break
-    assert not late
+    assert not late, f"of {limit_seconds:g} s: {took}"
 
 
 @pytest.mark.parametrize("kind", ["one", "ddp"])
