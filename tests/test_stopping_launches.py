@@ -190,7 +190,7 @@ def test_sigterm_to_accelerate_launch_with_one_process(launch: Launcher) -> None
     ("kind", "number", "times"),
     [
         ("ddp", signal.SIGTERM, 2),
-        ("ddp", signal.SIGINT, 1),
+        ("fsdp", signal.SIGINT, 1),
         ("zero2", signal.SIGUSR1, 1),
     ],
     ids=lambda value: getattr(value, "name", value),
