@@ -79,11 +79,11 @@ def test_shapes_and_types_of_the_first_pass_are_logged_once() -> None:
     [
         (
             lambda n: setattr(n, "factor", float("inf")),
-            "step 12: the output of the network (Scaled) is not finite; its input is (",
+            "step 12: the output of the network (Scaled) is not finite, its input is finite (",
         ),
         (
             lambda n: n.second.bias.data.fill_(float("nan")),
-            "of second (Linear) is not finite; its input is, some of its weights",
+            "of second (Linear) is not finite, its input is finite, and neither are some of its weights",
         ),
         (
             lambda n: setattr(n, "backward_alone", True),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 from matplotlib.image import imread
+
+import runs
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
@@ -86,6 +87,15 @@ def test_a_browser_shows_the_table_and_the_curves(folder: Path) -> None:
     grey, black = (np.abs(shown - 221).sum(-1) < 3).any(1), (shown.sum(-1) < 60).any(1)
     assert grey.sum() >= 5  # the lines below the rows of two tables
     assert black.sum() > 100  # text
+
+
+def test_a_run_that_was_killed_while_it_wrote_a_file_spoils_no_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "gpt" / "wide" / "status.json").write_text('{"state": "fin')
+    (folder / "gpt" / "wide" / "config.yaml").write_text("model:\n  d_model: [64\n")
+    runs.main([str(folder)])
+    lines = capsys.readouterr().out
+    assert "gpt/wide" in lines
+    assert "failed" in lines
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import html
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,8 +79,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
 def summary_of(path: Path) -> RunSummary:
     """Of one run directory, whatever is missing there."""
     rows = read_metrics(path / "metrics.jsonl")
-    status = json.loads(_text(path / "status.json") or "{}")
-    config = yaml.safe_load(_text(path / "config.yaml") or "{}")
+    status, config = (_mapping(path / name) for name in ("status.json", "config.yaml"))
     losses = [value for value in curve(rows, "eval/val_loss")[1] if not math.isnan(value)]
     rates = [(name, value) for row in rows for name, value in row.items() if name.endswith("_per_sec")]
     unit, rate = rates[-1] if rates else ("", math.nan)
@@ -92,13 +90,18 @@ def summary_of(path: Path) -> RunSummary:
         best=min(losses, default=math.nan),
         last=([math.nan] + curve(rows, "train/loss")[1])[-1],
         per_second=f"{rate:,.0f} {unit.removeprefix('train/').removesuffix('_per_sec')}" if rates else "",
-        flags={name: value for section in ("model", "data", "optimisation") for name, value in config.get(section, {}).items()},
+        flags={name: value for part in ("model", "data", "optimisation") for name, value in (config.get(part) or {}).items()},
         metrics=path / "metrics.jsonl",
     )
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _mapping(path: Path) -> dict[str, Any]:
+    """What a file of YAML or JSON holds; nothing where it is missing or damaged, as a kill can leave it."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def by_recipe(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:

@@ -42,9 +42,9 @@ class Watch:
                 self.log("\n".join(["The first pass, as each module ends:", *self.first_pass]))
                 self.first_pass = None
         if not _finite(outputs):
-            fine = _finite(_tensors([arguments, keywords]))
-            weights = "" if _finite(module.parameters()) else ", some of its weights neither"
-            raise self._error(f"the output of {name} is not finite; its input is{'' if fine else ' not'}{weights}")
+            given = "finite" if _finite(_tensors([arguments, keywords])) else "not finite either"
+            weights = "" if _finite(module.parameters()) else ", and neither are some of its weights"
+            raise self._error(f"the output of {name} is not finite, its input is {given}{weights}")
         for tensor in outputs:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._backward, name))

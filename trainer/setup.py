@@ -94,8 +94,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     loss_weights = objective_weights(recipe, config, loss_terms(recipe, config, data))
     extra_files = recipe.checkpoint_files(config, network, data)
 
-    if config.run.gradient_checkpointing:
-        recompute_activations(network, config.run.gradient_checkpointing_every)
+    recompute_activations(network, config.run.recompute_every)
     objective = Objective(network, recipe, list(loss_weights))
     on_gpu = launch.device.type == "cuda"
     if config.run.compile == "yes" or (config.run.compile == "auto" and on_gpu and backend.gains_by_compiling):

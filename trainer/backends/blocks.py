@@ -63,17 +63,18 @@ def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
 
 
 def recompute_activations(network: nn.Module, every: int) -> None:
-    """Keep no activations of one block in `every`, the first of them: its backward pass computes them again (Chen et al. 2016).
+    """Keep no activations of one block in `every`, the first of them (0: keep all): its backward pass computes them again (Chen
+    et al. 2016).
 
     In the block, not around it, so that FSDP and ZeRO gather its weights once for both. UserError for a network without blocks.
     """
     blocks = named_blocks(network)[::-1]
-    if not blocks:
+    if every and not blocks:
         raise UserError(
             f"--gradient_checkpointing goes block by block, and {type(network).__name__} names none in _no_split_modules; "
             "leave it out"
         )
-    for block in blocks[::every]:
+    for block in blocks[::every] if every else ():
         block.forward = partial(_recomputed, block, block.forward)
 
 

@@ -87,8 +87,8 @@ class Run:
     the first step (one process, where they are split again if memory runs out later, or DDP)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass, block by block: less memory, about a third more time"""
-    gradient_checkpointing_every: Annotated[int, Positive] = 1
-    """of so many blocks one, with --gradient_checkpointing: the others keep their activations, and cost no time"""
+    gradient_checkpointing_every: Annotated[int, NotNegative] = 0
+    """recompute one block in so many alone: the others keep their activations, and cost no time (0: off)"""
     deterministic: bool = False
     """deterministic kernels: bit-exact resume on a GPU too"""
     num_workers: Annotated[int, NotNegative] = 2
@@ -164,6 +164,11 @@ class Run:
     TRAINER_ALERT_WEBHOOK in the environment: other users see command lines, and a launcher repeats that of a failed run"""
     alert_every: Annotated[int, NotNegative] = 500
     """optimizer steps between alerts of progress (0: off)"""
+
+    @property
+    def recompute_every(self) -> int:
+        """One block of so many computes its activations again in the backward pass; 0: none."""
+        return self.gradient_checkpointing_every or int(self.gradient_checkpointing)
 
 
 # What describes this launch alone, and is therefore never taken over from a checkpoint.

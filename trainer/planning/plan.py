@@ -87,7 +87,7 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
         *measured.notes,
         *work_lines(step_flops * processes, steps, hours, place, flags.mfu),
         *checkpoint_lines(run, steps, o.effective_batch_size, samples, sum(measured.files), hours),
-        advice(sizes, own, place, processes, config.run.gradient_checkpointing)
+        advice(sizes, own, place, processes, bool(config.run.recompute_every))
         + (", and activations" if measured.notes else ""),
     ]
 
@@ -110,8 +110,7 @@ def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, o
     has_blocks = bool(named_blocks(network))
     batch, terms = micro_batch(recipe, data, config, own.processes)
     counts, notes = (NOT_COUNTED, NOT_COUNTED), []
-    if config.run.gradient_checkpointing:
-        recompute_activations(network, config.run.gradient_checkpointing_every)
+    recompute_activations(network, config.run.recompute_every)
     try:
         counts = count_micro_step(Objective(network, recipe, terms), batch, precision, on_gpu)
     except RuntimeError as error:  # an operation that looks at values, or is not known for shapes alone
