@@ -13,6 +13,7 @@ from test_help import RECIPES
 from test_links import PAGES
 
 from trainer.main import read_command_line
+from trainer.planning.flags import take_plan_flags
 
 COMMAND = re.compile(r"\brecipes/(\w+)\.py([^`\n#|);&]*)")
 NOT_HERE = ("...", "my_run.yaml")  # what the reader is to fill in, or to write
@@ -33,7 +34,7 @@ def test_every_command_is_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)
     for name, argv in commands_of(page):
         if "--help" not in argv:
-            command, _ = read_command_line(BY_NAME[name], argv)
+            command, _ = read_command_line(BY_NAME[name], take_plan_flags(argv)[1])
             assert command == "train" or command in BY_NAME[name].commands
 
 

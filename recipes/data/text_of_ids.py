@@ -15,8 +15,12 @@ from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, vocabular
 
 
 def holds_ids(data_dir: str) -> bool:
-    """Whether a folder or a pattern has prepared ids, as tools/prepare_text.py leaves them."""
-    return any(path.suffix == ".ids" for path in _files(data_dir))
+    """Whether a folder or a pattern has prepared ids, as tools/prepare_text.py leaves them: not a folder of text with ids of it
+    somewhere below."""
+    folder = Path(data_dir)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.ids")):
+        return False
+    return bool(_files(data_dir))
 
 
 def _files(data_dir: str) -> list[Path]:
