@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.token_files import PROGRESS, SHARD_FOLDERS, ChunkDigest
+from recipes.data.token_files import ChunkDigest
+from recipes.data.unfinished_shards import PROGRESS, SHARD_FOLDERS, read_progress
 
 Encoded = Iterator[tuple[bytes, bytes]]
 """(training ids, validation ids) of each task"""
@@ -32,6 +33,7 @@ def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: st
         _replace(folder / "tokenizer.json", tokenizer_json.encode())
         _remove_shards(folder, 0)
         (folder / PROGRESS).unlink(missing_ok=True)
+        _remove(files[0].path)  # no new valid.ids stands beside an old one
         for file in reversed(files):  # train.ids last: if it exists, all of them do
             file.commit()
     finally:
@@ -56,7 +58,7 @@ def write_shards(
     """
     progress = folder / PROGRESS
     done: dict[str, Any] = {**begun, "shards": 0, "train": 0, "valid": 0}
-    before = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else done
+    before = read_progress(progress) if progress.exists() else done
     if before["made_from"] == begun["made_from"]:
         done = before
     elif not overwrite:
