@@ -208,7 +208,7 @@ def test_names_tell_the_splits(tmp_path: Path) -> None:
     names = {split: [str(Path(s.name).relative_to(tmp_path)) for s in sources] for split, sources in splits.items()}
     assert names == {"train": ["train/a.txt", "train/b.jsonl"], "validation": ["validation/c.txt"], "test": ["test.txt.gz"]}
     assert notes == [
-        f"{tmp_path}: train is a.txt and 1 more; validation is c.txt; test is test.txt.gz",
+        f"{tmp_path}: train is train/a.txt, train/b.jsonl; validation is validation/c.txt; test is test.txt.gz",
         f"{tmp_path}: left out 1 whose names tell no split, or another: README.txt",
     ]
     (tmp_path / "train" / "valid.CSV").write_text("text")

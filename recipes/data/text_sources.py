@@ -47,11 +47,6 @@ class Source:
         return sorted(Path(self.name).rglob("*.arrow")) if self.split else [Path(self.name)]
 
     @property
-    def label(self) -> str:
-        """A short name: of its split, or its path's last part."""
-        return Path(self.name).name if self.split in (None, ALL) else str(self.split)
-
-    @property
     def identity(self) -> tuple[Path, str | None]:
         """The same for every spelling of a path, links too, and whether a file is compressed or not."""
         path = Path(self.name).resolve()
@@ -178,16 +173,17 @@ def find_splits(
     sources = find_sources(inputs, None)
     paths = [path.absolute() for name in inputs for path in _matched(name)]
     folders = [path if path.is_dir() else path.parent for path in paths]
+    root = Path(os.path.commonpath(folders)) if folders else Path()
     splits: dict[str, list[Source]] = {}
-    unnamed: list[str] = []
+    unnamed: list[Source] = []
     given = {str(Path(name).expanduser()) for name in inputs}
     for source in sources:
-        if split := split_of(source, Path(os.path.commonpath(folders)) if folders else Path()):
+        if split := split_of(source, root):
             splits.setdefault(split, []).append(source)
         elif source.name in given:
             splits.setdefault("train", []).append(source)
         else:
-            unnamed.append(source.label)
+            unnamed.append(source)
     # Without names, or a file `dev.txt` that is given as the whole text.
     if not splits or (len(splits) == 1 and not unnamed and not any(path.is_dir() for path in paths)):
         splits, unnamed = {"train": sources}, []
@@ -195,28 +191,30 @@ def find_splits(
         raise FileNotFoundError(
             f"{', '.join(inputs)} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
         )
-    found = "; ".join(_first_of(split, splits[split]) for split in SPLITS if split in splits)
+    found = "; ".join(f"{split} is {_first_of(splits[split], root)}" for split in SPLITS if split in splits)
     notes = [f"{', '.join(inputs)}: {found}"] if len(sources) > 1 else []
     if not test:
-        unnamed += [source.label for source in splits.pop("test", [])]
+        unnamed += splits.pop("test", [])
     if validation:
         called_so = splits.get("validation", [])
         splits["validation"] = find_sources(validation, "validation")
         chosen = {source.identity for source in splits["validation"]}
-        unnamed += [source.label for source in called_so if source.identity not in chosen]
-    left_out = ", ".join(unnamed[:3]) + (" ..." if len(unnamed) > 3 else "")
+        unnamed += [source for source in called_so if source.identity not in chosen]
     below = (path for folder in paths if folder.is_dir() for path in sorted(folder.rglob("*")))
     if tables := [path.name for path in below if path.name.lower().endswith(TABLES) and split_named(path.name)]:
         notes.append(
             f"{', '.join(inputs)}: passed over {tables[0]}, of {len(tables)} that are no text; make it a .jsonl or parquet"
         )
     if unnamed:
+        left_out = _first_of(unnamed, root)
         notes.append(f"{', '.join(inputs)}: left out {len(unnamed)} whose names tell no split, or another: {left_out}")
     return splits, notes
 
 
-def _first_of(split: str, sources: list[Source]) -> str:
-    return f"{split} is {sources[0].label}" + (f" and {len(sources) - 1:,} more" if len(sources) > 1 else "")
+def _first_of(sources: list[Source], root: Path) -> str:
+    """The first few of them, by their paths below `root`, or their splits."""
+    names = [os.path.relpath(one.name, root) if one.split in (None, ALL) else str(one.split) for one in sources[:3]]
+    return ", ".join(names) + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
 
 
 def split_of(source: Source, root: Path) -> str | None:
