@@ -30,10 +30,10 @@ def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: st
             for file, ids in zip(files, pair, strict=True):
                 file.write(ids)
         _check_counts({file.path.stem: file.count for file in files})
+        _remove(files[0].path)  # so that nothing new stands beside an old one
         _replace(folder / "tokenizer.json", tokenizer_json.encode())
         _remove_shards(folder, 0)
         (folder / PROGRESS).unlink(missing_ok=True)
-        _remove(files[0].path)  # no new valid.ids stands beside an old one
         for file in reversed(files):  # train.ids last: if it exists, all of them do
             file.commit()
     finally:

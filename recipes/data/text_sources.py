@@ -18,7 +18,7 @@ ENDINGS = (".txt", ".text", ".tokens", ".raw", *JSON_ENDINGS, ".parquet")  # wha
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 NOT_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".ids", ".bin", ".npy", ".arrow", ".pdf", ".docx", ".html")
 TABLES = (".json", ".csv", ".tsv")  # of these, what may be meant as text
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` of Hugging Face datasets leaves in a folder: a dict, a set
+SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of `save_to_disk` of datasets: of a dict; both of a set
 ALL = "all"  # what is called the split of a saved data set that has none
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SPLITS = ("train", "validation", "test")
@@ -127,7 +127,7 @@ def _in_folder(folder: Path, split: str | None) -> list[Source]:
 
 
 def _below(folder: Path, split: str | None) -> list[Source]:
-    if any((folder / name).is_file() for name in SAVED):
+    if (folder / SAVED[0]).is_file() or all((folder / name).is_file() for name in SAVED[1:]):
         there = _saved_splits(folder)
         chosen = [name for name in there if split is None or split_named(name) == split or len(there) == 1]
         if not chosen:
