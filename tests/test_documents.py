@@ -255,6 +255,13 @@ def test_names_tell_the_splits_of_files_and_patterns_too(tmp_path: Path) -> None
     assert by_split(tmp_path, "s-valid.txt")[0] == by_split(tmp_path, "*-valid*")[0] == {"train": ["s-valid.txt"]}
 
 
+def test_many_files_make_a_short_note(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("text")
+    (note,) = by_split(tmp_path, *(f"{number}.txt" for number in range(9)))[1]
+    assert note.endswith("2.txt and 6 more: train is 0.txt, 1.txt, 2.txt and 6 more")
+
+
 def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -13,7 +13,7 @@ from recipes.data.documents import piece_size, pieces, units
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.text_files import cell, checked_texts, lines, no_progress, rows, text_blocks
-from recipes.data.text_sources import SPLITS, Source, find_splits, split_named
+from recipes.data.text_sources import SPLITS, Source, few, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
 HUB_WIKITEXT = "Salesforce/wikitext"
@@ -86,7 +86,7 @@ def _local_corpus(inputs: Sequence[str], validation: Sequence[str], reading: Rea
         return _split_rows(splits, reading, without, piece)
 
     size = sum(source.size_bytes or sum(path.stat().st_size for path in source.files) for source in splits["train"])
-    return _with_validation(", ".join(inputs), digest, rows_of, splits.keys(), size, reading, notes)
+    return _with_validation(few(inputs), digest, rows_of, splits.keys(), size, reading, notes)
 
 
 def _with_validation(

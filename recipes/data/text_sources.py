@@ -173,7 +173,7 @@ def find_splits(
     sources = find_sources(inputs, None)
     paths = [path.absolute() for name in inputs for path in _matched(name)]
     folders = [path if path.is_dir() else path.parent for path in paths]
-    root = Path(os.path.commonpath(folders)) if folders else Path()
+    name, root = few(inputs), Path(os.path.commonpath(folders)) if folders else Path()
     splits: dict[str, list[Source]] = {}
     unnamed: list[Source] = []
     given = {str(Path(name).expanduser()) for name in inputs}
@@ -189,10 +189,10 @@ def find_splits(
         splits, unnamed = {"train": sources}, []
     if "train" not in splits:
         raise FileNotFoundError(
-            f"{', '.join(inputs)} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
+            f"{name} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
         )
     found = "; ".join(f"{split} is {_first_of(splits[split], root)}" for split in SPLITS if split in splits)
-    notes = [f"{', '.join(inputs)}: {found}"] if len(sources) > 1 else []
+    notes = [f"{name}: {found}"] if len(sources) > 1 else []
     if not test:
         unnamed += splits.pop("test", [])
     if validation:
@@ -202,19 +202,21 @@ def find_splits(
         unnamed += [source for source in called_so if source.identity not in chosen]
     below = (path for folder in paths if folder.is_dir() for path in sorted(folder.rglob("*")))
     if tables := [path.name for path in below if path.name.lower().endswith(TABLES) and split_named(path.name)]:
-        notes.append(
-            f"{', '.join(inputs)}: passed over {tables[0]}, of {len(tables)} that are no text; make it a .jsonl or parquet"
-        )
+        notes.append(f"{name}: passed over {tables[0]}, of {len(tables)} that are no text; make it a .jsonl or parquet")
     if unnamed:
         left_out = _first_of(unnamed, root)
-        notes.append(f"{', '.join(inputs)}: left out {len(unnamed)} whose names tell no split, or another: {left_out}")
+        notes.append(f"{name}: left out {len(unnamed)} whose names tell no split, or another: {left_out}")
     return splits, notes
 
 
 def _first_of(sources: list[Source], root: Path) -> str:
     """The first few of them, by their paths below `root`, or their splits."""
-    names = [os.path.relpath(one.name, root) if one.split in (None, ALL) else str(one.split) for one in sources[:3]]
-    return ", ".join(names) + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
+    return few([os.path.relpath(one.name, root) if one.split in (None, ALL) else str(one.split) for one in sources])
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def split_of(source: Source, root: Path) -> str | None:
