@@ -9,10 +9,10 @@ import contextlib
 import errno
 import fcntl
 import functools
+import logging
 import math
 import os
 import secrets
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,8 +197,12 @@ class _Blocks:
                 _write(self.folder / str(number), content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES))
             _make_room(self.root, sum(len(content) + CHECKSUM_BYTES for content in blocks.values()), _cache_bytes())
         except OSError as error:
-            reason = error.strerror or one_line(error)
-            warnings.warn(f"{self.root} cannot keep what is read of URLs ({reason}): it is read again", stacklevel=1)
+            _warn_once(f"{self.root} cannot keep what is read of URLs ({error.strerror or one_line(error)}): it is read again")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 def _write(path: Path, content: bytes) -> None:
