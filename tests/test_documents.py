@@ -129,7 +129,18 @@ def test_a_saved_data_set_is_read_by_its_splits(tmp_path: Path) -> None:
         "train": ["train"],
         "validation": ["dev"],
     }
-    assert notes == []
+    assert notes == [f"{tmp_path}/several: train is train; validation is dev"]
+    for name, split in (("sep/train", rows), ("sep/valid", rows.select([0]))):  # without splits: the folders tell them
+        split.save_to_disk(str(tmp_path / name))
+    for inputs in (["sep"], ["sep/*"], ["sep/train", "sep/valid"]):
+        assert by_split(tmp_path, *inputs)[0] == {"train": ["train"], "validation": ["valid"]}
+    assert by_split(tmp_path, "sep/valid")[0] == {"train": ["valid"]}  # given as the whole text
+    for damaged in ("[]", '{"splits'):
+        (tmp_path / "several" / "dataset_dict.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"dataset_dict\.json is damaged .*; save the data set again") as error:
+            find_sources([str(tmp_path / "several")])
+        one_line(error)
+    DatasetDict({"train": rows, "dev": rows.select([0])}).save_to_disk(str(tmp_path / "several"))
     with pytest.raises(ValueError, match=r"without a test split \(it has train, dev\)"):
         find_sources([str(tmp_path / "several")], "test")
 
@@ -144,6 +155,9 @@ def test_rows_without_text_are_counted_and_a_file_without_any_is_refused(tmp_pat
     found = list(units(find_sources([str(tmp_path / "a.*")]), without=without))
     assert documents(found) == ["One.", "One."]
     assert without == {str(tmp_path / "a.jsonl"): 2, str(tmp_path / "a.parquet"): 1}
+    (tmp_path / "empty.jsonl").write_text('{"text": null}\n')  # the column is there
+    assert list(units([Source(str(tmp_path / "empty.jsonl"))], without=without)) == []
+    assert without[str(tmp_path / "empty.jsonl")] == 1
     for name, content, problem in (
         (
             "b.jsonl",
@@ -165,7 +179,13 @@ def test_names_tell_the_splits(tmp_path: Path) -> None:
         ("train-00000-of-00002.parquet", "train"),
         ("DEV.jsonl.GZ", "validation"),
         ("my_val.txt", "validation"),
-        ("train_evaluation", "train"),
+        ("train_evaluator", "train"),
+        ("trainset.txt", "train"),
+        ("TESTSET.txt", "test"),
+        ("evaluation.txt", "validation"),
+        ("held-out.jsonl", "validation"),
+        ("HeldOut", "validation"),
+        ("dataset.txt", None),
         ("StoriesTrain.txt", "train"),
         ("myDevSet.jsonl", "validation"),
         ("corpusTEST", "test"),
@@ -187,7 +207,12 @@ def test_names_tell_the_splits(tmp_path: Path) -> None:
     splits, notes = find_splits([str(tmp_path)])
     names = {split: [str(Path(s.name).relative_to(tmp_path)) for s in sources] for split, sources in splits.items()}
     assert names == {"train": ["train/a.txt", "train/b.jsonl"], "validation": ["validation/c.txt"], "test": ["test.txt.gz"]}
-    assert notes == [f"{tmp_path}: left out 1 whose names tell no split, or another: README.txt"]
+    assert notes == [
+        f"{tmp_path}: train is train/a.txt, train/b.jsonl; validation is validation/c.txt; test is test.txt.gz",
+        f"{tmp_path}: left out 1 whose names tell no split, or another: README.txt",
+    ]
+    (tmp_path / "train" / "valid.CSV").write_text("text")
+    assert f"{tmp_path}: passed over valid.CSV" in find_splits([str(tmp_path)])[1][1]
     assert find_splits([str(tmp_path / "validation" / "*.txt")])[0].keys() == {"train"}  # given as the whole text
 
 
@@ -202,9 +227,9 @@ def test_a_folder_called_as_a_split_tells_it_and_then_the_name(tmp_path: Path) -
         (tmp_path / name).write_text("text")
     expected = {"train": ["a.txt", "the_test.txt"], "validation": ["b.txt"], "test": ["c.txt"]}
     splits, notes = by_split(tmp_path, "data")
-    assert (splits, len(notes)) == (expected, 1)
+    assert (splits, len(notes)) == (expected, 2)
     # As several folders, a pattern, or what a shell makes of one.
-    assert by_split(tmp_path, "data/train", "data/VAL", "data/my-test") == (expected, [])
+    assert by_split(tmp_path, "data/train", "data/VAL", "data/my-test")[0] == expected
     for inputs in (["data/*/*.txt", "data/*/*/*.txt"], ["data/train/the_test.txt", "data/VAL/b.txt"]):
         assert {"the_test.txt"} <= {*by_split(tmp_path, *inputs)[0]["train"]}
         assert by_split(tmp_path, *inputs)[0]["validation"] == ["b.txt"]
@@ -217,13 +242,24 @@ def test_names_tell_the_splits_of_files_and_patterns_too(tmp_path: Path) -> None
     expected = {"train": ["s-train.txt"], "validation": ["s-valid.txt"], "test": ["s-test.txt"]}
     splits, notes = by_split(tmp_path, "s-*.txt")
     assert splits == expected
-    assert "left out 1 whose names tell no split, or another: s-notes.txt" in notes[0]
+    assert "left out 1 whose names tell no split, or another: s-notes.txt" in notes[1]
+    splits, notes = find_splits([f"{tmp_path}/s-*.txt"], test=False)
+    assert splits.keys() == {"train", "validation"}
+    assert "left out 2 whose names tell no split, or another: s-notes.txt, s-test.txt" in notes[1]
     splits, notes = by_split(tmp_path, "s-valid.txt", "other.txt")  # who gives a file means it
-    assert (splits, notes) == ({"validation": ["s-valid.txt"], "train": ["other.txt"]}, [])
+    assert splits == {"validation": ["s-valid.txt"], "train": ["other.txt"]}
+    assert notes == [f"{tmp_path}/s-valid.txt, {tmp_path}/other.txt: train is other.txt; validation is s-valid.txt"]
     splits, notes = by_split(tmp_path, "s-*.txt", validation=("other.txt",))
     assert splits == expected | {"validation": ["other.txt"]}
-    assert "s-valid.txt" in notes[0]
+    assert "s-valid.txt" in notes[1]
     assert by_split(tmp_path, "s-valid.txt")[0] == by_split(tmp_path, "*-valid*")[0] == {"train": ["s-valid.txt"]}
+
+
+def test_many_files_make_a_short_note(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("text")
+    (note,) = by_split(tmp_path, *(f"{number}.txt" for number in range(9)))[1]
+    assert note.endswith("2.txt and 6 more: train is 0.txt, 1.txt, 2.txt and 6 more")
 
 
 def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +280,7 @@ def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> N
     one_line(error)
 
 
-def test_patterns_and_names(tmp_path: Path) -> None:
+def test_patterns_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).write_text("text")
     names = [Path(source.name).name for source in find_sources([f"{tmp_path}/*.txt", str(tmp_path / "c.jsonl")])]
@@ -269,8 +305,18 @@ def test_patterns_and_names(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text")
         with pytest.raises(ValueError, match="is no text file"):
             find_sources([str(tmp_path / name)])
-    with pytest.raises(ValueError, match=r"a\.txt is given twice"):
-        find_sources([str(tmp_path / "a.txt"), f"{tmp_path}/*.txt"])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "c.jsonl")
+    (tmp_path / "a.txt.GZ").write_text("the same, compressed")
+    monkeypatch.chdir(tmp_path)
+    for inputs, problem in (
+        ([str(tmp_path / "a.txt"), f"{tmp_path}/*.txt"], "a.txt is given twice"),
+        (["a.txt", str(tmp_path / "a.txt")], f"{tmp_path}/a.txt is a.txt again"),
+        (["c.jsonl", "link.jsonl"], "link.jsonl is c.jsonl again"),
+        (["a.txt*"], "a.txt.GZ is a.txt again, by its path or its name; leave one of them out"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(problem)) as error:
+            find_sources(inputs)
+        one_line(error)
 
 
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

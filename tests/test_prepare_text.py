@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +20,15 @@ import numpy as np
 import prepare_text
 import pytest
 from launching import ROOT, Started, environment
+from prepared_files import Output
 from tokenizers import Tokenizer
 
 from recipes.data.text_of_ids import text_of_ids
+from recipes.data.text_sources import find_sources
 from recipes.data.token_sets import find_files
 from recipes.data.token_streams import open_streams
 from recipes.data.tokenizer import END_OF_TEXT
+from recipes.data.unfinished_shards import PROGRESS
 
 TOOL = ROOT / "tools" / "prepare_text.py"
 STORY = "Once upon a time {} walked quietly between the lighthouses. It was {}!\n\nThe end, she said.\n"
@@ -140,7 +145,7 @@ def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, 
         ([stories, "--out", out, "--tokenizer", tmp_path / "none.json"], "does not exist"),
         ([stories, "--out", out, "--workers", 0], "workers > 0"),
         ([stories, "--out", prepared], "is there already"),
-        ([stories, "--valid", stories, "--out", out], "is both training and validation text"),
+        ([stories, "--valid", os.path.relpath(stories, ROOT), "--out", out], "is both training and validation text"),
     ):
         assert problem in run(*arguments, expect=2)
     assert list(out.iterdir()) == []
@@ -230,6 +235,39 @@ def test_nothing_of_an_earlier_preparation_is_left_beside_a_new_one(
         assert relative_files(out) == relative_files(tmp_path / name) | {"train/mine.txt": b"is no shard"}
 
 
+def test_ended_between_its_two_files_it_leaves_no_old_one_beside_a_new_one(
+    prepare: Callable[..., None], stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short.txt").write_text(stories.read_text()[:150_000])
+    flags = ["--out", tmp_path / "out", "--tokenizer", prepared / "tokenizer.json"]
+    prepare(stories, *flags)
+    commit = Output.commit
+
+    def interrupted(file: Output) -> None:
+        if file.path.name == "train.ids":
+            raise KeyboardInterrupt
+        commit(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "commit", interrupted)
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / "short.txt", *flags, "--overwrite")
+    assert contents(tmp_path / "out").keys() == {"tokenizer.json", "valid.ids", "valid.ids.json"}
+    prepare(tmp_path / "short.txt", *flags)
+
+
+def test_another_saved_data_set_of_the_same_name_is_another_preparation(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    options = argparse.Namespace(valid_percent=1.0, column="text", shard_mb=1.0)
+    settings = []
+    for text in ("One.", "Two."):
+        Dataset.from_dict({"text": [text]}).save_to_disk(str(tmp_path / "set"))
+        settings += [prepare_text._settings(options, find_sources([str(tmp_path / "set")]), [], "{}") for _ in range(2)]
+        shutil.rmtree(tmp_path / "set")
+    assert settings[0] == settings[1] != settings[2]
+
+
 def test_a_part_of_the_shards_is_refused_with_the_command_that_goes_on(
     prepare: Callable[..., None], stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +297,14 @@ def test_a_part_of_the_shards_is_refused_with_the_command_that_goes_on(
         text_of_ids(str(out), "gpt2", by_rows=False)
     with pytest.raises(SystemExit):  # other text, as one of the files is now for validation
         prepare("a.txt", "--valid", "b.txt", "--out", "out", *flags)
+    intact = (out / PROGRESS).read_bytes()
+    for damaged in (intact[:-20], b"[]"):
+        (out / PROGRESS).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"\.progress\.json is damaged; remove it and the shards"):
+            find_files(str(out / "train"), 320)
+        with pytest.raises(SystemExit):
+            prepare("a.txt", "b.txt", "--out", "out", *flags)
+    (out / PROGRESS).write_bytes(intact)
     prepare("a.txt", "b.txt", "--out", "out", *flags)
     assert len(find_files(str(out / "train"), 320)) > 10_000
 
@@ -275,8 +321,8 @@ def test_a_pattern_that_matches_every_split_trains_on_one(
         ids = np.fromfile(tmp_path / "out" / f"{name}.ids", np.uint16).tolist()
         assert tokenizer.decode(ids, skip_special_tokens=False) == texts[name] + END_OF_TEXT
     output = capsys.readouterr().out
-    assert "s-valid.txt (1) is validation text, by its name" in output
-    assert "s-test.txt (1) is left out, as test text, by its name" in output
+    assert "s-*.txt: train is s-train.txt; validation is s-valid.txt; test is s-test.txt" in output
+    assert "left out 1 whose names tell no split, or another: s-test.txt" in output
 
 
 def wait_until(condition: object, seconds: float = 100.0) -> None:

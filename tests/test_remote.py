@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -182,6 +183,26 @@ def test_a_damaged_block_is_fetched_again(server: SimpleNamespace, monkeypatch: 
         block.write_bytes(damaged)
         assert np.array_equal(file.windows(9, starts), expected)
         assert block.read_bytes() == intact
+
+
+def test_a_cache_that_cannot_be_written_costs_no_sample(
+    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = server.folder / "unwritable"
+    monkeypatch.setenv("SAMECURVE_CACHE", str(cache))
+    (file,) = find_files("s3://texts/other.ids", VOCABULARY).files
+    expected = file.windows(9, np.array([3]))
+    shutil.rmtree(cache / "blocks")
+    (cache / "blocks").write_text("is no folder")
+    for _ in range(2):
+        assert np.array_equal(file.windows(9, np.array([3])), expected)
+    (message,) = caplog.messages
+    assert re.search(r"unwritable/blocks cannot keep what is read of URLs \(.*\): it is read again", message)
+    for said in ("20GB", "-1", "nan"):
+        monkeypatch.setenv("SAMECURVE_REMOTE_GB", said)
+        with pytest.raises(ValueError, match=rf"SAMECURVE_REMOTE_GB is '{said}'; set it to a number of gigabytes") as error:
+            find_files("s3://texts/other.ids", VOCABULARY)
+        one_line(error)
 
 
 def test_what_is_refused_of_a_local_file_is_refused_behind_a_url(server: SimpleNamespace, tmp_path: Path) -> None:

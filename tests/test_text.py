@@ -153,13 +153,45 @@ def test_a_text_of_one_line_is_held_out_in_pieces(tmp_path: Path) -> None:
 def test_an_empty_file_among_others_is_passed_over_by_name(data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "wiki.train.2.tokens").write_text(" \n")
     prepared = text.prepare_text("", [str(data_dir)], "train", 300, tmp_path)
-    assert prepared.notes == (f"{data_dir}/wiki.train.2.tokens: passed over, as it holds no text",)
+    assert prepared.notes[1:] == (f"{data_dir}/wiki.train.2.tokens: passed over, as it holds no text",)
     assert len(prepared.splits["train"].row_ends) == len(ROWS["train"])
+
+
+def test_a_file_whose_rows_are_all_without_text_is_counted_beside_others(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "One row."}\n')
+    (tmp_path / "dev.txt").write_text("Another.\n")
+    (tmp_path / "train-2.jsonl").write_text('{"text": null}\n' * 3)
+    prepared = text.prepare_text("", [str(tmp_path)], "train", 300, tmp_path / "cache")
+    assert prepared.notes[1:] == (f"{tmp_path}/train-2.jsonl: 3 rows without text passed over",)
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"train-2\.jsonl is empty, or has only blank rows; give one with text for train"):
+        text.prepare_text("", [str(tmp_path)], "train", 300, tmp_path / "cache")
+
+
+def test_the_same_bytes_read_otherwise_are_another_corpus(tmp_path: Path) -> None:
+    digests = []
+    for kind in ("txt", "jsonl"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for split in ("train", "dev"):
+            (folder / f"{split}.{kind}").write_text('{"text": "One."}\n')
+        digests += [find_corpus("", [str(folder)], Reading(by_line=by_line), tmp_path).digest for by_line in (True, False)]
+    assert len(set(digests)) == 4
+
+
+def test_a_blank_piece_that_ends_a_row_keeps_its_end(tmp_path: Path) -> None:
+    encoder = tokenizer.train_tokenizer(["a b"], 260)
+    written = text._SplitFile(tmp_path / "a.ids", text.Encoder(encoder.to_str(), "uint16"))
+    for piece, end in (("a", False), (" ", True), (" ", True), ("b", True)):
+        written.add(piece, end)
+    written.finish()
+    assert encoder.decode(np.fromfile(tmp_path / "a.ids", np.uint16).tolist(), False) == f"a {END_OF_TEXT}b{END_OF_TEXT}"
+    assert list(written.row_ends) == [3, 5]
 
 
 def test_validation_text_that_is_training_text_is_said(data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "wiki.valid.tokens").write_bytes((data_dir / "wiki.train.tokens").read_bytes())
-    (note,) = find_corpus("", [str(data_dir)], Reading(), tmp_path).notes
+    _, note = find_corpus("", [str(data_dir)], Reading(), tmp_path).notes
     assert note.startswith(f"{data_dir}/wiki.valid.tokens has the text of {data_dir}/wiki.train.tokens: ")
 
 
@@ -429,6 +461,19 @@ def test_prepared_ids_take_the_place_of_text(data_dir: Path, tmp_path: Path, mon
     with pytest.raises(ValueError, match=r"other\.json is not the one that made the ids") as error:
         text_of_ids(str(folder), str(tmp_path / "other.json"), by_rows=False)
     one_line(error)
+    assert text_of_ids(str(folder), str(folder / "tokenizer.json"), by_rows=False).notes == ()
+    (note,) = again.notes
+    assert note == f"{folder}/tokenizer.json, of 300 entries, is the tokenizer: --tokenizer gpt2 is for text"
+    (folder / "valid.ids.json").write_text(json.dumps({"tokenizer_sha256": hashlib.sha256(other.encode()).hexdigest()}))
+    with pytest.raises(ValueError, match=r"ids/tokenizer\.json is not the one that made .*valid\.ids") as error:
+        text_of_ids(str(folder), "gpt2", by_rows=False)
+    one_line(error)
+    (folder / "valid.ids.json").unlink()
+    for ids, row_ends in (([3, 0, 4, 5, 6], [2, 5]), ([3, 4, 5], [3])):  # the last row lacks its end-of-text
+        np.array(ids, dtype=np.uint16).tofile(folder / "valid.ids")
+        rows = text_of_ids(str(folder), "gpt2", by_rows=True).splits["validation"]
+        assert rows.row_ends.tolist() == row_ends
+        assert len(TokenRows(rows, 4, 300, 0)) == len(row_ends)
     (folder / "valid.ids").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no \.ids file for validation") as error:
         text_of_ids(str(folder), "gpt2", by_rows=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -147,6 +148,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(
     place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.data.token_files.CHUNK_IDS", 1024)
+    monkeypatch.delattr(os, "sched_getaffinity")  # which not every system has
     ids = ids_file(tmp_path / "a.ids", 20_000)
     ids[place:] = VOCABULARY + np.arange(20_000 - place)
     ids.tofile(tmp_path / "a.ids")

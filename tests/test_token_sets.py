@@ -50,6 +50,8 @@ def test_the_fingerprint_follows_the_ids_of_both(tmp_path: Path) -> None:
     ids_file(Path(two), 201)
     fingerprints = {opened(*pair).fingerprint for pair in itertools.product((one, two), repeat=2)}
     assert len(fingerprints) == 4
+    mixtures = [open_streams([(one, 1.0), (two, weight)], [(one, None)], None, VOCABULARY, 8) for weight in (1.0, 2.0)]
+    assert mixtures[0].fingerprint != mixtures[1].fingerprint
 
 
 def test_a_tokenizer_that_did_not_make_the_ids_is_refused(tmp_path: Path) -> None:
@@ -243,6 +245,10 @@ def test_text_is_made_into_ids_as_prepare_text_makes_them(tmp_path: Path, monkey
     train, validation = (str(tmp_path / f"s-{name}.txt") for name in ("train", "valid"))
     for both in ((train, validation), (f"{tmp_path}/s-*.txt", None)):
         assert texts(opened(*both)) == expected
+    (tmp_path / "s-test.txt").write_text("It is not read.\n")
+    notes = opened(f"{tmp_path}/s-*.txt", None).notes
+    assert f"{tmp_path}/s-*.txt: train is s-train.txt; validation is s-valid.txt; test is s-test.txt" in notes
+    assert "left out 1 whose names tell no split, or another: s-test.txt" in notes[-1]
     held_out = opened(train, None)
     assert "5.00% of it, spread over it, is held out" in held_out.notes[-1]
     assert sum(text.count("Story") for text in texts(held_out)) == pytest.approx(3000, abs=5)  # a piece may begin in a story

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prepared_files import Encoded, locked, write_files, write_shards
@@ -38,8 +37,8 @@ from recipes.data.documents import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.text_files import Read, no_progress
 from recipes.data.text_sources import Source, find_splits
-from recipes.data.token_files import PROGRESS
 from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, train_tokenizer, vocabulary_size
+from recipes.data.unfinished_shards import PROGRESS
 from trainer.command_line.locations import argument_path
 from trainer.distributed.hardware import cores
 from trainer.errors import path_of
@@ -78,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, "prepare_text: a worker was killed, perhaps for want of memory; try fewer --workers\n")
     except KeyboardInterrupt:
         unfinished = (options.out / PROGRESS).exists()
-        parser.exit(130, f"prepare_text: interrupted; {'the same command goes on' if unfinished else 'nothing was written'}\n")
+        parser.exit(130, f"prepare_text: interrupted; {'the same command goes on' if unfinished else 'start it again'}\n")
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -87,8 +86,9 @@ def prepare(options: argparse.Namespace) -> None:
         raise ValueError("it takes 0 < valid_percent <= 50, sample_mb > 0, workers > 0 and shard_mb >= 0")
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # what the tokenizer's training runs on
     sources, validation_sources = _find(options)
-    if both := set(sources) & set(validation_sources):
-        raise ValueError(f"{both.pop().name} is both training and validation text; give others")
+    trained_on = {source.identity for source in sources}
+    if both := [source.name for source in validation_sources if source.identity in trained_on]:
+        raise ValueError(f"{both[0]} is both training and validation text; give others")
     options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         _prepare(options, sources, validation_sources)
@@ -96,10 +96,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
     """What to train on, and what to validate on: nothing, where a part of the first is to be held out."""
-    splits, notes = find_splits(options.inputs, options.valid)
-    for name, what in (("validation", "is validation text"), ("test", "is left out, as test text")):
-        if name in splits and not (name == "validation" and options.valid):
-            notes.append(f"{', '.join(source.name for source in splits[name][:3])} ({len(splits[name])}) {what}, by its name")
+    splits, notes = find_splits(options.inputs, options.valid, test=False)
     for note in notes:
         print(note)
     return splits["train"], splits.get("validation", [])
@@ -163,7 +160,7 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
 
 def _settings(options: argparse.Namespace, train: list[Source], validation: list[Source], tokenizer_json: str) -> str:
     """Hash of all that decides which text is in which shard."""
-    files = [[([] if one.split else signature(Path(one.name))), one.name, one.split] for one in (*train, *validation)]
+    files = [[[[path.name, *signature(path)] for path in one.files], one.name, one.split] for one in (*train, *validation)]
     settings = [files, len(train), tokenizer_json, options.valid_percent, options.column, options.shard_mb]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

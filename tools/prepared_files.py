@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.token_files import PROGRESS, SHARD_FOLDERS, ChunkDigest
+from recipes.data.token_files import ChunkDigest
+from recipes.data.unfinished_shards import PROGRESS, SHARD_FOLDERS, read_progress
 
 Encoded = Iterator[tuple[bytes, bytes]]
 """(training ids, validation ids) of each task"""
@@ -29,6 +30,7 @@ def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: st
             for file, ids in zip(files, pair, strict=True):
                 file.write(ids)
         _check_counts({file.path.stem: file.count for file in files})
+        _remove(files[0].path)  # so that nothing new stands beside an old one
         _replace(folder / "tokenizer.json", tokenizer_json.encode())
         _remove_shards(folder, 0)
         (folder / PROGRESS).unlink(missing_ok=True)
@@ -56,7 +58,7 @@ def write_shards(
     """
     progress = folder / PROGRESS
     done: dict[str, Any] = {**begun, "shards": 0, "train": 0, "valid": 0}
-    before = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else done
+    before = read_progress(progress) if progress.exists() else done
     if before["made_from"] == begun["made_from"]:
         done = before
     elif not overwrite:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import logging
 import math
 import os
 import secrets
@@ -65,6 +66,7 @@ def remote_files(url: str, vocab_size: int) -> tuple[TokenFile, ...]:
     However many they are: one request for the list, and one round of them for the .json beside each.
     """
     protocol = url.partition("://")[0]
+    _cache_bytes()
     found = _asked(url, "glob" if "*" in url else "find", url, detail=True)
     names = [name for name in ids_among(found) if name.endswith(".ids") or "*" in url or len(found) == 1]
     if not names:
@@ -172,7 +174,7 @@ class _Blocks:
         blocks: dict[int, bytes] = {}
         for number in wanted:
             path = self.folder / str(number)
-            with contextlib.suppress(FileNotFoundError):  # another process may make room just now
+            with contextlib.suppress(OSError):  # another process may make room just now
                 content, checksum = (kept := path.read_bytes())[:-CHECKSUM_BYTES], kept[-CHECKSUM_BYTES:]
                 if zlib.crc32(content).to_bytes(CHECKSUM_BYTES) == checksum:  # else it is fetched again
                     blocks[number] = content
@@ -188,13 +190,37 @@ class _Blocks:
         return blocks
 
     def _keep(self, blocks: dict[int, bytes]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for number, content in blocks.items():
-            temporary = self.folder / f"{number}.{secrets.token_hex(8)}.tmp"
-            temporary.write_bytes(content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES))
-            os.replace(temporary, self.folder / str(number))
-        limit = float(os.environ.get("SAMECURVE_REMOTE_GB") or DEFAULT_CACHE_GB) * 1e9
-        _make_room(self.root, sum(len(content) + CHECKSUM_BYTES for content in blocks.values()), limit)
+        """Put them into the cache. That this cannot be done is no fault of the sample: it is said, once."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for number, content in blocks.items():
+                _write(self.folder / str(number), content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES))
+            _make_room(self.root, sum(len(content) + CHECKSUM_BYTES for content in blocks.values()), _cache_bytes())
+        except OSError as error:
+            _warn_once(f"{self.root} cannot keep what is read of URLs ({error.strerror or one_line(error)}): it is read again")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cache_bytes() -> float:
+    """What may be kept. ValueError, if that is said as no number."""
+    said = os.environ.get("SAMECURVE_REMOTE_GB") or DEFAULT_CACHE_GB
+    with contextlib.suppress(ValueError):
+        if (gigabytes := float(said)) >= 0:
+            return gigabytes * 1e9
+    raise ValueError(f"SAMECURVE_REMOTE_GB is {said!r}; set it to a number of gigabytes, as 20")
 
 
 def _make_room(root: Path, added: int, limit: float) -> None:

@@ -13,7 +13,7 @@ from recipes.data.documents import piece_size, pieces, units
 from recipes.data.embedded import load_embedded
 from recipes.data.hub import hub_is_reachable, one_line
 from recipes.data.text_files import cell, checked_texts, lines, no_progress, rows, text_blocks
-from recipes.data.text_sources import SPLITS, Source, find_splits, split_named
+from recipes.data.text_sources import SPLITS, Source, few, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
 HUB_WIKITEXT = "Salesforce/wikitext"
@@ -68,14 +68,14 @@ def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Pa
 
 
 def _local_corpus(inputs: Sequence[str], validation: Sequence[str], reading: Reading, cache: Path) -> Corpus:
-    splits, notes = find_splits(inputs, validation)
+    splits, notes = find_splits(inputs, validation, "test" in reading.held_out)
     sources = [source for split in splits.values() for source in split]
     for source in sources:
         if source.split and not Path(source.name).exists():
             raise FileNotFoundError(
                 f"{source.name} does not exist; give a file, folder or pattern, or a data set of the hub by --dataset"
             )
-    hashes = {source: [remembered_hash(path, cache) for path in _files(source)] for source in sources}
+    hashes = {source: [remembered_hash(path, cache) for path in source.files] for source in sources}
     kinds = [f"{name} {source.split or source.kind}" for name, split in splits.items() for source in split]
     digest = content_hash(repr(reading), *kinds, *(one for source in sources for one in hashes[source]))
     for source in splits.get("validation", ()):
@@ -85,8 +85,8 @@ def _local_corpus(inputs: Sequence[str], validation: Sequence[str], reading: Rea
     def rows_of(without: Counter[str], piece: int | None) -> Iterator[Row]:
         return _split_rows(splits, reading, without, piece)
 
-    size = sum(source.size_bytes or sum(path.stat().st_size for path in _files(source)) for source in splits["train"])
-    return _with_validation(", ".join(inputs), digest, rows_of, splits.keys(), size, reading, notes)
+    size = sum(source.size_bytes or sum(path.stat().st_size for path in source.files) for source in splits["train"])
+    return _with_validation(few(inputs), digest, rows_of, splits.keys(), size, reading, notes)
 
 
 def _with_validation(
@@ -115,10 +115,6 @@ def _with_validation(
         lambda without: _hold_out(rows_of(without, cut), wanted, share, piece),
         [*notes, f"{name} has no validation text: {held}"],
     )
-
-
-def _files(source: Source) -> list[Path]:
-    return sorted(Path(source.name).rglob("*.arrow")) if source.split else [Path(source.name)]
 
 
 def _split_rows(

@@ -11,7 +11,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -45,13 +45,13 @@ def rows(source: Source, column: str | None, read: Read, without: Counter[str]) 
     return checked_texts(values, source.name, column, without)
 
 
-Row = tuple[str, Any, Iterable[str]]
+Row = tuple[str, Any, Collection[str]]
 """where it is, what stands in the column (None: nothing), the names of the columns"""
 
 
 def checked_texts(values: Iterable[Row], name: str, column: str | None, without: Counter[str]) -> Iterator[str]:
     """The texts of rows of `name`, in which those without are counted. ValueError as of `rows`."""
-    found, names = False, ""
+    found, names = False, ""  # whether there is text, or at least its column; the columns where it is missing
     for place, text, columns in values:
         if isinstance(text, str):
             if HALF_PAIR.search(text):
@@ -60,6 +60,7 @@ def checked_texts(values: Iterable[Row], name: str, column: str | None, without:
             yield text
         elif text is None:
             without[name] += 1
+            found = found or column in columns
             names = names or ", ".join(columns)
         else:
             raise ValueError(f"{place}: column {column!r} holds {str(text)[:40]!r}, not text; give another with --column")

@@ -10,8 +10,8 @@ import numpy as np
 
 from recipes.data.text import Text, TokenSplit
 from recipes.data.text_sources import SPLITS, Source, split_of
-from recipes.data.token_sets import local_set, overlap
-from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, vocabulary_size
+from recipes.data.token_sets import check_tokenizer, local_set, overlap
+from recipes.data.tokenizer import GPT2_VOCAB_SIZE, end_of_text_id, existing_tokenizer, vocabulary_size
 
 
 def holds_ids(data_dir: str) -> bool:
@@ -34,8 +34,8 @@ def text_of_ids(data_dir: str, tokenizer_path: str, by_rows: bool) -> Text:
     """The ids of files whose names, or whose folders', tell the split (train.ids, valid/00000.ids), with the tokenizer.json
     beside them.
 
-    A `tokenizer_path` (not a name: gpt2, train) must be of the same one. `by_rows`: end-of-text ends a row, which is found by
-    reading all ids; else they are one row. ValueError or OSError, in one line.
+    That must have made them; so must a `tokenizer_path` (a name, gpt2 or train, is for text). `by_rows`: end-of-text ends a
+    row, which is found by reading all ids; else they are one row. ValueError or OSError, in one line.
     """
     files = _files(data_dir)
     root = Path(os.path.commonpath([data_dir if Path(data_dir).is_dir() else path.parent for path in files])).absolute()
@@ -54,14 +54,16 @@ def text_of_ids(data_dir: str, tokenizer_path: str, by_rows: bool) -> Text:
     sets = {split: local_set(f"{data_dir}, {split}", paths[split], vocab_size) for split in SPLITS if split in paths}
     splits = {}
     for split, ids in sets.items():
+        check_tokenizer(str(beside), tokenizer.to_str(), ids.files)
         largest = max(file.facts.largest_id for file in ids.files)
         row_ends = np.array([len(ids)])
         if by_rows:
             ends = [np.flatnonzero(file.ids() == end_of_text) for file in ids.files]
-            row_ends = np.concatenate(
-                [1 + end - file.count + own for end, file, own in zip(ids.ends, ids.files, ends, strict=True)]
-            )
+            found = [1 + end - file.count + own for end, file, own in zip(ids.ends, ids.files, ends, strict=True)]
+            row_ends = np.union1d(np.concatenate(found), row_ends)  # the last row may lack its end-of-text
         splits[split] = TokenSplit(ids, row_ends, words=0, fingerprint=ids.digest(), largest_id=largest)
     left_out = [f"{data_dir}: left out {len(paths['no split'])} .ids whose names tell no split"] if "no split" in paths else []
+    if tokenizer_path == "train" or (tokenizer_path == "gpt2" and vocab_size != GPT2_VOCAB_SIZE):
+        left_out.append(f"{beside}, of {vocab_size:,} entries, is the tokenizer: --tokenizer {tokenizer_path} is for text")
     notes = [*left_out, *overlap(sets["train"], sets["validation"])]
     return Text(tokenizer.to_str(), vocab_size, end_of_text, splits, tuple(notes))

@@ -11,17 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from recipes.data.hub import one_line
+
 JSON_ENDINGS = (".jsonl", ".ndjson")
 ENDINGS = (".txt", ".text", ".tokens", ".raw", *JSON_ENDINGS, ".parquet")  # what is text in a folder
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 NOT_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".ids", ".bin", ".npy", ".arrow", ".pdf", ".docx", ".html")
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` of Hugging Face datasets leaves in a folder: a dict, a set
+TABLES = (".json", ".csv", ".tsv")  # of these, what may be meant as text
+SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of `save_to_disk` of datasets: of a dict; both of a set
+ALL = "all"  # what is called the split of a saved data set that has none
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     "train": ("train", "training", "trn"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing", "tst"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "validate", "evaluation", "heldout"),
+    "test": ("test", "tests", "testing", "tst"),
 }
 
 
@@ -36,6 +40,17 @@ class Source:
     def size_bytes(self) -> int | None:
         """Size of the file; None for a data set."""
         return None if self.split else Path(self.name).stat().st_size
+
+    @property
+    def files(self) -> list[Path]:
+        """The file; of a saved data set its Arrow files; of the hub's none."""
+        return sorted(Path(self.name).rglob("*.arrow")) if self.split else [Path(self.name)]
+
+    @property
+    def identity(self) -> tuple[Path, str | None]:
+        """The same for every spelling of a path, links too, and whether a file is compressed or not."""
+        path = Path(self.name).resolve()
+        return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path), self.split
 
     @property
     def is_plain(self) -> bool:
@@ -71,11 +86,14 @@ def find_sources(inputs: Iterable[str], split: str | None = "train") -> list[Sou
             )
         for path in paths:
             sources += _in_folder(path, split) if path.is_dir() else [Source(str(path))]
+    seen: dict[tuple[Path, str | None], str] = {}
     for source in sources:
         if not source.split and _uncompressed_name(source.name).endswith(NOT_TEXT):
             raise ValueError(f"{source.name} is no text file; make it text, JSONL (a .jsonl) or parquet")
-        if sources.count(source) > 1:
-            raise ValueError(f"{source.name} is given twice; give each file once")
+        if (first := seen.get(source.identity)) is not None:
+            twice = "is given twice" if first == source.name else f"is {first} again, by its path or its name"
+            raise ValueError(f"{source.name} {twice}; leave one of them out")
+        seen[source.identity] = source.name
     return sources
 
 
@@ -101,76 +119,112 @@ def _matched(name: str) -> list[Path]:
 
 
 def _in_folder(folder: Path, split: str | None) -> list[Source]:
-    """The text files of a folder and below, in order; or of a data set that was saved there, `split` (None: every one)."""
-    if any((folder / name).is_file() for name in SAVED):
-        there = _saved_splits(folder)
-        chosen = [name for name in there if split is None or split_named(name) == split or len(there) == 1]
-        if not chosen:
-            raise ValueError(f"{folder} holds a data set without a {split} split (it has {', '.join(there)}); give another")
-        return [Source(str(folder), name) for name in chosen]
-    below = [path for path in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
-    found = [Source(str(path)) for path in below if path.is_file() and _uncompressed_name(path.name).endswith(ENDINGS)]
+    """The text files of a folder and below, in order; or of data sets that were saved there, `split` (None: every one)."""
+    found = _below(folder, split)
     if not found:
         raise ValueError(f"{folder} holds no text: none of its files ends in {', '.join(ENDINGS)}, compressed or not")
     return found
 
 
+def _below(folder: Path, split: str | None) -> list[Source]:
+    if (folder / SAVED[0]).is_file() or all((folder / name).is_file() for name in SAVED[1:]):
+        there = _saved_splits(folder)
+        chosen = [name for name in there if split is None or split_named(name) == split or len(there) == 1]
+        if not chosen:
+            raise ValueError(f"{folder} holds a data set without a {split} split (it has {', '.join(there)}); give another")
+        return [Source(str(folder), name) for name in chosen]
+    found: list[Source] = []
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_dir() and not path.is_symlink():
+            found += _below(path, split)
+        elif path.is_file() and _uncompressed_name(path.name).endswith(ENDINGS):
+            found.append(Source(str(path)))
+    return found
+
+
 def _saved_splits(folder: Path) -> list[str]:
-    """Names of the splits of a saved data set; one without splits has a single one, "all"."""
+    """Names of the splits of a saved data set; one without splits has a single one, ALL."""
     index = folder / SAVED[0]
-    return json.loads(index.read_text(encoding="utf-8"))["splits"] if index.is_file() else ["all"]
+    try:
+        return list(map(str, json.loads(index.read_bytes())["splits"])) if index.is_file() else [ALL]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{index} is damaged ({one_line(error)}); save the data set again") from None
 
 
 def split_named(name: str) -> str | None:
     """Which split a name tells, by the last of its words that names one: `wiki.valid.tokens`, `StoriesDEV.jsonl`, `myTest`."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    words = re.findall(r"(?i:held[\W_]?out)|[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return next((split for word in reversed(words) if (split := _split_called(word))), None)
 
 
 def _split_called(word: str) -> str | None:
-    return next((split for split, names in SPLIT_NAMES.items() if word.lower() in names), None)
+    plain = re.sub(r"[\W_]", "", word.lower()).removesuffix("set")
+    return next((split for split, names in SPLIT_NAMES.items() if plain in names), None)
 
 
-def find_splits(inputs: Sequence[str], validation: Sequence[str] = ()) -> tuple[dict[str, list[Source]], list[str]]:
+def find_splits(
+    inputs: Sequence[str], validation: Sequence[str] = (), test: bool = True
+) -> tuple[dict[str, list[Source]], list[str]]:
     """({split: its sources}, notes) of files, patterns, folders and data sets, by the names of files and folders.
 
-    Without any name that tells one, all is train. `validation` takes the place of what names call so. ValueError or
-    FileNotFoundError, in one line.
+    Without any name that tells one, all is train. `validation` takes the place of what names call so; without `test` what they
+    call so is left out. ValueError or FileNotFoundError, in one line.
     """
     sources = find_sources(inputs, None)
     paths = [path.absolute() for name in inputs for path in _matched(name)]
     folders = [path if path.is_dir() else path.parent for path in paths]
+    name, root = few(inputs), Path(os.path.commonpath(folders)) if folders else Path()
     splits: dict[str, list[Source]] = {}
-    unnamed: list[str] = []
+    unnamed: list[Source] = []
     given = {str(Path(name).expanduser()) for name in inputs}
     for source in sources:
-        if split := split_of(source, Path(os.path.commonpath(folders)) if folders else Path()):
+        if split := split_of(source, root):
             splits.setdefault(split, []).append(source)
         elif source.name in given:
             splits.setdefault("train", []).append(source)
         else:
-            unnamed.append(source.split or Path(source.name).name)
+            unnamed.append(source)
     # Without names, or a file `dev.txt` that is given as the whole text.
     if not splits or (len(splits) == 1 and not unnamed and not any(path.is_dir() for path in paths)):
         splits, unnamed = {"train": sources}, []
     if "train" not in splits:
         raise FileNotFoundError(
-            f"{', '.join(inputs)} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
+            f"{name} has text for {' and '.join(splits)}, and none whose name says `train`; add or rename it"
         )
+    found = "; ".join(f"{split} is {_first_of(splits[split], root)}" for split in SPLITS if split in splits)
+    notes = [f"{name}: {found}"] if len(sources) > 1 else []
+    if not test:
+        unnamed += splits.pop("test", [])
     if validation:
         called_so = splits.get("validation", [])
         splits["validation"] = find_sources(validation, "validation")
-        unnamed += [Path(source.name).name for source in called_so if source not in splits["validation"]]
-    left_out = ", ".join(unnamed[:3]) + (" ..." if len(unnamed) > 3 else "")
-    note = f"{', '.join(inputs)}: left out {len(unnamed)} whose names tell no split, or another: {left_out}"
-    return splits, [note] if unnamed else []
+        chosen = {source.identity for source in splits["validation"]}
+        unnamed += [source for source in called_so if source.identity not in chosen]
+    below = (path for folder in paths if folder.is_dir() for path in sorted(folder.rglob("*")))
+    if tables := [path.name for path in below if path.name.lower().endswith(TABLES) and split_named(path.name)]:
+        notes.append(f"{name}: passed over {tables[0]}, of {len(tables)} that are no text; make it a .jsonl or parquet")
+    if unnamed:
+        left_out = _first_of(unnamed, root)
+        notes.append(f"{name}: left out {len(unnamed)} whose names tell no split, or another: {left_out}")
+    return splits, notes
+
+
+def _first_of(sources: list[Source], root: Path) -> str:
+    """The first few of them, by their paths below `root`, or their splits."""
+    return few([os.path.relpath(one.name, root) if one.split in (None, ALL) else str(one.split) for one in sources])
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def split_of(source: Source, root: Path) -> str | None:
     """What the folder of a source below `root` says, if it is called as a split is; or its name, or a folder's."""
-    if source.split:
+    if source.split and source.split != ALL:
         return split_named(source.split)
-    *folders, name = Path(source.name).absolute().relative_to(root).parts
-    called = [split for folder in reversed(folders) if (split := _split_called(folder))]
-    named = [split for part in (name, *reversed(folders)) if (split := split_named(part))]
+    parts = Path(source.name).absolute().relative_to(root).parts[::-1]
+    folders = parts if source.split else parts[1:]
+    called = [split for folder in folders if (split := _split_called(folder))]
+    named = [split for part in parts if (split := split_named(part))]
     return next(iter([*called, *named]), None)

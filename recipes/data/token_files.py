@@ -23,9 +23,6 @@ from recipes.data.cache import remembered
 
 CHUNK_IDS = 1 << 22  # read and hashed at a time; a digest depends on it
 HEAD_BYTES = 4096
-PROGRESS = ".progress.json"
-"""what prepare_text leaves beside folders of shards until all are there"""
-SHARD_FOLDERS = ("train", "valid")
 MAKE = "make it again with tools/prepare_text.py of samecurve's source repository"
 
 
@@ -136,7 +133,8 @@ class TokenFile:
             return hashlib.sha256(narrow.data).digest(), int(ids.min()), int(ids.max()), not ids[(1 - start) % 2 :: 2].any()
 
         # Reading, hashing and numpy's sums let other threads run. More would not be faster than a disk, and need more memory.
-        with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as readers:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(min(16, cores)) as readers:
             digests, smallest, largest, zeros = zip(*readers.map(one, range(0, self.count, CHUNK_IDS)), strict=True)
         return Facts(hashlib.sha256(b"".join(digests)).hexdigest(), min(smallest), max(largest), all(zeros))
 
@@ -196,14 +194,6 @@ def ids_among(names: Iterable[str]) -> list[str]:
     """What a pattern or a folder has, but for the .json beside a file of ids."""
     found = set(names)
     return sorted(name for name in found if name.removesuffix(".json") not in found - {name})
-
-
-def check_finished(folder: Path) -> None:
-    """ValueError for a folder of shards of which there are more to come."""
-    progress = folder.parent / PROGRESS
-    if folder.name in SHARD_FOLDERS and progress.is_file():
-        command = json.loads(progress.read_text(encoding="utf-8")).get("command")
-        raise ValueError(f"{folder} holds a part of the shards that prepare_text was to make; go on with it: {command}")
 
 
 def default_dtype(vocab_size: int) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 
 from recipes.data.remote import is_url, remote_files
 from recipes.data.text_sources import SPLIT_NAMES
-from recipes.data.token_files import TokenFile, check_finished, ids_among, out_of_range
+from recipes.data.token_files import TokenFile, ids_among, out_of_range
+from recipes.data.unfinished_shards import check_finished
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,15 @@ def local_set(name: str, paths: Sequence[Path], vocab_size: int) -> TokenSet:
 def windows_of(ids: TokenSet | np.ndarray, length: int, starts: np.ndarray) -> np.ndarray:
     """ids[start : start + length] for each start, of a set or in memory: [len(starts), length]."""
     return ids.windows(length, starts) if isinstance(ids, TokenSet) else ids[starts[:, None] + np.arange(length)]
+
+
+def check_tokenizer(tokenizer: str, content: str, files: Sequence[TokenFile]) -> None:
+    """ValueError, if what stands beside one of the files says that another tokenizer than `content` (JSON) made it."""
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    for file in files:
+        if file.sidecar.get("tokenizer_sha256", digest) != digest:
+            way_out = "give that one with --tokenizer, or make the ids again"
+            raise ValueError(f"tokenizer {tokenizer} is not the one that made {file.name}; {way_out}")
 
 
 def overlap(train: TokenSet, validation: TokenSet) -> list[str]:

@@ -12,7 +12,7 @@ from recipes.data.text import Text, prepare_text
 from recipes.data.text_corpus import Reading
 from recipes.data.text_sources import is_hub_name, is_text
 from recipes.data.token_files import TokenFile, head_of, holds_numbers
-from recipes.data.token_sets import Mixture, TokenSet, find_files, overlap
+from recipes.data.token_sets import Mixture, TokenSet, check_tokenizer, find_files, overlap
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
 Weighted = tuple[str, float | None]
@@ -136,11 +136,7 @@ def _tokenizer(tokenizer: str | None, files: Sequence[TokenFile], vocab_size: in
     if (entries := vocabulary_size(encoder)) > vocab_size:
         ways_out = f"give --vocab_size {entries}, or the --tokenizer that made the ids"
         raise ValueError(f"tokenizer {tokenizer} has {entries} entries, vocab_size is {vocab_size}; {ways_out}")
-    digest = hashlib.sha256(encoder.to_str().encode()).hexdigest()
-    for file in files:
-        if file.sidecar.get("tokenizer_sha256", digest) != digest:
-            way_out = "give that one with --tokenizer, or make the ids again"
-            raise ValueError(f"tokenizer {tokenizer} is not the one that made {file.name}; {way_out}")
+    check_tokenizer(tokenizer, encoder.to_str(), files)
     return encoder.to_str()
 
 
