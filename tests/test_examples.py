@@ -72,7 +72,7 @@ def test_text_is_said_throughout_and_rows_without_any_are_counted(tmp_path: Path
     split = encoded(tmp_path / "rows", rows, tokenizer, column="story")
     assert texts(split, tokenizer) == [("", f"a river{END_OF_TEXT}"), ("", f"stone{END_OF_TEXT}")]
     corpus = find_rows("", str(tmp_path / "rows"))
-    assert encode_rows(corpus, tokenizer, "story")[1] == ["2 rows without text passed over"]
+    assert encode_rows(corpus, tokenizer, "story")[1] == ["2 rows without text or answer passed over"]
     plain = encoded(tmp_path / "plain", ["a river", "", "stone"], tokenizer, name="train.txt")
     assert texts(plain, tokenizer) == texts(split, tokenizer)
 
@@ -94,16 +94,26 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
         ([{"question": "a"}], None, "a row has question: messages, prompt and completion, or text"),
         ([{"messages": [{"role": "user", "content": "a"}]}], None, "messages need a chat template, and the tokenizer has none"),
         (
-            [{"messages": [{"role": "user"}, {"role": "assistant"}]}],
+            [{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}],
             "{{ raise_exception('no') }}",
             "the chat template refuses messages",
         ),
         (
-            [{"messages": [{"role": "user"}, {"role": "assistant"}]}],
+            [{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}],
             "{{ messages | length }}",
             "does not put the answer behind what was said",
         ),
-        ([{"messages": [{"role": "user", "content": "a"}]}], TEMPLATE, "there is nothing to learn for train"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}],
+            TEMPLATE,
+            r"nothing to learn for train \(1 row without text or answer passed over\)",
+        ),
+        (['"hello"'], TEMPLATE, "a row is no JSON object: hello; mend it"),
+        (["5"], TEMPLATE, "5"),
+        ([{"messages": ["a", "b"]}], TEMPLATE, r'messages are no list of .*: {"messages": \["a", "b"\]}; mend them'),
+        ([{"messages": {"role": "user"}}], TEMPLATE, "messages are no list"),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}], TEMPLATE, "messages are no list"),
+        ([{"messages": [{"content": "a"}]}], TEMPLATE, "messages are no list"),
     ],
 )
 def test_rows_that_cannot_be_learnt_from_are_refused(rows: Any, template: str | None, words: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Only what the model is to say is predicted: the completion, or an answer of the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,7 +49,8 @@ def load_chat_tokenizer(name: str, corpus: Corpus) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name == "train":
-        texts = (text for split, row, _ in corpus.rows(Counter()) if split == "train" for text in json.loads(row).values())
+        rows = (_object(row) for split, row, _ in corpus.rows(Counter()) if split == "train" and row.strip())
+        texts = (text for row in rows for text in row.values() if isinstance(text, str))
         trained = train_tokenizer(texts, TRAINED_ENTRIES)
         return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     try:
@@ -80,7 +82,12 @@ def encode_rows(corpus: Corpus, tokenizer: Any, column: str) -> tuple[dict[str, 
         )
         for name, digest in facts["splits"].items()
     }
-    return splits, [f"{count:,} rows without text passed over"] if (count := facts["without"]) else []
+    return splits, [passed_over(count)] if (count := facts["without"]) else []
+
+
+def passed_over(count: int) -> str:
+    """What to say of rows that teach nothing."""
+    return f"{count:,} row{'s'[: count > 1]} without text or answer passed over"
 
 
 def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
 
     def examples() -> Iterator[tuple[str, Example]]:
         for split, row, _ in rows:
-            found = list(_examples_of(json.loads(row), tokenizer, column)) if row.strip() else []
+            found = list(_examples_of(row, tokenizer, column)) if row.strip() else []
             without["blank"] += not found and bool(row.strip())
             yield from ((split, example) for example in found)
 
@@ -103,7 +110,10 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
             ids.setdefault(split, array("i")).extend(one)
             ends.setdefault(split, array("q")).append(len(ids[split]))
     if missing := {"train", "validation"} - ids.keys():
-        raise ValueError(f"there is nothing to learn for {' and '.join(sorted(missing))}; give more rows, or files for each")
+        lost = f" ({passed_over(without.total())})" if without.total() else ""
+        raise ValueError(
+            f"there is nothing to learn for {' and '.join(sorted(missing))}{lost}; give more rows, or files for each"
+        )
     contents = {f"{split}.ids": ids[split].tobytes() for split in ids} | {
         f"{split}.row_ends": ends[split].tobytes() for split in ids
     }
@@ -113,10 +123,15 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
     return facts
 
 
-def _examples_of(row: dict[str, Any], tokenizer: Any, column: str) -> Iterator[Example]:
+def _examples_of(text: str, tokenizer: Any, column: str) -> Iterator[Example]:
     """The examples of a row: each answer of a conversation is one, after all that was said before it."""
+    row = _object(text)
     given = {key: value for key, value in row.items() if value is not None}
     if "messages" in given:
+        if not _is_conversation(given["messages"]):
+            raise ValueError(
+                f'messages are no list of {{"role", "content"}}, with each answer\'s content: {text[:80]}; mend them'
+            )
         yield from _answers(given["messages"], tokenizer)
     elif "prompt" in given and "completion" in given:
         prompt, completion = str(given["prompt"]), str(given["completion"])
@@ -132,13 +147,33 @@ def _examples_of(row: dict[str, Any], tokenizer: Any, column: str) -> Iterator[E
         raise ValueError(f"a row has {', '.join(row)}: messages, prompt and completion, or {column} (--column) are needed")
 
 
+def _object(text: str) -> dict[str, Any]:
+    """A row from its JSON; a string comes without its quotes. ValueError for what is no object."""
+    row = None
+    with contextlib.suppress(ValueError):
+        row = json.loads(text)
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is no JSON object: {text[:80]}; mend it")
+    return row
+
+
+def _is_conversation(messages: Any) -> bool:
+    """Whether each message has a role; and those of the assistant a content, unless they call tools."""
+    return isinstance(messages, list) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("role"), str)
+        and (one["role"] != "assistant" or one.get("content") is not None or bool(one.get("tool_calls")))
+        for one in messages
+    )
+
+
 def _answers(messages: list[dict[str, Any]], tokenizer: Any) -> Iterator[Example]:
     if not tokenizer.chat_template:
         raise ValueError(
             "messages need a chat template, and the tokenizer has none; give one that has by --tokenizer, or prompts"
         )
     for number, message in enumerate(messages):
-        if message.get("role") != "assistant" or not number:  # a greeting answers nothing
+        if message["role"] != "assistant" or not number:  # a greeting answers nothing
             continue
         try:
             before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
