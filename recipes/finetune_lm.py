@@ -116,6 +116,8 @@ class FinetuneLM(Recipe[Config]):
     presets = {"quick": Path(__file__).parent / "configs" / "finetune_lm_quick.yaml"}
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
+    needs = "--init_from OWNER/NAME"
+    other_weights = "choose other weights (of adapters, what tools/export_hf.py merges)"
     free_settings = ("max_length", "tokenizer")
 
     def build_data(self, config: Config) -> Data:
@@ -178,8 +180,10 @@ class FinetuneLM(Recipe[Config]):
         """The config.json of the network, and the tokenizer beside it."""
         from trainer.checkpoints.pretrained import stored_config
 
-        if saved is not None:
+        if saved is not None and saved.model.lora_rank:
             return {**vars(saved.model), "tokenizer": name}
+        if saved is not None:  # what of it was trained is no property of its weights
+            return {"architecture": saved.model.architecture, "max_length": saved.model.max_length, "tokenizer": name}
         if name == "tiny":
             return {"architecture": json.dumps(TINY), "tokenizer": "train"}
         return {"architecture": json.dumps(stored_config(name)), "tokenizer": name}
@@ -213,7 +217,10 @@ def frozen_weights(config: Config) -> list[str]:
     name = config.optimisation.init_from
     if not config.model.lora_rank or name in (None, "tiny"):
         return []
-    return [remembered_hash(Path(file)) for file in weight_files(str(own_checkpoint(name) or name))]
+    try:
+        return [remembered_hash(Path(file)) for file in weight_files(str(own_checkpoint(name) or name))]
+    except ValueError as error:
+        raise ValueError(f"--init_from {name}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ from recipes.models.gpt2 import build_gpt2
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints import writing
 from trainer.checkpoints.init_from import with_settings
-from trainer.checkpoints.network import build_empty_network, first_weights
+from trainer.checkpoints.network import build_empty_network, first_weights, is_kept
 from trainer.checkpoints.pretrained import stored_tensors
 from trainer.command_line import config as configuration
 from trainer.data.stream import length_of
 from trainer.distributed.launch import alone
 from trainer.errors import UserError
 from trainer.initial_weights import build_empty, fill
+from trainer.optimisation.averages import AVERAGE, COUNT
 
 RECIPE = FinetuneLM()
 IDS = torch.arange(2 * 24).view(2, 24) % 300
@@ -146,6 +147,46 @@ def test_a_checkpoint_of_gpt2_wikitext_is_a_model_folder_too(folders: dict[str, 
     with torch.no_grad():
         assert torch.allclose(logits(begun(config)), ours(IDS), atol=1e-5)
     assert RECIPE.build_data(config).extra["tokenizer"].eos_token_id == end
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Own checkpoints of a Llama, of runs with --train_last 1, --lora_rank 2 and --ema."""
+    root, saved = tmp_path_factory.mktemp("fine_tuned"), dict(folders)
+    for name, more in {"last": ["--train_last", "1"], "lora": ["--lora_rank", "2"], "ema": ["--ema", "0.9"]}.items():
+        config = planned(folders, "llama", *more)
+        network = begun(config)
+        kept = [(key, p.detach() + 0.01) for key, p in network.named_parameters() if is_kept(network, key)]
+        averages = [(COUNT, torch.ones(())), *((f"{AVERAGE}.{key}", value) for key, value in kept)] if name == "ema" else []
+        entries = {
+            stem: [TensorEntry(key, tuple(v.shape), torch.float32, lambda _, v=v: v) for key, v in tensors]
+            for stem, tensors in (("model", kept), ("optimizer", averages))
+        }
+        texts = {"trainer_state.json": trainer_state(1, recipe="finetune_lm"), "config.yaml": configuration.to_yaml(config)}
+        texts["tokenizer.json"] = (folders["llama"] / "tokenizer.json").read_text()
+        saved[name] = writing.write(root, f"checkpoint_step_{len(saved)}", entries, texts)  # type: ignore[arg-type]
+    return saved
+
+
+def test_what_was_trained_of_a_checkpoint_is_chosen_anew(fine_tuned: dict[str, Path]) -> None:
+    config = planned(fine_tuned, "last")
+    assert (config.model.train_last, config.model.max_length) == (0, 32)
+    whole = begun(config)
+    assert all(p.requires_grad for p in whole.parameters())
+    assert torch.allclose(logits(begun(planned(fine_tuned, "last", "--train_last", "2"))), logits(whole))
+    adapted = begun(planned(fine_tuned, "last", "--lora_rank", "4"))
+    assert torch.allclose(logits(adapted), logits(whole))
+    assert not torch.allclose(logits(whole), logits(theirs(fine_tuned["llama"])))
+    with pytest.raises(UserError, match="has averages of --ema"):
+        begun(planned(fine_tuned, "ema", "--lora_rank", "4"))
+
+
+def test_adapters_go_on_as_they_are_or_are_merged_first(fine_tuned: dict[str, Path]) -> None:
+    config = planned(fine_tuned, "lora")
+    assert config.model.lora_rank == 2
+    begun(config)
+    with pytest.raises(UserError, match=r"lora_rank: .* has 2, asked for 0; .*export_hf"):
+        planned(fine_tuned, "lora", "--lora_rank", "0")
 
 
 def test_other_weights_below_the_adapters_are_other_data(folders: dict[str, Path], tmp_path: Path) -> None:

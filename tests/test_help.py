@@ -62,6 +62,8 @@ def test_the_examples_are_command_lines_of_the_recipe(recipe: Recipe) -> None:
         words = shlex.split(example, comments=True)
         argv = words[words.index("recipes/mine.py") + 1 :]
         main.read_command_line(recipe, take_plan_flags(argv)[1])
+        if argv[0].startswith("-") and "--preset" not in argv:  # it trains
+            assert set(recipe.needs.split()[:1]) <= set(argv), "it would be refused"
 
 
 @each_recipe

@@ -149,6 +149,7 @@ def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
 def help_text(recipe: Recipe, command: str, everything: bool) -> str:
     """What `--help` prints for a sub-command."""
     file = sys.argv[0]
+    train = f"{file} {recipe.needs}".strip()
     if command != "train":
         chosen = recipe.commands[command]
         return help.text(chosen.flags, f"python {file} {command}", chosen.presets)
@@ -156,9 +157,9 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
     best = f"runs/{recipe.name}/mine/checkpoints/best_model"
     examples = [
         *(f"python {file} --preset {preset}" for preset in recipe.presets),
-        f"accelerate launch --config_file {path_of('accelerate_configs/ddp.yaml')} {file} --batch_size 64",
-        f"python {file} --plan --gpu h100    # what it would take; of a launch of many: tools/plan.py",
-        f"python {file} --run_name mine --max_training_hours 8    # and once more, to go on",
+        f"accelerate launch --config_file {path_of('accelerate_configs/ddp.yaml')} {train} --batch_size 64",
+        f"python {train} --plan --gpu h100    # what it would take; of a launch of many: tools/plan.py",
+        f"python {train} --run_name mine --max_training_hours 8    # and once more, to go on",
         f"python {file} --run_name other --init_from {best} --seed 1",
         *(
             f"python {file} {name} --model_path {best}"

@@ -165,6 +165,8 @@ class Recipe(Generic[ConfigT]):
     presets: Mapping[str, Path] = {}
     """YAML files by short name, for `--preset NAME`"""
     commands: Mapping[str, Command] = {}
+    needs: str = ""
+    """flags that a command line without a preset cannot do without, for the examples of `--help`"""
     checkpoint_prefix: str = "checkpoint_step_"
     """the name of a step checkpoint, before its number"""
     best_metric: str = "val_loss"
@@ -177,6 +179,8 @@ class Recipe(Generic[ConfigT]):
     """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
     free_settings: tuple[str, ...] = ("dropout",)
     """of `pretrained_settings`, the flags that may be given another value: weights do not depend on them"""
+    other_weights: str = "choose other weights"
+    """what to do where those flags are to be others"""
 
     def __init__(self) -> None:
         self.report: Report[ConfigT] = self.report_class(self)

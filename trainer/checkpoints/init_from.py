@@ -54,5 +54,5 @@ def with_settings(recipe: Recipe, parsed: Parsed, argv: Sequence[str]) -> Parsed
     wrong = [name for name in settings if asked[name] != settings[name] and name not in recipe.free_settings]
     if wrong:
         each = "; ".join(f"{name}: {init_from} has {settings[name]}, asked for {asked[name]}" for name in wrong)
-        raise UserError(f"{each}; leave out what its weights do not fit, or choose other weights")
+        raise UserError(f"{each}; leave out what its weights do not fit, or {recipe.other_weights}")
     return dataclasses.replace(parsed, config=taken.config)

@@ -119,8 +119,16 @@ def named_weights(
     """The weights of a checkpoint of ours, verified by `opened`, or of somebody else's folder or name. Reads nothing yet."""
     folder = own_checkpoint(init_from)
     saved = None if folder is None else opened(folder)
-    if saved is not None and saved.state["recipe"] == recipe.name:
-        return saved_weights(recipe, network, initial, saved, opened)
+    if saved is not None:
+        kept = {name for name, _ in network.named_parameters() if is_kept(network, name)}
+        # A network that keeps a part of itself, adapters, beside weights that were saved as a whole: those of another.
+        is_other = hasattr(network, "non_persistent_parameters") and kept.isdisjoint(saved.names("model"))
+        if saved.state["recipe"] == recipe.name and not is_other:
+            return saved_weights(recipe, network, initial, saved, opened)
+        if saved.averaged:
+            raise UserError(
+                f"--init_from {init_from} has averages of --ema, which are lost here; give it as export_hf.py writes it"
+            )
     return pretrained_weights(recipe, network, initial, str(folder or init_from))
 
 
