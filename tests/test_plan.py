@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from tiny_runs import TINY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from recipes.finetune_lm import FinetuneLM
+from recipes.finetune_lm import Config, FinetuneLM
 from recipes.gpt2_wikitext import Gpt2Wikitext
 from recipes.vit_relpos import VitRelpos
 from trainer.command_line import config as configuration
-from trainer.command_line.sections import Optimisation
+from trainer.command_line.sections import Optimisation, Run
+from trainer.distributed.hardware import card_named
 from trainer.errors import UserError
 from trainer.evaluation.objective import Objective
 from trainer.main import main
@@ -31,7 +33,7 @@ from trainer.planning.activations import count_micro_step
 from trainer.planning.flags import PlanFlags, take_plan_flags
 from trainer.planning.launch import place_of, way_of
 from trainer.planning.memory import Footprint, MicroStep, memory_of, ways
-from trainer.planning.plan import measure, plan
+from trainer.planning.plan import checkpoint_lines, measure, plan, time_text
 from trainer.planning.sizes import save_buffers
 from trainer.recipe import Recipe
 
@@ -139,11 +141,12 @@ def test_autocast_keeps_weights_that_are_recomputed_only_where_it_has_a_cache() 
     assert more_cached.activations - less_cached.activations == layer + weight
 
 
+@pytest.mark.parametrize("gpu", [None, "h100"])
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_a_step_of_every_recipe_can_be_counted(name: str, tmp_path: Path) -> None:
+def test_a_step_of_every_recipe_can_be_counted(name: str, gpu: str | None, tmp_path: Path) -> None:
     module, _, recipe_class = TINY[name][0].partition(":")
     recipe = getattr(importlib.import_module(module), recipe_class)()
-    output = planned(recipe, [*TINY[name][1](tmp_path), "--max_steps", "9", "--batch_size", "4"], tmp_path)
+    output = planned(recipe, [*TINY[name][1](tmp_path), "--max_steps", "9", "--batch_size", "4"], tmp_path, gpu)
     assert not [line for line in output if "NOT" in line], output
     assert float(next(line for line in output if line.startswith("Work:")).split()[1]) > 0
 
@@ -158,6 +161,32 @@ def test_what_fits_is_advised(tmp_path: Path) -> None:
     assert output[-1] == "8 x 80 GB: FSDP2, 21 of 80 GB; DDP takes 123"
     assert "Parameters: 6,738,415,616 (6,738,415,616 trained)" in output
     assert any(line.startswith("Checkpoint: 80.86 GB.") for line in output)
+
+
+def test_a_plan_of_adapters_reads_no_weights_and_a_run_names_the_folder_that_has_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 512, "num_hidden_layers": 1}))
+    argv = ["--init_from", str(tmp_path), "--tokenizer", "train", "--max_length", "64", "--lora_rank", "4"]
+    assert "ZeRO" in "".join(planned(FinetuneLM(), argv, tmp_path, WORLD_SIZE="2"))
+    config = configuration.parse(Config, {}, [*argv, "--architecture", json.dumps({"model_type": "llama"})], "x").config
+    with pytest.raises(ValueError, match=f"--init_from {tmp_path}: holds neither"):
+        FinetuneLM().build_data(config)
+
+
+def test_what_may_be_written() -> None:
+    """A save each 100 steps, at the end and after 2 epochs; new bests at 150, 300 - a save - and 450."""
+    run = Run(save_every=100, eval_every=150)
+    lines = [checkpoint_lines(r, 500, 10, 2500, 10**9, h)[0] for r in (run, replace(run, save_best=False)) for h in (2.0, 0.5)]
+    assert ["up to 9.00 GB are written, 4.50 GB an hour" in line for line in lines] == [True, False, False, False]
+    assert lines[1].endswith("up to 9.00 GB are written")
+    assert lines[2].endswith("up to 7.00 GB are written, 3.50 GB an hour")
+    assert "1 step save, " in checkpoint_lines(Run(), 9, 1, None, 1, None)[0]
+    assert [time_text(hours) for hours in (2, 0.5, 0.001)] == ["2.0 hours", "30.0 minutes", "3.6 seconds"]
+
+
+def test_a_batch_to_be_fitted_is_said_to_be_counted_as_typed(tmp_path: Path) -> None:
+    argv = [*TINY["gpt2"][1](tmp_path), "--max_steps", "9", "--batch_size", "4"]
+    note = "--fit_batch: counted as typed; the run splits its 4 samples a step so that they just fit"
+    assert [note in planned(Gpt2Wikitext(), [*argv, *more], tmp_path) for more in ([], ["--fit_batch"])] == [False, True]
 
 
 def test_what_fits_nowhere_is_told_the_ways_out(tmp_path: Path) -> None:
@@ -180,6 +209,11 @@ def test_the_files_planned_are_those_written(tmp_path: Path) -> None:
     argv = [*TINY["gpt2"][1](tmp_path), "--max_steps", "1", "--batch_size", "4", "--output_dir", str(tmp_path / "run")]
     command = [sys.executable, str(RECIPE), *argv, "--device", "cpu"]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=200)
+    saved = str(tmp_path / "run" / "checkpoints" / "checkpoint_final")
+    for more in (["--output_dir", str(tmp_path / "run")], ["--output_dir", str(tmp_path / "other"), "--resume_from", saved]):
+        output = plan(recipe, configuration.parse(recipe.config_class, {}, more, "x"), more, PlanFlags(None, 0.4), {})
+        assert output[1].startswith(f"Resumes {tmp_path / 'run'}")
+        assert "Batch: 4 samples" in "".join(output), "its flags"
     config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
     files = measure(recipe, config, recipe.build_data(config), ways(1)[0], "no", on_gpu=False).files
     folder = tmp_path / "run" / "checkpoints" / "checkpoint_final"
@@ -214,8 +248,30 @@ def test_cards() -> None:
     assert place_of("4090", "auto", {}, 1).gigabytes == 24
     assert place_of("40", "auto", {}, 1).gigabytes == 40
     assert place_of(None, "cpu", {}, 1).gigabytes == pytest.approx(2 * place_of(None, "cpu", {}, 2).gigabytes)
-    with pytest.raises(UserError, match="gpu 'h1000' is unknown; give its gigabytes, or one of h200"):
-        place_of("h1000", "auto", {}, 1)
+    for gpu in ("h1000", "-5", "0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"gpu '{gpu}' is unknown; give its gigabytes, or one of h200"):
+            place_of(gpu, "auto", {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("h100-nvl", "H100 NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA T400 4GB", None),
+    ],
+)
+def test_a_card_is_known_by_whole_words(name: str, card: str | None) -> None:
+    assert card_named(name) == card
 
 
 def test_flags_of_a_plan_are_no_flags_of_a_run() -> None:
@@ -264,6 +320,27 @@ def test_the_tool_reads_the_file_of_the_launcher(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Launch: HSDP, 2 replicas, 8 x A100, bf16" in done.stdout
     assert "> HSDP, 2 replicas" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--num_processes", "2"], "plan: the following arguments are required: training_script"),
+        (
+            ["--gpu", "h100", "recipes/collatz.py"],
+            "plan: unrecognized arguments: --gpu; give the launcher's flags, a recipe's file,",
+        ),
+    ],
+)
+def test_the_tool_says_in_one_line_what_the_launcher_cannot_read(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module("plan").main(argv)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(words)
+    assert message.count("\n") == 1
 
 
 def test_the_tool_wants_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:

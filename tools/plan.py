@@ -10,13 +10,15 @@ recipe are its flags, and --gpu and --mfu, as with --plan (docs/plan.md).
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import runpy
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 
@@ -31,7 +33,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     # No port is wanted, and no launcher that connects to other machines.
     quiet = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
-    options = launch_command_parser().parse_args([*quiet, *argv])
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            options = launch_command_parser().parse_args([*quiet, *argv])
+    except SystemExit as left:
+        if not left.code:  # for --help
+            raise
+        reason = usage.getvalue().strip().rpartition("error: ")[2]
+        fail(f"{reason}; give the launcher's flags, a recipe's file, and behind it the recipe's flags, --gpu and --mfu")
     script = Path(options.training_script)
     if not script.is_file():
         fail(f"{script} is no file; give a recipe's, such as recipes/gpt2_wikitext.py")
@@ -57,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             fail(" ".join(str(error).split()))
 
 
-def fail(reason: str) -> None:
+def fail(reason: str) -> NoReturn:
     """End with one line."""
     print(f"plan: {reason}", file=sys.stderr)
     sys.exit(2)

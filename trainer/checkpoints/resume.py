@@ -116,7 +116,7 @@ def make_plan(
     parsed = dataclasses.replace(parsed, config=with_absolute_paths(parsed.config))
     run = parsed.config.run
     path = default_directory(recipe, parsed)
-    before = _earlier_value(path, "checkpoint_dir")
+    before = earlier_value(path, "checkpoint_dir")
     checkpoint_dir = run.checkpoint_dir or before
     directory = RunDirectory(path, Path(checkpoint_dir) if checkpoint_dir else None)
     old = Path(before) if before else path / "checkpoints"
@@ -130,12 +130,12 @@ def make_plan(
         directory.prepare()
         directory.lock(log)
         retention.clear_unfinished(directory.checkpoints)
-        saved, same_run = _choose(recipe, run, directory, log, verify, restarted)
+        saved, same_run = choose(recipe, run, directory, log, verify, restarted)
         if saved is None:
             _check_nothing_lost(directory, log)
             config = with_absolute_paths(with_settings(recipe, parsed, argv).config)
         else:
-            config = _merge(recipe, parsed, argv, saved, same_run, log)
+            config = merge(recipe, parsed, argv, saved, same_run, log)
     except BaseException:
         directory.release(used=False)
         raise
@@ -183,7 +183,7 @@ def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> 
         log(f"{directory.path}: ended before its first save, at about step {rows[-1]['step']:,}; starting at step 0")
 
 
-def _earlier_value(path: Path, flag: str) -> str | None:
+def earlier_value(path: Path, flag: str) -> str | None:
     """A value of the run section that the launch before had in this run directory."""
     config = RunDirectory(path).config
     try:
@@ -192,7 +192,7 @@ def _earlier_value(path: Path, flag: str) -> str | None:
         return None
 
 
-def _choose(
+def choose(
     recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None], verify: Verify, restarted: bool
 ) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to start from, and whether it is this run's own."""
@@ -211,7 +211,7 @@ def _choose(
         inside = path.parent == folder.resolve()
         if inside or not existing:
             return _read(recipe, path, verify), inside
-        if not restarted and _earlier_value(directory.path, "resume_from") != run.resume_from:
+        if not restarted and earlier_value(directory.path, "resume_from") != run.resume_from:
             raise UserError(
                 f"{folder} holds another run, at step {existing[0][0]}, which did not start from {run.resume_from}; leave "
                 "--resume_from out to continue it, or choose another --run_name"
@@ -243,7 +243,7 @@ def _config_of(recipe: Recipe, saved: Checkpoint) -> Any:
     return config
 
 
-def _merge(
+def merge(
     recipe: Recipe, parsed: Parsed, argv: Sequence[str], saved: Checkpoint, same_run: bool, log: Callable[[str], None]
 ) -> Any:
     """The checkpoint's configuration, changed by what was typed now, if it may be."""

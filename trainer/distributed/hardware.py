@@ -36,6 +36,12 @@ CARDS = {
 }
 
 
+def card_named(text: str) -> str | None:
+    """Which of CARDS a driver's or a user's name for a GPU means; None: none of them. Whole words count: an L40 is no L4."""
+    words = set(re.split(r"[^a-z0-9]+", text.lower()))
+    return next((name for name in CARDS if set(name.lower().split()) - {"rtx"} <= words), None)
+
+
 def cores() -> int:
     """CPU cores that this process may use (macOS does not tell: all there are)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,8 +53,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     import torch
 
-    name = torch.cuda.get_device_name(device)
-    return next((card.flops for known, card in CARDS.items() if re.search(rf"\b{known}\b", name)), None)
+    name = card_named(torch.cuda.get_device_name(device))
+    return CARDS[name].flops if name else None
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -111,11 +111,11 @@ def _attention_as_on_a_gpu() -> Iterator[None]:
     attention = F.scaled_dot_product_attention
 
     def without_dropout(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **other: Any
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *more: Any, **other: Any
     ) -> Tensor:
-        return attention(query, key, value, attn_mask, **other)
+        return attention(query, key, value, attn_mask, 0.0, *more, **other)
 
-    F.scaled_dot_product_attention = without_dropout  # type: ignore[assignment]
+    F.scaled_dot_product_attention = without_dropout
     try:
         yield
     finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +16,16 @@ from trainer.backends import backend_of
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
 from trainer.backends.fsdp import FsdpBackend, check_environment, mesh_sizes
 from trainer.backends.zero import ZeroBackend
+from trainer.checkpoints.init_from import with_settings
+from trainer.checkpoints.resume import choose, default_directory, earlier_value, merge
+from trainer.command_line.config import Parsed
+from trainer.command_line.locations import with_absolute_paths
 from trainer.command_line.sections import Optimisation
-from trainer.distributed.hardware import CARDS, Card
+from trainer.distributed.hardware import CARDS, Card, card_named
 from trainer.errors import UserError
 from trainer.planning.memory import BUCKETS, Way
+from trainer.recipe import Log, Recipe
+from trainer.reporting.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -30,25 +39,46 @@ class Place:
     """for each process"""
 
 
+def config_of(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Log) -> tuple[Any, bool]:
+    """(the configuration that the run would have, whether it resumes a checkpoint). UserError as the run's.
+
+    Nothing is made, locked or hashed.
+    """
+    parsed = dataclasses.replace(parsed, config=with_absolute_paths(parsed.config))
+    path = default_directory(recipe, parsed)
+    checkpoint_dir = parsed.config.run.checkpoint_dir or earlier_value(path, "checkpoint_dir")
+    directory = RunDirectory(path, Path(checkpoint_dir) if checkpoint_dir else None)
+    saved, same_run = choose(recipe, parsed.config.run, directory, log, lambda _: None, restarted=False)
+    if saved is None:
+        return with_settings(recipe, parsed, argv).config, False
+    log(f"Resumes {saved.path} at step {saved.train_state.step:,}, with its flags; what follows is of the whole run")
+    return merge(recipe, parsed, argv, saved, same_run, log), True
+
+
 def place_of(gpu: str | None, device: str, environ: Mapping[str, str], local_processes: int) -> Place:
     """A card by its name or its gigabytes; else the GPU here, or a process's part of the host. UserError for other cards."""
-    names = {name.lower().removeprefix("rtx ").replace(" ", "-"): name for name in CARDS}
-    if gpu is not None and gpu.lower() in names:
-        name = names[gpu.lower()]
+    if gpu is not None and (name := card_named(gpu)):
         return Place(name, CARDS[name], CARDS[name].memory_gb)
     if gpu is not None:
-        try:
-            gigabytes = float(gpu)
-        except ValueError:
-            raise UserError(f"gpu {gpu!r} is unknown; give its gigabytes, or one of {', '.join(names)}") from None
+        gigabytes = _number(gpu)
+        if not 0 < gigabytes < math.inf:
+            names = ", ".join(name.lower().removeprefix("rtx ").replace(" ", "-") for name in CARDS)
+            raise UserError(f"gpu {gpu!r} is unknown; give its gigabytes, or one of {names}")
         return Place("GPU", Card(gigabytes, None), gigabytes)
     on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") if device == "auto" else device == "cpu"
     if torch.cuda.is_available() and not on_cpu:
         properties = torch.cuda.get_device_properties(0)
-        known = next((card for name, card in CARDS.items() if name in properties.name), Card(0, None))
+        known = CARDS.get(card_named(properties.name) or "", Card(0, None))
         gigabytes = properties.total_memory / 1e9
         return Place(properties.name, known._replace(memory_gb=gigabytes), gigabytes)
     return Place("CPU", None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 / local_processes)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def way_of(environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str) -> Way:

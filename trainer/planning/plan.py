@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from torch.optim import Optimizer
 
 from trainer.backends.blocks import blocks, check_dimensions, named_blocks, recompute_activations
 from trainer.backends.tensors import state_layout
-from trainer.checkpoints.init_from import with_settings
 from trainer.checkpoints.network import build_empty_network
 from trainer.checkpoints.resume import default_directory
 from trainer.command_line.config import Parsed
@@ -24,7 +24,7 @@ from trainer.evaluation.objective import Objective
 from trainer.initial_weights import replace_tensors
 from trainer.planning.activations import count_micro_step
 from trainer.planning.flags import PlanFlags
-from trainer.planning.launch import Place, place_of, way_of
+from trainer.planning.launch import Place, config_of, place_of, way_of
 from trainer.planning.memory import FP32_BYTES, Footprint, Memory, MicroStep, Way, memory_of, ways
 from trainer.planning.sizes import checkpoint_files, footprint, save_buffers
 from trainer.recipe import Batch, Data, Recipe
@@ -55,8 +55,9 @@ class Measured:
 
 def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, environ: Mapping[str, str]) -> list[str]:
     """The lines of a plan for the launch that `environ` describes; draws the learning rate. UserError as the run raises it."""
-    parsed = with_settings(recipe, parsed, argv)
-    config, run = parsed.config, parsed.config.run
+    said: list[str] = []
+    config, resumes = config_of(recipe, parsed, argv, said.append)
+    run = config.run
     processes = int(environ.get("WORLD_SIZE") or 1)
     place = place_of(flags.gpu, run.device, environ, int(environ.get("LOCAL_WORLD_SIZE") or processes))
     on_gpu = place.card is not None
@@ -64,10 +65,14 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
     stream.share(config.optimisation.batch_size, 0, processes)
     own = way_of(environ, config.optimisation, processes, precision, run.mixed_precision)
 
-    data = load_data(recipe, config, alone())
+    if run.fit_batch and not resumes:
+        effective = config.optimisation.effective_batch_size
+        said.append(f"--fit_batch: counted as typed; the run splits its {effective} samples a step so that they just fit")
+    unread = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, init_from=None))
+    data = load_data(recipe, unread, alone())  # weights are not looked at
     samples = stream.length_of(data.train)
     steps = total_steps(config, samples)
-    config = cut_warmup(config, parsed.typed, steps, lambda _: None)
+    config = config if resumes else cut_warmup(config, parsed.typed, steps, lambda _: None)
     o = config.optimisation
     measured = measure(recipe, config, data, own, precision, on_gpu)
     sizes = {way: memory_of(way, measured.net) for way in (own, *others(own, measured))}
@@ -79,6 +84,7 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
     trained, parameters = (size // FP32_BYTES for size in (measured.net.trained, measured.net.weights))
     return [
         f"Launch: {own.name}, {processes} x {place.name}, {'fp32' if precision == 'no' else precision}",
+        *said,
         *data.notes,
         f"Parameters: {parameters:,} ({trained:,} trained)",
         *stream.describe(o.batch_size, o.gradient_accumulation_steps, processes, steps, samples),
@@ -166,22 +172,31 @@ def work_lines(step_flops: float, steps: int, hours: float | None, place: Place,
         return [f"{total}; for hours the peak of a card in bf16 or fp16 is wanted (--gpu)"]
     assert place.card is not None
     assert place.card.flops is not None
-    time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    return [f"{total}: {time} at {mfu:.0%} of {place.card.flops / 1e12:.0f} TFLOP/s each (--mfu)"]
+    return [f"{total}: {time_text(hours)} at {mfu:.0%} of {place.card.flops / 1e12:.0f} TFLOP/s each (--mfu)"]
 
 
 def checkpoint_lines(run: Any, steps: int, effective: int, samples: int | None, size: int, hours: float | None) -> list[str]:
-    """What saves write, and what of it stays on the disk."""
+    """What saves write, those of new bests too, and what of it stays on the disk."""
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
     kept = min(saves, run.keep_last + 1) if run.keep_last else saves
-    epochs = steps * effective // samples // run.save_epochs if samples and run.save_epochs else 0
-    written = (saves + epochs) * size
-    rate = "" if hours is None else f", {size_text(written / hours)} an hour"
+    passed = steps * effective // samples if samples else 0
+    epochs = passed // run.save_epochs if run.save_epochs else 0
+    bests = unsaved(steps, run.eval_every, run.save_every) + unsaved(passed, run.eval_epochs, run.save_epochs)
+    written = (saves + epochs + bests * run.save_best) * size
+    rate = "" if hours is None or hours < 1 else f", {size_text(written / hours)} an hour"
+    step_saves = "1 step save" if saves == 1 else f"{saves:,} step saves"
     return [
-        f"Checkpoint: {size_text(size)}. {saves:,} step saves, with keep_last {run.keep_last} at most {kept:,} of them on the "
-        f"disk at once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * size)} in all; "
-        f"{size_text(written)} are written{rate}"
+        f"Checkpoint: {size_text(size)}. {step_saves}, with keep_last {run.keep_last} at most {kept:,} of them on the disk at "
+        f"once; {epochs:,} of epochs and the best model stay: up to {size_text((kept + epochs + 1) * size)} in all; "
+        f"up to {size_text(written)} are written{rate}"
     ]
+
+
+def unsaved(length: int, eval_every: int, save_every: int) -> int:
+    """How many evaluations in `length` steps, or epochs, fall on no save. 0: none of these."""
+    if not eval_every:
+        return 0
+    return length // eval_every - (length // math.lcm(eval_every, save_every) if save_every else 0)
 
 
 def advice(sizes: Mapping[Way, Memory], own: Way, place: Place, processes: int, recomputes: bool) -> str:
@@ -208,6 +223,13 @@ def advice(sizes: Mapping[Way, Memory], own: Way, place: Place, processes: int, 
     if needed(sizes[own]) > FITS * place.gigabytes and own != plain:
         line += f", {own.name} (this launch) {shown(own)}"
     return line
+
+
+def time_text(hours: float) -> str:
+    """A time in hours, minutes or seconds."""
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.2g} seconds"
 
 
 def size_text(size_bytes: float) -> str:
