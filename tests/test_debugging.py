@@ -155,10 +155,9 @@ def test_a_fast_dev_run_that_fails_keeps_nothing_either(tmp_path: Path, monkeypa
     assert not [*(tmp_path / "runs" / "toy").iterdir()]
 
 
-def test_a_profile_has_the_steps_after_the_first_ones(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_has_the_steps_after_the_first_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, "--profile", "2")
-    text, errors = capfd.readouterr()
-    assert "profiler_start" not in errors  # which torch's library would write there
+    text = capsys.readouterr().out
     assert "Profile of 2 steps on rank 0" in text
     assert "aten::" in text
     with gzip.open(tmp_path / "profile" / "trace.json.gz") as file:

@@ -207,10 +207,10 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
     alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.log)
     launched_run, plan = None, None
     try:
-        with explained(launch, parsed.config.optimisation):
-            arguments = list(argv[1:]) if argv and argv[0] == "train" else list(argv)
-            with leaving_at_the_time_limit(parsed.config.run.max_training_hours, console):
-                plan = plan_launch(recipe, parsed, arguments, launch, console.log)
+        arguments = list(argv[1:]) if argv and argv[0] == "train" else list(argv)
+        leaving = leaving_at_the_time_limit(parsed.config.run.max_training_hours, console)
+        with leaving, explained(launch, parsed.config.optimisation):  # which waits: another rank may have left for the limit
+            plan = plan_launch(recipe, parsed, arguments, launch, console.log)
         launched_run = LaunchedRun(recipe, plan, argv, launch, console, alerts)
         return launched_run.run()
     except BaseException as error:
