@@ -60,6 +60,19 @@ def test_a_network_in_evaluation_recomputes_nothing(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "every"),
+    [
+        ([], 0),
+        (["--gradient_checkpointing"], 1),
+        (["--gradient_checkpointing_every", "2"], 2),
+        (["--gradient_checkpointing", "--gradient_checkpointing_every", "3"], 3),
+    ],
+)
+def test_either_flag_turns_it_on(argv: list[str], every: int) -> None:
+    assert planned(recipe_of(TOY), argv).run.recompute_every == every
+
+
 def test_a_network_without_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="goes block by block, and Linear names none in _no_split_modules; leave it out"):
         recompute_activations(nn.Linear(2, 2), 1)

@@ -107,11 +107,12 @@ def test_a_state_of_another_shape_is_cut_likewise(outcomes: list[dict[str, Any]]
 
 
 class MeasuresWeights(ToyRecipe):
-    """Looks at more than what the network gives out."""
+    """Looks at more than what the network gives out, and before that, when nothing has gathered the weights for it."""
 
     def measure(self, network: nn.Module, batch: Batch) -> dict[str, Measured]:
         rows = len(batch["tokens"])
-        return super().measure(network, batch) | {"size": (rows * network.value.weight.square().sum(), rows)}  # type: ignore
+        size = rows * network.value.weight.square().sum()  # type: ignore
+        return super().measure(network, batch) | {"size": (size, rows)}
 
 
 def evaluate_toy(folder: Path, rank: int, processes: int) -> dict[str, float]:
