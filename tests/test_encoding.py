@@ -72,6 +72,11 @@ def test_added_tokens_and_other_tokenizers_go_to_the_library(trained: Tokenizer)
     assert trained.token_to_id(END_OF_TEXT) in ids(encoder, text)
     assert ids(encoder, text) == library(trained, text)
     assert encoder.end_of_text == np.array([trained.token_to_id(END_OF_TEXT)], np.uint16).tobytes()
+    with_space = Tokenizer.from_str(trained.to_str())
+    with_space.add_special_tokens(["<two words>"])
+    text = "a <two words> river"
+    assert with_space.token_to_id("<two words>") in ids(Encoder(with_space.to_str(), "uint16"), text)
+    assert ids(Encoder(with_space.to_str(), "uint16"), text) == library(with_space, text)
     for change in (
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
