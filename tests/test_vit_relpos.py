@@ -89,6 +89,7 @@ def rows(place: SimpleNamespace, run: str) -> list[dict[str, float]]:
 def test_it_trains_and_logs_its_metrics(place: SimpleNamespace) -> None:
     text = output(place, "train")
     assert re.search(r"top-1: \d+\.\d\d% \| top-5: \d+\.\d\d%", text)
+    assert re.search(r"validation, logistic regression on the pixels: top-1 9\d\.\d\d%, loss 0\.\d{4} nats per image", text)
     assert re.search(r"validation, best weights \(step \d+, best_model\): top-1 \d", text)
     logged = rows(place, "digits")
     keys = {key for row in logged for key in row}
