@@ -156,8 +156,8 @@ class VitReport(Report[Config]):
         return "uniform guess", math.log(len(data.extra["classes"]))
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """Top-1 and top-5 of the last and the best weights, and a plot of the accuracy."""
-        summarise_run(run, log)
+        """Top-1 and top-5 of the last and the best weights beside a linear classifier, and a plot of them."""
+        summarise_run(data, run, log)
 
 
 class VitRelpos(Recipe[Config]):

@@ -25,7 +25,7 @@ COMPARED = "model: {d_model: 16, num_layers: 1, num_heads: 2, patch_size: 2, win
 COMPARED += "data: {num_samples: 40, val_samples: 20, num_classes: 4}\n"
 COMPARED += "optimisation: {batch_size: 20, max_epochs: 2}\nrun: {num_workers: 0, use_tensorboard: false}\n"
 SCRIPT = {
-    "train": ["--run_name", "digits", *DIGITS, "--log_grad_norms", "--log_every", "10"],
+    "train": ["--run_name", "digits", *DIGITS, "--log_grad_norms", "--log_every", "10", "--tensorboard_tags", "by_metric"],
     "evaluate": ["evaluate", "--model_path", "checkpoints/checkpoint_final"],
     "other batch": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--batch_size", "7"],
     "no test": ["evaluate", "--model_path", "checkpoints/checkpoint_final", "--split", "test"],
@@ -89,6 +89,7 @@ def rows(place: SimpleNamespace, run: str) -> list[dict[str, float]]:
 def test_it_trains_and_logs_its_metrics(place: SimpleNamespace) -> None:
     text = output(place, "train")
     assert re.search(r"top-1: \d+\.\d\d% \| top-5: \d+\.\d\d%", text)
+    assert re.search(r"validation, logistic regression on the pixels: top-1 9\d\.\d\d%, loss 0\.\d{4} nats per image", text)
     assert re.search(r"validation, best weights \(step \d+, best_model\): top-1 \d", text)
     logged = rows(place, "digits")
     keys = {key for row in logged for key in row}
@@ -109,7 +110,21 @@ def test_it_trains_and_logs_its_metrics(place: SimpleNamespace) -> None:
             assert squares**0.5 == pytest.approx(row["train/grad_norm"], rel=1e-5)
     folder = place.folder / "runs" / "vit_relpos" / "digits"
     assert (folder / "plots" / "accuracy.png").stat().st_size > 1000
-    assert list((folder / "tensorboard").glob("**/events.out.tfevents*"))
+
+
+def test_tensorboard_has_the_curves_of_training_and_validation_side_by_side(place: SimpleNamespace) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = rows(place, "digits")
+    events = EventAccumulator(str(place.folder / "runs" / "vit_relpos" / "digits" / "tensorboard"))
+    events.Reload()
+    tags = {"train/loss": "Loss/train", "eval/val_loss": "Loss/val"}
+    tags |= {"train/accuracy": "Accuracy/train", "eval/val_accuracy": "Accuracy/val"}
+    for metric, tag in tags.items():
+        expected = {row["step"]: row[metric] for row in logged if metric in row}
+        assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(expected, rel=1e-6)
+    others = {key for row in logged for key in row} - {"step", "time", *tags}
+    assert set(events.Tags()["scalars"]) - set(tags.values()) == others
 
 
 def test_the_best_model_is_the_most_accurate(place: SimpleNamespace) -> None:

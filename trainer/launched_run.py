@@ -27,7 +27,7 @@ from trainer.reporting.console import Console
 from trainer.reporting.feed import EXIT_SECONDS as TRACKER_EXIT_SECONDS
 from trainer.reporting.final_report import draw_loss, draw_report, log_final_metrics, report_end
 from trainer.reporting.run_directory import write_text_atomic
-from trainer.reporting.trackers import Trackers
+from trainer.reporting.trackers import BY_METRIC, Trackers
 from trainer.reporting.wandb_run import WandbSettings
 from trainer.setup import Session, describe, set_up
 
@@ -210,6 +210,7 @@ class LaunchedRun:
         return Trackers(
             directory.metrics,
             tensorboard_dir=directory.tensorboard if run.use_tensorboard else None,
+            tensorboard_tags=BY_METRIC if run.tensorboard_tags == "by_metric" else {},
             wandb=wandb,
             others=run.log_with,
             project=run.wandb_project,

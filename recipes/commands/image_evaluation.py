@@ -14,7 +14,7 @@ from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing
 from trainer.command_line.sections import Device
 from trainer.errors import UserError
-from trainer.recipe import Batch, Log, Recipe
+from trainer.recipe import Batch, Data, Log, Recipe
 
 if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
@@ -92,8 +92,9 @@ def draw_images(batch: Batch, data: Any, classes: Sequence[str], out: Path) -> s
     return f"Picture: {out}"
 
 
-def summarise_run(run: RunDirectory, log: Log) -> None:
-    """Log top-1 and top-5 of the last and the best weights of a finished run, and plot its accuracy."""
+def summarise_run(data: Data, run: RunDirectory, log: Log) -> None:
+    """Log top-1 and top-5 of the last and the best weights of a finished run beside a linear classifier, and plot them."""
+    from recipes.baselines.images import logistic_regression
     from trainer.reporting.plot import draw_runs, save_figure
     from trainer.reporting.trackers import read_metrics
 
@@ -101,6 +102,13 @@ def summarise_run(run: RunDirectory, log: Log) -> None:
     best = max(evaluations, key=lambda row: (row["eval/val_accuracy"], -row["step"]))
     log(f"validation, last weights: {accuracies_in(evaluations[-1], 'eval/val_')}")
     log(f"validation, best weights (step {best['step']:,}, best_model): {accuracies_in(best, 'eval/val_')}")
-    plot = run.plots / "accuracy.png"
-    save_figure(draw_runs({"": run.metrics}, "eval/val_accuracy", title=f"vit_relpos: {run.path.name}"), plot)
+    baseline = None
+    try:
+        known = logistic_regression(data.train.without_augmentation(), data.evaluation["val"])
+        log(f"validation, logistic regression on the pixels: top-1 {known.accuracy:.2%}, loss {known.nats:.4f} nats per image")
+        baseline = ("logistic regression", known.accuracy)
+    except (ValueError, OSError) as error:
+        log(f"No logistic regression on the pixels to compare with: {error}")
+    plot, title = run.plots / "accuracy.png", f"vit_relpos: {run.path.name}"
+    save_figure(draw_runs({"": run.metrics}, "eval/val_accuracy", title=title, baseline=baseline), plot)
     log(f"Plot: {plot}")

@@ -151,6 +151,8 @@ class Run:
     profile: Annotated[int, NotNegative] = 0
     """trace so many steps on rank 0, after a few to warm up: a file to look at, and the operations that take the time"""
     use_tensorboard: bool = False
+    tensorboard_tags: Literal["by_set", "by_metric"] = "by_set"
+    """train/loss and eval/val_loss; or, in TensorBoard alone, Loss/train and Loss/val, and so for the accuracy"""
     use_wandb: bool = False
     wandb_project: str = "samecurve"
     """also the project, or experiment, of --log_with"""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from trainer.errors import CHECKPOINT, UserError
@@ -23,6 +24,13 @@ from trainer.reporting.wandb_run import WandbRun, WandbSettings
 
 SAVE_SECONDS = "checkpoint/seconds"
 """what a save took; its row comes when that has ended, after those of later steps"""
+BY_METRIC = {
+    "train/loss": "Loss/train",
+    "eval/val_loss": "Loss/val",
+    "train/accuracy": "Accuracy/train",
+    "eval/val_accuracy": "Accuracy/val",
+}
+"""the tags that `--tensorboard_tags by_metric` changes; others stay"""
 RUN_NAME = {"mlflow": "run_name", "clearml": "task_name", "swanlab": "experiment_name", "trackio": "name"}
 """what Accelerate's trackers call the name of a run, those that have one beside that of the project"""
 
@@ -30,6 +38,7 @@ RUN_NAME = {"mlflow": "run_name", "clearml": "task_name", "swanlab": "experiment
 class Trackers:
     """Sends each row of numbers to every tracker; made on rank 0 only.
 
+    `tensorboard_tags` are the tags of metrics that TensorBoard calls by another name than metrics.jsonl does.
     `others` are names of Accelerate's trackers: a run of theirs for every launch, called `run_name`, in `project`.
     `resumed_step` is the step of the checkpoint this run continues from: rows after it are dropped, for they will be
     written again. With None the run is new and the file starts empty. `config` must already be free of secrets.
@@ -41,6 +50,7 @@ class Trackers:
         metrics_path: Path,
         *,
         tensorboard_dir: Path | None,
+        tensorboard_tags: Mapping[str, str] = MappingProxyType({}),
         wandb: WandbSettings | None,
         others: Sequence[str] = (),
         project: str = "",
@@ -61,7 +71,7 @@ class Trackers:
             raise UserError(f"{error}; choose another --output_dir", CHECKPOINT) from error
         if tensorboard_dir:
             with self._surviving("TensorBoard"):
-                self._trackers["TensorBoard"] = _TensorBoard(tensorboard_dir, config, resumed_step)
+                self._trackers["TensorBoard"] = _TensorBoard(tensorboard_dir, tensorboard_tags, config, resumed_step)
         if wandb:
             with self._surviving("W&B"):
                 self._trackers["W&B"] = WandbRun(wandb, config, resumed_step is not None, log)
@@ -95,9 +105,10 @@ class Trackers:
 
 
 class _TensorBoard:
-    def __init__(self, directory: Path, config: dict[str, object], resumed_step: int | None) -> None:
+    def __init__(self, directory: Path, tags: Mapping[str, str], config: dict[str, object], resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._tags = tags
         # TensorBoard hides what an earlier launch wrote at `purge_step` and after.
         purge_step = 0 if resumed_step is None else resumed_step + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
@@ -105,7 +116,7 @@ class _TensorBoard:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(self._tags.get(name, name), value, step)
 
     def close(self, exit_code: int) -> None:
         self._writer.close()
