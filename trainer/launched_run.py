@@ -78,6 +78,7 @@ class LaunchedRun:
 
     def _train(self, stops: StopRequests) -> StopReason:
         plan, launch, log = self.plan, self.launch, self.console.log
+        gc.freeze()  # what imports have made: no collection while the data are built has to look at it
         words = stops.before_the_first_step
         leaving = stops.acted_on_at_once(lambda reason: self._leave_before_the_first_step(words(reason), reason))
         with leaving, explained(launch, plan.config.optimisation):  # which waits: another rank may be gone for the same reason
