@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.data import embedded, text, text_corpus, tokenizer
+from recipes.data import embedded, hub, text, text_corpus, tokenizer
 from recipes.data.hub import hub_is_reachable
 from recipes.data.text import TokenSplit
 from recipes.data.text_corpus import Reading, find_corpus
@@ -195,29 +195,6 @@ def test_validation_text_that_is_training_text_is_said(data_dir: Path, tmp_path:
     assert note.startswith(f"{data_dir}/wiki.valid.tokens has the text of {data_dir}/wiki.train.tokens: ")
 
 
-def test_of_a_data_set_of_the_hub_without_validation_a_part_is_held_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    rows = [{"text": f"Row {n} of a data set."} for n in range(4000)]
-    data = datasets.DatasetDict({"train": datasets.Dataset.from_list([*rows, {"text": None}])})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: data)
-    monkeypatch.setattr(text_corpus, "hub_is_reachable", lambda: True)
-    corpus = find_corpus("owner/stories", [], Reading(), tmp_path)
-    assert "owner/stories has no validation text: 5.00% of it" in corpus.notes[0]
-    without: Counter[str] = Counter()
-    counts = Counter(split for split, *_ in corpus.rows(without))
-    assert 0.04 < counts["validation"] / len(rows) < 0.06
-    assert (counts.total(), without) == (len(rows), {"owner/stories": 1})
-    data["train"] = datasets.Dataset.from_list([{"text": ["a list"]}])
-    with pytest.raises(ValueError, match=r"owner/stories, train, row 1: column 'text' holds .* not text") as error:
-        list(find_corpus("owner/stories", [], Reading(), tmp_path).rows(Counter()))
-    one_line(error)
-    with pytest.raises(ValueError, match=r"the columns text: train and story \(--column\) are needed"):
-        find_corpus("owner/stories", [], Reading("story"), tmp_path)
-
-
 def test_errors_of_local_files_name_the_file(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist") as error:
         rows_of(data_dir / "nowhere", tmp_path)
@@ -246,10 +223,10 @@ def test_unknown_dataset(tmp_path: Path) -> None:
 def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
-    for module in (text_corpus, tokenizer):
+    for module in (hub, tokenizer):
         monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
     # Names that no machine has in its cache.
-    monkeypatch.setitem(text_corpus.HUB_DATASETS, "wikitext2", ("samecurve/nowhere", "none"))
+    monkeypatch.setitem(text_corpus.HUB_DATASETS, "wikitext2", "samecurve/nowhere:none")
     monkeypatch.setattr(tokenizer, "HUB_GPT2", ("samecurve/nowhere",))
     offline = datasets.config.HF_HUB_OFFLINE
     pauses: list[float] = []  # before another try: the library would make five of them, in half a minute
@@ -259,7 +236,7 @@ def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: p
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(time, "sleep", pauses.append)
-    with pytest.raises(ValueError, match=r"wikitext2.*--data_dir.*--dataset embedded") as error:
+    with pytest.raises(ValueError, match=r"nowhere:none from the hub.*--data_dir.*--dataset embedded") as error:
         find_corpus("wikitext2", [], Reading(), tmp_path)
     one_line(error)
     with pytest.raises(ValueError, match=r"--tokenizer PATH.*--tokenizer train") as error:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from recipes.data.cache import signature
 from recipes.data.documents import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
+from recipes.data.hub import open_data_set
 from recipes.data.text_files import Read, no_progress
 from recipes.data.text_sources import Source, find_splits
 from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, train_tokenizer, vocabulary_size
@@ -160,8 +161,10 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
 
 def _settings(options: argparse.Namespace, train: list[Source], validation: list[Source], tokenizer_json: str) -> str:
     """Hash of all that decides which text is in which shard."""
-    files = [[[[path.name, *signature(path)] for path in one.files], one.name, one.split] for one in (*train, *validation)]
-    settings = [files, len(train), tokenizer_json, options.valid_percent, options.column, options.shard_mb]
+    sources = (*train, *validation)
+    files = [[[[path.name, *signature(path)] for path in one.files], one.name, one.split] for one in sources]
+    commits = [open_data_set(one.name).commit for one in sources if one.split and not one.files]
+    settings = [files, commits, len(train), tokenizer_json, options.valid_percent, options.column, options.shard_mb]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

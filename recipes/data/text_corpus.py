@@ -7,17 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from recipes.data.cache import content_hash, remembered_hash
+from recipes.data.cache import CacheEntry, content_hash, remembered_hash
 from recipes.data.documents import piece_size, pieces, units
 from recipes.data.embedded import load_embedded
-from recipes.data.hub import hub_is_reachable, one_line
-from recipes.data.text_files import cell, checked_texts, lines, no_progress, rows, text_blocks
+from recipes.data.hub import HubDataSet, open_data_set
+from recipes.data.text_files import lines, no_progress, rows, text_blocks
 from recipes.data.text_sources import SPLITS, Source, few, find_splits, split_named
 from recipes.data.tokenizer import END_OF_TEXT
 
 HUB_WIKITEXT = "Salesforce/wikitext"
-HUB_DATASETS = {"wikitext2": (HUB_WIKITEXT, "wikitext-2-raw-v1"), "wikitext103": (HUB_WIKITEXT, "wikitext-103-raw-v1")}
+HUB_DATASETS = {"wikitext2": f"{HUB_WIKITEXT}:wikitext-2-raw-v1", "wikitext103": f"{HUB_WIKITEXT}:wikitext-103-raw-v1"}
 HELD_OUT, MOST_HELD_OUT = 0.05, 10_000_000  # of a text without a validation split: the share, and bytes of it at most
 Row = tuple[str, str, bool]
 """(split, text, whether it ends a row: long ones come in pieces where a part of them is held out); blank rows too"""
@@ -51,7 +52,7 @@ def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Pa
     """The text that is meant.
 
     `inputs` (files, patterns, folders, data sets that `datasets` saved) win over `dataset`: wikitext2, wikitext103,
-    OWNER/NAME[:CONFIGURATION] (from the hub or its local cache) or embedded. `validation` takes the place of what their names
+    OWNER/NAME[:CONFIGURATION] (see `open_data_set`) or embedded. `validation` takes the place of what their names
     call so. Raises ValueError or FileNotFoundError; no other text is ever substituted.
     """
     if inputs:
@@ -61,7 +62,7 @@ def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Pa
         digest = content_hash(*(row for split in SPLITS for row in (split, *embedded[split])))
         return Corpus(digest, lambda without: ((split, row, True) for split in SPLITS for row in embedded[split]), [])
     if dataset in HUB_DATASETS or "/" in dataset:
-        return _hub_corpus(dataset, reading)
+        return _hub_corpus(dataset, reading, cache)
     raise ValueError(
         f"dataset {dataset!r} is unknown; use {', '.join(HUB_DATASETS)}, embedded, OWNER/NAME of the hub, or --data_dir PATH"
     )
@@ -204,37 +205,42 @@ def _hold_out(stream: Iterable[Row], wanted: list[str], share: float, run_charac
         yield before
 
 
-def _hub_corpus(dataset: str, reading: Reading) -> Corpus:
-    import datasets
-
-    repository, _, configuration = dataset.partition(":")
-    names = HUB_DATASETS.get(dataset, (repository, configuration or None))
-    config_offline = datasets.config.HF_HUB_OFFLINE
+def _hub_corpus(dataset: str, reading: Reading, cache: Path) -> Corpus:
+    name = HUB_DATASETS.get(dataset, dataset)
+    entry = CacheEntry(cache / "hub" / content_hash(name, repr(reading)))
+    known, notes = entry.read(), []
     try:
-        # Without this a machine with no network retries for half a minute or more before it reads its own cache.
-        datasets.config.HF_HUB_OFFLINE = config_offline or not hub_is_reachable()
-        data = datasets.load_dataset(*names)
-        splits = {split: data[name] for name in data if (split := split_named(name))}
-        columns = next(iter(data.values())).column_names
-        if "train" not in splits or (reading.column is not None and reading.column not in columns):
+        opened = open_data_set(name)
+    except ValueError as error:
+        if known is None:
             raise ValueError(
-                f"it has the splits {', '.join(data)} and the columns {', '.join(columns)}: train"
-                f"{f' and {reading.column} (--column)' if reading.column is not None else ''} are needed"
-            )
-    except Exception as error:  # the library raises a dozen types; to the user all mean the same
+                f"{error}; give local files (--data_dir, --train_data_path), or embedded, which needs no network "
+                "(--dataset embedded, --train_data_path embedded)"
+            ) from error
+        notes = [f"{error}: it is taken to be as it was, at commit {known['commit'][:12]}"]
+    else:
+        if known is None or known["commit"] != opened.commit:
+            known = _facts_of(name, opened, reading)
+            entry.write({}, known)
+    splits = {split: [Source(name, own)] for split, own in known["splits"].items()}
+
+    def rows_of(without: Counter[str], piece: int | None) -> Iterator[Row]:
+        return _split_rows(splits, reading, without, piece)
+
+    digest = content_hash(repr(reading), name, known["commit"])
+    return _with_validation(dataset, digest, rows_of, splits.keys(), known["size"], reading, notes)
+
+
+def _facts_of(name: str, opened: HubDataSet, reading: Reading) -> dict[str, Any]:
+    """What decides the rows of a data set of the hub, beside what they hold. ValueError where it has not what is needed."""
+    splits = {split: own for own in opened.splits if (split := split_named(own))}
+    if "train" not in splits or (reading.column is not None and reading.column not in opened.columns):
         raise ValueError(
-            f"cannot load {dataset} from the hub ({one_line(error)}); give local files (--data_dir, --train_data_path), or "
-            "embedded, which needs no network (--dataset embedded, --train_data_path embedded)"
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = config_offline
-
-    def all_rows(without: Counter[str], piece: int | None) -> Iterator[Row]:
-        for split in SPLITS:
-            read = enumerate(splits.get(split, ()), start=1)
-            values = ((f"{dataset}, {split}, row {number}", cell(row, reading.column), row) for number, row in read)
-            for text in checked_texts(values, dataset, reading.column, without):
-                yield from ((split, part, end) for part, end in _cut(text.rstrip(), piece))
-
-    digest = content_hash(repr(reading), *(f"{name} {splits[name]._fingerprint}" for name in sorted(splits)))
-    return _with_validation(dataset, digest, all_rows, splits.keys(), splits["train"].data.nbytes, reading, [])
+            f"{name} has the splits {', '.join(opened.splits)} and the columns {', '.join(opened.columns)}: train"
+            f"{f' and {reading.column} (--column)' if reading.column is not None else ''} are needed; give another --dataset"
+        )
+    size = opened.sizes.get(splits["train"])
+    if size is None and "validation" not in splits:  # of which a part is to be held out: all of it is read to know
+        training = _split_rows({"train": [Source(name, splits["train"])]}, reading, Counter(), None)
+        size = sum(len(text) for _, text, _ in training)
+    return {"commit": opened.commit, "splits": splits, "size": size or 0}

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.data.hub import hub_is_reachable, one_line
+from recipes.data.hub import one_line, open_data_set
 from recipes.data.text_sources import COMPRESSED, Source
 
 READ_BYTES = 1 << 20
@@ -174,15 +174,12 @@ def _parquet_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
 def _data_set_rows(source: Source, column: str | None) -> Iterator[Row]:
     import datasets
 
-    name, _, configuration = source.name.partition(":")
     try:
         if Path(source.name).is_dir():
             saved = datasets.load_from_disk(source.name)
             data = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
-        elif not hub_is_reachable():
-            raise ConnectionError("the hub does not answer")
         else:
-            data = datasets.load_dataset(name, configuration or None, split=source.split, streaming=True)
+            data = open_data_set(source.name).splits[str(source.split)]
         for number, row in enumerate(data, start=1):
             yield f"{source.name}, {source.split}, row {number}", cell(row, column), row
     except Exception as error:  # the library raises a dozen types; to the user all mean the same
