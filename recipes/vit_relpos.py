@@ -117,7 +117,6 @@ class Config:
     run: sections.Run = sections.Run(
         num_workers=WORKERS, log_every=50, eval_every=0, save_epochs=10, use_tensorboard=True, wandb_project="vit-relpos"
     )
-
     yaml_sections = YAML_SECTIONS
 
     def resolved(self) -> Config:
@@ -149,7 +148,7 @@ class VitReport(Report[Config]):
 
     def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
         """A picture of the images, as they are after augmentation."""
-        return draw_images(batch, config.data, data.extra["classes"], run.plots / "first_batch.png")
+        return draw_images(batch, data.extra["classes"], run.plots / "first_batch.png")
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float]:
         """The loss of a uniform guess."""
@@ -164,8 +163,7 @@ class VitRelpos(Recipe[Config]):
     """Image classification."""
 
     name = "vit_relpos"
-    config_class = Config
-    report_class = VitReport
+    config_class, report_class = Config, VitReport
     presets = {name: Path(__file__).with_name("configs") / f"vit_relpos_{name}.yaml" for name in ("quick", "compare")}
     commands = {
         "evaluate": Command(Evaluate, evaluate),
@@ -186,9 +184,9 @@ class VitRelpos(Recipe[Config]):
         grid, channels = resolve_sizes(config.model, d)
         sizes = (grid.image, grid.patch, channels, d.num_classes, d.num_samples, d.val_samples)
         sets = image_sets(d.dataset, d.data_dir, *sizes, seed)
-        options = (len(sets.classes), d.image_mean, d.image_std)
-        train = ImageBatches(sets.train, *options, Augmentation(d.crop_padding, d.flip, d.mixup, d.label_smoothing), seed)
-        validation, test = ImageBatches(sets.validation, *options), ImageBatches(sets.test, *options) if sets.test else None
+        augmentation = Augmentation(d.crop_padding, d.flip, d.mixup, d.label_smoothing, sum(d.image_mean) / len(d.image_mean))
+        train = ImageBatches(sets.train, len(sets.classes), augmentation, seed)
+        validation, test = (ImageBatches(part, len(sets.classes)) if part else None for part in (sets.validation, sets.test))
         return Data(train, {"val": validation}, test, sets.fingerprint, sets.notes, {"classes": sets.classes})
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
@@ -205,7 +203,9 @@ class VitRelpos(Recipe[Config]):
         """Summed cross entropy with the (smoothed, mixed) targets, and the number of correct predictions."""
         from torch.nn.functional import cross_entropy
 
-        logits, labels = network(batch["images"]).float(), batch["labels"]
+        from recipes.data.image_batches import mixed
+
+        logits, labels = network(mixed(batch)).float(), batch["labels"]
         nats = cross_entropy(logits, batch.get("targets", labels), reduction="sum")
         return {"class": nats, "accuracy": (logits.detach().argmax(-1) == labels).sum()}
 

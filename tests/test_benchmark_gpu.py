@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,20 @@ def test_a_piece_that_fails_hangs_or_dies_costs_no_other(tmp_path: Path, monkeyp
     assert "begun" in found["d"]["error"]
     assert found["e"]["error"].endswith("exit status -6")
     assert "    FAILED: no result: exit status -6" in list(table(found))
+
+
+def test_ended_in_the_middle_it_ends_what_it_has_started(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "gpu", "--rehearse", "--json", str(tmp_path / "r.json")]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (piece := children.read_text().strip()) or "libtorch" not in Path("/proc", piece, "maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on with what is missing" in error
+    assert not Path("/proc", piece).exists()
 
 
 def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:

@@ -1,16 +1,17 @@
-"""Training batches: normalised, augmented and mixed from the number of a sample alone."""
+"""Training batches: augmented and mixed from the number of a sample alone, in 8 bits where the images have them."""
 
 from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.data.image_batches import Augmentation, ImageBatches
+from recipes.data.image_batches import Augmentation, ImageBatches, mixed
 from trainer.command_line.sections import Run
 from trainer.data.loader import close, read
 from trainer.data.stream import TrainingOrder
@@ -30,18 +31,39 @@ class Ramps:
         return image, i % 4
 
 
-def make_batches(
-    numbers: int = 12, mean: tuple[float, ...] = (0.0,), std: tuple[float, ...] = (1.0,), **what: Any
-) -> ImageBatches:
-    return ImageBatches((Ramps(), np.arange(numbers)), 4, mean, std, Augmentation(**what) if what else None, seed=3)
+class EightBits(Ramps):
+    """The same images in 8 bits: those that a `deep` predicate picks are left as they are."""
+
+    def __init__(self, deep: Callable[[int], bool] = lambda i: False) -> None:
+        self.deep = deep
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(i)
+        return image if self.deep(i) else (image * 255).round().to(torch.uint8), label
 
 
-def test_without_augmentation_a_sample_is_its_normalised_item() -> None:
-    batch = make_batches(mean=(0.5, 0.1), std=(0.5, 2.0)).__getitems__([5, 12 + 7])
+def make_batches(items: Ramps | None = None, **what: Any) -> ImageBatches:
+    return ImageBatches((items or Ramps(), np.arange(12)), 4, Augmentation(**what) if what else None, seed=3)
+
+
+def test_without_augmentation_a_sample_is_its_item() -> None:
+    batch = make_batches().__getitems__([5, 12 + 7])
     assert set(batch) == {"images", "labels"}
     assert batch["labels"].tolist() == [1, 3]
-    assert batch["images"].shape == (2, *SHAPE)
-    torch.testing.assert_close(batch["images"][1, :, 2, 2], torch.tensor([(0.07 - 0.5) / 0.5, (0.07 - 0.1) / 2]))
+    assert torch.equal(batch["images"], torch.stack([Ramps()[5][0], Ramps()[7][0]]))
+
+
+def test_eight_bits_travel_as_such_and_train_the_same() -> None:
+    """Of the fp32 batch that was once made here, a quarter of the bytes: half with the images to mix with."""
+    what = {"crop_padding": 1, "flip": True, "mixup": 0.4, "grey": 51 / 255}
+    batch = make_batches(EightBits(), **what).__getitems__(range(24))
+    assert {batch[name].dtype for name in ("images", "others")} == {torch.uint8}
+    floats = make_batches(EightBits(deep=lambda i: i % 2 == 0), **what).__getitems__(range(24))
+    assert floats["images"].dtype == torch.float32  # one that has more makes a batch of floats
+    expected = make_batches(**what).__getitems__(range(24))
+    torch.testing.assert_close(mixed(batch), mixed(expected), atol=0.5 / 255, rtol=0)
+    torch.testing.assert_close(mixed(floats), mixed(expected), atol=0.5 / 255, rtol=0)
+    assert torch.equal(batch["targets"], expected["targets"])
 
 
 def test_only_the_items_that_belong_to_it() -> None:
@@ -91,10 +113,10 @@ def test_flipping_mirrors_half_of_them() -> None:
 
 
 def test_cropping_moves_by_at_most_the_padding_which_is_grey() -> None:
-    images = make_batches(mean=(0.25,), crop_padding=1).__getitems__(range(300))["images"]
-    columns = {int(row.argmax()) if row.max() == 0.75 else -1 for row in images[:, 0, 3]}
+    images = make_batches(crop_padding=1, grey=0.25).__getitems__(range(300))["images"]
+    columns = {int(row.argmax()) if row.max() == 1 else -1 for row in images[:, 0, 3]}
     assert columns == {-1, 0, 1}  # the bright column out of sight, where it was, one to the right
-    assert 0.0 in images[:, 0, 0].unique()  # grey is zero once normalised
+    assert 0.25 in images[:, 0, 0].unique()
 
 
 def test_smoothing_spreads_probability_over_all_classes() -> None:
@@ -106,18 +128,18 @@ def test_mixing_takes_another_item_with_the_weight_of_its_label() -> None:
     batches = make_batches(mixup=1.0)
     batch = batches.__getitems__(range(400))
     torch.testing.assert_close(batch["targets"].sum(1), torch.ones(400))
-    mixed = 0
-    for number, (image, label, target) in enumerate(zip(batch["images"], batch["labels"], batch["targets"], strict=True)):
+    of_two_labels = 0
+    for number, (image, label, target) in enumerate(zip(mixed(batch), batch["labels"], batch["targets"], strict=True)):
         own = number % 12
         if target.count_nonzero() == 2:  # with an item of another label
-            mixed += 1
+            of_two_labels += 1
             weight, pixel = float(target[own % 4]), float(image[0, 0, 2])
             other = (pixel - weight * own / 100) / (1 - weight) * 100
             if weight < 0.95:
                 assert abs(other - round(other)) < 1e-2
                 assert float(target[round(other) % 4]) > 0
                 assert label == (own % 4 if weight >= 0.5 else round(other) % 4)
-    assert mixed > 250
+    assert of_two_labels > 250
 
 
 def test_without_augmentation_there_are_no_targets() -> None:

@@ -10,10 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.data.image_pixels import reading, to_tensor
+from recipes.data.image_pixels import from_0_to_1, reading, to_tensor
 
 GREYS = np.array([[0.0, 0.25], [0.5, 1.0]])
 SIXTEEN = (GREYS * 65535).astype(np.uint16)
+
+
+def test_eight_bits_stay_eight_bits() -> None:
+    kinds = {image.mode: to_tensor(image, (2, 2), 1).dtype for image in (Image.new("RGB", (3, 3)), Image.fromarray(SIXTEEN))}
+    assert kinds == {"RGB": torch.uint8, "I;16": torch.float32}
 
 
 def reread(image: Image.Image, kind: str, **how: Any) -> Image.Image:
@@ -26,7 +31,7 @@ def reread(image: Image.Image, kind: str, **how: Any) -> Image.Image:
 
 def pixels(image: Image.Image, channels: int = 1, size: tuple[int, int] = (2, 2)) -> torch.Tensor:
     with reading("the_file"):
-        return to_tensor(image, size, channels)
+        return from_0_to_1(to_tensor(image, size, channels))
 
 
 @pytest.mark.parametrize(

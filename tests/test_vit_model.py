@@ -25,6 +25,16 @@ def images(batch: int = 4) -> Tensor:
     return torch.randn(batch, 1, 12, 20, generator=torch.Generator().manual_seed(1))
 
 
+def test_images_of_eight_bits_and_of_floats_are_normalised_alike() -> None:
+    model = make_model(in_channels=3, mean=(0.5, 0.1, 0.2), std=(0.5, 2.0, 1.0))
+    pixels = torch.randint(256, (2, 3, 12, 20), dtype=torch.uint8)
+    expected = (pixels.double() / 255 - torch.tensor([0.5, 0.1, 0.2]).view(3, 1, 1)) / torch.tensor([0.5, 2, 1]).view(3, 1, 1)
+    torch.testing.assert_close(model.normalise(pixels), expected.float())
+    torch.testing.assert_close(model(pixels), make_model(in_channels=3)(expected.float()))
+    assert torch.equal(model(pixels), model(pixels / 255))
+    assert model.bfloat16().normalise(pixels).dtype == torch.bfloat16
+
+
 # --------------------------------------------------------------------------------------------------------------- index
 
 

@@ -95,8 +95,7 @@ def _plot_bias(network: Any, folder: Path, log: Log) -> None:
 
 def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: int, device: torch.device, log: Log) -> None:
     """The attention of the class token (without one: of all patches on average), as a mean over heads."""
-    import torch
-
+    from recipes.data.image_pixels import from_0_to_1
     from trainer.data.bad_samples import first_batch
 
     dataset, classes = data.evaluation["val"], data.extra["classes"]
@@ -108,10 +107,9 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
     attention = network.attention_maps(images).mean(2)  # [layers, batch, N, N]
     with_class_token = network.pool == "cls"
     attention = attention[:, :, 0, 1:] if with_class_token else attention.mean(2)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.data.image_mean, config.data.image_std))
     titles = [f"class {classes[label]}\npredicted {classes[p]}" for label, p in zip(labels, predictions, strict=True)]
     query = "the class token attends to" if with_class_token else "the patches attend to, on average"
-    pixels = (images.cpu() * std + mean).numpy()
+    pixels = from_0_to_1(images.cpu()).numpy()
     maps = attention.unflatten(-1, network.grid).cpu().numpy()
     path = folder / "attention.png"
     plot_attention(pixels, maps, titles, path, f"what {query}; mean over heads")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
@@ -71,15 +71,14 @@ def accuracies_in(metrics: Mapping[str, float], prefix: str = "", is_: str = " "
     return separator.join(f"{name}{is_}{share:.2%}" for name, share in shares.items() if share is not None)
 
 
-def draw_images(batch: Batch, data: Any, classes: Sequence[str], out: Path) -> str:
-    """Draw up to 16 images of a batch with their classes; a line that names the picture. `data`: the section of that name."""
-    import torch
-
+def draw_images(batch: Batch, classes: Sequence[str], out: Path) -> str:
+    """Draw up to 16 images of a batch with their classes; a line that names the picture."""
+    from recipes.data.image_batches import mixed
+    from recipes.data.image_pixels import from_0_to_1
     from trainer.reporting.plot import new_figure, save_figure
 
     count = min(16, len(batch["images"]))
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.image_mean, data.image_std))
-    pixels = (batch["images"][:count].float() * std + mean).clip(0, 1).permute(0, 2, 3, 1).numpy()
+    pixels = from_0_to_1(mixed(batch)[:count]).clip(0, 1).permute(0, 2, 3, 1).numpy()
     columns = min(8, count)
     figure = new_figure(1.5 * columns, 1.8 * -(-count // columns))
     axes = figure.subplots(-(-count // columns), columns, squeeze=False).flatten()

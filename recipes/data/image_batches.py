@@ -1,4 +1,7 @@
-"""Batches of labelled images: augmented, normalised and mixed, as a function of (seed, sample number) alone."""
+"""Batches of labelled images: cropped, flipped and paired for mixing, as a function of (seed, sample number) alone.
+
+They are mixed, and normalised, by the network's device: what has 8 bits travels there in them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes.data.image_pixels import from_0_to_1
 from recipes.data.synthetic_images import generator_from
 
 if TYPE_CHECKING:
@@ -26,6 +30,8 @@ class Augmentation:
     """alpha of the Beta distribution of mixing weights (0: off)"""
     label_smoothing: float = 0.0
     """probability spread over all classes"""
+    grey: float = 0.5
+    """of the padding, from 0 to 1; of images of 8 bits the nearest grey that they have"""
 
 
 class ImageBatches:
@@ -37,67 +43,72 @@ class ImageBatches:
     """
 
     def __init__(
-        self,
-        part: tuple[Any, np.ndarray],
-        classes: int,
-        mean: Sequence[float] = (0.5,),
-        std: Sequence[float] = (0.5,),
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
+        self, part: tuple[Any, np.ndarray], classes: int, augmentation: Augmentation | None = None, seed: int = 0
     ) -> None:
-        """`part`: a map-style set, and the numbers [length] of the items that are used. `mean`, `std`: one number for all
-        channels, or one for each.
-        """
+        """`part`: a map-style set, and the numbers [length] of the items that are used."""
         self.items, self.numbers = part
-        self.classes, self.seed = classes, seed
-        self.mean, self.std, self.augmentation = tuple(mean), tuple(std), augmentation
+        self.classes, self.augmentation, self.seed = classes, augmentation, seed
 
     def without_augmentation(self) -> ImageBatches:
-        """The same images, normalised only."""
-        return ImageBatches((self.items, self.numbers), self.classes, self.mean, self.std)
+        """The same images as they are."""
+        return ImageBatches((self.items, self.numbers), self.classes)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`images` fp32 [batch, channels, height, width] and `labels` int64 [batch]; with an augmentation also `targets` fp32
-        [batch, classes], the probabilities that the loss compares with.
+        """`images` uint8 or fp32 [batch, channels, height, width] and `labels` int64 [batch]; with an augmentation also
+        `targets` fp32 [batch, classes], the probabilities that the loss compares with; with mixup `others`, images too, and
+        `weights` fp32 [batch], for `mixed`.
         """
-        import torch
+        samples = [self._sample(int(number)) for number in numbers]
+        return {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
 
-        images, labels, targets = zip(*(self._sample(int(number)) for number in numbers), strict=True)
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
-        batch = {"images": (torch.stack(images) - mean) / std, "labels": torch.tensor(labels)}
-        if self.augmentation:
-            batch["targets"] = torch.stack(targets)
-        return batch
-
-    def _sample(self, number: int) -> tuple[torch.Tensor, int, Any]:
-        """(image, label, target) of a sample."""
+    def _sample(self, number: int) -> dict[str, Any]:
+        """A row of a batch."""
         import torch
 
         image, label = self.items[int(self.numbers[number % len(self)])]
         if not self.augmentation:
-            return image, label, None
+            return {"images": image, "labels": label}
         a, random = self.augmentation, generator_from(self.seed, "augmentation", number)
-        image = self._crop_and_flip(image, a, random)
+        sample = {"images": _crop_and_flip(image, a, random)}
         target = torch.zeros(self.classes)
         target[label] = 1.0
         if a.mixup:
             weight = float(random.beta(a.mixup, a.mixup))
             other, other_label = self.items[int(self.numbers[random.randint(len(self))])]
-            image = weight * image + (1.0 - weight) * self._crop_and_flip(other, a, random)
+            sample |= {"others": _crop_and_flip(other, a, random), "weights": torch.tensor(weight)}
             target *= weight
             target[other_label] += 1.0 - weight
             label = label if weight >= 0.5 else other_label
-        return image, label, (1.0 - a.label_smoothing) * target + a.label_smoothing / self.classes
+        return sample | {"labels": label, "targets": (1.0 - a.label_smoothing) * target + a.label_smoothing / self.classes}
 
-    def _crop_and_flip(self, image: torch.Tensor, a: Augmentation, random: np.random.RandomState) -> torch.Tensor:
-        import torch.nn.functional as F
 
-        pad, (height, width) = a.crop_padding, image.shape[1:]
-        if pad:
-            top, left = random.randint(0, 2 * pad + 1, size=2)
-            grey = sum(self.mean) / len(self.mean)  # zero once normalised
-            image = F.pad(image, (pad, pad, pad, pad), value=grey)[:, top : top + height, left : left + width]
-        return image.flip(-1) if a.flip and random.rand() < 0.5 else image
+def mixed(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The images of a batch [batch, channels, height, width], mixed where they are to be."""
+    if "others" not in batch:
+        return batch["images"]
+    weights = batch["weights"].view(-1, 1, 1, 1)
+    return weights * from_0_to_1(batch["images"]) + (1.0 - weights) * from_0_to_1(batch["others"])
+
+
+def _crop_and_flip(image: torch.Tensor, a: Augmentation, random: np.random.RandomState) -> torch.Tensor:
+    import torch
+    import torch.nn.functional as F
+
+    pad, (height, width) = a.crop_padding, image.shape[1:]
+    if pad:
+        top, left = random.randint(0, 2 * pad + 1, size=2)
+        grey = round(255 * a.grey) if image.dtype == torch.uint8 else a.grey
+        image = F.pad(image, (pad, pad, pad, pad), value=grey)[:, top : top + height, left : left + width]
+    return image.flip(-1) if a.flip and random.rand() < 0.5 else image
+
+
+def _stack(values: Sequence[Any]) -> torch.Tensor:
+    import torch
+
+    if isinstance(values[0], int):
+        return torch.tensor(values)
+    alike = len({value.dtype for value in values}) == 1  # a folder may hold images of 8 and of 16 bits
+    return torch.stack(list(values) if alike else [from_0_to_1(value) for value in values])

@@ -1,4 +1,7 @@
-"""From a picture to numbers: every mode that PIL has becomes grey or RGB from 0 to 1, or is refused by its name."""
+"""From a picture to numbers: every mode that PIL has becomes grey or RGB, or is refused by its name.
+
+What has 8 bits stays uint8, from 0 to 255, until the network takes it: a quarter of the bytes. All else is fp32, from 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,15 @@ def reading(name: str | Path) -> Iterator[None]:
         raise OSError(f"{name} cannot be read as an image ({one_line(error)})") from error
 
 
+def from_0_to_1(images: torch.Tensor) -> torch.Tensor:
+    """Floats of 0 to 1, which those that are no uint8 are already."""
+    import torch
+
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
 def to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """A PIL image as fp32 [channels, height, width] in 0 to 1: scaled so that it covers `size`, then cropped in the centre.
+    """A PIL image as uint8 or fp32 [channels, height, width]: scaled so that it covers `size`, then cropped in the centre.
 
     It is turned as its EXIF data say, and stands on white where it is transparent; of several frames the first is taken.
     ValueError for pixels whose black and white are not known.
@@ -47,9 +57,9 @@ def to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tenso
         raise ValueError(f"in_channels {channels}: images have 1 (grey) or 3 (RGB)")
     image.load()  # a PNG may have its EXIF data behind its pixels; a TIFF turns itself
     shown = _upright(_deep_grey(image) if image.mode in DEEP_GREY else _eight_bits(image, channels), _orientation(image))
-    pixels = np.asarray(ImageOps.fit(shown, (size[1], size[0]), Resampling.BICUBIC), dtype=np.float32)
-    # Bicubic scaling overshoots; PIL clips that by itself where a pixel has 8 bits.
-    pixels = pixels.clip(0.0, 1.0)[..., None].repeat(channels, 2) if shown.mode == "F" else pixels / 255.0
+    pixels = np.asarray(ImageOps.fit(shown, (size[1], size[0]), Resampling.BICUBIC))
+    if shown.mode == "F":  # bicubic scaling overshoots; PIL clips that by itself where a pixel has 8 bits
+        pixels = pixels.clip(0.0, 1.0)[..., None].repeat(channels, 2)
     return torch.from_numpy(pixels.reshape(*size, channels).transpose(2, 0, 1).copy())
 
 

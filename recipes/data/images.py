@@ -1,7 +1,7 @@
 """Sets of labelled images: synthetic ones, scikit-learn's digits, a folder, and the hub; and their splits.
 
-Each set is map-style: item i is `(image, label)`, an fp32 tensor [channels, height, width] of values about 0 to 1 and an int,
-the same at every access. `recipes.data.image_batches` makes training batches of them.
+Each set is map-style: item i is `(image, label)`, a tensor [channels, height, width], uint8 or fp32 of values about 0 to 1, and
+an int, the same at every access. `recipes.data.image_batches` makes training batches of them.
 """
 
 from __future__ import annotations

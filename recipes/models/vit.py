@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.data.image_pixels import from_0_to_1
 from recipes.models.patch_grid import resolve_sizes
 from recipes.models.relative_position_bias import INIT_STD, RelativePositionBias, bias_arguments
 
@@ -130,11 +131,14 @@ class VisionTransformer(nn.Module):
         pool: str = "cls",
         head_dim: int | None = None,
         scale: bool = True,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
     ) -> None:
         """`rpb_kwargs`: arguments of RelativePositionBias; those not given follow from the model (2-D, the patch grid).
 
         `dropout` acts on attention weights, the output of attention, and the MLP. `head_dim` None: embed_dim / num_heads.
-        `scale` False: no 1 / sqrt(head_dim) in the logits. ValueError, naming both values, where sizes contradict each other.
+        `scale` False: no 1 / sqrt(head_dim) in the logits. `mean` and `std` are of pixels from 0 to 1, one number for all
+        channels or one for each. ValueError, naming both values, where sizes contradict each other.
         """
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -146,6 +150,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pool {pool!r} is none of 'cls', 'mean' and 'mean_then_norm'")
         self.grid = (height // patch_size, width // patch_size)
         self.pool = pool
+        self.mean, self.std = ([*values] * (in_channels // len(values)) for values in (mean, std))
         prefix_tokens, patches = int(pool == "cls"), self.grid[0] * self.grid[1]
         head_dim = head_dim or embed_dim // num_heads
         rpb = bias_arguments(rpb_kwargs or {}, num_heads, self.grid, prefix_tokens) if use_relative_position else None
@@ -184,15 +189,20 @@ class VisionTransformer(nn.Module):
             if name.startswith(outside) or name.endswith("relative_position_bias_table")
         ]
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """(images - mean) / std, as precise as the weights. [batch, channels, height, width], uint8 or floats from 0 to 1."""
+        channels = zip(from_0_to_1(images).unbind(1), self.mean, self.std, strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1).to(self.head.weight.dtype)
+
     def embed(self, images: Tensor) -> Tensor:
-        """[batch, channels, height, width] -> the tokens before the first block: [batch, N, embed_dim], class token first."""
-        x = self.patch_embed(images)
+        """Images as `normalise` takes them -> the tokens before the first block: [batch, N, embed_dim], class token first."""
+        x = self.patch_embed(self.normalise(images))
         if hasattr(self, "cls_token"):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         return x + self.pos_embed if hasattr(self, "pos_embed") else x
 
     def forward(self, images: Tensor) -> Tensor:
-        """[batch, channels, height, width] -> logits [batch, num_classes]."""
+        """Images as `normalise` takes them -> logits [batch, num_classes]."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
@@ -263,6 +273,8 @@ def build_vit(m: Any, d: Any, num_classes: int) -> VisionTransformer:
         "pool": m.pool,
         "head_dim": m.head_dim,
         "scale": m.attention_scale,
+        "mean": d.image_mean,
+        "std": d.image_std,
     }
     network = VisionTransformer(**arguments)
     network.arguments = arguments

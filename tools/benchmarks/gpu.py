@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.gpu_pieces.results import TITLES, Result, ResultFile, reason, table
 from trainer.command_line.locations import argument_path
+from trainer.distributed.signals import die_with_parent
 
 ROOT = Path(__file__).parents[2]
 MODULES = {
@@ -74,9 +75,15 @@ def main(arguments: list[str]) -> None:
     if flags.launched:
         importlib.import_module("benchmarks.gpu_pieces.launches").launched(flags.launched, flags.precisions, flags.rehearse)
     elif flags.piece:
+        die_with_parent(signal.SIGKILL)
         run_pieces(flags.piece, results, flags.rehearse, flags.seconds)
     else:
-        sys.exit(run_all(flags.only, results, flags.rehearse, flags.minutes))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            sys.exit(run_all(flags.only, results, flags.rehearse, flags.minutes))
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on with what is missing in {results.path}", file=sys.stderr)
+            sys.exit(130)
 
 
 def run_all(only: list[str] | None, results: ResultFile, rehearse: bool, minutes: float) -> int:
@@ -156,7 +163,7 @@ def run_process(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("a+", encoding="utf-8", errors="replace") as log:
         begin = log.tell()
-        # In a session of its own, so that its data workers and launches end with it.
+        # In a session of its own, so that its data workers and launches can be ended with it.
         process = subprocess.Popen(
             [*command, "--piece", *pieces],
             env=environment,

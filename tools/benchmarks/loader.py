@@ -1,7 +1,8 @@
 """Tokens per second of the language model's loader on one core, beside batches drawn slice by slice; one interleaved run.
 
 Then what a set costs that is known (a sparse file with a .json beside it): seconds and bytes read until its first batch, and
-memory of drawing from 10^11 ids; and what the order of a finite set costs, beside numpy's permutation.
+memory of drawing from 10^11 ids; what the order of a finite set costs, beside numpy's permutation; and a batch of photographs,
+beside one that is normalised image by image in fp32.
 
 The comparison is what many small training scripts do: map the file again for each batch (else its pages pile up in the
 process), draw starts with torch, and stack inputs and labels from a slice each, widened to int64. Its memory grows with what
@@ -22,7 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from recipes.data.image_batches import ImageBatches
+from recipes.data.image_folder import FolderImages
+from recipes.data.image_pixels import from_0_to_1
 from recipes.data.token_sets import Mixture, find_files
 from recipes.data.token_streams import open_streams
 from recipes.data.token_windows import RandomWindows
@@ -49,6 +54,8 @@ def main(arguments: list[str]) -> None:
         measure(path, options)
         measure_known(Path(folder, "sparse.ids"), options)
     measure_order()
+    with tempfile.TemporaryDirectory() as folder:
+        measure_images(Path(folder), options.rounds)
 
 
 def measure_known(path: Path, options: argparse.Namespace) -> None:
@@ -92,6 +99,31 @@ def measure_order() -> None:
     permutation = np.random.RandomState(0).permutation(10**7)
     seconds = time.process_time() - started
     print(f"numpy's permutation of 10,000,000: {seconds * 100:.0f} ns an item, {permutation.nbytes / 1e6:.0f} MB")
+
+
+def measure_images(root: Path, rounds: int) -> None:
+    """64 JPEGs of 500 x 375 pixels, scaled and cropped to 224: CPU time of an image and bytes of a batch."""
+    random = np.random.RandomState(0)
+    for i in range(64):
+        path = root / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        pixels = random.randint(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    items = FolderImages(root, (224, 224), 3, ["a", "b"])
+    batches, numbers = ImageBatches((items, np.arange(64)), 2), list(range(64))
+
+    def one_by_one() -> torch.Tensor:
+        return torch.stack([(from_0_to_1(items[i][0]) - 0.5) / 0.5 for i in numbers])
+
+    ways = {"8 bits": lambda: batches.__getitems__(numbers)["images"], "normalised one by one": one_by_one}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, read in ways.items():
+            started = time.process_time()
+            size = read().nbytes / 1e6
+            seconds[name].append(time.process_time() - started)
+            if len(seconds[name]) == rounds:
+                print(f"64 photographs, {name}: {statistics.median(seconds[name]) / 64e-3:.2f} ms an image, {size:.1f} MB")
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:

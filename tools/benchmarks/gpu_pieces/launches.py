@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -100,18 +99,14 @@ def run_launch(command: list[str], answer: Path) -> dict[str, dict[str, list[flo
     outer = ("ACCELERATE_", "SLURM_", "PET_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     with answer.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
-        # In a session of its own, so that the launcher and what it started can be ended together.
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        # In the session of this process, with which it ends; what the launcher has started ends with the launcher.
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             code = process.wait(LAUNCH_SECONDS)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.kill()
+            process.wait()
         log.seek(0)
         tail = " ".join(log.read()[-1500:].split())
     if answer.exists():
@@ -121,8 +116,9 @@ def run_launch(command: list[str], answer: Path) -> dict[str, dict[str, list[flo
 
 def launched(answer: Path, precisions: list[str], rehearse: bool) -> None:
     """What a process of a launch does: so many steps in each precision; losses and memory into a JSON file."""
-    from trainer.distributed.signals import leave
+    from trainer.distributed.signals import die_with_launcher, leave
 
+    die_with_launcher()
     launch = connected(rehearse)
     place = Place(launch, answer.parent / f"{answer.stem} data", ResultFile(answer), rehearse)
     place.folder.mkdir()
