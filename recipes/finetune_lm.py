@@ -65,8 +65,8 @@ class DataConfig:
 
     dataset: str = "embedded"
     """OWNER/NAME of the hub; embedded: small questions and answers, made on the spot"""
-    data_dir: Annotated[str | None, Existing] = None
-    """rows of this machine instead: a folder, a file or a 'pattern' of .jsonl, .parquet or .txt, compressed or not; or what
+    data_dir: Annotated[tuple[str, ...], Existing] = ()
+    """rows of this machine instead: folders, files or 'patterns' of .jsonl, .parquet or .txt, compressed or not; or what
     `datasets` saved. Names tell the splits; without validation rows a part is held out"""
     column: str = "text"
     """of text, in rows that have neither messages nor prompt and completion"""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from recipes.commands.language_model import perplexity, trained_network
+from recipes.commands.language_model import MixtureReport, perplexity, sources_text, trained_network
 from recipes.commands.text_language_model import (
     Evaluate,
     Generate,
@@ -25,15 +25,17 @@ from recipes.commands.text_language_model import (
 )
 from trainer.command_line import sections
 from trainer.command_line.bounds import Fraction, Positive
-from trainer.command_line.locations import Existing, Tokenizer
+from trainer.command_line.locations import Location, Tokenizer, path_and_weight
 from trainer.main import main
-from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
+from trainer.recipe import Batch, Command, Data, Log, Recipe
 from trainer.reporting.run_directory import RunDirectory
 from trainer.reporting.trackers import read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from recipes.data.token_sets import Mixture
+    from recipes.data.token_windows import RandomBlocks
     from recipes.models.gpt2 import Gpt2
     from trainer.checkpoints.pretrained import StoredTensor
     from trainer.initial_weights import Weights
@@ -61,9 +63,10 @@ class DataConfig:
 
     dataset: str = "wikitext2"
     """wikitext2, wikitext103 or OWNER/NAME of the hub; embedded: English that is on every machine (Python's documentation)"""
-    data_dir: Annotated[str | None, Existing] = None
-    """text of this machine instead: a folder, a file or a 'pattern' of .txt, .jsonl or .parquet, compressed or not; or what
-    `datasets` saved. Names tell the splits; without a validation text a part is held out. Or prepare_text's folder of ids"""
+    data_dir: Annotated[tuple[str, ...], Location(weighted=True)] = ()
+    """text of this machine instead: folders, files or 'patterns' of .txt, .jsonl or .parquet, compressed or not; or what
+    `datasets` saved. Names tell the splits; without a validation text a part is held out. Or prepare_text's folders of ids; a
+    mixture of these: PATH=WEIGHT (in YAML also {path: PATH, weight: WEIGHT})"""
     column: str = "text"
     """of the text in JSONL, parquet and data sets"""
     tokenizer: Annotated[str, Tokenizer] = "gpt2"
@@ -86,23 +89,21 @@ class Config:
     run: sections.Run = sections.Run(max_training_hours=12.0, use_tensorboard=True, wandb_project="gpt2-wikitext")
 
     def resolved(self) -> Config:
-        """ValueError for a mask where every sample is one row."""
+        """ValueError for what goes with blocks alone, where every sample is one row."""
         if self.data.document_mask and self.data.packing == "rows":
             raise ValueError("document_mask is for --packing blocks; with rows every sample is one document")
         return self
 
 
-class Gpt2Report(Report[Config]):
+class Gpt2Report(MixtureReport):
     """What is printed of a run."""
-
-    loss_unit = "nats per token"
 
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
         return (
             f"Step {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
             f"Grad norm: {metrics['train/grad_norm']:.3f} | Time: {metrics['train/iter_time_ms']:.1f}ms | "
-            f"Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
+            f"Tokens/sec: {metrics['train/tokens_per_sec']:.0f}{sources_text(metrics)}"
         )
 
     def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
@@ -142,26 +143,21 @@ class Gpt2Wikitext(Recipe[Config]):
     commands = {"evaluate": Command(Evaluate, evaluate), "generate": Command(Generate, generate)}
     throughput = ("tokens", "next_token")
     free_settings = ("dropout", "tokenizer")
+    report: Gpt2Report
 
     def build_data(self, config: Config) -> Data:
         """Train, validation and test as blocks or rows of ids."""
-        from recipes.data.text import prepare_text
-        from recipes.data.text_corpus import Reading
-        from recipes.data.text_of_ids import holds_ids, text_of_ids
+        from recipes.data.text_of_ids import text_or_ids
         from recipes.data.token_samples import TokenBlocks, TokenRows
 
-        flags, length = config.data, config.model.max_length
-        if flags.data_dir and holds_ids(flags.data_dir):
-            text = text_of_ids(flags.data_dir, flags.tokenizer, by_rows=flags.packing == "rows")
-        else:
-            inputs, reading = [flags.data_dir] if flags.data_dir else [], Reading(flags.column)
-            text = prepare_text(flags.dataset, inputs, flags.tokenizer, flags.vocab_size, reading=reading)
-        blocks = partial(TokenBlocks, by_document=flags.document_mask)
-        cut = blocks if flags.packing == "blocks" else TokenRows
+        flags, length, by_rows = config.data, config.model.max_length, config.data.packing == "rows"
+        sources = [*map(path_and_weight, flags.data_dir)]
+        text = text_or_ids(flags.dataset, sources, flags.tokenizer, flags.vocab_size, flags.column, by_rows)
+        cut = TokenRows if by_rows else partial(TokenBlocks, by_document=flags.document_mask)
         sets = {name: cut(split, length, text.vocab_size, text.end_of_text) for name, split in text.splits.items()}
         return Data(
-            train=sets["train"],
-            evaluation={"val": sets["validation"]},
+            train=self.mixture(text.mixture, text.end_of_text, config) if text.mixture else sets["train"],
+            evaluation={f"val{s.removeprefix('validation')}": part for s, part in sets.items() if s.startswith("validation")},
             test=sets.get("test"),
             fingerprint=text.fingerprint,
             notes=[
@@ -170,6 +166,17 @@ class Gpt2Wikitext(Recipe[Config]):
             ],
             extra={"text": text},
         )
+
+    def mixture(self, mixture: Mixture, end_of_text: int, config: Config) -> RandomBlocks:
+        """Windows at random places of sets with weights; what share of the samples each gives is logged."""
+        from recipes.data.token_windows import RandomBlocks, SharesSoFar
+
+        if config.data.packing == "rows":
+            raise ValueError("packing rows visits every row once an epoch, whatever its weight; give blocks, or no weights")
+        o, end = config.optimisation, end_of_text if config.data.document_mask else None
+        drawn = RandomBlocks(mixture, config.model.max_length, o.seed, end)
+        self.report.watch(SharesSoFar(drawn), o.effective_batch_size)
+        return drawn
 
     def build_model(self, config: Config, data: Data) -> Gpt2:
         """GPT-2, with the vocabulary of the data."""

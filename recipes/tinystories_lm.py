@@ -5,20 +5,20 @@ A sample is a window of `context_length` inputs and the id after each. tools/pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from recipes.commands.language_model import perplexity, trained_network
+from recipes.commands.language_model import MixtureReport, perplexity, sources_text, trained_network
 from recipes.commands.token_language_model import Evaluate, Generate, bigram, evaluate, generate, sample_validation
 from trainer.command_line import sections
 from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Tokenizer, Weighted, path_and_weight
 from trainer.main import main
-from trainer.recipe import Batch, Command, Data, Log, Recipe, Report
+from trainer.recipe import Batch, Command, Data, Log, Recipe
 from trainer.reporting.run_directory import RunDirectory
 from trainer.reporting.trackers import read_metrics
 
@@ -102,12 +102,8 @@ class Config:
     )
 
 
-class TinyStoriesReport(Report[Config]):
+class TinyStoriesReport(MixtureReport):
     """What is printed of a run."""
-
-    loss_unit = "nats per token"
-    shares_at: Callable[[int], dict[str, float]] | None = None
-    """of a mixture: what share of the samples up to a step each set gave"""
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
         """Lines before the first step of a launch."""
@@ -115,17 +111,12 @@ class TinyStoriesReport(Report[Config]):
         plan = [f"Starting training from iteration {step}...", f"Device: {device}", f"Max iterations: {total_steps}", "-" * 80]
         return sizes + plan
 
-    def step_metrics(self, step: int) -> dict[str, float]:
-        """Of a mixture the shares so far."""
-        return {f"share/{label}": share for label, share in self.shares_at(step).items()} if self.shares_at else {}
-
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
-        shares = [f"{k.removeprefix('train/share/')} {v:.2%}" for k, v in metrics.items() if k.startswith("train/share/")]
         return (
             f"Iter {step:6d} | Loss: {metrics['train/loss']:.4f} | LR: {metrics['train/learning_rate']:.2e} | "
             f"Time: {metrics['train/iter_time_ms']:.1f}ms | Tokens/sec: {metrics['train/tokens_per_sec']:.0f}"
-            + (f" | So far: {', '.join(shares)}" if shares else "")
+            f"{sources_text(metrics)}"
         )
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -182,8 +173,7 @@ class TinyStoriesLM(Recipe[Config]):
             if flags.sampling == "sequential":
                 raise ValueError("sampling sequential visits every window once an epoch, whatever its weight; give one set")
             measured = FixedWindows(streams.train, length, seed + 1, len(validation["val"]), end)
-            shares = SharesSoFar(drawn)
-            self.report.shares_at = lambda step: shares.at(step * config.optimisation.effective_batch_size)
+            self.report.watch(SharesSoFar(drawn), config.optimisation.effective_batch_size)
         notes = ["Loading data with memory mapping...", *streams.notes]
         return Data(train, {"train": measured, **validation}, None, streams.fingerprint, notes, {"streams": streams})
 

@@ -263,12 +263,13 @@ def test_a_value_that_holds_a_secret_is_refused_without_it(flag: str, write: obj
 
 
 def test_yaml_flat_and_in_sections_mean_the_same(write: object) -> None:
-    flat = "d_model: 512\nlr: 1e-3\nmax_epochs: 2\ncompile: true\nuse_tensorboard: no\ndata_dir: ~\nd-ff: 99\n"
-    sections = "model: {d-model: 512, d_ff: 99}\noptimisation:\n  learning_rate: 0.001\n  max_epochs: 2\n"
-    sections += "run:\n  compile: yes\n  use_tensorboard: false\ndata:\n  data_dir: null\n"
+    flat = "d_model: 512\nlr: 1e-3\nmax_epochs: 2\ncompile: true\nuse_tensorboard: no\nnum_heads: ~\ndata_dir: a\nd-ff: 99\n"
+    sections = "model: {d-model: 512, d_ff: 99, num_heads: null}\noptimisation:\n  learning_rate: 0.001\n  max_epochs: 2\n"
+    sections += "run:\n  compile: yes\n  use_tensorboard: false\ndata:\n  data_dir: [a]\n"
     expected = {
         "d_model": 512,
         "d_ff": 99,
+        "data_dir": ("a",),
         "learning_rate": 1e-3,
         "max_epochs": 2.0,
         "compile": "yes",
@@ -276,7 +277,7 @@ def test_yaml_flat_and_in_sections_mean_the_same(write: object) -> None:
     }
     assert values("--config", write(flat)) == expected
     assert values(f"--config={write(sections)}") == expected
-    names = {"d_model", "d_ff", "learning_rate", "max_epochs", "compile", "use_tensorboard", "data_dir", "config"}
+    names = {"d_model", "d_ff", "learning_rate", "max_epochs", "compile", "use_tensorboard", "data_dir", "num_heads", "config"}
     assert parse("--config", write(flat)).typed == parse("--config", write(sections)).typed == names
 
 
@@ -520,7 +521,7 @@ def test_a_home_in_a_path_is_found_where_no_shell_has_read_it(tmp_path: Path, mo
     (tmp_path / "settings.yaml").write_text("output_dir: ~/run\ndata_dir: ~/text\n")
     config = parse("--config=~/settings.yaml", "--checkpoint_dir=~/kept", "--run_name", "~").config
     assert (config.run.output_dir, config.run.checkpoint_dir) == (str(tmp_path / "run"), str(tmp_path / "kept"))
-    assert (config.data.data_dir, config.run.run_name) == (str(tmp_path / "text"), "~")
+    assert (config.data.data_dir, config.run.run_name) == ((str(tmp_path / "text"),), "~")
     assert configuration.parse_flat(Evaluate, ["--model_path=~/best"], "evaluate").model_path == str(tmp_path / "best")
     assert argument_path("~/out") == tmp_path / "out"
 
@@ -544,9 +545,9 @@ def test_paths_are_kept_for_any_working_directory(tmp_path: Path, monkeypatch: p
     (tmp_path / "text" / "a.txt").write_text("text")
     for given, kept in (("text", str(tmp_path / "text")), ("text/*.txt", str(tmp_path / "text" / "*.txt")), ("gpt2", "gpt2")):
         typed = parse("--data_dir", given, "--output_dir", "new").config
-        assert typed.data.data_dir == given  # which names the run
+        assert typed.data.data_dir == (given,)  # which names the run
         config = with_absolute_paths(typed)
-        assert (config.data.data_dir, config.run.output_dir) == (kept, str(tmp_path / "new"))
+        assert (config.data.data_dir, config.run.output_dir) == ((kept,), str(tmp_path / "new"))
 
 
 def test_a_mixture_is_spelled_with_weights_on_the_command_line_and_in_yaml(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from scenarios import Finished, launch, planned, recipe_of
-from tiny_runs import TINY, mixture
+from tiny_runs import TINY, gpt2_mixture, mixture
 
 from trainer.checkpoints.network import build_network
 from trainer.evaluation.objective import Objective
@@ -15,7 +15,8 @@ from trainer.evaluation.objective import Objective
 STEPS, PARTS, HOW = 12, (3, 8), ("whole", "in parts")
 COMMON = ["--max_steps", "16", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"]
 COMMON += ["--save_every", "0", "--keep_last", "0"]
-RUNS = TINY | {"mixture": (TINY["tinystories"][0], mixture)}
+MIXTURES = {"mixture": ("ids", "ids_2"), "gpt2 mixture": ("web", "books")}
+RUNS = TINY | {"mixture": (TINY["tinystories"][0], mixture), "gpt2 mixture": (TINY["gpt2"][0], gpt2_mixture)}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def test_stopped_twice_it_ends_with_the_same_bits(name: str, finished: dict[str,
         assert parts.curve(key) == whole.curve(key)
 
 
-def test_the_shares_of_a_mixture_are_logged_and_go_on_after_a_stop(finished: dict[str, Finished]) -> None:
-    whole, parts = ([finished[f"mixture {how}"].curve(f"train/share/{name}") for name in ("ids", "ids_2")] for how in HOW)
+@pytest.mark.parametrize("mixed", MIXTURES)
+def test_the_shares_of_a_mixture_are_logged_and_go_on_after_a_stop(mixed: str, finished: dict[str, Finished]) -> None:
+    whole, parts = ([finished[f"{mixed} {how}"].curve(f"train/share/{name}") for name in MIXTURES[mixed]] for how in HOW)
     assert parts == whole
     samples = [round(4 * step * whole[0][step], 6) for step in range(1, STEPS + 1)]
     assert all(count == int(count) for count in samples)

@@ -37,7 +37,7 @@ def encoded(folder: Path, rows: list[Any], tokenizer: Any, column: str = "text",
     folder.mkdir()
     (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     (folder / "validation.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
-    return encode_rows(find_rows("", str(folder)), tokenizer, column)[0]["train"]
+    return encode_rows(find_rows("", [str(folder)]), tokenizer, column)[0]["train"]
 
 
 def texts(split: TokenSplit, tokenizer: Any) -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ def test_text_is_said_throughout_and_rows_without_any_are_counted(tmp_path: Path
     rows = [{"story": "a river"}, {"story": None}, {"story": " "}, {"story": "stone"}]
     split = encoded(tmp_path / "rows", rows, tokenizer, column="story")
     assert texts(split, tokenizer) == [("", f"a river{END_OF_TEXT}"), ("", f"stone{END_OF_TEXT}")]
-    corpus = find_rows("", str(tmp_path / "rows"))
+    corpus = find_rows("", [str(tmp_path / "rows")])
     assert encode_rows(corpus, tokenizer, "story")[1] == ["2 rows without text or answer passed over"]
     plain = encoded(tmp_path / "plain", ["a river", "", "stone"], tokenizer, name="train.txt")
     assert texts(plain, tokenizer) == texts(split, tokenizer)
@@ -169,4 +169,4 @@ def test_the_questions_made_on_the_spot_are_the_same_everywhere_and_one_in_ten_i
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_a_folder_without_a_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer at"):
-        load_chat_tokenizer(str(tmp_path / name), find_rows("embedded", None))
+        load_chat_tokenizer(str(tmp_path / name), find_rows("embedded", []))

@@ -163,7 +163,7 @@ def test_what_is_not_typed_comes_from_the_checkpoint_not_from_the_defaults(data:
         assert saved_config(halfway, 12)[section] == saved_config(halfway, 4)[section]
     assert saved_config(halfway, 12)["run"]["save_every"] == 4
     assert saved_config(halfway, 12)["model"]["d_model"] == 16
-    assert saved_config(halfway, 12)["data"]["data_dir"] == str(data)
+    assert saved_config(halfway, 12)["data"]["data_dir"] == [str(data)]
 
 
 def test_flags_of_one_launch_are_not_taken_over(data: Path, halfway: Path) -> None:

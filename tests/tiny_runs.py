@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from tiny_models import rows_folder
 
 Argv = list[str]
@@ -53,6 +54,21 @@ def tinystories(folder: Path) -> Argv:
 def mixture(folder: Path) -> Argv:
     """Three windows of four from one set of ids, the others from another."""
     return [*tinystories(folder), "--train_data_path", f"{folder}/ids/train.ids=3", f"{folder}/ids/valid.ids=1"]
+
+
+def gpt2_mixture(folder: Path) -> Argv:
+    """The same of ids, in blocks, with attention within documents."""
+    from recipes.data.text import prepare_text
+
+    argv = gpt2(folder)
+    text = prepare_text("", argv[1:2], "train", 300, folder / "cache")
+    for name, splits in (("web", ("train", "validation")), ("books", ("validation", "test"))):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "tokenizer.json").write_text(text.tokenizer_json)
+        for file, split in zip(("train", "valid"), splits, strict=True):
+            np.asarray(text.splits[split].ids).tofile(folder / name / f"{file}.ids")
+    sets = ["--data_dir", f"{folder}/web=3", f"{folder}/books=1"]
+    return [*argv, "--packing", "blocks", "--max_length", "12", "--document_mask", *sets]
 
 
 def collatz(folder: Path) -> Argv:

@@ -50,7 +50,8 @@ def _beside(checkpoint: Checkpoint, name: str) -> Path | None:
 
 
 def _trained_on(data: dict[str, Any]) -> str:
-    paths = data.get("train_data_path") or [data.get("data_dir") or data["dataset"]]
+    given = data.get("train_data_path") or data.get("data_dir") or data["dataset"]
+    paths = [given] if isinstance(given, str) else given
     return ", ".join(f"`{Path(path).name}`" for path in paths)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,11 +14,13 @@ from trainer.command_line.bounds import Bound, NotNegative, Positive
 from trainer.command_line.locations import Existing
 from trainer.command_line.sections import Device
 from trainer.errors import UserError
+from trainer.recipe import Report
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from recipes.data.text import Text
+    from recipes.data.token_windows import SharesSoFar
     from trainer.recipe import Data, Recipe
 
 
@@ -47,17 +49,17 @@ class SplitEvaluation:
     """default: test, or validation where there is no test text"""
     dataset: str | None = None
     """another data set than the checkpoint's"""
-    data_dir: Annotated[str | None, Existing] = None
+    data_dir: Annotated[tuple[str, ...], Existing] = ()
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 8
     """samples of one micro-step, summed over all processes"""
     device: Device = "auto"
 
     def applied_to(self, config: Any, tokenizer: str) -> Any:
         """A checkpoint's configuration with these data, and with its tokenizer: one trained anew would give other ids."""
-        changes: dict[str, str | None] = {"tokenizer": tokenizer}
+        changes: dict[str, str | tuple[str, ...]] = {"tokenizer": tokenizer}
         if self.dataset:
-            changes |= {"dataset": self.dataset, "data_dir": None}
-        if self.data_dir is not None:
+            changes |= {"dataset": self.dataset, "data_dir": ()}
+        if self.data_dir:
             changes |= {"data_dir": self.data_dir}
         return replace(config, data=replace(config.data, **changes))
 
@@ -66,8 +68,32 @@ class SplitEvaluation:
         split = self.split or ("test" if data.test else "validation")
         dataset = {"train": data.train, "validation": data.evaluation["val"], "test": data.test}[split]
         if dataset is None:
-            raise UserError(f"{config.data.data_dir or config.data.dataset} has no test text; give --split validation")
+            raise UserError(
+                f"{', '.join(config.data.data_dir) or config.data.dataset} has no test text; give --split validation"
+            )
         return split, dataset
+
+
+class MixtureReport(Report[Any]):
+    """What is logged of a mixture of sets, beside the loss."""
+
+    loss_unit = "nats per token"
+    shares_at: Callable[[int], dict[str, float]] | None = None
+    """what share of the samples up to a step each set gave"""
+
+    def watch(self, shares: SharesSoFar, effective_batch_size: int) -> None:
+        """Log the shares of this mixture."""
+        self.shares_at = lambda step: shares.at(step * effective_batch_size)
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """The shares so far."""
+        return {f"share/{label}": share for label, share in self.shares_at(step).items()} if self.shares_at else {}
+
+
+def sources_text(metrics: Mapping[str, float]) -> str:
+    """The shares so far, for the log line; nothing where there is no mixture."""
+    shares = [f"{k.removeprefix('train/share/')} {v:.2%}" for k, v in metrics.items() if k.startswith("train/share/")]
+    return f" | So far: {', '.join(shares)}" if shares else ""
 
 
 def check_sampling(flags: Sampling) -> None:

@@ -35,13 +35,13 @@ Example = tuple[str, str, bool]
 """(what is given, what is to be said, whether a chat template has put the special tokens there)"""
 
 
-def find_rows(dataset: str, data_dir: str | None) -> Corpus:
+def find_rows(dataset: str, data_dir: Sequence[str]) -> Corpus:
     """The rows that are meant, each as JSON; `embedded`: questions and answers made on the spot. Errors as `find_corpus`'s."""
     if dataset == "embedded" and not data_dir:
         rows = instruction_rows()
         digest = content_hash(*(text for row in rows for text in row))
         return Corpus(digest, lambda without: ((split, row, True) for split, row in rows), [])
-    return find_corpus(dataset, [data_dir] if data_dir else [], Reading(column=None), cache_folder())
+    return find_corpus(dataset, data_dir, Reading(column=None), cache_folder())
 
 
 def load_chat_tokenizer(name: str, corpus: Corpus) -> Any:

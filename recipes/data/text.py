@@ -20,7 +20,7 @@ from recipes.data.encoding import Encoder
 from recipes.data.text_corpus import Corpus, Reading, find_corpus
 from recipes.data.text_sources import SPLITS
 from recipes.data.token_files import TokenFile
-from recipes.data.token_sets import TokenSet
+from recipes.data.token_sets import Mixture, TokenSet
 from recipes.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -55,9 +55,11 @@ class Text:
     vocab_size: int
     end_of_text: int
     splits: dict[str, TokenSplit]
-    """train, validation, and test if there is one"""
+    """train, validation, and test if there is one; of a mixture also `validation_LABEL` of each set"""
     notes: tuple[str, ...] = ()
     """what the user should know of the text"""
+    mixture: Mixture | None = None
+    """what training samples are drawn from, where sets of ids have weights"""
 
     @classmethod
     def without_data(cls, tokenizer_json: str) -> "Text":
@@ -69,8 +71,9 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the ids of all splits, and of the tokenizer."""
-        return content_hash(self.tokenizer_json, *(f"{name} {split.fingerprint}" for name, split in self.splits.items()))
+        """Hash of the ids of all splits, of the tokenizer, and of a mixture."""
+        splits = [f"{name} {split.fingerprint}" for name, split in self.splits.items()]
+        return content_hash(self.tokenizer_json, *splits, *(self.mixture.digests(1) if self.mixture else []))
 
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer, ready to encode and decode."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from recipes.data.text import Text, TokenSplit
+from recipes.data.text import Text, TokenSplit, prepare_text
+from recipes.data.text_corpus import Reading
 from recipes.data.text_sources import SPLITS, Source, split_of
-from recipes.data.token_sets import check_tokenizer, local_set, overlap
+from recipes.data.token_sets import Mixture, TokenSet, Weighted, check_tokenizer, local_set, overlap
 from recipes.data.tokenizer import GPT2_VOCAB_SIZE, end_of_text_id, existing_tokenizer, vocabulary_size
 
 
@@ -30,6 +33,51 @@ def _files(data_dir: str) -> list[Path]:
     return sorted(path for path in found if path.suffix == ".ids")
 
 
+def text_or_ids(dataset: str, sources: Sequence[Weighted], tokenizer: str, vocab_size: int, column: str, by_rows: bool) -> Text:
+    """What is at the sources, as `text_of_all_ids` or `prepare_text` reads it; without any, the data set. Errors as theirs."""
+    paths = [path for path, _ in sources]
+    if any(map(holds_ids, paths)):
+        return text_of_all_ids(sources, tokenizer, by_rows)
+    if weighted := [path for path, weight in sources if weight is not None]:
+        raise ValueError(f"{weighted[0]} is text with a weight; make ids of each part of a mixture (tools/prepare_text.py)")
+    return prepare_text(dataset, paths, tokenizer, vocab_size, reading=Reading(column))
+
+
+def text_of_all_ids(sources: Sequence[Weighted], tokenizer_path: str, by_rows: bool) -> Text:
+    """`text_of_ids` of each, end to end; with weights training samples are drawn from them as a mixture, and the validation
+    split of each is there too. ValueError or OSError, in one line."""
+    texts = [text_of_ids(path, tokenizer_path, by_rows) for path, _ in sources]
+    if len(texts) == 1:
+        return texts[0]
+    first, paths = texts[0], [path for path, _ in sources]
+    for path, text in zip(paths, texts, strict=True):
+        if text.tokenizer_json != first.tokenizer_json:
+            raise ValueError(f"{path} is of another tokenizer than {paths[0]}; make the ids of both with one")
+    parts = {split: [text.splits[split] for text in texts if split in text.splits] for split in SPLITS}
+    splits = {split: _end_to_end(several) for split, several in parts.items() if several}
+    train, validation = (
+        Mixture.of([_ids(part, path) for part, path in zip(parts[split], paths, strict=True)], sources)
+        for split in ("train", "validation")
+    )
+    notes = [*(note for text in texts for note in text.notes), *overlap(train.whole, validation.whole)]
+    if all(weight is None for _, weight in sources):
+        return replace(first, splits=splits, notes=tuple(dict.fromkeys(notes)))
+    splits |= {f"validation_{label}": part for label, part in zip(train.labels, parts["validation"], strict=True)}
+    return replace(first, splits=splits, notes=tuple(dict.fromkeys([*train.notes, *notes])), mixture=train)
+
+
+def _ids(split: TokenSplit, name: str = "") -> TokenSet:
+    assert isinstance(split.ids, TokenSet)
+    return replace(split.ids, name=name or split.ids.name)
+
+
+def _end_to_end(parts: Sequence[TokenSplit]) -> TokenSplit:
+    ids = Mixture(tuple(map(_ids, parts)), (1.0,)).whole
+    begins = np.cumsum([0, *(len(part.ids) for part in parts)])
+    row_ends = np.concatenate([begin + part.row_ends for begin, part in zip(begins[:-1], parts, strict=True)])
+    return TokenSplit(ids, row_ends, 0, ids.digest(), max(part.largest_id or 0 for part in parts))
+
+
 def text_of_ids(data_dir: str, tokenizer_path: str, by_rows: bool) -> Text:
     """The ids of files whose names, or whose folders', tell the split (train.ids, valid/00000.ids), with the tokenizer.json
     beside them.
@@ -37,7 +85,8 @@ def text_of_ids(data_dir: str, tokenizer_path: str, by_rows: bool) -> Text:
     That must have made them; so must a `tokenizer_path` (a name, gpt2 or train, is for text). `by_rows`: end-of-text ends a
     row, which is found by reading all ids; else they are one row. ValueError or OSError, in one line.
     """
-    files = _files(data_dir)
+    if not (files := _files(data_dir)):
+        raise FileNotFoundError(f"{data_dir} has no .ids files, and what is beside it in data_dir has; make ids of it")
     root = Path(os.path.commonpath([data_dir if Path(data_dir).is_dir() else path.parent for path in files])).absolute()
     if not (beside := root / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{root} has no tokenizer.json beside its ids; copy the one that made them there")

@@ -54,10 +54,7 @@ class TokenBlocks:
         lengths = np.minimum(len(self.split.ids) - 1 - starts, self.max_length)
         batch = _gather(self.split.ids, starts, lengths, self.max_length, self.end_of_text)
         batch["labels"][blocks > 0, : self.max_length - self.stride] = IGNORED
-        if self.by_document:
-            batch["positions"] = positions_in_documents(batch["input_ids"], self.end_of_text)
-            batch["labels"][batch["input_ids"] == self.end_of_text] = IGNORED
-        return batch
+        return by_document(batch, self.end_of_text if self.by_document else None)
 
 
 class TokenRows:
@@ -107,6 +104,15 @@ def _gather(
         "input_ids": torch.from_numpy(np.where(real, window[:, :-1], pad)),
         "labels": torch.from_numpy(np.where(real, window[:, 1:], IGNORED)),
     }
+
+
+def by_document(batch: dict[str, "torch.Tensor"], end_of_text: int | None) -> dict[str, "torch.Tensor"]:
+    """The batch; with an `end_of_text` also the position of each input in its document, and no label for the first of one."""
+    if end_of_text is None:
+        return batch
+    ended = batch["input_ids"] == end_of_text
+    positions = positions_in_documents(batch["input_ids"], end_of_text)
+    return {**batch, "labels": batch["labels"].masked_fill(ended, IGNORED), "positions": positions}
 
 
 def positions_in_documents(tokens: "torch.Tensor", end_of_text: int) -> "torch.Tensor":

@@ -89,7 +89,7 @@ class TokenSet:
         if self.count <= longer_than:
             raise ValueError(
                 f"{self.name} holds {self.count} ids, too few for windows of {longer_than - 1} inputs: it takes more than "
-                f"{longer_than}; give more text or a smaller --context_length"
+                f"{longer_than}; give more text, or smaller windows (--context_length, --max_length)"
             )
         return self.digest()
 
@@ -101,6 +101,10 @@ class TokenSet:
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+Weighted = tuple[str, float | None]
+"""(a file, folder or pattern, its weight in a mixture, if it has one)"""
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Sets of ids, each with the share of the samples that it is to give."""
@@ -108,6 +112,15 @@ class Mixture:
     sets: tuple[TokenSet, ...]
     shares: tuple[float, ...]
     """of the samples; their sum is 1"""
+
+    @classmethod
+    def of(cls, sets: Sequence[TokenSet], sources: Sequence[Weighted]) -> Mixture:
+        """Of sets with the weights of the sources, 1 where there is none. ValueError for one of 0."""
+        weights = [1.0 if weight is None else weight for _, weight in sources]
+        for (path, _), weight in zip(sources, weights, strict=True):
+            if weight <= 0:
+                raise ValueError(f"{path} has the weight 0 in its mixture; give it one above 0, or leave it out")
+        return cls(tuple(sets), tuple(weight / sum(weights) for weight in weights))
 
     @property
     def count(self) -> int:
@@ -125,6 +138,16 @@ class Mixture:
             numbered = (f"{label}_{number}" for number in count(len(labels) + 1))
             labels.append(label if label not in labels else next(name for name in numbered if name not in labels))
         return tuple(labels)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of more than one set."""
+        shares = ", ".join(f"{label} {share:.2%}" for label, share in zip(self.labels, self.shares, strict=True))
+        return [f"Samples are drawn from {shares}"] if len(self.sets) > 1 else []
+
+    def digests(self, longer_than: int) -> list[str]:
+        """Of each set, with its share. ValueError as of `TokenSet.check`."""
+        return [f"{part.check(longer_than)} {share:.9g}" for part, share in zip(self.sets, self.shares, strict=True)]
 
     @property
     def whole(self) -> TokenSet:

@@ -12,11 +12,9 @@ from recipes.data.text import Text, prepare_text
 from recipes.data.text_corpus import Reading
 from recipes.data.text_sources import is_hub_name, is_text
 from recipes.data.token_files import TokenFile, head_of, holds_numbers
-from recipes.data.token_sets import Mixture, TokenSet, check_tokenizer, find_files, overlap
+from recipes.data.token_sets import Mixture, TokenSet, Weighted, check_tokenizer, find_files, overlap
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
-Weighted = tuple[str, float | None]
-"""(a file, folder or pattern, its weight in a mixture, if it has one)"""
 EMBEDDED = "embedded"
 
 
@@ -105,23 +103,13 @@ def _mixture(sources: Sequence[Weighted], vocab_size: int, one_set: bool) -> Mix
     sets = tuple(find_files(path, vocab_size) for path, _ in sources)
     if one_set and all(weight is None for _, weight in sources):
         return Mixture((Mixture(sets, (1.0,)).whole,), (1.0,))
-    weights = [1.0 if weight is None else weight for _, weight in sources]
-    for (path, _), weight in zip(sources, weights, strict=True):
-        if weight <= 0:
-            raise ValueError(f"{path} has the weight 0 in its mixture; give it one above 0, or leave it out")
-    return Mixture(sets, tuple(weight / sum(weights) for weight in weights))
+    return Mixture.of(sets, sources)
 
 
 def _checked(train: Mixture, validation: Mixture, tokenizer_json: str | None, length: int, notes: Sequence[str]) -> Streams:
-    digests = [
-        f"{part.check(length + 1)} {share:.9g}"
-        for mixture in (train, validation)
-        for part, share in zip(mixture.sets, mixture.shares, strict=True)
-    ]
+    digests = [*train.digests(length + 1), *validation.digests(length + 1)]
     sizes = [f"{name} data size: {part.count:,} tokens" for name, part in (("Train", train), ("Validation", validation))]
-    shares = ", ".join(f"{label} {share:.2%}" for label, share in zip(train.labels, train.shares, strict=True))
-    mixed = [f"Samples are drawn from {shares}"] if len(train.sets) > 1 else []
-    said = (*sizes, *mixed, *notes)
+    said = (*sizes, *train.notes, *notes)
     fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Streams(train, validation, tokenizer_json, fingerprint, said)
 

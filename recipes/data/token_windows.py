@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipes.data.token_samples import IGNORED, positions_in_documents
+from recipes.data.token_samples import IGNORED, by_document, positions_in_documents
 from recipes.data.token_sets import Mixture, TokenSet
 
 if TYPE_CHECKING:
@@ -61,14 +61,18 @@ class RandomWindows:
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """Samples -> {"tokens": int32 [batch, length + 1]}: `length` inputs and the id after each."""
+        return _batch(self.tokens(numbers), self.end_of_text)
+
+    def tokens(self, numbers: Sequence[int]) -> np.ndarray:
+        """The ids of each sample, int32 [batch, length + 1]."""
         sets, starts = self.places(numbers)
         if len(self.mixture.sets) == 1:
-            return _batch(self.mixture.sets[0].windows(self.length + 1, starts), self.end_of_text)
+            return self.mixture.sets[0].windows(self.length + 1, starts)
         tokens = np.empty((len(numbers), self.length + 1), np.int32)
         for number in np.unique(sets):
             chosen = sets == number
             tokens[chosen] = self.mixture.sets[number].windows(self.length + 1, starts[chosen])
-        return _batch(tokens, self.end_of_text)
+        return tokens
 
     def places(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the set of each sample, int64 [batch]; the position of its first id there, from 0 to count - length - 1)."""
@@ -93,6 +97,22 @@ class FixedWindows(RandomWindows):
 
     def __len__(self) -> int:
         return self.limit
+
+
+class RandomBlocks(RandomWindows):
+    """Such windows as batches of `TokenBlocks`."""
+
+    def __init__(self, mixture: Mixture, length: int, seed: int, end_of_text: int | None = None) -> None:
+        """ValueError for a set that is too short for a window, and as of `TokenFile.check`."""
+        super().__init__(mixture, length, seed, end_of_text)
+        mixture.digests(length + 1)
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Samples -> batch, int64 [batch, length] each."""
+        import torch
+
+        tokens = torch.from_numpy(self.tokens(numbers).astype(np.int64))
+        return by_document({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}, self.end_of_text)
 
 
 class SharesSoFar:
