@@ -323,8 +323,10 @@ def test_a_tracker_whose_server_never_answers_stalls_neither_a_step_nor_the_end(
     monkeypatch.setattr(feed, "EXIT_SECONDS", 0.2)
     recording.answers.clear()
     metrics = others(tmp_path, messages := [], "mlflow")
-    for step in range(1, 5):
-        metrics.log(step, {"train/loss": 1.0})
+    steps = threading.Thread(target=lambda: [metrics.log(step, {"train/loss": 1.0}) for step in range(1, 5)], daemon=True)
+    steps.start()
+    steps.join(30)
+    assert not steps.is_alive(), "a step waits for the server"
     metrics.close()
     assert messages == ["mlflow did not finish in time; metrics.jsonl has all"]
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
