@@ -151,11 +151,13 @@ def test_where_an_evaluation_fails_the_weights_themselves_are_saved(tmp_path: Pa
 
 
 def test_it_cannot_be_turned_on_or_off_in_a_run(tmp_path: Path) -> None:
-    run(tmp_path / "run", "--stop_at_step", "2")
-    with pytest.raises(UserError, match=r"ema: the run has 0\.0, asked for 0\.9"):
-        run(tmp_path / "run", "--ema", "0.9")
-    with pytest.raises(UserError, match=r"ema\.embed\.weight: missing"):
-        run(tmp_path / "run", "--ema", "0.9", "--resume_from", str(saved(tmp_path / "run", 2).path))
+    for name, before, after in (("without", "0.0", "0.9"), ("with", "0.9", "0.0")):
+        run(tmp_path / name, "--stop_at_step", "2", "--ema", before)
+        for resumed in ([], ["--resume_from", str(saved(tmp_path / name, 2).path)]):
+            with pytest.raises(UserError) as error:
+                run(tmp_path / name, "--ema", after, *resumed)
+            assert str(error.value).startswith(f"ema: {saved(tmp_path / name, 2).path} has {before}, asked for {after}; train ")
+    run(tmp_path / "with", "--ema", "0.99", "--resume_from", str(saved(tmp_path / "with", 2).path))  # another decay is none
 
 
 def test_it_is_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,7 @@ def test_a_fast_dev_run_tries_everything_and_keeps_nothing(
     parts = ["Evaluating at step 1", "Saved checkpoint to", "Resumed from step 1", "Evaluating at step 2", "a resume work"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
+    assert "same command" not in text
     assert not [*(tmp_path / "runs" / "toy").iterdir()]
 
 

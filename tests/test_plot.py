@@ -46,6 +46,16 @@ def test_one_run_shows_both_losses_and_the_learning_rate(tmp_path: Path, points:
     assert [path.name for path in (run / "plots").iterdir()] == ["loss.png"], "no temporary file is left"
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_of_one_loss_behind_its_start_is_drawn_whole(tmp_path: Path) -> None:
+    rows = [{"step": step, "train/loss": loss} for step, loss in ((1, 2.0), (100, 0.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "a title")
+    figure = draw_runs({"": tmp_path / "metrics.jsonl"}, "train/loss")
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.5 < 2.0 < high
+
+
 def test_text_of_the_picture(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", final=2.5)
     plot_loss(run / "metrics.jsonl", tmp_path / "loss.svg", "a title", ("ridge", 4.0), unit="squared error")

@@ -11,9 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from launching import DRIVER, ROOT, environment
+from matplotlib.figure import Figure
 from PIL import Image
 
+from recipes.commands import attention_visualisation
 from recipes.commands.attention_visualisation import bias_statistics, one_of_each_class, visualize_relative_position_bias
 from recipes.experiments.position_encodings import Curve, accuracy_table
 from recipes.models.vit import VisionTransformer
@@ -177,6 +180,16 @@ def test_pictures_and_statistics(place: SimpleNamespace) -> None:
         with Image.open(folder / f"{name}.png") as picture:
             assert min(picture.size) > 200
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 50  # something is drawn
+
+
+def test_offsets_are_whole_patches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(attention_visualisation, "save_figure", lambda figure, out: figures.append(figure))
+    for height, width in ((7, 7), (3, 5), (1, 7)):
+        attention_visualisation.plot_offsets([torch.ones(4, height, width)], tmp_path / "offsets.png", "offsets")
+        for axis in figures[-1].axes[:4]:
+            ticks = [*axis.get_xticks(), *(axis.get_yticks() if height > 1 else [])]
+            assert all(tick == int(tick) for tick in ticks), ticks
 
 
 def test_a_loop_over_the_blocks_plots_their_bias(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: C
         return tempfile.mkdtemp(dir=root, prefix="fast_dev_run-")
 
     folder = launch.control.on_main(make_folder)
-    given = [word for word in argv[argv[:1] == ["train"] :] if word not in ("--fast_dev_run", "--fast-dev-run")]
+    given = argv[argv[:1] == ["train"] :]
     quick = ["--output_dir", folder, "--resume", "auto", "--log_every", "1", "--eval_every", "1", "--eval_iters", "1"]
     quick += ["--no_use_wandb", "--no_use_tensorboard", "--log_with"]
     try:

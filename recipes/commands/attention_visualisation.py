@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 256
 """validation images that those in the picture are chosen from"""
 COLOURS = "RdBu_r"  # white: no bias; red: more attention; blue: less
+NAME_CHARACTERS = 14  # of a class, above its picture
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
     attention = network.attention_maps(images).mean(2)  # [layers, batch, N, N]
     with_class_token = network.pool == "cls"
     attention = attention[:, :, 0, 1:] if with_class_token else attention.mean(2)
-    titles = [f"class {classes[label]}\npredicted {classes[p]}" for label, p in zip(labels, predictions, strict=True)]
+    names = [name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…" for name in classes]
+    titles = [f"class {names[label]}\npredicted {names[p]}" for label, p in zip(labels, predictions, strict=True)]
     query = "the class token attends to" if with_class_token else "the patches attend to, on average"
     pixels = from_0_to_1(images.cpu()).numpy()
     maps = attention.unflatten(-1, network.grid).cpu().numpy()
@@ -157,6 +159,8 @@ def plot_offsets(tables: Sequence[torch.Tensor], out: Path, title: str) -> None:
 
     Each layer has its own scale, printed beside it. (dx, dy) is the offset of the *key* from the query, dx to the right.
     """
+    from matplotlib.ticker import MaxNLocator
+
     heads, height, width = tables[0].shape
     figure = new_figure(1.6 * heads + 1.6, (1.6 if height > 1 else 1.2) * len(tables) + 0.9)
     axes = figure.subplots(len(tables), heads, squeeze=False, sharex=True, sharey=height > 1 or "row")
@@ -173,6 +177,9 @@ def plot_offsets(tables: Sequence[torch.Tensor], out: Path, title: str) -> None:
                 axis.plot(range(-(width // 2), width // 2 + 1), values[head, 0], linewidth=1)
                 axis.axhline(0, color="0.7", linewidth=0.6)
             axis.tick_params(labelsize=7)
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # no half patches
+            if height > 1:
+                axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             if layer == 0:
                 axis.set_title(f"head {head}", fontsize=9)
         axes[layer, 0].set_ylabel(f"layer {layer}" + ("\ndy" if height > 1 else "\nbias"), fontsize=9)

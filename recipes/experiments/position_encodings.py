@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from trainer.command_line.bounds import NotNegative, Positive
 from trainer.command_line.locations import Existing, ToMake
 from trainer.command_line.sections import Device
 from trainer.recipe import Log, Recipe
-from trainer.reporting.plot import new_figure, save_figure
+from trainer.reporting.plot import TITLE_CHARACTERS, new_figure, save_figure
 
 if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
@@ -142,5 +143,6 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], out: Path, title: str) ->
     left.legend(fontsize=9)
     right.set_xticks(range(len(curves)), [variant.replace(" + ", " +\n") for variant in curves])
     right.set(xlabel="position encoding", xlim=(-0.5, len(curves) - 0.3))
-    figure.suptitle(f"{title}: with and without relative bias, {len(next(iter(curves.values())))} seeds", fontsize=11)
+    title = f"{title}: with and without relative bias, {len(next(iter(curves.values())))} seeds"
+    figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS), fontsize=11)
     save_figure(figure, out)

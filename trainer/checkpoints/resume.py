@@ -276,11 +276,11 @@ def merge(
         each = "; ".join(f"{name}: {saved.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
         raise UserError(f"{each}; {way_out} {saved.path}")
     old, new = original.optimisation, config.optimisation
-    if old.seed != new.seed or old.init_from != new.init_from:
-        name = "seed" if old.seed != new.seed else "init_from"
-        raise UserError(
-            f"{name}: {saved.path} has {getattr(old, name)}, asked for {getattr(new, name)}; {way_out} {saved.path}"
-        )
+    switched = bool(old.ema) != bool(new.ema)  # a checkpoint has averages, or has none; their decay may change
+    for name in ("seed", "init_from", *(["ema"] if switched else [])):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise UserError(f"{name}: {saved.path} has {before}, asked for {after}; {way_out} {saved.path}")
     if old.effective_batch_size != new.effective_batch_size:
         before, after = (f"{o.batch_size} x {o.gradient_accumulation_steps} = {o.effective_batch_size}" for o in (old, new))
         raise UserError(

@@ -29,7 +29,7 @@ def report_end(
         log("Target loss reached!")
     log(ending)
     logger.alerts.send(state, ending, step=step, reason=reason, loss=logger.state.train_loss)
-    if not reason.finished:
+    if not reason.finished and not logger.session.config.run.fast_dev_run:  # whose folder is thrown away
         log(f"{'Without --resume_from the' if stays_rolled_back else 'The'} same command continues this run.")
 
 

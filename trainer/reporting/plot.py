@@ -233,8 +233,9 @@ def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
     ]
     values, start = [y for _, y in points], axis.dataLim.x0 + START_FRACTION * axis.dataLim.width
     rest = [y for x, y in points if x >= start]
-    if rest and not linear and max(values) - min(values) > 5 * (max(rest) - min(values)):
-        margin = 0.1 * (max(rest) - min(values))
+    below = max(rest) - min(values) if rest else 0.0
+    if below > 0 and not linear and max(values) - min(values) > 5 * below:
+        margin = 0.1 * below
         axis.set_ylim(min(values) - margin, max(rest) + margin)
         values = rest
     span = max(values) / min(values) if values and min(values) > 0 else 1
