@@ -186,12 +186,17 @@ class Gpt2Wikitext(Recipe[Config]):
         return build_gpt2(text.vocab_size, text.end_of_text, **vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens: all but padding."""
-        return {"next_token": int((batch["labels"] != -100).sum())}
+        """Predicted tokens: all but padding; of a mixture also those of each set."""
+        from recipes.models.next_token_loss import predicted_tokens
+
+        return predicted_tokens(batch["labels"], batch.get("source"), self.monitored)
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy, summed in fp32. No mask for padding: it is on the right, where causal attention never reaches."""
-        return {"next_token": network(**batch)}
+        from recipes.models.next_token_loss import loss_terms
+
+        inputs = {name: tensor for name, tensor in batch.items() if name != "source"}
+        return loss_terms(partial(network, **inputs), batch.get("source"), self.monitored)
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per token."""

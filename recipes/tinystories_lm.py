@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -184,13 +185,18 @@ class TinyStoriesLM(Recipe[Config]):
         return TransformerLM(**vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens."""
-        return {"next_token": int((_labels(batch) >= 0).sum())}
+        """Predicted tokens; of a mixture also those of each set."""
+        from recipes.models.next_token_loss import predicted_tokens
+
+        return predicted_tokens(_labels(batch), batch.get("source"), self.monitored)
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy of each id given those before it in its window, summed in fp32."""
+        from recipes.models.next_token_loss import loss_terms
+
         positions = batch["positions"][:, :-1] if "positions" in batch else None
-        return {"next_token": network(batch["tokens"][:, :-1].clamp_min(0), _labels(batch).long(), positions)}
+        inputs = (batch["tokens"][:, :-1].clamp_min(0), _labels(batch).long(), positions)
+        return loss_terms(partial(network, *inputs), batch.get("source"), self.monitored)
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per token."""

@@ -59,6 +59,24 @@ def test_the_shares_of_a_mixture_are_logged_and_go_on_after_a_stop(mixed: str, f
     assert [whole[0][step] + whole[1][step] for step in whole[0]] == pytest.approx([1] * STEPS)
 
 
+@pytest.mark.parametrize("mixed", MIXTURES)
+def test_the_loss_of_each_set_of_a_mixture_is_that_of_its_own_samples(mixed: str, finished: dict[str, Finished]) -> None:
+    runs = [finished[f"{mixed} {how}"] for how in HOW]
+    one, two = MIXTURES[mixed]
+    curves = [{name: run.curve(f"train/loss_{name}") for name in (one, two)} for run in runs]
+    assert curves[0] == curves[1]
+    shares, losses = runs[0].curve(f"train/share/{two}"), runs[0].curve("train/loss")
+    drawn = {step: 4 * (step * shares[step] - (step - 1) * shares.get(step - 1, 0)) for step in shares}
+    assert {step for step, number in drawn.items() if round(number)} == set(curves[0][two])  # else nothing is said of it
+    assert 0 < len(curves[0][two]) < STEPS
+    for step in set(curves[0][one]) - set(curves[0][two]):
+        assert curves[0][one][step] == pytest.approx(losses[step], rel=1e-6)
+    if mixed == "mixture":  # there every sample has as many tokens
+        for step in curves[0][two]:
+            part = drawn[step] / 4 * curves[0][two][step]
+            assert part + (1 - drawn[step] / 4) * curves[0][one].get(step, 0) == pytest.approx(losses[step], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_it_learns_something(name: str, finished: dict[str, Finished]) -> None:
     """Else equal curves show little: the weights move, and the losses are no constants."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from recipes.models import next_token_loss as module
-from recipes.models.next_token_loss import IGNORED, chunk_loss, next_token_loss
+from recipes.models.next_token_loss import IGNORED, chunk_loss, loss_terms, next_token_loss, predicted_tokens
 
 VOCAB = 50
 
@@ -29,10 +29,17 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk_tokens: int, monk
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_tokens * VOCAB)
     values = example()
     losses = [loss(*values) for loss in (next_token_loss, plain)]
+    of_each = next_token_loss(*values, "none")
+    assert (of_each.shape, of_each[0, 2:5].tolist()) == ((3, 7), [0, 0, 0])
+    hidden, weight, labels = values
+    alone = [plain(hidden[1:2, place : place + 1], weight, labels[1:2, place : place + 1]) for place in range(7)]
+    torch.testing.assert_close(of_each[1], torch.stack(alone))
+    losses.append(of_each.sum())
     gradients = [torch.autograd.grad(loss, values[:2]) for loss in losses]
-    torch.testing.assert_close(*losses)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for loss, gradient in zip(losses, gradients, strict=True):
+        torch.testing.assert_close(loss, losses[1])
+        for one, other in zip(gradient, gradients[1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_are_held_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +80,14 @@ def test_nothing_but_ignored_labels_is_a_loss_of_0() -> None:
     loss = next_token_loss(hidden, weight, torch.full_like(labels, IGNORED))
     assert loss.item() == 0.0
     assert all(not gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_sums_of_sets_are_of_their_own_rows_and_carry_no_gradient() -> None:
+    values = torch.tensor([[1.0, 2.0], [torch.nan, 4.0], [5.0, 6.0]], requires_grad=True)
+    terms = loss_terms(lambda reduction: values * 10, torch.tensor([0, 2, 0]), ("a", "b", "c"))
+    assert [terms["a"].item(), terms["b"].item()] == [140.0, 0.0]
+    assert terms["c"].isnan()
+    assert [name for name, term in terms.items() if term.requires_grad] == ["next_token"]
+    labels = torch.tensor([[1, IGNORED], [IGNORED, IGNORED], [3, 4]])
+    assert predicted_tokens(labels, torch.tensor([0, 2, 0]), ("a", "b", "c")) == {"next_token": 3, "a": 3, "b": 0, "c": 0}
+    assert predicted_tokens(labels, None, ()) == {"next_token": 3}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from launching import run
 from scenarios import TOY, Finished, launch, planned, recipe_of
-from tiny_runs import TINY
+from tiny_runs import TINY, gpt2_mixture
 
 from trainer.checkpoints.network import build_network
 from trainer.command_line import config
@@ -96,6 +96,7 @@ def runs(folder: Path) -> dict[str, tuple[str, list[str]]]:
         command_lines[f"{name} bf16"] = (recipe, [*argv, *bf16])
     recipe, argv = command_lines["vit bf16"]
     command_lines["vit bf16 at its own rate"] = (recipe, [*argv, "--learning_rate", "2e-3", "--pool", "cls"])
+    command_lines["mixture"] = (TINY["gpt2"][0], [*gpt2_mixture(folder), *COMMON, *CUTS["4x2"]])
     command_lines["clipped"] = (TOY, [*DESCENT, "--grad_clip", str(CLIP)])
     command_lines["unclipped"] = (TOY, [*DESCENT, "--grad_clip", "0"])
     command_lines["nan adamw"] = (TOY, [*COMMON, *NAN_FLAGS])
@@ -217,6 +218,16 @@ def test_every_backend_and_every_cut_of_the_step_gives_the_textbook_curve(
     differences = {name: max_difference(finished[kind][name], references[name.split()[0]]) for name in names}
     print(kind, differences)
     assert max(differences.values()) < 1e-5, differences
+
+
+@pytest.mark.parametrize("kind", BACKENDS[1:])
+def test_the_loss_of_each_set_of_a_mixture_is_the_same_under_every_backend(
+    kind: str, finished: dict[str, dict[str, Finished]]
+) -> None:
+    for name in ("loss", "loss_web", "loss_books", "share/books"):
+        one, other = (finished[backend]["mixture"].curve(f"train/{name}") for backend in ("one", kind))
+        assert len(one) > STEPS // 2
+        assert other == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

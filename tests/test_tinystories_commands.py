@@ -115,8 +115,9 @@ def test_a_mixture_says_its_shares_and_measures_each_set(tmp_path: Path, monkeyp
     shares = {"share/web": 1 - chosen.mean(), "share/books": chosen.mean()}
     assert 0.2 < chosen.mean() < 0.3
     assert recipe.report.step_metrics(500) == pytest.approx(shares)
-    metrics |= {"train/share/web": 0.75125, "train/share/books": 0.24875}
-    assert recipe.report.log_line(500, metrics).endswith(" | So far: web 75.12%, books 24.88%")
+    metrics |= {"train/share/web": 0.75125, "train/share/books": 0.24875, "train/loss_web": 2.0, "train/loss_books": 1.0}
+    line = recipe.report.log_line(500, metrics)
+    assert line.endswith(" | So far: web 75.12%, books 24.88% | Loss of web 2.0000, books 1.0000")
     with pytest.raises(ValueError, match="sampling sequential visits every window once"):
         recipe.build_data(parsed([*argv, "--sampling", "sequential"]).config)
     in_order = parsed([*argv[3:], "--train_data_path", *sets, "--sampling", "sequential"])  # without weights they are one set

@@ -82,7 +82,8 @@ class MixtureReport(Report[Any]):
     """what share of the samples up to a step each set gave"""
 
     def watch(self, shares: SharesSoFar, effective_batch_size: int) -> None:
-        """Log the shares of this mixture."""
+        """Log the shares of this mixture, and the loss of each set."""
+        self.recipe.monitored = tuple(f"loss_{label}" for label in shares.windows.mixture.labels)
         self.shares_at = lambda step: shares.at(step * effective_batch_size)
 
     def step_metrics(self, step: int) -> dict[str, float]:
@@ -91,9 +92,10 @@ class MixtureReport(Report[Any]):
 
 
 def sources_text(metrics: Mapping[str, float]) -> str:
-    """The shares so far, for the log line; nothing where there is no mixture."""
+    """The shares so far and the loss of each set, for the log line; nothing where there is no mixture."""
     shares = [f"{k.removeprefix('train/share/')} {v:.2%}" for k, v in metrics.items() if k.startswith("train/share/")]
-    return f" | So far: {', '.join(shares)}" if shares else ""
+    losses = [f"{k.removeprefix('train/loss_')} {v:.4f}" for k, v in metrics.items() if k.startswith("train/loss_")]
+    return f" | So far: {', '.join(shares)} | Loss of {', '.join(losses)}" if shares else ""
 
 
 def check_sampling(flags: Sampling) -> None:

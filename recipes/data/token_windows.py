@@ -1,5 +1,7 @@
 """Windows of token ids, to train a language model on and to measure it with.
 
+Of a mixture batches have the set of each sample: "source", int64 [batch].
+
 With an `end_of_text`, the last id of a document, batches have the position of each id in its own: "positions", int32
 [batch, length + 1].
 """
@@ -61,18 +63,21 @@ class RandomWindows:
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """Samples -> {"tokens": int32 [batch, length + 1]}: `length` inputs and the id after each."""
-        return _batch(self.tokens(numbers), self.end_of_text)
+        tokens, source = self.drawn(numbers)
+        return _batch(tokens, self.end_of_text) | source
 
-    def tokens(self, numbers: Sequence[int]) -> np.ndarray:
-        """The ids of each sample, int32 [batch, length + 1]."""
+    def drawn(self, numbers: Sequence[int]) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """(the ids of each sample, int32 [batch, length + 1]; which set of several it is of)."""
+        import torch
+
         sets, starts = self.places(numbers)
         if len(self.mixture.sets) == 1:
-            return self.mixture.sets[0].windows(self.length + 1, starts)
+            return self.mixture.sets[0].windows(self.length + 1, starts), {}
         tokens = np.empty((len(numbers), self.length + 1), np.int32)
         for number in np.unique(sets):
             chosen = sets == number
             tokens[chosen] = self.mixture.sets[number].windows(self.length + 1, starts[chosen])
-        return tokens
+        return tokens, {"source": torch.from_numpy(sets)}
 
     def places(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the set of each sample, int64 [batch]; the position of its first id there, from 0 to count - length - 1)."""
@@ -111,8 +116,9 @@ class RandomBlocks(RandomWindows):
         """Samples -> batch, int64 [batch, length] each."""
         import torch
 
-        tokens = torch.from_numpy(self.tokens(numbers).astype(np.int64))
-        return by_document({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}, self.end_of_text)
+        ids, source = self.drawn(numbers)
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        return by_document({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}, self.end_of_text) | source
 
 
 class SharesSoFar:

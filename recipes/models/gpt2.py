@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.models.causal_attention import causal_attention, document_mask
-from recipes.models.next_token_loss import next_token_loss
+from recipes.models.next_token_loss import Reduction, next_token_loss
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -133,9 +133,9 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """Hidden states [batch, time, width] -> logits [batch, time, vocab_size]; with labels, the loss instead."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
         """One or the other, in a module's own forward, where ZeRO-3 has gathered the weight."""
-        return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels)
+        return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels, reduction)
 
 
 class Gpt2(nn.Module):
@@ -172,7 +172,13 @@ class Gpt2(nn.Module):
         """The parameters with a row per token or position, which Muon leaves to AdamW."""
         return [*self.transformer["wte"].parameters(), *self.transformer["wpe"].parameters()]
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        reduction: Reduction = "sum",
+    ) -> Tensor:
         """Logits; with `labels` [batch, time], ids that are not shifted any more, `next_token_loss` instead.
 
         Purely causal: with padding on the right no position attends to any. With `positions` [batch, time], of each id in its
@@ -185,7 +191,7 @@ class Gpt2(nn.Module):
         x = F.dropout(x, c.embd_pdrop, self.training)
         for layer in layers:  # type: ignore[attr-defined]
             x = layer(x, mask)
-        return self.lm_head(ln_f(x), labels)
+        return self.lm_head(ln_f(x), labels, reduction)
 
     def training_flops_per_token(self) -> float:
         """Forward and backward FLOPs: 6 per weight in a matrix product, 12 x layers x width x length for attention.

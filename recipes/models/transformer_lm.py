@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.models.causal_attention import causal_attention, document_mask
-from recipes.models.next_token_loss import next_token_loss
+from recipes.models.next_token_loss import Reduction, next_token_loss
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -149,9 +149,9 @@ class Block(nn.Module):
 class Head(Linear):
     """Hidden states [batch, time, d_model] -> logits [batch, time, vocab_size]; with labels, the loss instead."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
         """One or the other, in a module's own forward, where ZeRO-3 has gathered the weight."""
-        return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels)
+        return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels, reduction)
 
 
 class TransformerLM(nn.Module):
@@ -219,7 +219,13 @@ class TransformerLM(nn.Module):
         weights = sum(m.in_features * m.out_features for m in matrices)  # from sizes: ZeRO-3 empties the tensors
         return 6.0 * weights + 12.0 * len(self.layers) * self.attention_width * self.context_length
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        reduction: Reduction = "sum",
+    ) -> Tensor:
         """tokens: integers [batch, time], time at most `context_length`; labels: int64 [batch, time], for `next_token_loss`.
 
         With `positions` [batch, time], of each token in its document, none attends to another document's.
@@ -232,7 +238,7 @@ class TransformerLM(nn.Module):
         angles = rope_angles(places, self.d_head, self.rope_theta) if self.rope else None
         for layer in self.layers:
             x = layer(x, angles, mask)
-        return self.lm_head(self.ln_final(x), labels)
+        return self.lm_head(self.ln_final(x), labels, reduction)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -117,7 +117,8 @@ def evaluate(
     names = list(totals)
     flat = [value for name in names for value in [*totals[name].tolist(), item_counts.get(name, 0)][:2]]
     sums = launch.control.sum(flat).wait()
-    means = {name: sums[2 * i] / max(sums[2 * i + 1], 1.0) for i, name in enumerate(names)}
+    measured_sums = zip(names, sums[::2], sums[1::2], strict=True)
+    means = {name: s / max(n, 1.0) for name, s, n in measured_sums if n or name not in recipe.monitored}
     return summarise(recipe, means, loss_weights)
 
 

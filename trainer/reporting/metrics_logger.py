@@ -91,7 +91,8 @@ class MetricsLogger:
         """Log the interval, means weighted by items; its training loss. Here the host reads the device. Collective."""
         step = self.state.step
         sums = self.launch.control.sum(self.loss_sums.tolist()).wait()
-        means = {t: s / max(n, 1.0) for t, s, n in zip(self.terms, sums, self.item_counts, strict=True)}
+        measured = zip(self.terms, sums, self.item_counts, strict=True)
+        means = {t: s / max(n, 1.0) for t, s, n in measured if n or t not in self.recipe.monitored}
         elapsed = max(time.monotonic() - self.interval_start - self.untimed_seconds, 1e-9)
         steps = max(1, step - self.interval_start_step)
         counted = steps * self.session.config.optimisation.effective_batch_size
