@@ -558,12 +558,14 @@ def test_every_network_of_ours_names_its_blocks(recipe: str, tmp_path: Path, mon
     assert inside < sum(p.numel() for p in network.parameters())
 
 
-def test_a_network_without_named_blocks_is_refused_for_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(UserError, match="_no_split_modules"):
-        blocks(network)
+    assert blocks(network) == []
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Linear")
     assert blocks(network) == [network[0]]
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Linaer")
+    with pytest.raises(UserError, match="Sequential has no block called Linaer: name the classes of its blocks in"):
+        blocks(network)
 
 
 def test_blocks_of_fsdp_come_from_the_inside_out_and_share_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

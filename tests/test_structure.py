@@ -24,6 +24,7 @@ LAYERS = (
     "debugging",
     "loop",
     "setup",
+    "checks",
     "micro_batches",
     "checkpoints",
     "reporting",

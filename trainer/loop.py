@@ -24,7 +24,7 @@ from trainer.distributed.stopping import StopReason, StopRequests, finished_reas
 from trainer.distributed.votes import EvaluationVotes, StepVotes
 from trainer.errors import UserError
 from trainer.evaluation.exact import evaluate, improves
-from trainer.micro_batches import recover
+from trainer.micro_batches import can_recover, recover
 from trainer.optimisation.finite import BadSteps
 from trainer.recipe import Batch
 from trainer.reporting.alerts import Alerts
@@ -120,6 +120,8 @@ class Training:
                         losses.append(backend.model(loader.to_device(batch, self.launch.device)))
                         backend.backward(losses[-1], term_weights)  # by global counts: nothing is left to average
             except Exception as error:
+                if not can_recover(self.session, error):
+                    raise
                 next_step = self.begin_again(error)
                 continue
             self.logger.add_losses(losses)
@@ -142,7 +144,7 @@ class Training:
             self.logger.show_progress()
 
     def begin_again(self, error: Exception) -> NextStep:
-        """The step anew, in smaller micro-batches where --fit_batch is on and memory ran out; else raises the error."""
+        """The step anew, in smaller micro-batches."""
         self.logger.announce("out of memory", recover(self.session, self.state.step, error))
         self.optimisation = self.session.config.optimisation
         loader.close(self.batches)
@@ -180,12 +182,16 @@ class Training:
 
     def end_without_data(self, reason: Exception | None) -> None:
         """Save what has been trained; then a UserError, on every rank, with the reason of one that could not read its data."""
-        if self.state.step and self.saver.saved_step != self.state.step:
-            self.save(False, None)
-            self.settle()
+        self.save_before_the_end()
         saved_step = self.state.step if self.saver.saved_step == self.state.step else None
         error = reading_failed(reason, self.launch.rank, saved_step, self.run_config) if reason else None
         self.launch.control.raise_if_any(error)
+
+    def save_before_the_end(self) -> None:
+        """Keep what has been trained, where an error is about to end the run on every rank."""
+        if self.state.step and self.saver.saved_step != self.state.step:
+            self.save(False, None)
+            self.settle()
 
     def term_weights(self, item_counts: list[float]) -> Tensor:
         """What an item of each loss term weighs in the objective of a step [terms]; most often as in the step before."""
@@ -243,9 +249,9 @@ class Training:
         if state.evaluated_step == state.step:
             return False, None  # known already: the launch before was ended between this evaluation and its last save
         patience_metric, direction = recipe.patience_metric or (recipe.best_metric, recipe.best_is)
-        for name in (recipe.best_metric, patience_metric):
-            if f"eval/{name}" not in metrics:
-                raise UserError(f"eval/{name} is to be watched, but measured are {', '.join(metrics)}; name one of them")
+        if unknown := {f"eval/{name}" for name in (recipe.best_metric, patience_metric)} - metrics.keys():
+            self.save_before_the_end()
+            raise UserError(f"{min(unknown)} is to be watched, but measured are {', '.join(metrics)}; name one of them")
         metric, watched = metrics[f"eval/{recipe.best_metric}"], metrics[f"eval/{patience_metric}"]
         state.evaluated_step, state.evaluated_metric = state.step, metric if math.isfinite(metric) else None
         if improves(watched, state.patience_best, direction):

@@ -36,10 +36,13 @@ def fit(session: Session, step: int, log: Log) -> None:
     log(f"Fitted to memory: {_said(session)}")
 
 
+def can_recover(session: Session, error: Exception) -> bool:
+    """Whether smaller micro-batches may help. Not where other processes wait for this step."""
+    return session.config.run.fit_batch and session.launch.processes == 1 and ran_out_of_memory(error)
+
+
 def recover(session: Session, step: int, error: Exception) -> str:
-    """Split further where memory ran out behind a step; what to say of it. Else, and where others wait, raises the error."""
-    if not session.config.run.fit_batch or session.launch.processes > 1 or not ran_out_of_memory(error):
-        raise error
+    """Split further where memory ran out behind a step; what to say of it. Raises the error where there is no smaller split."""
     _split_further(session, error)
     return f"Out of memory in step {step + 1:,} ({one_line(error, 100)}); it begins again with {_said(session)}"
 

@@ -108,8 +108,9 @@ class Report(Generic[ConfigT]):
 
     def schedule(self, config: ConfigT) -> str:
         """A description of the learning-rate schedule, printed at start."""
-        o = config.optimisation
-        return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
+        from trainer.optimisation.schedule import described
+
+        return described(config.optimisation)
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
         """Lines before the first step of a launch, which is step + 1; `trained`: how many of the parameters are."""

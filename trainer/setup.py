@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -20,15 +19,15 @@ from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
+from trainer.checks import check_batch_norm, check_data, check_same_everywhere, loss_terms
 from trainer.data import loader, stream
-from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
 from trainer.micro_batches import fit, whole
 from trainer.optimisation.averages import keep_averages
-from trainer.optimisation.schedule import warmup_for
-from trainer.recipe import Batch, Data, Log, Recipe, Report
+from trainer.optimisation.schedule import described, warmup_for
+from trainer.recipe import Batch, Data, Log, Recipe
 
 
 @dataclass(kw_only=True)
@@ -91,6 +90,7 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     network, initial = build_empty_network(recipe, config, data)
     weights = first_weights(recipe, network, initial, plan.checkpoint, config.optimisation.init_from, launch.control, log)
     check_same_everywhere(network, data, launch)
+    check_batch_norm(network, launch)
     loss_weights = objective_weights(recipe, config, loss_terms(recipe, config, data))
     extra_files = recipe.checkpoint_files(config, network, data)
 
@@ -187,35 +187,13 @@ def load_data(recipe: Recipe, config: Any, launch: Launch) -> Data:
         launch.control.raise_if_any(error)
     assert data is not None
     for name, dataset in {"train": data.train, **data.evaluation}.items():
+        if not hasattr(dataset, "__getitems__"):
+            raise UserError(
+                f"the {name} set, a {type(dataset).__name__}, lacks __getitems__, which makes a batch of sample numbers; add it"
+            )
         if stream.length_of(dataset) == 0:
             raise UserError(f"the {name} set is empty; give more data")
     return data
-
-
-def check_data(recipe: Recipe, data: Data, plan: LaunchPlan, launch: Launch, log: Log) -> None:
-    """UserError for what would show hours later: at the first evaluation, or never when a run resumes with other data."""
-    if not data.fingerprint:
-        raise UserError("build_data gives no fingerprint; give a hash of what decides the samples, to know the data again")
-    watched = [recipe.best_metric, *([recipe.patience_metric[0]] if recipe.patience_metric else [])]
-    for metric in watched if data.evaluation else ():
-        if not any(metric.startswith(f"{name}_") for name in data.evaluation):
-            sets = ", ".join(data.evaluation)
-            raise UserError(
-                f"{metric} is to be watched, but the evaluation sets are called {sets}; a metric is SET_NAME, val_loss"
-            )
-    resumed = plan.checkpoint
-    if resumed is not None:
-        trained_on, here = resumed.state["data_fingerprint"], data.fingerprint
-        text = f"data fingerprint: {resumed.path} was trained on {trained_on[:12]}, this is {here[:12]}"
-        accepted = plan.config.run.data_changed == "accept"
-        if trained_on != here and accepted:
-            log(
-                f"WARNING: {text}; going on with these (--data_changed accept). The best so far was measured on the data before"
-            )
-        way_out = (
-            f"restore the data, go on with these by --data_changed accept, or take the weights only: --init_from {resumed.path}"
-        )
-        launch.control.raise_if_any(None if trained_on == here or accepted else UserError(f"{text}; {way_out}"))
 
 
 def total_steps(config: Any, samples: int | None) -> int:
@@ -242,24 +220,6 @@ def cut_warmup(config: Any, typed: Container[str], steps: int, log: Log) -> Any:
     return dataclasses.replace(config, optimisation=dataclasses.replace(optimisation, warmup_steps=warmup))
 
 
-def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:
-    """Gradients are summed by position, and samples dealt out by number: both must mean the same on every process."""
-    sets = {"train": data.train, **data.evaluation}
-    text = data.fingerprint + ";".join(f"{name}{stream.length_of(dataset)}" for name, dataset in sets.items())
-    text += ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    same = launch.control.broadcast(digest) == digest
-    differs = f"rank {launch.rank} built another model or data set than rank 0 (names, shapes or order of parameters, contents)"
-    launch.control.raise_if_any(None if same else UserError(f"{differs}; are versions and files the same on every host?"))
-
-
-def loss_terms(recipe: Recipe, config: Any, data: Data) -> list[str]:
-    """The terms of the loss, known from the first sample."""
-    first = stream.sample_numbers([0], config.optimisation.seed, stream.length_of(data.train)).tolist()
-    way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")
-    return list(recipe.items(first_batch(data.train, first, config.run, way_on)))
-
-
 def describe(session: Session, step: int) -> list[str]:
     """What is printed before the first step of a launch, which begins after `step`."""
     network, config, launch = session.network, session.config, session.launch
@@ -268,9 +228,8 @@ def describe(session: Session, step: int) -> list[str]:
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     precision = {"no": "fp32", "bf16": "bf16", "fp16": "fp16 with loss scaling"}[session.backend.precision]
     optimisation = config.optimisation
-    schedule = session.recipe.report.schedule(config)
-    if optimisation.schedule != "recipe":
-        schedule = Report.schedule(session.recipe.report, config) + f" ({optimisation.schedule})"
+    by_name = f"{described(optimisation)} ({optimisation.schedule})"
+    schedule = session.recipe.report.schedule(config) if optimisation.schedule == "recipe" else by_name
     return [
         f"Launch: {session.backend.name}, {launch.processes} x {launch.device.type}, {precision}, "
         f"{torch.get_num_threads()} CPU threads each",

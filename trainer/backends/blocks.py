@@ -21,13 +21,15 @@ def check_dimensions(network: nn.Module) -> None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time. UserError if there are none, or a parameter is tied across them."""
-    found = named_blocks(network)
-    if not found:
-        classes = ", ".join(_block_classes(network)) or "so"
+    """The modules that are gathered one at a time; none, where no class is named.
+
+    UserError if none is of a class that is named, or a parameter is tied across them.
+    """
+    found, classes = named_blocks(network), _block_classes(network)
+    if classes and not found:
         raise UserError(
-            f"FSDP gathers a model block by block, and {type(network).__name__} has none called {classes}: "
-            "name the classes of its blocks in a class attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
+            f"{type(network).__name__} has no block called {', '.join(classes)}: name the classes of its blocks in its class "
+            "attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
         )
     tied = tie_across(network, found)
     if tied is not None:  # not every torch says so

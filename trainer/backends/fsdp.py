@@ -99,8 +99,13 @@ class FsdpBackend(TorchBackend):
 
     def compile(self, objective: nn.Module, mode: str) -> None:
         """Block by block: what gathers the weights of a block stands between them."""
-        for block in blocks(objective.network):  # type: ignore[arg-type]
+        for block in blocks(objective.network) or [objective.network]:  # type: ignore[arg-type,list-item]
             block.compile(mode=mode)
+
+    def notes(self) -> list[str]:
+        """What FSDP is for does not happen where no blocks are named."""
+        whole = f"FSDP gathers all of {type(self.network).__name__} at once: it names no blocks in _no_split_modules"
+        return [] if blocks(self.network) else [whole]
 
     def release(self) -> None:
         """What an evaluation has left gathered too."""

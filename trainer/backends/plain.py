@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
+from trainer.errors import UserError
 from trainer.initial_weights import Weights, fill
 from trainer.optimisation.finite import LossScale
 
@@ -53,6 +54,16 @@ class PlainBackend(TorchBackend):
         self.model = self.accelerator.prepare(objective)
         self.no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
         self.take(network, make_optimizer())
+
+    def check_unused(self) -> None:
+        """DDP has not reduced what shares a bucket with a gradient that never came."""
+        unused = [name for name, p in self.named_parameters.items() if p.requires_grad and p.grad is None]
+        if unused and self.launch.processes > 1:
+            names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
+            raise UserError(
+                f"the loss does not depend on {names}, and DDP waits for each gradient: leave it out of the network, or "
+                "set its requires_grad to False in build_model"
+            )
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced with the last micro-batch only."""

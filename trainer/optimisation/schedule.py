@@ -1,6 +1,17 @@
 """Learning-rate schedules: pure functions of the optimizer step, which is counted from 1."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.command_line.sections import Optimisation
+
+
+def described(o: Optimisation) -> str:
+    """A schedule in words, whatever its shape."""
+    return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from trainer.backends.blocks import blocks, check_dimensions, named_blocks, recompute_activations
+from trainer.backends.blocks import blocks, check_dimensions, recompute_activations
 from trainer.backends.tensors import state_layout
 from trainer.checkpoints.network import build_empty_network
 from trainer.checkpoints.resume import default_directory
@@ -49,7 +49,6 @@ class Measured:
     files: list[int]
     """bytes of each file of tensors of a checkpoint"""
     optimizer: Optimizer
-    has_blocks: bool
     notes: list[str]
 
 
@@ -113,7 +112,6 @@ def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, o
         raise UserError(f"optimizer {name} needs whole matrices, and {own.name} cuts them; use adamw, or {path_of(DDP)}")
     layout = state_layout(optimizer, network)
     files = checkpoint_files(network, layout)
-    has_blocks = bool(named_blocks(network))
     batch, terms = micro_batch(recipe, data, config, own.processes)
     counts, notes = (NOT_COUNTED, NOT_COUNTED), []
     recompute_activations(network, config.run.recompute_every)
@@ -122,14 +120,14 @@ def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, o
     except RuntimeError as error:  # an operation that looks at values, or is not known for shapes alone
         notes.append(f"  Activations are NOT in it, as they cannot be counted without memory: {one_line(error, 150)}")
     accumulates = config.optimisation.gradient_accumulation_steps > 1
-    return Measured(footprint(network, layout, counts, accumulates), counts[0].flops, files, optimizer, has_blocks, notes)
+    return Measured(footprint(network, layout, counts, accumulates), counts[0].flops, files, optimizer, notes)
 
 
 def others(own: Way, measured: Measured) -> list[Way]:
     """The ways that this launch is not, but could be."""
     kinds = {"plain"}
     if not getattr(measured.optimizer, "needs_whole_matrices", False):
-        kinds |= {"zero", "fsdp"} if measured.has_blocks else {"zero"}
+        kinds |= {"zero", "fsdp"}
     return [way for way in ways(own.processes) if way.kind in kinds and way.name != own.name]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.backends.fsdp import named_blocks
+from trainer.backends.blocks import named_blocks
 from trainer.backends.tensors import StateLayout, TensorEntry, buffer_entries
 from trainer.checkpoints.network import is_kept
 from trainer.checkpoints.tensor_file import header_of

@@ -1,0 +1,78 @@
+"""What would show hours later, or never, looked at before the first step: UserErrors of a recipe, its data and its network."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainer.checkpoints.resume import LaunchPlan
+from trainer.data import stream
+from trainer.data.bad_samples import first_batch
+from trainer.distributed.launch import Launch
+from trainer.errors import UserError
+from trainer.recipe import Data, Log, Recipe
+
+
+def check_data(recipe: Recipe, data: Data, plan: LaunchPlan, launch: Launch, log: Log) -> None:
+    """UserError for what would show hours later: at the first evaluation, or never when a run resumes with other data."""
+    if not data.fingerprint:
+        raise UserError("build_data gives no fingerprint; give a hash of what decides the samples, to know the data again")
+    watched = [recipe.best_metric, *([recipe.patience_metric[0]] if recipe.patience_metric else [])]
+    for metric in watched if data.evaluation else ():
+        if not any(metric.startswith(f"{name}_") for name in data.evaluation):
+            sets = ", ".join(data.evaluation)
+            raise UserError(
+                f"{metric} is to be watched, but the evaluation sets are called {sets}; a metric is SET_NAME, val_loss"
+            )
+    resumed = plan.checkpoint
+    if resumed is not None:
+        trained_on, here = resumed.state["data_fingerprint"], data.fingerprint
+        text = f"data fingerprint: {resumed.path} was trained on {trained_on[:12]}, this is {here[:12]}"
+        accepted = plan.config.run.data_changed == "accept"
+        if trained_on != here and accepted:
+            log(
+                f"WARNING: {text}; going on with these (--data_changed accept). The best so far was measured on the data before"
+            )
+        way_out = (
+            f"restore the data, go on with these by --data_changed accept, or take the weights only: --init_from {resumed.path}"
+        )
+        launch.control.raise_if_any(None if trained_on == here or accepted else UserError(f"{text}; {way_out}"))
+
+
+def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:
+    """Gradients are summed by position, and samples dealt out by number: both must mean the same on every process."""
+    sets = {"train": data.train, **data.evaluation}
+    text = data.fingerprint + ";".join(f"{name}{stream.length_of(dataset)}" for name, dataset in sets.items())
+    text += ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    same = launch.control.broadcast(digest) == digest
+    differs = f"rank {launch.rank} built another model or data set than rank 0 (names, shapes or order of parameters, contents)"
+    launch.control.raise_if_any(None if same else UserError(f"{differs}; are versions and files the same on every host?"))
+
+
+def check_batch_norm(network: nn.Module, launch: Launch) -> None:
+    """UserError where the samples that a process happens to get would decide the curve, and what is evaluated."""
+    for name, module in network.train().named_modules() if launch.processes > 1 else ():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise UserError(
+                f"{name} is a {type(module).__name__}, whose statistics would be those of each process's own samples: take "
+                "GroupNorm, or on GPUs torch.nn.SyncBatchNorm.convert_sync_batchnorm in build_model, or train in one process"
+            )
+
+
+def loss_terms(recipe: Recipe, config: Any, data: Data) -> list[str]:
+    """The terms of the loss, known from the first sample."""
+    samples = stream.length_of(data.train) or 0
+    first = stream.sample_numbers([0], config.optimisation.seed, samples or None).tolist()
+    way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")
+    terms = list(recipe.items(first_batch(data.train, first, config.run, way_on)))
+    try:
+        first_batch(data.train, [first[0] + samples], config.run, way_on)  # of the second epoch
+    except IndexError as error:
+        raise UserError(
+            f"sample {first[0] + samples} of the train set is item {first[0]}, epoch 1: take number % len"
+        ) from error
+    return terms
