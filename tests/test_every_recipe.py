@@ -84,11 +84,11 @@ def test_it_learns_something(name: str, finished: dict[str, Finished]) -> None:
     assert len(set(losses)) > STEPS // 2
 
 
-@pytest.mark.parametrize("name", ["tinystories", "gpt2", "pfn_stack", "vit", "collatz"])
+@pytest.mark.parametrize("name", ["tinystories", "gpt2", "pfn_stack", "vit", "collatz", "mixture"])
 def test_what_is_compiled_is_one_graph(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each break is a wait of the device for the host. (Collatz, measuring, looks for anomalies on the host.)"""
     monkeypatch.setenv("SAMECURVE_CACHE", str(tmp_path))
-    path, argv = TINY[name]
+    path, argv = RUNS[name]
     recipe = recipe_of(path)
     config = planned(recipe, [*argv(tmp_path), "--max_steps", "24"])
     data = recipe.build_data(config)

@@ -211,7 +211,7 @@ def test_without_a_network_the_first_command_names_the_ways_out(place: SimpleNam
     text = output(place, "no network", BAD_INPUT)
     lines = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
-    for way in ("wikitext2", "--data_dir", "--dataset embedded"):
+    for way in ("Salesforce/wikitext", "--data_dir", "--dataset embedded"):
         assert way in lines[0]
 
 

@@ -83,6 +83,7 @@ def test_what_is_no_mixture_is_refused_by_name(argv: list[str], tmp_path: Path) 
     cases: list[tuple[list[Any], str]] = [
         ([f"{tmp_path}/text=2", f"{tmp_path}/text=1"], "text is text with a weight; make ids of each part"),
         ([f"{web}=2", f"{tmp_path}/text=1"], "text has no .ids files, and what is beside it"),
+        ([f"{web}=2", "s3://texts/web=1"], "s3://texts/web is a URL, and data_dir takes what is here"),
         ([f"{web}=2", f"{tmp_path}/books=0"], "books has the weight 0 in its mixture"),
     ]
     for paths, problem in cases:

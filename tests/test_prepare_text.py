@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import os
@@ -254,6 +255,47 @@ def test_ended_between_its_two_files_it_leaves_no_old_one_beside_a_new_one(
             prepare(tmp_path / "short.txt", *flags, "--overwrite")
     assert contents(tmp_path / "out").keys() == {"tokenizer.json", "valid.ids", "valid.ids.json"}
     prepare(tmp_path / "short.txt", *flags)
+
+
+def test_killed_while_it_removes_old_shards_it_leaves_what_the_next_call_removes(
+    prepare: Callable[..., None], stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--out", tmp_path / "out", "--tokenizer", prepared / "tokenizer.json"]
+    (tmp_path / "short.txt").write_text(stories.read_text()[:150_000])
+    prepare(stories, *flags, "--shard_mb", 0.05)
+    shards, unlink = set((tmp_path / "out" / "train").glob("*.ids")), Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / "short.txt", *flags, "--shard_mb", 0.05, "--overwrite")
+    assert set((tmp_path / "out" / "train").glob("*.ids")) == shards
+    prepare(tmp_path / "short.txt", *flags, "--shard_mb", 0.05, "--overwrite")
+    names = {path.name for path in (tmp_path / "out" / "train").iterdir()}
+    assert {f"{name}.json" for name in names if name.endswith(".ids")} == {name for name in names if name.endswith(".json")}
+
+
+def test_a_full_disk_is_said_with_its_folder(
+    prepare: Callable[..., None],
+    stories: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(file: Output, ids: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Output, "write", full)
+    with pytest.raises(SystemExit) as ended:
+        prepare(stories, "--out", tmp_path / "out", "--tokenizer", prepared / "tokenizer.json")
+    assert ended.value.code == 2
+    said = f"prepare_text: cannot write to {tmp_path}/out (No space left on device); make room, then start it again\n"
+    assert capsys.readouterr().err == said
 
 
 def test_another_saved_data_set_of_the_same_name_is_another_preparation(tmp_path: Path) -> None:

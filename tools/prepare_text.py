@@ -73,12 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         prepare(options)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"prepare_text: {' '.join(str(error).split())}\n")
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is None:  # of a file that was being written
+            reason = f"cannot write to {options.out} ({error.strerror or reason}); make room, then {_way_on(options)}"
+        parser.exit(2, f"prepare_text: {reason}\n")
     except BrokenProcessPool:
         parser.exit(2, "prepare_text: a worker was killed, perhaps for want of memory; try fewer --workers\n")
     except KeyboardInterrupt:
-        unfinished = (options.out / PROGRESS).exists()
-        parser.exit(130, f"prepare_text: interrupted; {'the same command goes on' if unfinished else 'start it again'}\n")
+        parser.exit(130, f"prepare_text: interrupted; {_way_on(options)}\n")
+
+
+def _way_on(options: argparse.Namespace) -> str:
+    return "the same command goes on" if (options.out / PROGRESS).exists() else "start it again"
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -105,9 +105,9 @@ def _remove_shards(folder: Path, first: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file of ids, and the .json beside it."""
-    path.unlink(missing_ok=True)
+    """Remove a file of ids, and before it the .json beside it: a kill between the two leaves what the next call finds."""
     path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _check_counts(counts: dict[str, int]) -> None:

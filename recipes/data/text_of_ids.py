@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.data.remote import is_url
 from recipes.data.text import Text, TokenSplit, prepare_text
 from recipes.data.text_corpus import Reading
 from recipes.data.text_sources import SPLITS, Source, split_of
@@ -36,6 +37,8 @@ def _files(data_dir: str) -> list[Path]:
 def text_or_ids(dataset: str, sources: Sequence[Weighted], tokenizer: str, vocab_size: int, column: str, by_rows: bool) -> Text:
     """What is at the sources, as `text_of_all_ids` or `prepare_text` reads it; without any, the data set. Errors as theirs."""
     paths = [path for path, _ in sources]
+    if urls := [*filter(is_url, paths)]:
+        raise ValueError(f"{urls[0]} is a URL, and data_dir takes what is here; copy it, or train tinystories_lm on its ids")
     if any(map(holds_ids, paths)):
         return text_of_all_ids(sources, tokenizer, by_rows)
     if weighted := [path for path, weight in sources if weight is not None]:

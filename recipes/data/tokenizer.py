@@ -101,7 +101,7 @@ def _local_tokenizer(path: Path) -> "Tokenizer":
     if (path / "tokenizer.json").is_file():
         return _tokenizer_from_file(path / "tokenizer.json")
     if not path.exists():
-        raise FileNotFoundError(f"tokenizer {path} does not exist; use gpt2, train, a folder or a tokenizer.json")
+        raise FileNotFoundError(f"tokenizer {path} does not exist; use gpt2, train, a folder or tokenizer.json that is here")
     for name in ("vocab.json", "merges.txt"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"tokenizer {path} has no {name}; it must hold tokenizer.json, or vocab.json + merges.txt")
