@@ -8,6 +8,7 @@ from trainer.backends.backend import Backend
 from trainer.backends.fsdp import FSDP, FsdpBackend
 from trainer.backends.plain import PlainBackend
 from trainer.backends.zero import ZeroBackend
+from trainer.distributed.launch import switched_on
 from trainer.errors import UserError, path_of
 
 SWITCHES = ("CPU", "DEEPSPEED", "FSDP", "PARALLELISM_CONFIG", "SAGEMAKER")
@@ -20,9 +21,7 @@ def backend_of(environ: Mapping[str, str]) -> type[Backend]:
     UserError for a launch that no backend is for, rather than another one without a word.
     """
     prefix, sizes = "ACCELERATE_USE_", "PARALLELISM_CONFIG_{}_SIZE"
-    on = [
-        key.removeprefix(prefix) for key, value in environ.items() if key.startswith(prefix) and value.lower() in ("true", "1")
-    ]
+    on = [key.removeprefix(prefix) for key in environ if key.startswith(prefix) and switched_on(environ, key)]
     unknown = [name for name in on if name not in SWITCHES]
     if "PARALLELISM_CONFIG" in on:
         unknown += [kind for kind in ("TP", "CP", "SP") if (environ.get(sizes.format(kind)) or "1") != "1"]

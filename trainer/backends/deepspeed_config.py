@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.command_line.sections import Optimisation
-from trainer.distributed.launch import DDP
+from trainer.distributed.launch import DDP, switched_on
 from trainer.errors import UserError, one_line, path_of
 
 VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -21,7 +21,7 @@ def request_zero(environ: MutableMapping[str, str], file: str | None) -> None:
 
     UserError where the launcher has asked for something else, or is DeepSpeed's own, which has no file to give.
     """
-    asked = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+    asked = switched_on(environ, "ACCELERATE_USE_DEEPSPEED")
     if file is None:
         if "CROSS_RANK" in environ and not asked:
             raise UserError(
@@ -29,7 +29,7 @@ def request_zero(environ: MutableMapping[str, str], file: str | None) -> None:
                 f"{path_of('ds_configs/zero2.json')}, or start DDP with torchrun"
             )
         return
-    if environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    if switched_on(environ, "ACCELERATE_USE_FSDP"):
         raise UserError(f"--deepspeed_config {file}, and the launcher asks for FSDP; keep one of them")
     if asked and Path(environ.get(VARIABLE) or "none").absolute() != Path(file).absolute():
         raise UserError(f"--deepspeed_config {file}, and the launcher asks for {environ.get(VARIABLE)}; keep one of them")

@@ -21,7 +21,7 @@ from trainer.backends import tensors
 from trainer.backends.blocks import blocks, check_dimensions, named_blocks, tie_across
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
-from trainer.distributed.launch import DDP, Launch
+from trainer.distributed.launch import DDP, Launch, switched_on
 from trainer.errors import UserError, path_of
 from trainer.initial_weights import Weights, replace_tensors
 
@@ -42,7 +42,7 @@ class FsdpBackend(TorchBackend):
     @staticmethod
     def requested(environ: Mapping[str, str]) -> bool:
         """By the variable that Accelerate's launcher sets."""
-        return environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+        return switched_on(environ, "ACCELERATE_USE_FSDP")
 
     @staticmethod
     def before_connect(on_cpu: bool) -> None:
@@ -74,7 +74,7 @@ class FsdpBackend(TorchBackend):
 
         check_dimensions(network)
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        offload = switched_on(os.environ, "FSDP_OFFLOAD_PARAMS")
         policy = CPUOffloadPolicy(pin_memory=self.launch.device.type == "cuda") if offload else OffloadPolicy()
         if self.precision == "bf16":
             # Over fp32 weights, so that the numbers are DDP's. A cache would keep a copy in bf16 of every block's weights.
@@ -173,7 +173,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
         "FSDP_FORWARD_PREFETCH": "leave it out: FSDP2 gathers the next block by itself",
     }
     for name, way in ways.items():
-        if environ.get(name, "false").lower() in ("true", "1"):
+        if switched_on(environ, name):
             raise UserError(f"the launcher sets {name.lower()}: {way}")
     if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("the launcher sets dynamo_backend: use --compile")
@@ -194,7 +194,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
 def mesh_sizes(environ: Mapping[str, str], processes: int) -> tuple[int, int]:
     """(replicas, shards of each), as Accelerate's `parallelism_config` says. UserError unless they are all processes."""
     replicas, shards = 1, processes
-    if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() in ("true", "1"):
+    if switched_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         replicas, shards = (int(environ.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") or 1) for part in ("REPLICATE", "SHARD"))
     if replicas * shards != processes:
         raise UserError(

@@ -27,7 +27,7 @@ from trainer.backends.fsdp import shard_for_evaluation
 from trainer.backends.tensors import TensorEntry, TensorSource
 from trainer.backends.zero_parts import Fragments, Shares
 from trainer.command_line.sections import Optimisation
-from trainer.distributed.launch import DDP, Launch
+from trainer.distributed.launch import DDP, Launch, switched_on
 from trainer.errors import UserError, one_line, path_of
 from trainer.initial_weights import ALL_ROWS, Weights, replace_tensors, rows_of
 from trainer.optimisation import averages
@@ -58,7 +58,7 @@ class ZeroBackend(Backend):
     @staticmethod
     def requested(environ: Mapping[str, str]) -> bool:
         """By the variable that Accelerate's launcher sets."""
-        return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+        return switched_on(environ, "ACCELERATE_USE_DEEPSPEED")
 
     @staticmethod
     def before_connect(on_cpu: bool) -> None:

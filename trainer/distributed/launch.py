@@ -76,7 +76,7 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
         raise UserError("device mps: torch sees no Apple GPU here; use --device cpu")
     if device == "mps" and meeting is not None:
         raise UserError("device mps is for one process that python starts: Apple's GPUs have no collectives; use --device cpu")
-    launcher_uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    launcher_uses_cpu = switched_on(os.environ, "ACCELERATE_USE_CPU")
     has_gpu = torch.cuda.is_available() or (meeting is None and torch.backends.mps.is_available())
     on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not has_gpu
     # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
@@ -88,7 +88,7 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     before_connect(on_cpu)
     choose_interface(os.environ)
     if meeting is not None:
-        offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        offloads = switched_on(os.environ, "FSDP_OFFLOAD_PARAMS")
         backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo" if offloads else "nccl"
         own = dist.PrefixStore("default", meeting.store)
         dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.processes, timeout=timeout)
@@ -103,6 +103,11 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     store = meeting.store if meeting is not None else None
     place = (state.process_index, state.num_processes, state.local_process_index, state.device)
     return Launch(*place, control, store, restarted)
+
+
+def switched_on(environ: Mapping[str, str], name: str) -> bool:
+    """Whether a launcher, or a user, has set this variable to yes."""
+    return environ.get(name, "").lower() in ("true", "1", "yes")
 
 
 def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:

@@ -22,6 +22,7 @@ from trainer.command_line.config import Parsed
 from trainer.command_line.locations import with_absolute_paths
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.hardware import CARDS, Card, card_named
+from trainer.distributed.launch import switched_on
 from trainer.errors import UserError
 from trainer.planning.memory import BUCKETS, Way
 from trainer.recipe import Log, Recipe
@@ -65,7 +66,7 @@ def place_of(gpu: str | None, device: str, environ: Mapping[str, str], local_pro
             names = ", ".join(name.lower().removeprefix("rtx ").replace(" ", "-") for name in CARDS)
             raise UserError(f"gpu {gpu!r} is unknown; give its gigabytes, or one of {names}")
         return Place("GPU", Card(gigabytes, None), gigabytes)
-    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") if device == "auto" else device == "cpu"
+    on_cpu = switched_on(environ, "ACCELERATE_USE_CPU") if device == "auto" else device == "cpu"
     if torch.cuda.is_available() and not on_cpu:
         properties = torch.cuda.get_device_properties(0)
         known = CARDS.get(card_named(properties.name) or "", Card(0, None))
@@ -91,7 +92,7 @@ def way_of(environ: Mapping[str, str], settings: Optimisation, processes: int, p
         if precision == "fp16":
             raise UserError("mixed_precision fp16 is not for FSDP: use bf16 or no")
         replicas, shards = mesh_sizes(environ, processes)
-        offloads = environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1")
+        offloads = switched_on(environ, "FSDP_OFFLOAD_PARAMS")
         name = (f"HSDP, {replicas} replicas" if replicas > 1 else "FSDP2") + (", offload" if offloads else "")
         gathered = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("false", "0")
         offload = frozenset({"weights", "moments"} if offloads else ())

@@ -62,19 +62,20 @@ class ResultFile:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def write(self, piece: str, result: Result, **facts: Any) -> None:
-        """Add or replace the result of a piece. A kill at any moment leaves the old file or the new one."""
+        """Add or replace the result of a piece."""
         everything = self.read() | {piece: {"title": TITLES[piece], **facts, **asdict(result)}}
-        ordered = {letter: everything[letter] for letter in TITLES if letter in everything}
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        self._replace({letter: everything[letter] for letter in TITLES if letter in everything})
 
     def drop(self, piece: str) -> None:
         """Forget a result, so that it is measured again."""
-        rest = {letter: result for letter, result in self.read().items() if letter != piece}
-        if self.path.exists():
-            self.path.write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
+        self._replace({letter: result for letter, result in self.read().items() if letter != piece})
+
+    def _replace(self, results: dict[str, dict[str, Any]]) -> None:
+        """A kill at any moment leaves the old file or the new one."""
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
 
     def figure(self, piece: str, name: str) -> float | None:
         """A figure that an earlier piece has measured."""
