@@ -19,6 +19,7 @@ from launching import RECIPE, ROOT, environment
 from tiny_runs import TINY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.finetune_lm import Config, FinetuneLM
 from recipes.gpt2_wikitext import Gpt2Wikitext
@@ -139,6 +140,38 @@ def test_autocast_keeps_weights_that_are_recomputed_only_where_it_has_a_cache() 
     layer, weight = 1024 * 64 * 2, 64 * 64 * 2
     assert more.activations - less.activations == layer
     assert more_cached.activations - less_cached.activations == layer + weight
+
+
+class NextToken(Recipe[Any]):
+    """A causal language model of transformers."""
+
+    name = "next_token"
+
+    def loss(self, network: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"loss": network(input_ids=batch["ids"], use_cache=False).logits.float().sum()}
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="torch 2.9 counts no groups")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_row_of_a_mixture_of_experts_counts_for_each_expert_it_goes_to(family: str, precision: str) -> None:
+    """Chosen by the router, rows pass three matrices each, in fp32 whatever autocast says; how many experts there are to choose
+    from makes the router alone wider."""
+
+    def count(experts: int, chosen: int) -> MicroStep:
+        sizes = {"num_local_experts" if family == "mixtral" else "num_experts": experts, "num_experts_per_tok": chosen}
+        sizes |= {"intermediate_size": inner, "moe_intermediate_size": inner, "vocab_size": 100, "hidden_size": width}
+        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        batch = {"ids": torch.zeros(2, rows // 2, dtype=torch.int64)}
+        return count_micro_step(Objective(network, NextToken(), ["loss"]), batch, precision, on_gpu=False)[0]
+
+    width, inner, rows = 32, 48, 256
+    one, two, of_more = count(4, 1), count(4, 2), count(8, 2)
+    assert two.flops - one.flops == 6 * rows * 3 * width * inner
+    assert of_more.flops - two.flops == 6 * rows * width * 4
+    kept = rows * (width + 2 * inner + inner) * 4
+    assert kept <= two.activations - one.activations <= 3 * kept
 
 
 @pytest.mark.parametrize("gpu", [None, "h100"])
