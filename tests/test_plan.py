@@ -170,8 +170,8 @@ def test_a_row_of_a_mixture_of_experts_counts_for_each_expert_it_goes_to(family:
     one, two, of_more = count(4, 1), count(4, 2), count(8, 2)
     assert two.flops - one.flops == 6 * rows * 3 * width * inner
     assert of_more.flops - two.flops == 6 * rows * width * 4
-    kept = rows * (width + 2 * inner + inner) * 4
-    assert kept <= two.activations - one.activations <= 3 * kept
+    kept = rows * (width + 2 * inner + inner + inner + width) * 4  # into and out of the first product, the gate, the second
+    assert kept <= two.activations - one.activations <= 1.2 * kept
 
 
 @pytest.mark.parametrize("gpu", [None, "h100"])
