@@ -26,7 +26,7 @@ class Evaluate:
     """Measure a trained model: loss, top-1 and top-5 accuracy."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     split: Literal["train", "validation", "test"] | None = None
     """default: test where the data have one, else validation"""
     data_dir: Annotated[str | None, Existing] = None

@@ -29,7 +29,7 @@ class Evaluate:
     """Measure a trained model on every token of a file of ids."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     data_path: Annotated[str | None, Location(words=("embedded",))] = None
     """.ids, .bin or .npy of the same tokenizer, a pattern, a folder, text, or `embedded` (default: what it was validated on)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
