@@ -91,7 +91,11 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
 @pytest.mark.parametrize(
     ("rows", "template", "words"),
     [
-        ([{"question": "a"}], None, "a row has question: messages, prompt and completion, or text"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"question": "a"}],
+            None,
+            "line 2: it has question: messages, prompt and completion, or text",
+        ),
         ([{"messages": [{"role": "user", "content": "a"}]}], None, "messages need a chat template, and the tokenizer has none"),
         (
             [{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}],
@@ -108,9 +112,13 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
             TEMPLATE,
             r"nothing to learn for train \(1 row without text or answer passed over\)",
         ),
-        (['"hello"'], TEMPLATE, "a row is no JSON object: hello; mend it"),
-        (["5"], TEMPLATE, "5"),
-        ([{"messages": ["a", "b"]}], TEMPLATE, r'messages are no list of .*: {"messages": \["a", "b"\]}; mend them'),
+        (['"hello"'], TEMPLATE, r"train.jsonl, line 1 is no JSON object: hello; mend it"),
+        (["", "5"], TEMPLATE, "train.jsonl, line 2 is no JSON object: 5; mend it"),
+        (
+            [{"messages": ["a", "b"]}],
+            TEMPLATE,
+            r'train.jsonl, line 1: messages are no list of .*: {"messages": \["a", "b"\]}; mend them',
+        ),
         ([{"messages": {"role": "user"}}], TEMPLATE, "messages are no list"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}], TEMPLATE, "messages are no list"),
         ([{"messages": [{"content": "a"}]}], TEMPLATE, "messages are no list"),
@@ -119,6 +127,27 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
 def test_rows_that_cannot_be_learnt_from_are_refused(rows: Any, template: str | None, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         encoded(tmp_path / "rows", rows, tokenizer_of(template))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "txt"])
+def test_a_row_of_another_form_is_named_in_files_of_every_kind(kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    table, folder = datasets.Dataset.from_dict({"question": ["a river", "of"]}), tmp_path / "rows"
+    if kind == "saved":
+        datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for split in ("train", "validation"):
+            path = folder / f"{split}.{kind}"
+            table.to_parquet(path) if kind == "parquet" else path.write_text("a river")
+    named = {
+        "parquet": "train.parquet, row 1: it has question",
+        "saved": "rows, train, row 1: it has",
+        "txt": "train.txt: it has text",
+    }
+    with pytest.raises(ValueError, match=named[kind]):
+        encode_rows(find_rows("", [str(folder)]), tokenizer_of(), "story")
 
 
 def split_of(*examples: list[int]) -> TokenSplit:
