@@ -246,8 +246,8 @@ def resolve(path: str, runs: Mapping[str, Path]) -> Path:
     plain = re.sub(ENDINGS, "", path)
     given, tried = Path(plain).expanduser(), ""
     for name, folder in list(runs.items())[:1]:
-        own = folder / plain.removeprefix("checkpoints/")
-        tried = f", and {name} has no {own}" if own != given else ""
+        own = folder / (short := plain.removeprefix("checkpoints/"))
+        tried = f", and {name} has no {own}" if "/" not in short else ""
         if not given.is_dir() and own.is_dir():
             given = own
     if given.is_dir():
