@@ -1,4 +1,4 @@
-"""Collatz trajectories: `accelerate launch recipes/collatz.py [train|predict|analyse] ...`
+"""Collatz trajectories: `accelerate launch recipes/collatz.py [train|evaluate|predict|analyse] ...`
 
 A sample is the parity vector of a number. One head predicts the next parity, the other how many steps lead to 1.
 """

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from recipes.commands.finetuned_lm import Evaluate, Generate, compare_answers, evaluate, generate
+from recipes.commands.finetuned_lm import Evaluate, Generate, bigram, compare_answers, evaluate, generate
 from recipes.commands.language_model import perplexity
 from trainer.command_line import sections
 from trainer.command_line.bounds import NotNegative, Positive
@@ -101,8 +101,17 @@ class FinetuneReport(Report[Config]):
 
     loss_unit = "nats per predicted token"
 
+    def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
+        """A bigram of the training examples on the same tokens, which has learnt the answers' form; none for large files."""
+        from recipes.models.causal_lm import config_of
+
+        assert config.model.architecture
+        return bigram(data.train, data.evaluation["val"], config_of(config.model.architecture).vocab_size)
+
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """Answers of the first validation examples, before and after, beside the reference."""
+        """The bigram's loss; answers of the first validation examples, before and after, beside the reference."""
+        if baseline := self.baseline(config, data):
+            log(f"validation: {baseline[0]} on the same tokens has {baseline[1]:.4f} nats per predicted token")
         if config.run.samples:
             compare_answers(self.recipe, config, data, checkpoint, log)
 

@@ -34,7 +34,7 @@ class ModelConfig:
     """The network."""
 
     vocab_size: Annotated[int, Positive] = 10_000
-    """entries of the tokenizer that produced the ids"""
+    """entries of the tokenizer that produced the ids, or somewhat more"""
     context_length: Annotated[int, Positive] = 256
     """tokens of a window, and the most the model attends to"""
     d_model: Annotated[int, Positive] = 512

@@ -6,6 +6,7 @@ The ranks of several processes are simulated one after another, by a control gro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,16 @@ import torch
 from torch import nn
 from toy_recipe import ToyRecipe
 
+from trainer import main
 from trainer.checkpoints.network import build_network
 from trainer.command_line import config
 from trainer.data import loader
-from trainer.distributed.launch import Launch
+from trainer.distributed.launch import Launch, connect
+from trainer.errors import UserError
 from trainer.evaluation.exact import evaluate
 from trainer.evaluation.objective import Objective
+from trainer.reporting.console import Console
+from trainer.reporting.trackers import read_metrics
 
 RECIPE = ToyRecipe()
 SETTINGS = config.parse(RECIPE.config_class, {}, ["--dropout", "0.5"], RECIPE.name).config
@@ -136,3 +141,26 @@ def test_an_evaluation_whose_data_do_not_come_is_left_with_all_others(
     launch = Launch(rank=0, processes=1, local_rank=0, device=torch.device("cpu"), control=Rank())
     assert evaluate(model, RECIPE, WEIGHTS, VALIDATION, 2, SETTINGS.run, launch, votes) is None
     assert votes.seen == ["cast", "asked", "cast", "asked"]  # as often as on a rank that has its data
+
+
+def test_every_recipe_has_an_evaluate_that_gives_what_training_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv, launch = ["--max_steps", "3", "--run_name", "mine"], connect("cpu", 1)
+    main.train(RECIPE, config.parse(RECIPE.config_class, {}, argv, RECIPE.name), argv, launch, Console(None, True))
+    trained = read_metrics(Path("runs/toy/mine/metrics.jsonl"))[-1]
+    capsys.readouterr()
+
+    def output(*argv: str) -> str:
+        command, flags = main.read_command_line(RECIPE, ["evaluate", "--model_path", "checkpoint_final", *argv])
+        main.commands_of(RECIPE)[command].run(RECIPE, flags, launch, print)
+        return capsys.readouterr().out
+
+    expected = [f"{name.removeprefix('final/val_')} {value:.4f}" for name, value in trained.items() if "final/val_" in name]
+    assert len(expected) > 2
+    said = f"Evaluating {tmp_path}/runs/toy/mine/checkpoints/checkpoint_step_3 on 1 process\n"
+    assert output() == f"{said}val: {', '.join(expected)} over {len(VALIDATION)} samples, each once\n"
+    assert output("--split", "val", "--batch_size", "3") == output()
+    with pytest.raises(UserError, match="toy has no set tset; build_data gives: val"):
+        output("--split", "tset")

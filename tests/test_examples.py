@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import TEMPLATE, WORDS
 
 from recipes.data.examples import IGNORED, PackedExamples, encode_rows, find_rows, load_chat_tokenizer
@@ -91,7 +92,11 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
 @pytest.mark.parametrize(
     ("rows", "template", "words"),
     [
-        ([{"question": "a"}], None, "a row has question: messages, prompt and completion, or text"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"question": "a"}],
+            None,
+            "line 2: it has question: messages, prompt and completion, or text",
+        ),
         ([{"messages": [{"role": "user", "content": "a"}]}], None, "messages need a chat template, and the tokenizer has none"),
         (
             [{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}],
@@ -108,9 +113,13 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
             TEMPLATE,
             r"nothing to learn for train \(1 row without text or answer passed over\)",
         ),
-        (['"hello"'], TEMPLATE, "a row is no JSON object: hello; mend it"),
-        (["5"], TEMPLATE, "5"),
-        ([{"messages": ["a", "b"]}], TEMPLATE, r'messages are no list of .*: {"messages": \["a", "b"\]}; mend them'),
+        (['"hello"'], TEMPLATE, r"train.jsonl, line 1 is no JSON object: hello; mend it"),
+        (["", "5"], TEMPLATE, "train.jsonl, line 2 is no JSON object: 5; mend it"),
+        (
+            [{"messages": ["a", "b"]}],
+            TEMPLATE,
+            r'train.jsonl, line 1: messages are no list of .*: {"messages": \["a", "b"\]}; mend them',
+        ),
         ([{"messages": {"role": "user"}}], TEMPLATE, "messages are no list"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}], TEMPLATE, "messages are no list"),
         ([{"messages": [{"content": "a"}]}], TEMPLATE, "messages are no list"),
@@ -119,6 +128,27 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_once(tmp_path: Path)
 def test_rows_that_cannot_be_learnt_from_are_refused(rows: Any, template: str | None, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         encoded(tmp_path / "rows", rows, tokenizer_of(template))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "txt"])
+def test_a_row_of_another_form_is_named_in_files_of_every_kind(kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    table, folder = datasets.Dataset.from_dict({"question": ["a river", "of"]}), tmp_path / "rows"
+    if kind == "saved":
+        datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for split in ("train", "validation"):
+            path = folder / f"{split}.{kind}"
+            table.to_parquet(path) if kind == "parquet" else path.write_text("a river")
+    named = {
+        "parquet": "train.parquet, row 1: it has question",
+        "saved": "rows, train, row 1: it has",
+        "txt": "train.txt: it has text",
+    }
+    with pytest.raises(ValueError, match=named[kind]):
+        encode_rows(find_rows("", [str(folder)]), tokenizer_of(), "story")
 
 
 def split_of(*examples: list[int]) -> TokenSplit:
@@ -135,6 +165,14 @@ def test_examples_lie_side_by_side_each_from_position_0() -> None:
         "labels": [[IGNORED, 3, 0, 5, 6, 0], [8, 0, IGNORED, IGNORED, IGNORED, IGNORED]],
         "position_ids": [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]],
     }
+
+
+def test_what_a_bigram_is_measured_on_is_what_the_network_predicts() -> None:
+    packed = PackedExamples(split_of([-2, -3, 3, 0], [7, 8, 0], [-5, 5, 6, 0]), length=7, vocab_size=9, packing=True)
+    ids, predicted = packed.predicted()
+    assert ids.tolist() == [1, 2, 3, 0, 7, 8, 0, 4, 5, 6, 0]
+    labels = torch.cat([packed.__getitems__([row])["labels"].flatten() for row in range(len(packed))])
+    assert ids[predicted].tolist() == labels[labels >= 0].tolist() == [3, 0, 8, 0, 5, 6, 0]
 
 
 def test_long_text_goes_on_and_a_long_example_is_cut() -> None:

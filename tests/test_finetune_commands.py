@@ -39,6 +39,7 @@ def test_the_quick_preset_shows_answers_before_and_after(outputs: tuple[Path, di
     code, text = outputs[1]["quick"]
     assert code == 0, text
     assert "Initial weights from tiny" in text
+    assert re.search(r"validation: Kneser-Ney bigram on the same tokens has [12]\.\d{4} nats per predicted token", text)
     for name in ("given: Question: ", "reference: ", "before: ", "after: "):
         assert text.count(name) == 2, name
 

@@ -65,6 +65,14 @@ def test_the_plan_of_a_tiny_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "nothing is trained"
 
 
+def test_a_plan_needs_no_place_for_its_picture(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lines = planned(Gpt2Wikitext(), [*TINY["gpt2"][1](tmp_path), "--max_steps", "50"], tmp_path / "file")
+    (optimizer,) = (line for line in lines if line.startswith("Optimizer"))
+    assert optimizer.endswith(f"not drawn in {tmp_path}/file/run_learning_rate.png (File exists)")
+    assert lines[-1].startswith("1 x"), "the rest is there"
+
+
 def of_a_billion(accumulates: bool = False, trained: int = 4_000_000_000) -> Footprint:
     count = MicroStep(0, 0, 0.0)
     return Footprint(4_000_000_000, trained, 2 * trained, (0, 0), (0, 0), count, count, accumulates)

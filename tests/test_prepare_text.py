@@ -92,6 +92,11 @@ def test_ids_are_the_text_again_with_every_document_ended(stories: Path, prepare
     assert 0.009 < len(documents["valid"]) / len(texts) < 0.011
     streams = open_streams([(str(prepared / "train.ids"), 1.0)], [(str(prepared / "valid.ids"), 1.0)], None, 320, 64)
     assert streams.tokenizer_json == (prepared / "tokenizer.json").read_text()
+    for vocab_size, said in ((320, False), (384, False), (10_000, True)):  # as they are, padded, and the default
+        sets = [[(str(prepared / f"{name}.ids"), None)] for name in ("train", "valid")]
+        notes = open_streams(*sets, None, vocab_size, 64).notes
+        note = f"vocab_size {vocab_size}: the tokenizer has 320 entries alone; --vocab_size 320 would do"
+        assert (note in notes) == said
 
 
 def test_two_workers_give_the_same_files(stories: Path, prepared: Path) -> None:

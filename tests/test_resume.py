@@ -19,6 +19,8 @@ import yaml
 from safetensors.torch import load_file
 
 from recipes.gpt2_wikitext import Gpt2Wikitext
+from trainer.checkpoints.checkpoint import resolve
+from trainer.checkpoints.network import find_checkpoint
 from trainer.checkpoints.writing import Share
 from trainer.command_line import config as configuration
 from trainer.distributed.launch import connect
@@ -506,6 +508,43 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(data: Pat
     error = refused(*flags(data, halfway, "--resume_from", "checkpoint_step_999"))
     assert "checkpoint_step_999" in str(error)
     assert str(halfway / "checkpoints" / "checkpoint_step_8") in str(error)
+
+
+def test_a_command_takes_the_checkpoint_of_the_latest_run_or_none(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--stop_at_step", "1"]
+    launch(*flags(data, None, "--run_name", "first", *short))
+    launch(*flags(data, None, "--run_name", "second", "--checkpoint_dir", "elsewhere", *short))
+    Path("runs/gpt2_wikitext/plan_learning_rate.png").touch()  # as --plan leaves it
+
+    def found(model_path: str) -> Path:
+        return find_checkpoint(Quiet(), model_path, connect("cpu", 1))[0].path
+
+    for path in ("checkpoints/checkpoint_step_1", "checkpoint_step_1.pt", "elsewhere/checkpoint_step_1"):
+        assert found(path) == tmp_path / "elsewhere" / "checkpoint_step_1"
+    shutil.rmtree(tmp_path / "elsewhere")
+    with pytest.raises(UserError) as caught:
+        found("checkpoints/checkpoint_step_1")
+    missing, other = tmp_path / "elsewhere" / "checkpoint_step_1", "runs/gpt2_wikitext/first/checkpoints/checkpoint_step_1"
+    assert str(caught.value) == (
+        "no checkpoint folder at checkpoints/checkpoint_step_1, and the latest run (runs/gpt2_wikitext/second) has no "
+        f"{missing}; there are: {other}"
+    )
+
+
+def test_of_many_checkpoints_three_are_named_those_beside_the_typed_path_first(tmp_path: Path) -> None:
+    runs = {name: tmp_path / name for name in ("typed", "latest", "older")}
+    for folder in runs.values():
+        for name in ("best_model", "checkpoint_step_1"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "manifest.json").touch()
+    del runs["typed"]
+    with pytest.raises(UserError) as caught:
+        resolve(f"{tmp_path}/typed/best_modle", runs)
+    named = [f"{tmp_path}/{name}" for name in ("typed/best_model", "typed/checkpoint_step_1", "latest/best_model")]
+    assert str(caught.value) == f"no checkpoint folder at {tmp_path}/typed/best_modle; there are: {', '.join(named)}"
 
 
 def test_another_recipes_checkpoint_is_refused(data: Path, halfway: Path) -> None:

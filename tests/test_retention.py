@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 from toy_recipe import ToyRecipe
 
-from trainer.checkpoints import retention
+from trainer.checkpoints import retention, saving, writing
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.command_line import config
 from trainer.distributed.launch import connect
@@ -60,3 +61,19 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_training_goes_
     seconds = {row["step"]: row["checkpoint/seconds"] for row in rows if "checkpoint/seconds" in row}
     assert list(seconds) == list(range(1, 8))
     assert all(0 < value < 60 for value in seconds.values())
+
+
+def test_a_save_that_fails_tells_which_checkpoint_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = saving.commit
+
+    def full(folder: Path, name: str, reports: Sequence[writing.Report]) -> str | None:
+        return commit(folder, name, reports) if name.endswith(("_2", "_4")) else f"checkpoint {name} could not be written"
+
+    monkeypatch.setattr(saving, "commit", full)
+    argv = ["--max_steps", "4", "--save_every", "1", "--save_sync", "--output_dir", str(tmp_path)]
+    recipe, output = ToyRecipe(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        parsed = config.parse(recipe.config_class, recipe.presets, argv, recipe.name)
+        train(recipe, parsed, argv, connect("cpu", 1), Console(None, True))
+    assert "_1 could not be written. Training goes on; this run has no checkpoint yet\n" in output.getvalue()
+    assert "_3 could not be written. Training goes on; that of step 2 stays\n" in output.getvalue()

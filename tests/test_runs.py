@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
+from launching import ROOT, environment
 from matplotlib.image import imread
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -46,6 +48,18 @@ def test_the_table_has_a_line_for_each_run_and_the_flags_that_differ(folder: Pat
     runs.main([str(folder)])
     (other,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("vit/quick"))
     assert "=" not in other  # flags are compared within a recipe
+
+
+def test_a_run_that_was_killed_is_not_said_to_be_running(folder: Path) -> None:
+    write_run(folder / "gpt" / "slow", 64, [4.0], "running")
+    hold = "import sys; from pathlib import Path; from trainer.reporting.lock import Lock; Lock(Path(sys.argv[1])).acquire(); "
+    command = [sys.executable, "-c", f"{hold}print(flush=True); sys.stdin.read()", str(folder / "gpt" / "slow")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment()) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"\n"
+        assert runs.summary_of(folder / "gpt" / "slow").state == "running"
+        run.kill()
+    assert runs.summary_of(folder / "gpt" / "slow").state == "killed"
 
 
 class Page(HTMLParser):

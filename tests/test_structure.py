@@ -21,6 +21,7 @@ LAYERS = (
     "main",
     "planning",
     "launched_run",
+    "evaluate",
     "debugging",
     "loop",
     "setup",

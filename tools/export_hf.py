@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def export(checkpoint_path: str, out: Path, tokenizer: str | None = None, adapter: bool = False) -> None:
     """Write the folder, completely or not at all. Raises UserError, OSError or ValueError."""
-    checkpoint, out = Checkpoint(resolve(checkpoint_path, [])), out.resolve()
+    checkpoint, out = Checkpoint(resolve(checkpoint_path, {})), out.resolve()
     checkpoint.verify()
     recipe, config = checkpoint.state["recipe"], checkpoint.config
     if recipe not in ("tinystories_lm", "gpt2_wikitext", "finetune_lm"):

@@ -19,6 +19,7 @@ import yaml
 
 from trainer.command_line.locations import argument_path
 from trainer.errors import UserError
+from trainer.reporting.lock import was_killed
 from trainer.reporting.plot import curve, draw_runs
 from trainer.reporting.trackers import read_metrics
 
@@ -80,12 +81,13 @@ def summary_of(path: Path) -> RunSummary:
     """Of one run directory, whatever is missing there."""
     rows = read_metrics(path / "metrics.jsonl")
     status, config = (_mapping(path / name) for name in ("status.json", "config.yaml"))
+    state = str(status.get("state", "running or killed"))
     losses = [value for value in curve(rows, "eval/val_loss")[1] if not math.isnan(value)]
     rates = [(name, value) for row in rows for name, value in row.items() if name.endswith("_per_sec")]
     unit, rate = rates[-1] if rates else ("", math.nan)
     return RunSummary(
         name="/".join(path.resolve().parts[-2:]),
-        state=status.get("state", "running or killed"),
+        state="killed" if state.startswith("running") and was_killed(path) else state,
         step=max((row["step"] for row in rows), default=0),
         best=min(losses, default=math.nan),
         last=([math.nan] + curve(rows, "train/loss")[1])[-1],

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ from trainer.command_line.secrets import redact, without_urls
 from trainer.distributed.ranks import adopt_ranks, without_local_rank
 from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
 from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, user_error
+from trainer.evaluate import Evaluate, evaluate
 from trainer.planning.flags import PLAN_HELP, PlanFlags, take_plan_flags
-from trainer.recipe import Recipe
+from trainer.recipe import Command, Recipe
 from trainer.reporting.console import Console
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
             from trainer.distributed.peers import explained
 
             with explained(launch):
-                recipe.commands[command].run(recipe, flags, launch, console.log)
+                commands_of(recipe)[command].run(recipe, flags, launch, console.log)
     except KeyboardInterrupt:
         code = INTERRUPTED
         console.error("interrupted before anything was changed")
@@ -129,20 +130,26 @@ def report_error(error: Exception, console: Console, alike: bool = True) -> int:
     return 1
 
 
+def commands_of(recipe: Recipe) -> Mapping[str, Command]:
+    """The sub-commands beside `train`: `evaluate`, and the recipe's own, among which may be another `evaluate`."""
+    return {"evaluate": Command(Evaluate, evaluate), **recipe.commands}
+
+
 def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
     """(sub-command, its flags): a Parsed for `train`."""
+    commands = commands_of(recipe)
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     rest = argv[1:] if argv and not argv[0].startswith("-") else argv
-    if help.asked_for(rest) and command in ("train", *recipe.commands):
+    if help.asked_for(rest) and command in ("train", *commands):
         if int(os.environ.get("RANK") or 0) == 0:
             print(help_text(recipe, command, everything="all" in rest))
         sys.exit(0)
     if command == "train":
         return command, configuration.parse(recipe.config_class, recipe.presets, rest, recipe.name)
-    if command not in recipe.commands:
-        known = ", ".join(["train", *recipe.commands])
+    if command not in commands:
+        known = ", ".join(["train", *commands])
         raise UserError(f"unknown sub-command {without_urls(command)!r}; {recipe.name} has: {known}")
-    chosen = recipe.commands[command]
+    chosen = commands[command]
     return command, configuration.parse_flat(chosen.flags, rest, f"{recipe.name} {command}", chosen.presets)
 
 
@@ -150,10 +157,11 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
     """What `--help` prints for a sub-command."""
     file = sys.argv[0]
     train = f"{file} {recipe.needs}".strip()
+    known = commands_of(recipe)
     if command != "train":
-        chosen = recipe.commands[command]
+        chosen = known[command]
         return help.text(chosen.flags, f"python {file} {command}", chosen.presets)
-    commands = {name: (command.flags.__doc__ or "").strip().partition("\n")[0] for name, command in recipe.commands.items()}
+    commands = {name: (command.flags.__doc__ or "").strip().partition("\n")[0] for name, command in known.items()}
     best = f"runs/{recipe.name}/mine/checkpoints/best_model"
     examples = [
         *(f"python {file} --preset {preset}" for preset in recipe.presets),
@@ -161,11 +169,7 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
         f"python {train} --plan --gpu h100    # what it would take; of a launch of many: tools/plan.py",
         f"python {train} --run_name mine --max_training_hours 8    # and once more, to go on",
         f"python {file} --run_name other --init_from {best} --seed 1",
-        *(
-            f"python {file} {name} --model_path {best}"
-            for name in commands
-            if help.takes(recipe.commands[name].flags, "model_path")
-        ),
+        *(f"python {file} {name} --model_path {best}" for name in commands if help.takes(known[name].flags, "model_path")),
     ]
     return help.text(recipe.config_class, f"python {file}", recipe.presets, commands, examples, everything, PLAN_HELP)
 

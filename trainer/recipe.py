@@ -166,6 +166,7 @@ class Recipe(Generic[ConfigT]):
     presets: Mapping[str, Path] = {}
     """YAML files by short name, for `--preset NAME`"""
     commands: Mapping[str, Command] = {}
+    """sub-commands beside `train` and `evaluate`, by name; one called `evaluate` takes the place of the usual one"""
     needs: str = ""
     """flags that a command line without a preset cannot do without, for the examples of `--help`"""
     checkpoint_prefix: str = "checkpoint_step_"

@@ -34,7 +34,7 @@ class Visualise:
     """Plot the bias of a trained model (as a matrix, and by offset) and its attention; print statistics of the bias."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     plots_dir: Annotated[str | None, ToMake] = None
     """folder of the plots (default: plots/ of the run)"""
     images: Annotated[int, NotNegative] = 4

@@ -40,7 +40,7 @@ class Predict:
     numbers: Positional[tuple[str, ...]]
     """decimal numbers of any size"""
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     device: Device = "auto"
 
 
@@ -49,7 +49,7 @@ class Analyse:
     """Measure a trained model on held-out numbers, and draw its errors, confusions and states."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     numbers: int | None = None
     """held-out numbers, others than those measured in training (default: 4096, fewer in a small val_span)"""
     output_dir: Annotated[str | None, ToMake] = None

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from recipes.commands.language_model import Sampling, SplitEvaluation, check_sampling, perplexity, trained_network
 from trainer.command_line.bounds import NotNegative, Positive
 from trainer.errors import UserError
+from trainer.evaluate import measured
 from trainer.recipe import Data, Log, Recipe
 
 if TYPE_CHECKING:
+    from recipes.data.examples import PackedExamples
     from trainer.distributed.launch import Launch
+
+BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count than it is worth
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,26 @@ class Generate(Sampling):
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import find_checkpoint
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
     config = flags.applied_to(config, str(checkpoint.path))
     data = load_data(recipe, config, launch)
     split, dataset = flags.chosen(config, data)
-    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
-    loss = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)["loss"]
+    loss = measured(recipe, checkpoint, config, data, {split: dataset}, flags.batch_size, launch, log)[split]["loss"]
     log(f"{split}: {loss:.4f} nats per predicted token, perplexity {perplexity(loss):.2f}, over {len(dataset):,} samples")
+
+
+def bigram(train: PackedExamples, validation: PackedExamples, vocab_size: int) -> tuple[str, float] | None:
+    """(name, nats per predicted token) of a bigram of the training examples; None where some tokens are cut off, or it would
+    take long to count."""
+    from recipes.baselines.ngrams import bigram_loss
+
+    if validation.cut or validation.left_out or max(len(train.ids), len(validation.ids)) > BIGRAM_TOKENS:
+        return None
+    ids, mask = validation.predicted()
+    return "Kneser-Ney bigram", bigram_loss(train.predicted()[0], ids, vocab_size, mask)
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:

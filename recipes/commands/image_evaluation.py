@@ -14,6 +14,7 @@ from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing
 from trainer.command_line.sections import Device
 from trainer.errors import UserError
+from trainer.evaluate import measured
 from trainer.recipe import Batch, Data, Log, Recipe
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Evaluate:
     """Measure a trained model: loss, top-1 and top-5 accuracy."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     split: Literal["train", "validation", "test"] | None = None
     """default: test where the data have one, else validation"""
     data_dir: Annotated[str | None, Existing] = None
@@ -38,7 +39,7 @@ class Evaluate:
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import find_checkpoint
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -55,9 +56,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     dataset = {"train": data.train.without_augmentation(), "validation": data.evaluation["val"], "test": data.test}[split]
     if dataset is None:
         raise UserError(f"{config.data.dataset} has no test split; use --split validation")
-    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
-    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    result = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)
+    result = measured(recipe, checkpoint, config, data, {split: dataset}, flags.batch_size, launch, log)[split]
     log(f"{split}: {accuracies_in(result)}, loss {result['loss']:.4f} nats per image over {len(dataset):,} images, each once")
 
 

@@ -29,7 +29,7 @@ class Sampling:
     """How to continue a prompt, for any language model."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     prompt: str = ""
     temperature: Annotated[float, NotNegative] = 0.8
     """0: the likeliest token each time"""
@@ -44,7 +44,7 @@ class SplitEvaluation:
     """Which split of which data a language model of text is measured on."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     split: Literal["train", "validation", "test"] | None = None
     """default: test, or validation where there is no test text"""
     dataset: str | None = None

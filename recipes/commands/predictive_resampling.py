@@ -29,7 +29,7 @@ class Predict:
     """Give a trained model a few pairs of one task, and compare the posterior it implies with the exact one."""
 
     model_path: Annotated[str, Existing] = "checkpoints/checkpoint_final"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     observed: Annotated[int, NotNegative] = 8
     """pairs given"""
     future: Annotated[int | None, Positive] = None

@@ -41,7 +41,7 @@ class Evaluate:
     """Compare a trained model with ridge and dMMSE: squared errors, distances and likelihoods, with standard errors."""
 
     model_path: Annotated[str, Existing] = "checkpoints/checkpoint_final"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     eval_sequences: Annotated[int, AtLeast(2)] = 10_000
     """fresh sequences per distribution"""
     eval_batch: Annotated[int, Positive, arg(aliases=("--batch_size", "--batch"))] = 256

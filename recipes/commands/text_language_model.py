@@ -14,6 +14,7 @@ from recipes.data.token_sets import windows_of
 from trainer.command_line.bounds import NotNegative, Positive
 from trainer.command_line.locations import Tokenizer
 from trainer.errors import UserError
+from trainer.evaluate import measured
 from trainer.recipe import Data, Log, Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Generate(Sampling):
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
     from recipes.data.token_samples import TokenBlocks
-    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import find_checkpoint
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -61,11 +62,9 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
         except ValueError as reason:
             raise UserError(f"--{reason}") from None
         config = replace(config, data=replace(config.data, packing="blocks"))
-    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
-    result = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)
+    loss = measured(recipe, checkpoint, config, data, {split: dataset}, flags.batch_size, launch, log)[split]["loss"]
     if launch.is_main:
-        log_perplexities(text, split, config, result["loss"], log)
+        log_perplexities(text, split, config, loss, log)
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:

@@ -14,6 +14,7 @@ from trainer.command_line.bounds import Positive
 from trainer.command_line.locations import Existing, Location, Tokenizer
 from trainer.command_line.sections import Device
 from trainer.errors import UserError
+from trainer.evaluate import measured
 from trainer.recipe import Data, Log, Recipe
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Evaluate:
     """Measure a trained model on every token of a file of ids."""
 
     model_path: Annotated[str, Existing] = "checkpoints/best_model"
-    """checkpoint folder, as given or below the latest run"""
+    """checkpoint folder, as given or of the latest run"""
     data_path: Annotated[str | None, Location(words=("embedded",))] = None
     """.ids, .bin or .npy of the same tokenizer, a pattern, a folder, text, or `embedded` (default: what it was validated on)"""
     batch_size: Annotated[int, Positive, arg(aliases=("--batch",))] = 64
@@ -48,7 +49,7 @@ class Generate(Sampling):
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     """The `evaluate` sub-command: exact on any number of processes."""
-    from trainer.checkpoints.network import evaluate_objective, find_checkpoint, load_for_evaluation
+    from trainer.checkpoints.network import find_checkpoint
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -60,14 +61,12 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
         raise UserError(f"{checkpoint.path} holds no tokenizer.json to read text with; give a --data_path of its own ids")
     config = replace(config, data=replace(config.data, **paths, tokenizer=tokenizer, sampling="random"))
     data = load_data(recipe, config, launch)
-    log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")
-    objective = load_for_evaluation(recipe, checkpoint, config, data, launch)
     but = " but those that begin a document" if config.data.document_mask else ""
-    for name, dataset in data.evaluation.items():
-        if name != "train":
-            result = evaluate_objective(recipe, objective, config, dataset, launch, flags.batch_size)
-            losses = f"{result['loss']:.4f} nats per token over {dataset.ids.count - 1:,} tokens{but}"
-            log(f"{dataset.ids.name}: {losses}, each once; perplexity {result['perplexity']:.2f}")
+    sets = {name: dataset for name, dataset in data.evaluation.items() if name != "train"}
+    for name, result in measured(recipe, checkpoint, config, data, sets, flags.batch_size, launch, log).items():
+        ids = sets[name].ids
+        losses = f"{result['loss']:.4f} nats per token over {ids.count - 1:,} tokens{but}"
+        log(f"{ids.name}: {losses}, each once; perplexity {result['perplexity']:.2f}")
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:

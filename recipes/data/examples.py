@@ -5,7 +5,6 @@ Only what the model is to say is predicted: the completion, or an answer of the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from recipes.data.hub import one_line
 from recipes.data.instructions import instruction_rows
 from recipes.data.text import TokenSplit
 from recipes.data.text_corpus import Corpus, Reading, find_corpus
+from recipes.data.text_files import place_of
 from recipes.data.text_sources import SPLITS
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -49,7 +49,7 @@ def load_chat_tokenizer(name: str, corpus: Corpus) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name == "train":
-        rows = (_object(row) for split, row, _ in corpus.rows(Counter()) if split == "train" and row.strip())
+        rows = (json.loads(row) for split, row, _ in corpus.rows(Counter()) if split == "train" and row.strip())
         texts = (text for row in rows for text in row.values() if isinstance(text, str))
         trained = train_tokenizer(texts, TRAINED_ENTRIES)
         return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
@@ -99,7 +99,10 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
 
     def examples() -> Iterator[tuple[str, Example]]:
         for split, row, _ in rows:
-            found = list(_examples_of(row, tokenizer, column)) if row.strip() else []
+            try:
+                found = list(_examples_of(row, tokenizer, column)) if row.strip() else []
+            except ValueError as error:
+                raise ValueError(f"{place_of(row, corpus.sources)}: {error}") from error
             without["blank"] += not found and bool(row.strip())
             yield from ((split, example) for example in found)
 
@@ -125,7 +128,7 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
 
 def _examples_of(text: str, tokenizer: Any, column: str) -> Iterator[Example]:
     """The examples of a row: each answer of a conversation is one, after all that was said before it."""
-    row = _object(text)
+    row = json.loads(text)
     given = {key: value for key, value in row.items() if value is not None}
     if "messages" in given:
         if not _is_conversation(given["messages"]):
@@ -144,17 +147,7 @@ def _examples_of(text: str, tokenizer: Any, column: str) -> Iterator[Example]:
         if str(given[column]).strip():
             yield "", str(given[column]), False
     elif column not in row:
-        raise ValueError(f"a row has {', '.join(row)}: messages, prompt and completion, or {column} (--column) are needed")
-
-
-def _object(text: str) -> dict[str, Any]:
-    """A row from its JSON; a string comes without its quotes. ValueError for what is no object."""
-    row = None
-    with contextlib.suppress(ValueError):
-        row = json.loads(text)
-    if not isinstance(row, dict):
-        raise ValueError(f"a row is no JSON object: {text[:80]}; mend it")
-    return row
+        raise ValueError(f"it has {', '.join(row)}: messages, prompt and completion, or {column} (--column) are needed")
 
 
 def _is_conversation(messages: Any) -> bool:
@@ -261,6 +254,13 @@ class PackedExamples:
         if not self.packing:
             del batch["position_ids"]
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def predicted(self) -> tuple[np.ndarray, np.ndarray]:
+        """(the ids of all examples end to end, int64; which of them are predicted where none was cut, bool): [ids] each."""
+        ids = np.asarray(self.ids, dtype=np.int64)
+        mask = ids >= 0
+        mask[np.concatenate([[0], self.split.row_ends[:-1]])] = False
+        return np.maximum(ids, -1 - ids), mask
 
     def text_of(self, example: int) -> tuple[list[int], list[int]]:
         """(what is given, what is to be said) of an example, as ids. Of plain text the first quarter is taken as given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Corpus:
     """all rows, split by split or mixed; counts rows without text, by source"""
     notes: list[str]
     """what the user should know of it"""
+    sources: Sequence[Source] = ()
+    """what is read; none where the text is embedded"""
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,14 @@ def _local_corpus(inputs: Sequence[str], validation: Sequence[str], reading: Rea
         return _split_rows(splits, reading, without, piece)
 
     size = sum(source.size_bytes or sum(path.stat().st_size for path in source.files) for source in splits["train"])
-    return _with_validation(few(inputs), digest, rows_of, splits.keys(), size, reading, notes)
+    return _with_validation(few(inputs), digest, rows_of, splits, size, reading, notes)
 
 
 def _with_validation(
     name: str,
     digest: str,
     rows_of: Callable[[Counter[str], int | None], Iterator[Row]],
-    splits: Collection[str],
+    splits: Mapping[str, list[Source]],
     size: int,
     reading: Reading,
     notes: list[str],
@@ -103,8 +105,9 @@ def _with_validation(
 
     `rows_of` takes the characters that a long row is cut at, too.
     """
+    sources = [source for split in splits.values() for source in split]
     if "validation" in splits:
-        return Corpus(digest, lambda without: rows_of(without, None), notes)
+        return Corpus(digest, lambda without: rows_of(without, None), notes, sources)
     share = min(HELD_OUT, MOST_HELD_OUT / max(1, size))
     piece = piece_size(size, share)
     wanted = [split for split in reading.held_out if split not in splits]
@@ -115,6 +118,7 @@ def _with_validation(
         content_hash(digest, "held out", f"{share:.6g}"),
         lambda without: _hold_out(rows_of(without, cut), wanted, share, piece),
         [*notes, f"{name} has no validation text: {held}"],
+        sources,
     )
 
 
@@ -228,7 +232,7 @@ def _hub_corpus(dataset: str, reading: Reading, cache: Path) -> Corpus:
         return _split_rows(splits, reading, without, piece)
 
     digest = content_hash(repr(reading), name, known["commit"])
-    return _with_validation(dataset, digest, rows_of, splits.keys(), known["size"], reading, notes)
+    return _with_validation(dataset, digest, rows_of, splits, known["size"], reading, notes)
 
 
 def _facts_of(name: str, opened: HubDataSet, reading: Reading) -> dict[str, Any]:

@@ -38,11 +38,24 @@ def rows(source: Source, column: str | None, read: Read, without: Counter[str]) 
 
     ValueError, in one line that names the place, for what is not text, and for a source that has no text at all.
     """
+    return checked_texts(_rows(source, column, read), source.name, column, without)
+
+
+def _rows(source: Source, column: str | None, read: Read) -> Iterator[Row]:
     if source.split:
-        values = _data_set_rows(source, column)
-    else:
-        values = (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, read)
-    return checked_texts(values, source.name, column, without)
+        return _data_set_rows(source, column)
+    return (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, read)
+
+
+def place_of(row: str, sources: Iterable[Source]) -> str:
+    """Where a row that was read whole stands first, for an error: file and line. The sources are read again to find it."""
+    for source in sources:
+        if source.is_plain:
+            return source.name
+        for place, text, _ in _rows(source, None, no_progress):
+            if text == row:
+                return place
+    return "a row"  # of what is made here
 
 
 Row = tuple[str, Any, Collection[str]]
@@ -146,6 +159,8 @@ def _json_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place} is not JSON ({one_line(error)}); give one object a line") from None
+            if column is None and not isinstance(row, dict):
+                raise ValueError(f"{place} is no JSON object: {str(row)[:80]}; mend it")
             yield (place, cell(row, column), row) if isinstance(row, dict) else (place, row, ())
 
 

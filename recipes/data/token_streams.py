@@ -16,6 +16,7 @@ from recipes.data.token_sets import Mixture, TokenSet, Weighted, check_tokenizer
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
 EMBEDDED = "embedded"
+PADDED_TO = 128  # a network's entries are often rounded up to a multiple of it; more than that are unused
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_streams(
         raise ValueError("val_data_path is missing: give --val_data_path FILE.ids; or --train_data_path text or embedded")
     both = (_mixture(train, vocab_size, one_set=True), _mixture(validation, vocab_size, one_set=False))
     tokenizer_json = _tokenizer(tokenizer, [file for mixture in both for file in mixture.whole.files], vocab_size)
-    return _checked(both[0], both[1], tokenizer_json, length, overlap(both[0].whole, both[1].whole))
+    return _checked(both[0], both[1], tokenizer_json, length, vocab_size, overlap(both[0].whole, both[1].whole))
 
 
 def _is_text(path: str) -> bool:
@@ -95,7 +96,7 @@ def _of_text(paths: list[str], others: list[str], tokenizer: str | None, vocab_s
     names = {"train": ", ".join(paths), "validation": ", ".join(others) or f"validation text of {paths[0]}"}
     files = {split: ids.files for split in names if isinstance(ids := text.splits[split].ids, TokenSet)}
     train, validation = (Mixture((TokenSet(name, files[split], vocab_size),), (1.0,)) for split, name in names.items())
-    return _checked(train, validation, text.tokenizer_json, length, text.notes)
+    return _checked(train, validation, text.tokenizer_json, length, vocab_size, text.notes)
 
 
 def _mixture(sources: Sequence[Weighted], vocab_size: int, one_set: bool) -> Mixture:
@@ -106,10 +107,14 @@ def _mixture(sources: Sequence[Weighted], vocab_size: int, one_set: bool) -> Mix
     return Mixture.of(sets, sources)
 
 
-def _checked(train: Mixture, validation: Mixture, tokenizer_json: str | None, length: int, notes: Sequence[str]) -> Streams:
+def _checked(
+    train: Mixture, validation: Mixture, tokenizer_json: str | None, length: int, vocab_size: int, notes: Sequence[str]
+) -> Streams:
     digests = [*train.digests(length + 1), *validation.digests(length + 1)]
     sizes = [f"{name} data size: {part.count:,} tokens" for name, part in (("Train", train), ("Validation", validation))]
-    said = (*sizes, *train.notes, *notes)
+    entries = Text.without_data(tokenizer_json).vocab_size if tokenizer_json else vocab_size
+    unused = [f"vocab_size {vocab_size}: the tokenizer has {entries} entries alone; --vocab_size {entries} would do"]
+    said = (*sizes, *train.notes, *notes, *(unused if vocab_size - entries >= PADDED_TO else []))
     fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Streams(train, validation, tokenizer_json, fingerprint, said)
 

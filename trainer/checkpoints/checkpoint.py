@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -237,14 +237,24 @@ class Checkpoint:
         return tensor
 
 
-def resolve(path: str, below: Sequence[Path]) -> Path:
-    """The checkpoint folder a user means: as given, then below each of `below`; `.pt` and `.pth` endings are ignored."""
+def resolve(path: str, runs: Mapping[str, Path]) -> Path:
+    """The checkpoint folder a user means: as given, else of the first of `runs` {its name: the folder of its checkpoints}.
+
+    The ending of a file is ignored, and so is `checkpoints/`, for that folder may be anywhere. UserError if it is in neither,
+    with three that are: of the folder that was typed, then run by run.
+    """
     plain = re.sub(ENDINGS, "", path)
-    for root in (Path(), *below):
-        candidate = (root / plain).expanduser()
-        if candidate.is_dir():
-            return candidate.resolve()
-    tried = ", ".join(dict.fromkeys(str(root / plain) for root in (Path(), *below)))
-    near = sorted({str(p.parent) for root in below if root.is_dir() for p in root.glob(f"**/{MANIFEST}")})
-    hint = f"; there are: {', '.join(near[:5])}" if near else "; train one first, or give the path of one"
-    raise UserError(f"no checkpoint folder at {tried}{hint}")
+    given, tried = Path(plain).expanduser(), ""
+    for name, folder in list(runs.items())[:1]:
+        own = folder / (short := plain.removeprefix("checkpoints/"))
+        tried = f", and {name} has no {own}" if "/" not in short else ""
+        if not given.is_dir() and own.is_dir():
+            given = own
+    if given.is_dir():
+        return given.resolve()
+    near: dict[str, None] = {}
+    for folder in (given.parent, *runs.values()):
+        found = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda file: (file.parent.name != given.name, file))
+        near |= {str(file.parent): None for file in found}
+    hint = f"there are: {', '.join([*near][:3])}" if near else "train one first, or give the path of one"
+    raise UserError(f"no checkpoint folder at {given}{tried}; {hint}")

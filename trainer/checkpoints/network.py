@@ -17,6 +17,7 @@ from trainer.backends.tensors import StateLayout, TensorForm, buffer_entries, sa
 from trainer.checkpoints import checkpoint, verification
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.init_from import own_checkpoint
+from trainer.checkpoints.resume import earlier_value
 from trainer.checkpoints.tensor_file import TYPES
 from trainer.checkpoints.verification import Verify, verified, verify_together
 from trainer.command_line import config as configuration
@@ -193,15 +194,16 @@ def optimizer_fits(saved: Checkpoint, layout: StateLayout) -> bool:
 
 
 def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) -> tuple[Checkpoint, ConfigT]:
-    """(the checkpoint a `--model_path` means, its configuration). As given, else below this recipe's runs, latest first.
+    """(the checkpoint a `--model_path` means, its configuration). As given, else of this recipe's latest run.
 
     Collective. UserError if there is none, it is damaged, or another recipe wrote it.
     """
 
     def search(verify: Verify) -> str:
-        root = Path("runs", recipe.name)
-        runs = sorted(root.iterdir(), key=lambda p: p.stat().st_mtime, reverse=True) if root.is_dir() else []
-        path = checkpoint.resolve(model_path, [folder for run in runs for folder in (run, run / "checkpoints")])
+        runs = [file.parent for file in Path("runs", recipe.name).glob(f"*/{checkpoint.CONFIG}")]
+        runs.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+        folders = {f"the latest run ({run})": Path(earlier_value(run, "checkpoint_dir") or run / "checkpoints") for run in runs}
+        path = checkpoint.resolve(model_path, folders)
         candidate = Checkpoint(path)
         verify(candidate)
         written_by = candidate.state["recipe"]

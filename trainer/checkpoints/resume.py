@@ -207,7 +207,7 @@ def choose(
             )
         return None, True
     if run.resume_from and not (existing and restarted):
-        path = checkpoints.resolve(run.resume_from, [folder, directory.path])
+        path = checkpoints.resolve(run.resume_from, {str(directory.path): folder})
         inside = path.parent == folder.resolve()
         if inside or not existing:
             return _read(recipe, path, verify), inside

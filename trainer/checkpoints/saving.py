@@ -155,7 +155,8 @@ class Saver:
         except UserError as error:
             if save.last:
                 raise
-            self.logger.announce("save failed", f"WARNING: {error}. Training goes on; the checkpoint before it stays")
+            before = "this run has no checkpoint yet" if self.saved_step is None else f"that of step {self.saved_step:,} stays"
+            self.logger.announce("save failed", f"WARNING: {error}. Training goes on; {before}")
             return save.step
         if warning:
             self.logger.announce("save", warning)

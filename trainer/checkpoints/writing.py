@@ -105,7 +105,7 @@ def commit(folder: Path, name: str, reports: Sequence[Report]) -> str | None:
         except OSError as error:
             failure = str(error)
     remove(temporary)
-    return f"checkpoint {folder / name} could not be written: {failure}; is there space, and the right to write?"
+    return f"checkpoint {folder / name} could not be written: {failure}; make room, or give the right to write there"
 
 
 def write(folder: Path, name: str, tensors: Tensors, texts: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> Path:

@@ -77,7 +77,11 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
     sizes = {way: memory_of(way, measured.net) for way in (own, *others(own, measured))}
     directory = default_directory(recipe, parsed)
     picture = directory.with_name(f"{directory.name}_learning_rate.png")
-    plot_learning_rate([recipe.scheduled_rate(step, steps, config) for step in range(1, steps + 1)], picture, recipe.name)
+    drawn = f"drawn in {picture}"
+    try:
+        plot_learning_rate([recipe.scheduled_rate(step, steps, config) for step in range(1, steps + 1)], picture, recipe.name)
+    except OSError as error:
+        drawn = f"not drawn in {picture} ({error.strerror or error})"
     step_flops = measured.flops * o.gradient_accumulation_steps
     hours = hours_of(step_flops * steps, place, precision, flags.mfu)
     trained, parameters = (size // FP32_BYTES for size in (measured.net.trained, measured.net.weights))
@@ -87,7 +91,7 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
         *data.notes,
         f"Parameters: {parameters:,} ({trained:,} trained)",
         *stream.describe(o.batch_size, o.gradient_accumulation_steps, processes, steps, samples),
-        f"Optimizer: {type(measured.optimizer).__name__}, {recipe.report.schedule(config)}; drawn in {picture}",
+        f"Optimizer: {type(measured.optimizer).__name__}, {recipe.report.schedule(config)}; {drawn}",
         *table(sizes, save_buffers(measured.files, processes, pinned=on_gpu)),
         *measured.notes,
         *work_lines(step_flops * processes, steps, hours, place, flags.mfu),

@@ -134,9 +134,20 @@ class Lock:
                     self._write(self._descriptor)
 
 
-def _record_lock(descriptor: int) -> Literal["ours", "held", "unsupported"]:
+def was_killed(directory: Path) -> bool:
+    """Whether the run that held a directory is gone, and did not release it. For a process that holds no lock, as closing the
+    file drops it."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(directory / Lock.NAME, "rb") as file:
+            kernel, holder = _record_lock(file.fileno(), fcntl.LOCK_SH), _read_holder(file.fileno())
+            return kernel != "held" and bool(holder) and not _may_live(holder, kernel)
+    except OSError:  # none, or not ours to read
+        return False
+
+
+def _record_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> Literal["ours", "held", "unsupported"]:
+    try:
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
         return "held" if error.errno in (errno.EACCES, errno.EAGAIN) else "unsupported"
     return "ours"
