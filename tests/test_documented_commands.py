@@ -12,7 +12,6 @@ from launching import ROOT
 from test_help import RECIPES
 from test_links import PAGES
 
-from trainer.main import commands_of as commands_of_recipe
 from trainer.main import read_command_line
 from trainer.planning.flags import take_plan_flags
 
@@ -35,8 +34,7 @@ def test_every_command_is_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)
     for name, argv in commands_of(page):
         if "--help" not in argv:
-            command, _ = read_command_line(BY_NAME[name], take_plan_flags(argv)[1])
-            assert command == "train" or command in commands_of_recipe(BY_NAME[name])
+            read_command_line(BY_NAME[name], take_plan_flags(argv)[1])  # UserError for a command or flag that it has not
 
 
 def test_every_import_of_the_guides_page_is_there() -> None:

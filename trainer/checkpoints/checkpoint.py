@@ -253,7 +253,7 @@ def resolve(path: str, runs: Mapping[str, Path]) -> Path:
     if given.is_dir():
         return given.resolve()
     near: dict[str, None] = {}
-    for folder in (given.parent, *runs.values()):
+    for folder in (*runs.values(), given.parent) if "/" not in plain else (given.parent, *runs.values()):
         found = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda file: (file.parent.name != given.name, file))
         near |= {str(file.parent): None for file in found}
     hint = f"there are: {', '.join([*near][:3])}" if near else "train one first, or give the path of one"
