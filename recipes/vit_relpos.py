@@ -17,7 +17,7 @@ from recipes.commands.timm_weights import timm_settings, timm_weights
 from recipes.experiments.position_encodings import Compare, compare
 from recipes.models.patch_grid import YAML_SECTIONS, resolve_sizes
 from trainer.command_line import sections
-from trainer.command_line.bounds import Fraction, NotNegative, Positive
+from trainer.command_line.bounds import Bound, Fraction, NotNegative, Positive
 from trainer.command_line.locations import Existing
 from trainer.distributed.hardware import cores
 from trainer.main import main
@@ -91,7 +91,7 @@ class DataConfig:
     mixup: Annotated[float, NotNegative] = 0.0
     """alpha of mixup (0: off)"""
     label_smoothing: Annotated[float, Fraction] = 0.0
-    image_mean: tuple[float, ...] = (0.5,)
+    image_mean: Annotated[tuple[float, ...], Bound(0, most=1)] = (0.5,)
     """subtracted from pixels of 0 to 1: one number, or one for each channel"""
     image_std: Annotated[tuple[float, ...], Positive] = (0.5,)
     """what they are then divided by"""

@@ -22,6 +22,8 @@ class Frozen(nn.BatchNorm2d):
     [
         (nn.BatchNorm2d(3), True),
         (nn.BatchNorm1d(3, track_running_stats=False), True),
+        (nn.InstanceNorm1d(3, track_running_stats=True), True),
+        (nn.InstanceNorm1d(3), False),
         (nn.SyncBatchNorm(3), False),
         (Frozen(3), False),
         (nn.GroupNorm(1, 3), False),

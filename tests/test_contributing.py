@@ -40,7 +40,9 @@ def test_what_ddp_would_wait_for_is_named(tmp_path: Path) -> None:
     (tmp_path / "line.py").write_text(spare)
     arguments = [*FLAGS, "--output_dir", str(tmp_path / "run")]
     text = launched("ddp", tmp_path / "line.py", *arguments, log=tmp_path / "log", expect=1)
-    assert "the loss does not depend on spare.weight, spare.bias, and DDP waits for each gradient" in text
+    assert (
+        "the loss of the last micro-batch does not depend on spare.weight, spare.bias, and DDP waits for each gradient" in text
+    )
     assert "line.py" not in text.partition("error: ")[0].partition("Optimizer:")[2]  # a line, before what the launcher says
     assert not list(tmp_path.glob("run/checkpoints/checkpoint_step_*"))
 

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import stream
@@ -56,7 +56,8 @@ def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> Non
 def check_batch_norm(network: nn.Module, launch: Launch) -> None:
     """UserError where the samples that a process happens to get would decide the curve, and what is evaluated."""
     for name, module in network.train().named_modules() if launch.processes > 1 else ():
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training:
+        own = isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats)
+        if own and not isinstance(module, nn.SyncBatchNorm) and module.training:
             raise UserError(
                 f"{name} is a {type(module).__name__}, whose statistics would be those of each process's own samples: take "
                 "GroupNorm, or on GPUs torch.nn.SyncBatchNorm.convert_sync_batchnorm in build_model, or train in one process"

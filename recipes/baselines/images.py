@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
 
 
 def logistic_regression(train: ImageBatches, validation: ImageBatches) -> Prediction:
-    """Scikit-learn's, with its default penalty, on the normalised pixels of at most SIDE x SIDE, in fp64.
+    """Scikit-learn's, with its default penalty, on pixels from -1 to 1, at most SIDE x SIDE, in fp64.
 
     `train` is taken as it is: give it without augmentation. ValueError where there are too many images or classes for it, or
     too few to fit; OSError for one that cannot be read.
@@ -48,11 +48,13 @@ def _pixels(images: ImageBatches) -> tuple[np.ndarray, np.ndarray]:
     """(pixels fp64 [images, features], labels [images])."""
     from torch.nn.functional import adaptive_avg_pool2d
 
+    from recipes.data.image_pixels import from_0_to_1
+
     pixels, labels = [], []
     for start in range(0, len(images), BATCH):
         batch = images.__getitems__(range(start, min(start + BATCH, len(images))))
         height, width = batch["images"].shape[-2:]
-        small = adaptive_avg_pool2d(batch["images"].double(), (min(SIDE, height), min(SIDE, width)))
+        small = adaptive_avg_pool2d(from_0_to_1(batch["images"]).double() * 2 - 1, (min(SIDE, height), min(SIDE, width)))
         pixels.append(small.flatten(1).numpy())
         labels.append(batch["labels"].numpy())
     return np.concatenate(pixels), np.concatenate(labels)

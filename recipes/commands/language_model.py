@@ -71,6 +71,8 @@ class SplitEvaluation:
             raise UserError(
                 f"{', '.join(config.data.data_dir) or config.data.dataset} has no test text; give --split validation"
             )
+        if not hasattr(dataset, "__len__"):
+            raise UserError("a mixture draws its training samples and has no end of them; give --split validation")
         return split, dataset
 
 

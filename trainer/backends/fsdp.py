@@ -80,7 +80,9 @@ class FsdpBackend(TorchBackend):
             # Over fp32 weights, so that the numbers are DDP's. A cache would keep a copy in bf16 of every block's weights.
             autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
             objective.forward = autocast(objective.forward)
-        for block in blocks(network):
+        found = blocks(network)  # before `fully_shard` gives them other classes
+        self.names_no_blocks = not found
+        for block in found:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
         # Its weights are needed last and then first, so torch keeps them gathered in between.
         self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
@@ -105,7 +107,7 @@ class FsdpBackend(TorchBackend):
     def notes(self) -> list[str]:
         """What FSDP is for does not happen where no blocks are named."""
         whole = f"FSDP gathers all of {type(self.network).__name__} at once: it names no blocks in _no_split_modules"
-        return [] if blocks(self.network) else [whole]
+        return [whole] if self.names_no_blocks else []
 
     def release(self) -> None:
         """What an evaluation has left gathered too."""

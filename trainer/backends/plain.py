@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from trainer.backends.backend import StepResult
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
@@ -55,15 +57,19 @@ class PlainBackend(TorchBackend):
         self.no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
         self.take(network, make_optimizer())
 
-    def check_unused(self) -> None:
-        """DDP has not reduced what shares a bucket with a gradient that never came."""
-        unused = [name for name, p in self.named_parameters.items() if p.requires_grad and p.grad is None]
-        if unused and self.launch.processes > 1:
-            names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
-            raise UserError(
-                f"the loss does not depend on {names}, and DDP waits for each gradient: leave it out of the network, or "
-                "set its requires_grad to False in build_model"
-            )
+    def step(self, learning_rate: float) -> StepResult:
+        """UserError where DDP has not reduced all gradients, as it does not where one of a bucket has not come."""
+        if isinstance(self.model, DistributedDataParallel):
+            try:
+                self.model._check_reducer_finalized()
+            except RuntimeError as error:
+                unused = [name for name, p in self.named_parameters.items() if p.requires_grad and p.grad is None]
+                names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
+                raise UserError(
+                    f"the loss of the last micro-batch does not depend on {names or 'some parameters'}, and DDP waits for each "
+                    "gradient: leave them out of the network, or set their requires_grad to False in build_model"
+                ) from error
+        return super().step(learning_rate)
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced with the last micro-batch only."""

@@ -55,8 +55,6 @@ class TorchBackend(Backend):
         """
         set_learning_rate(self.optimizer, learning_rate)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if len(gradients) < len(self.parameters):
-            self.check_unused()
         if self.scale is not None:
             torch._foreach_mul_(gradients, 1.0 / self.scale.scale)
         norm = _total_norm(gradients)
@@ -77,10 +75,6 @@ class TorchBackend(Backend):
         bad = overflow * (self.scale.scale <= 1.0)
         self.scale.update(overflow)
         return StepResult(norm, bad)
-
-    def check_unused(self) -> None:
-        """What to do where a parameter has no gradient: nothing, it stays as it is."""
-        return
 
     def swap_averages(self) -> None:
         """In place."""
