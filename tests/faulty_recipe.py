@@ -97,7 +97,7 @@ class FaultyRecipe(ToyRecipe):
         if config.data.data_seconds:
             print("preparing data", flush=True)
             time.sleep(config.data.data_seconds)
-        fails_at = STEP + 1 if self.here(config, "data") else 0  # one sample is read before, to know the loss terms
+        fails_at = STEP + 2 if self.here(config, "data") else 0  # behind two samples that are read before the first step
         train = FaultyRows(config.data.train_rows, 0, config.data.unlabelled, config.data.damaged_rows, fails_at)
         evaluation = FaultyRows(9, 10_000, (), (), 1 if self.here(config, "evaluation data") else 0)
         return Data(train, {"val": evaluation}, fingerprint="toy")

@@ -71,7 +71,8 @@ def loss_terms(recipe: Recipe, config: Any, data: Data) -> list[str]:
     way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")
     terms = list(recipe.items(first_batch(data.train, first, config.run, way_on)))
     try:
-        first_batch(data.train, [first[0] + samples], config.run, way_on)  # of the second epoch
+        if samples:
+            first_batch(data.train, [first[0] + samples], config.run, way_on)  # of the second epoch
     except IndexError as error:
         raise UserError(
             f"sample {first[0] + samples} of the train set is item {first[0]}, epoch 1: take number % len"
