@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainer.backends.backend import StepResult
@@ -59,7 +58,7 @@ class PlainBackend(TorchBackend):
 
     def step(self, learning_rate: float) -> StepResult:
         """UserError where DDP has not reduced all gradients, as it does not where one of a bucket has not come."""
-        if isinstance(self.model, DistributedDataParallel):
+        if self.launch.processes > 1:
             try:
                 self.model._check_reducer_finalized()
             except RuntimeError as error:
@@ -69,7 +68,7 @@ class PlainBackend(TorchBackend):
                     f"the loss of the last micro-batch does not depend on {names or 'some parameters'}, and DDP waits for each "
                     "gradient: leave them out of the network, or set their requires_grad to False in build_model"
                 ) from error
-        return super().step(learning_rate)
+        return TorchBackend.step(self, learning_rate)
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced with the last micro-batch only."""

@@ -32,10 +32,11 @@ class Objective(nn.Module):
         sums = self.recipe.loss(self.network, batch)
         if sums.keys() != set(self.terms):
             raise UserError(f"loss gives the terms {', '.join(sums)}, items counts {', '.join(self.terms)}; name the same")
-        for term, total in sums.items():
-            if total.ndim:
-                raise UserError(f"loss gives {term} as {list(total.shape)}; sum it over the batch, to one number")
         losses = [sums[term].float() for term in self.terms]
+        for loss in losses:
+            if loss.ndim:
+                term = next(term for term in self.terms if sums[term].ndim)
+                raise UserError(f"loss gives {term} as {list(loss.shape)}; sum it over the batch, to one number")
         return torch.stack(losses) if len(losses) > 1 else losses[0].reshape(1)
 
 
