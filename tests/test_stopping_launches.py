@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from fault_injector import inside_a_save
 from launching import FAULTY, RECIPE, Started, command, environment
 from test_contributing import RECIPE as LINE
@@ -191,7 +192,10 @@ def test_sigterm_to_accelerate_launch_with_one_process(launch: Launcher) -> None
     [
         ("ddp", signal.SIGTERM, 2),
         ("fsdp", signal.SIGINT, 1),
-        ("zero2", signal.SIGUSR1, 1),
+        pytest.param(
+            *("zero2", signal.SIGUSR1, 1),
+            marks=pytest.mark.skipif(torch.__version__ < "2.10", reason="torchrun 2.9 passes on SIGTERM and SIGINT alone"),
+        ),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

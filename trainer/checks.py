@@ -13,7 +13,7 @@ from trainer.data import stream
 from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch
 from trainer.errors import UserError
-from trainer.recipe import Data, Log, Recipe
+from trainer.recipe import Batch, Data, Log, Recipe
 
 
 def check_data(recipe: Recipe, data: Data, plan: LaunchPlan, launch: Launch, log: Log) -> None:
@@ -64,17 +64,17 @@ def check_batch_norm(network: nn.Module, launch: Launch) -> None:
             )
 
 
-def loss_terms(recipe: Recipe, config: Any, data: Data) -> list[str]:
-    """The terms of the loss, known from the first sample."""
+def first_sample(config: Any, data: Data) -> Batch:
+    """A batch of the first sample, and a look at that of the second epoch."""
     samples = stream.length_of(data.train) or 0
     first = stream.sample_numbers([0], config.optimisation.seed, samples or None).tolist()
     way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")
-    terms = list(recipe.items(first_batch(data.train, first, config.run, way_on)))
+    batch = first_batch(data.train, first, config.run, way_on)
     try:
         if samples:
-            first_batch(data.train, [first[0] + samples], config.run, way_on)  # of the second epoch
+            first_batch(data.train, [first[0] + samples], config.run, way_on)
     except IndexError as error:
         raise UserError(
             f"sample {first[0] + samples} of the train set is item {first[0]}, epoch 1: take number % len"
         ) from error
-    return terms
+    return batch

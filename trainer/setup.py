@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.attention_kernels import attention_kernels
 from trainer.backends import backend_of
 from trainer.backends.backend import Backend
 from trainer.backends.blocks import recompute_activations
@@ -19,7 +20,7 @@ from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
-from trainer.checks import check_batch_norm, check_data, check_same_everywhere, loss_terms
+from trainer.checks import check_batch_norm, check_data, check_same_everywhere, first_sample
 from trainer.data import loader, stream
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
@@ -91,9 +92,12 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     weights = first_weights(recipe, network, initial, plan.checkpoint, config.optimisation.init_from, launch.control, log)
     check_same_everywhere(network, data, launch)
     check_batch_norm(network, launch)
-    loss_weights = objective_weights(recipe, config, loss_terms(recipe, config, data))
+    sample = first_sample(config, data)
+    loss_weights = objective_weights(recipe, config, recipe.items(sample))
     extra_files = recipe.checkpoint_files(config, network, data)
 
+    if kernels := attention_kernels(network, recipe, sample, launch.device, backend.precision):
+        log(f"Attention: {kernels}")
     recompute_activations(network, config.run.recompute_every)
     objective = Objective(network, recipe, list(loss_weights))
     on_gpu = launch.device.type == "cuda"

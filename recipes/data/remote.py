@@ -51,7 +51,10 @@ def _asked(url: str, method: str, *arguments: Any, **options: Any) -> Any:
     """
     protocol = url.partition("://")[0]
     try:
-        return getattr(_file_system(protocol), method)(*arguments, **options)
+        given = getattr(_file_system(protocol), method)(*arguments, **options)
+        if failed := [part for part in given if isinstance(part, Exception)] if isinstance(given, list) else []:
+            raise failed[0]  # which many versions of fsspec return in the place of bytes, however they are asked
+        return given
     except FileNotFoundError:
         raise FileNotFoundError(f"{url} does not exist; give another URL or path") from None
     except ValueError:

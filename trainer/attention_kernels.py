@@ -1,0 +1,72 @@
+"""Which of torch's kernels attention runs in: what decides are shapes, dtypes, masks, dropout and the card."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.evaluation.objective import Objective
+from trainer.initial_weights import replace_tensors
+from trainer.recipe import Batch, Recipe
+
+_NAMES = {"cudnn": "cuDNN", "flash": "flash", "efficient": "memory-efficient"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts calls of scaled_dot_product_attention by the kernel that torch chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.attention = F.scaled_dot_product_attention
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        operation = func.overloadpacket.__name__
+        if operation.startswith("_scaled_dot_product"):
+            self.calls[next((name for part, name in _NAMES.items() if part in operation), operation)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention itself, in whose place this is called: without a kernel of its own it is matrix products and a softmax."""
+        before = self.calls.total()
+        attended = self.attention(*args, **kwargs)
+        if self.calls.total() == before:
+            self.calls["math (no fused kernel takes it)"] += 1
+        return attended
+
+
+def attention_kernels(network: nn.Module, recipe: Recipe, sample: Batch, device: torch.device, precision: str) -> str | None:
+    """Such as "flash", or "cuDNN (10 calls), memory-efficient (2 calls)"; None where there is none.
+
+    Found by a forward pass of a batch on shapes alone, as a compiler would do it, of a copy of `network`, which may be on the
+    meta device. None also for a network that needs values for that.
+    """
+    mode, kernels, dtype = FakeTensorMode(allow_non_fake_inputs=True), _Kernels(), _DTYPES.get(precision)
+    try:
+        objective = Objective(copy.deepcopy(network).train(), recipe, list(recipe.items(sample)))
+        with warnings.catch_warnings(action="ignore"), mode:
+            replace_tensors(objective, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+            batch = {name: mode.from_tensor(tensor).to(device) for name, tensor in sample.items()}
+            autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+            # What would be compiled here, on shapes, would not be compiled again for the real step.
+            eager = torch.compiler.set_stance("force_eager")
+            with patch.object(F, "scaled_dot_product_attention", kernels.attend), autocast, eager, kernels:
+                objective(batch)
+    except Exception:  # a line in the log is worth no failure
+        return None
+    if len(kernels.calls) == 1:
+        return next(iter(kernels.calls))
+    return ", ".join(f"{kernel} ({calls} calls)" for kernel, calls in kernels.calls.items()) or None
