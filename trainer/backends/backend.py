@@ -117,8 +117,8 @@ class Backend(ABC):
     # ---- a step: micro_step around each forward and backward, then step
 
     @property
-    def averaged_over(self) -> int:
-        """What gradients are divided by on their way to the optimizer: the weights of the objective make up for it."""
+    def gradient_divisor(self) -> int:
+        """What the backend divides gradients by before the update; the loop multiplies the loss weights by it to undo that."""
         return self.launch.processes
 
     @abstractmethod

@@ -176,7 +176,7 @@ class ZeroBackend(Backend):
         return self.precision_notes
 
     @property
-    def averaged_over(self) -> int:
+    def gradient_divisor(self) -> int:
         """The engine averages over micro-batches too."""
         return self.launch.processes * self.settings.gradient_accumulation_steps
 
