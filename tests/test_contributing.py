@@ -32,17 +32,20 @@ def test_the_example_trains(tmp_path: Path) -> None:
     assert re.findall(r"val_loss: ([\d.]+)", text) == re.findall(r"val_loss: ([\d.]+)", done.stdout)
 
 
-def test_what_ddp_would_wait_for_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("ddp", "DDP waits for each gradient")]
+    + [(kind, "ZeRO would take zeros for their gradients") for kind in ("zero1", "zero2", "zero3")],
+)
+def test_a_parameter_without_gradient_is_named(kind: str, why: str, tmp_path: Path) -> None:
     network = "torch.nn.Linear(config.model.d_model, 1)"
     spare = RECIPE.replace(
         f"return {network}", f"network = {network}\n        network.spare = torch.nn.Linear(2, 2)\n        return network"
     )
     (tmp_path / "line.py").write_text(spare)
     arguments = [*FLAGS, "--output_dir", str(tmp_path / "run")]
-    text = launched("ddp", tmp_path / "line.py", *arguments, log=tmp_path / "log", expect=1)
-    assert (
-        "the loss of the last micro-batch does not depend on spare.weight, spare.bias, and DDP waits for each gradient" in text
-    )
+    text = launched(kind, tmp_path / "line.py", *arguments, log=tmp_path / "log", expect=1)
+    assert f"the loss of the last micro-batch does not depend on spare.weight, spare.bias, and {why}" in text
     assert "line.py" not in text.partition("error: ")[0].partition("Optimizer:")[2]  # a line, before what the launcher says
     assert not list(tmp_path.glob("run/checkpoints/checkpoint_step_*"))
 

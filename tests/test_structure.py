@@ -26,6 +26,7 @@ LAYERS = (
     "loop",
     "setup",
     "checks",
+    "attention_kernels",
     "micro_batches",
     "checkpoints",
     "reporting",

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from trainer.backends.tensors import StateLayout, TensorEntry, TensorSource
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
+from trainer.errors import UserError
 from trainer.initial_weights import Weights, fill
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
@@ -175,6 +176,15 @@ class Backend(ABC):
     def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
         """Continue with a saved loss scale, if there is one and this run has one."""
         return
+
+
+def without_gradient(names: Sequence[str], why: str) -> UserError:
+    """What ends a run whose loss left these parameters out."""
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return UserError(
+        f"the loss of the last micro-batch does not depend on {named or 'some parameters'}, and {why}: leave them out of the "
+        "network, or set their requires_grad to False in build_model"
+    )
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.backends.backend import StepResult
+from trainer.backends.backend import StepResult, without_gradient
 from trainer.backends.torch_backend import TorchBackend
 from trainer.command_line.sections import Optimisation
 from trainer.distributed.launch import Launch
-from trainer.errors import UserError
 from trainer.initial_weights import Weights, fill
 from trainer.optimisation.finite import LossScale
 
@@ -63,11 +62,7 @@ class PlainBackend(TorchBackend):
                 self.model._check_reducer_finalized()
             except RuntimeError as error:
                 unused = [name for name, p in self.named_parameters.items() if p.requires_grad and p.grad is None]
-                names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
-                raise UserError(
-                    f"the loss of the last micro-batch does not depend on {names or 'some parameters'}, and DDP waits for each "
-                    "gradient: leave them out of the network, or set their requires_grad to False in build_model"
-                ) from error
+                raise without_gradient(unused, "DDP waits for each gradient") from error
         return TorchBackend.step(self, learning_rate)
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:

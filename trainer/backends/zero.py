@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from trainer.backends import tensors
-from trainer.backends.backend import Backend, StepResult, set_learning_rate
+from trainer.backends.backend import Backend, StepResult, set_learning_rate, without_gradient
 from trainer.backends.blocks import check_dimensions
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config, precision_notes
 from trainer.backends.fsdp import shard_for_evaluation
@@ -147,6 +147,13 @@ class ZeroBackend(Backend):
             zero._lazy_init_hp_params_optimizer_state()
         if weights is not None:
             self._fill(weights)
+        self.awaited: dict[Tensor, str] = {}
+        self.trained: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        for p in self.trained:
+            p.register_post_accumulate_grad_hook(self._gradient_came)
+
+    def _gradient_came(self, p: Tensor) -> None:
+        self.awaited.pop(p, None)
 
     def _reserved(self, name: str, tensor: Tensor) -> Tensor:
         """A real tensor, as DeepSpeed wants it. The host commits no memory to a parameter before it is written to."""
@@ -184,6 +191,7 @@ class ZeroBackend(Backend):
     def micro_step(self, last: bool) -> Iterator[None]:
         """`engine.step` after a micro-batch that is not the last advances the engine's own counters."""
         self.engine.set_gradient_accumulation_boundary(last)
+        self.awaited = dict(self.trained)
         yield
         if not last:
             self.engine.step()
@@ -194,6 +202,8 @@ class ZeroBackend(Backend):
 
     def step(self, learning_rate: float) -> StepResult:
         """The engine clips, updates and clears; it skips a step that is not finite (it reads the device for that)."""
+        if self.awaited:
+            raise without_gradient([*self.awaited.values()], "ZeRO would take zeros for their gradients")
         set_learning_rate(self.engine.optimizer, learning_rate)
         scaler = self._dynamic_scaler()
         scale_before = scaler.cur_scale if scaler else 0.0

@@ -1,4 +1,4 @@
-"""What is compared: training steps on call, in interleaved rounds (A B A B ...), so that a slow moment meets all alike.
+"""What is compared: training steps on call, in interleaved rounds (A B B A ...), so that a slow moment meets all alike.
 
 Our loop, and the Trainer of transformers, call steps themselves. Each therefore lives in a thread of its own that stands still
 between its rounds; never do two threads work at once.
@@ -204,10 +204,10 @@ def interleave(
     try:
         for name, maker in makers.items():
             attempt(name, lambda name=name, maker=maker: make(name, maker))  # type: ignore[misc]
-        for _ in range(rounds):
+        for number in range(rounds):
             if time.monotonic() > until - LAST_SECONDS and all(measured.seconds.values()):
                 break
-            for name in list(contenders):
+            for name in list(contenders)[:: -1 if number % 2 else 1]:  # so that none always follows the same one
                 attempt(name, lambda name=name: take_round(name))  # type: ignore[misc]
     finally:
         for contender in contenders.values():

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_pieces.contenders import Contender, interleave, wait_for
+from benchmarks.gpu_pieces.contenders import Contender, free, interleave, wait_for
 from benchmarks.gpu_pieces.language import gpt2, tinystories
 from benchmarks.gpu_pieces.results import Result
 from benchmarks.gpu_pieces.sessions import OurLoop, Place, bare_loop
@@ -71,28 +71,37 @@ def piece_b(place: Place) -> Result:
 
 
 def piece_j(place: Place) -> Result:
-    """The ten kernels (on a CPU: operations) that take most of a GPT-2 step, and the part of the time that the GPU is busy."""
-    result, on_gpu = Result(), place.device.type == "cuda"
+    """The ten kernels (on a CPU: operations) of a GPT-2 step that take most, and the five that a bare loop's takes less of."""
+    result = Result()
     batch_size = int(place.results.figure("a", "batch") or place.size(32, 2))
-    loop = OurLoop(*gpt2(place, batch_size), place.launch, place.new_folder())
-    loop.run(place.size(5, 1))
-    steps = place.size(5, 2)
-    averages = profiled(loop, place.device, steps)
-    loop.close()
+    recipe, config = gpt2(place, batch_size)
+    ours = kernels_ms(OurLoop(recipe, config, place.launch, place.new_folder()), place)
+    bare = kernels_ms(bare_loop(recipe, config, place.launch), place)
+    kind = "kernels" if place.device.type == "cuda" else "operations"
+    result.add(f"all {kind}", total := sum(ours.values()), "ms a step")
+    result.add(f"all {kind} of a bare loop", sum(bare.values()), "ms a step")
+    for name, ms in largest(ours, 10).items():
+        result.add(name[:52], ms / total, "of it")
+    for name, ms in largest({name: ours[name] - bare.get(name, 0.0) for name in ours}, 5).items():
+        result.add(f"above bare: {name[:40]}", ms, "ms a step")
+    result.details[f"{kind}, ms a step"] = {"ours": largest(ours, 30), "bare": largest(bare, 30)}
+    return result
 
-    def own_time_us(event: Any) -> float:
-        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
+def largest(values: dict[str, float], count: int) -> dict[str, float]:
+    """Those entries, the largest first."""
+    return dict(sorted(values.items(), key=lambda entry: -entry[1])[:count])
+
+
+def kernels_ms(contender: Contender, place: Place) -> dict[str, float]:
+    """Milliseconds of a step by kernel (on a CPU: operation)."""
+    on_gpu, steps = place.device.type == "cuda", place.size(5, 2)
+    contender.run(place.size(5, 1))
+    averages = profiled(contender, place.device, steps)
+    contender.close()
+    free(place.device)
     if on_gpu:
         # Without the ranges that annotations span, whose kernels would count twice.
         averages = [e for e in averages if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
-    averages.sort(key=own_time_us, reverse=True)
-    total = sum(map(own_time_us, averages)) or 1.0
-    result.add("all kernels" if on_gpu else "all operations", total / steps / 1000, "ms a step")
-    for event in averages[:10]:
-        result.add(event.key[:52], own_time_us(event) / total, "of it")
-    result.details["kernels"] = [
-        {"name": event.key, "ms a step": own_time_us(event) / steps / 1000, "calls a step": event.count / steps}
-        for event in averages[:30]
-    ]
-    return result
+    times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in averages}
+    return {name: time_us / steps / 1000 for name, time_us in times.items()}
