@@ -120,7 +120,7 @@ class LaunchedRun:
         if launch.is_main and reason.finished and checkpoint is not None:
             with stops.acted_on_at_once(self._cut_report_short):
                 session.backend.release()  # the report reads a model from the checkpoint
-                self.training.saver.share.release()
+                self.training.saver.writer.release()
                 draw_report(logger, plan.directory, checkpoint)
         elif launch.is_main and reason.by_hand and logger.state.train_loss is not None:
             draw_loss(logger, plan.directory, with_baseline=False)
