@@ -92,7 +92,7 @@ def train_all(folder: Path) -> None:
     """What each process of the launch does."""
     from trainer.backends import backend_of
     from trainer.checkpoints import saving
-    from trainer.checkpoints.writing import SHARD_BYTES, Share
+    from trainer.checkpoints.writing import SHARD_BYTES, RankWriter
     from trainer.command_line import config
     from trainer.distributed.launch import connect
     from trainer.distributed.signals import leave
@@ -105,7 +105,7 @@ def train_all(folder: Path) -> None:
     outcomes = {}
     for name, (path, argv) in json.loads((folder / "runs.json").read_text()).items():
         recipe, console = recipe_of(path), Console(None, connected.is_main)
-        saving.Share = partial(Share, shard_bytes=getattr(recipe, "shard_bytes", SHARD_BYTES))  # type: ignore[misc]
+        saving.RankWriter = partial(RankWriter, shard_bytes=getattr(recipe, "shard_bytes", SHARD_BYTES))  # type: ignore[misc]
         console.log(f"----- {name}")
         outcome = {"reason": None, "exit_code": 0, "message": ""}
         try:

@@ -113,9 +113,9 @@ def test_gradients_are_cleared_and_micro_batches_add_up() -> None:
 
 def test_what_ddp_averages_is_multiplied_back() -> None:
     _, update = make_backend("sgd", 0.0)
-    assert update.averaged_over == 1
+    assert update.gradient_divisor == 1
     update.launch = replace(update.launch, processes=4)
-    assert update.averaged_over == 4
+    assert update.gradient_divisor == 4
 
 
 def test_the_learning_rate_reaches_every_group_times_its_own_scale() -> None:

@@ -100,6 +100,9 @@ class Decided:
     def __init__(self, *sums: bool) -> None:
         self.sums, self.seen = iter(sums), list[str]()
 
+    def stop_requested(self) -> bool:
+        return False
+
     def cast(self, error: Exception | None) -> None:
         assert error is None
         self.seen.append("cast")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from recipes.gpt2_wikitext import Gpt2Wikitext
 from trainer.checkpoints.checkpoint import resolve
 from trainer.checkpoints.network import find_checkpoint
-from trainer.checkpoints.writing import Share
+from trainer.checkpoints.writing import RankWriter
 from trainer.command_line import config as configuration
 from trainer.distributed.launch import connect
 from trainer.errors import BAD_INPUT, CHECKPOINT, UserError
@@ -252,10 +252,10 @@ def test_a_resumed_run_lets_go_of_the_files_it_was_read_from(data: Path, tmp_pat
 
 
 def test_the_copies_of_saves_are_let_go_before_the_report(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[Share] = []
-    made = Share.__init__
+    shares: list[RankWriter] = []
+    made = RankWriter.__init__
 
-    def make(share: Share, *arguments: Any) -> None:
+    def make(share: RankWriter, *arguments: Any) -> None:
         made(share, *arguments)
         shares.append(share)
 
@@ -267,7 +267,7 @@ def test_the_copies_of_saves_are_let_go_before_the_report(data: Path, tmp_path: 
         report_class = Looking
 
     held: list[int] = []
-    monkeypatch.setattr(Share, "__init__", make)
+    monkeypatch.setattr(RankWriter, "__init__", make)
     launch(*flags(data, tmp_path), recipe=Looked())
     assert held == [0]
 

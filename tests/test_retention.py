@@ -66,7 +66,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_training_goes_
 def test_a_save_that_fails_tells_which_checkpoint_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = saving.commit
 
-    def full(folder: Path, name: str, reports: Sequence[writing.Report]) -> str | None:
+    def full(folder: Path, name: str, reports: Sequence[writing.WriteReport]) -> str | None:
         return commit(folder, name, reports) if name.endswith(("_2", "_4")) else f"checkpoint {name} could not be written"
 
     monkeypatch.setattr(saving, "commit", full)

@@ -20,7 +20,7 @@ from trainer.backends.tensors import whole_entries
 from trainer.checkpoints import retention
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.tensor_file import TensorFile
-from trainer.checkpoints.writing import Share, commit
+from trainer.checkpoints.writing import RankWriter, commit
 from trainer.command_line import config
 from trainer.distributed.launch import Launch, alone, connect
 from trainer.errors import UserError
@@ -98,7 +98,7 @@ def write_together(folder: Path, processes: int, tensors: Mapping[str, Tensor]) 
     """Checkpoint `folder/one`, in files of two tensors, by so many ranks, one after the other here; why there is none."""
     entries, reports = whole_entries(tensors), []
     for rank in range(processes):
-        share = Share(Launch(rank, processes, rank, torch.device("cpu"), alone().control), shard_bytes=800)
+        share = RankWriter(Launch(rank, processes, rank, torch.device("cpu"), alone().control), shard_bytes=800)
         share.copy({"model": entries, "optimizer": entries[:1]})
         reports.append(share.write(folder, "one", {"config.yaml": "a: 1"}))
     return commit(folder, "one", reports)

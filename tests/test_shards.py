@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from toy_recipe import ToyRecipe
 
 from trainer.backends.blocks import check_dimensions
-from trainer.backends.fsdp import FsdpBackend, fill_shards, make_room
+from trainer.backends.fsdp import FsdpBackend, allocate, fill_shards
 from trainer.backends.tensors import restored_like, whole_entries
 from trainer.backends.zero import ZeroBackend
 from trainer.checkpoints import writing
@@ -149,7 +149,7 @@ def test_evaluation_holds_a_share_and_measures_the_same(
 
 def test_buffers_stay_where_an_offloaded_network_computes() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to("meta")
-    make_room(network, "cpu", "meta")
+    allocate(network, "cpu", "meta")
     assert {p.device.type for p in network.parameters()} == {"cpu"}
     assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 
 from trainer.backends.tensors import TensorEntry
 from trainer.checkpoints.tensor_file import TYPES, TensorFile, in_file_order
-from trainer.checkpoints.writing import Share, commit
+from trainer.checkpoints.writing import RankWriter, commit
 from trainer.distributed.launch import alone
 
 
@@ -97,7 +97,7 @@ import re
 from pathlib import Path
 import torch
 from trainer.backends.tensors import TensorEntry
-from trainer.checkpoints.writing import Share, commit
+from trainer.checkpoints.writing import RankWriter, commit
 from trainer.distributed.launch import alone
 
 def peak_megabytes():
@@ -106,7 +106,7 @@ def peak_megabytes():
 folder = Path({str(tmp_path)!r})
 weights = {{f"layer{{i}}": torch.zeros(500_000, dtype=torch.bfloat16) + i for i in range(64)}}
 model = [TensorEntry(name, (500_000,), torch.float32, lambda _, t=t: t) for name, t in weights.items()]
-share = Share(alone())
+share = RankWriter(alone())
 for step in (1, 2):
     before = peak_megabytes()
     share.copy({{"model": model}})
@@ -125,7 +125,7 @@ for step in (1, 2):
 
 def test_memory_that_fits_no_longer_is_replaced(tmp_path: Path) -> None:
     """An optimizer keeps more after a parameter was first used."""
-    share = Share(alone())
+    share = RankWriter(alone())
     for step, shapes in enumerate(({"a": 3}, {"a": 3, "b": 2}, {"a": 4, "b": 2})):
         tensors = {name: torch.rand(size) for name, size in shapes.items()}
         share.copy({"optimizer": entries(tensors)})

@@ -17,14 +17,14 @@ from trainer.checkpoints import writing
 
 def mark_copies(mark: Path) -> None:
     """From now on `mark` exists during each copy."""
-    copy = writing.Share.copy
+    copy = writing.RankWriter.copy
 
-    def marked(share: writing.Share, tensors: writing.Tensors) -> None:
+    def marked(share: writing.RankWriter, tensors: writing.Tensors) -> None:
         mark.touch()
         copy(share, tensors)
         mark.unlink()
 
-    writing.Share.copy = marked  # type: ignore[assignment, method-assign]
+    writing.RankWriter.copy = marked  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training run in one launch, around the loop: its files before, the report after, the status if it fails."""
+"""What surrounds the loop in a launch: the files of the run directory before it, the report after it, the status on failure."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from trainer.reporting.wandb_run import WandbSettings
 from trainer.setup import Session, describe, set_up
 
 MAIN_FIRST_SECONDS = 1.0
-"""How much later the other ranks leave where a launch fails: the launcher ends all at the first, and rank 0, which writes down
-why, may be about to fail of the same."""
+"""How long other ranks wait before they leave a failed launch. The launcher kills all processes when the first one leaves, and
+rank 0, which records the failure, may be just about to fail of the same."""
 
 
 class LaunchedRun:
-    """What surrounds the loop: the files of the run directory before it, the report after it, the status if it fails."""
+    """One launch of a run, from its plan to its report."""
 
     def __init__(
         self, recipe: Recipe, plan: LaunchPlan, argv: Sequence[str], launch: Launch, console: Console, alerts: Alerts
@@ -48,11 +48,11 @@ class LaunchedRun:
         self.training: Training | None = None
 
     def run(self) -> StopReason:
-        """Set up, train, report."""
+        """Set up, train, report. Returns why training ended."""
         failing.clear()
         terminating.clear()
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
-        # From here on a signal is a request. Before the first step, and after the last, it is obeyed at once.
+        # From here on a signal is a request to stop; before the first step and after the last one it is obeyed at once.
         with StopRequests(
             self.plan.config.run.max_training_hours,
             process_start_monotonic(),
@@ -63,7 +63,7 @@ class LaunchedRun:
             EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
             self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
-            # Signals are still caught where it fails: a launcher ends all its processes when one of them does.
+            # Inside `stops`, so that signals stay caught on failure too: the launcher sends them once one process has ended.
             try:
                 with explained(self.launch, self.plan.config.optimisation):
                     return self._train(stops)
@@ -78,10 +78,11 @@ class LaunchedRun:
 
     def _train(self, stops: StopRequests) -> StopReason:
         plan, launch, log = self.plan, self.launch, self.console.log
-        gc.freeze()  # what imports have made: no collection while the data are built has to look at it
+        gc.freeze()  # garbage collections while the data are built need not look at what imports have made
         words = stops.before_the_first_step
         leaving = stops.acted_on_at_once(lambda reason: self._leave_before_the_first_step(words(reason), reason))
-        with leaving, explained(launch, plan.config.optimisation):  # which waits: another rank may be gone for the same reason
+        # `explained` waits for the message of another rank, which may have left on request: so `leaving` is around it.
+        with leaving, explained(launch, plan.config.optimisation):
             check_shared(plan.directory.checkpoints, launch)
             session = set_up(self.recipe, plan, launch, log)
             message = launch.control.on_main(lambda: nothing_to_do(self.recipe, plan, session.total_steps))
@@ -101,10 +102,10 @@ class LaunchedRun:
             self.alerts.send("started", f"Started {at}. {description[0]}", step=step)
             stops.unsaved = True
             gc.collect()
-            gc.freeze()  # what is here stays: no collection has to look at it again
+            gc.freeze()  # what exists now stays for the whole run
             reason = self.training.run()
             stops.unsaved = False
-            launch.control.barrier()  # the last thing the processes do together: none waits for the report of rank 0
+            launch.control.barrier()  # the last collective: the other ranks do not wait for the report of rank 0
             checkpoint = self.training.saver.saved_as()
             if launch.is_main:
                 stays_rolled_back = plan.same_run and plan.config.run.resume_from is not None
@@ -120,14 +121,14 @@ class LaunchedRun:
         if launch.is_main and reason.finished and checkpoint is not None:
             with stops.acted_on_at_once(self._cut_report_short):
                 session.backend.release()  # the report reads a model from the checkpoint
-                self.training.saver.share.release()
+                self.training.saver.writer.release()
                 draw_report(logger, plan.directory, checkpoint)
         elif launch.is_main and reason.by_hand and logger.state.train_loss is not None:
             draw_loss(logger, plan.directory, with_baseline=False)
         return reason
 
     def _open_tools(self, session: Session, training: Training) -> None:
-        """What --debug and --profile ask for."""
+        """Start what --debug and --profile ask for."""
         config, state, log = session.config, training.state, self.console.log
         if config.run.debug:
             from trainer.debugging import Watch, describe_batch
@@ -164,7 +165,7 @@ class LaunchedRun:
         self._leave(f"{reason}: the report is cut short; all is saved, and {plot} and `evaluate` make it", FINISHED)
 
     def _leave(self, text: str, code: int) -> None:
-        """End this process from a thread, whatever the main thread does: what `main` and `train` do at their ends."""
+        """End this process from another thread than the main one, with the clean-up of `main` and `train`."""
         self.console.log(text)
         self.alerts.close()
         if self.launch.is_main:
@@ -173,7 +174,7 @@ class LaunchedRun:
         leave(code)
 
     def _open_run_directory(self, session: Session) -> Trackers | None:
-        """The files of the run directory, and the trackers, on rank 0; UserError on every rank where that fails."""
+        """Write the first files of the run directory and open the trackers, on rank 0. UserError on every rank if it fails."""
         trackers, failure = None, None
         if self.launch.is_main:
             try:
@@ -222,12 +223,12 @@ class LaunchedRun:
         )
 
     def _trackers_exit_seconds(self) -> float:
-        """How long the trackers with a server may take at the end."""
+        """Seconds that trackers with a server may take at the end."""
         run = self.plan.config.run
         return TRACKER_EXIT_SECONDS * (run.use_wandb + len(run.log_with))
 
     def _record_failure(self, reason: str) -> None:
-        """In status.json, if there is one, and to the webhook."""
+        """Write the failure to status.json, if the run directory is this run's, and send it to the webhook."""
         step = self.training.state.step if self.training is not None else None
         if self.started and self.launch.is_main:
             self.plan.directory.write_status("failed", reason, step, self._newest_checkpoint())
@@ -235,7 +236,7 @@ class LaunchedRun:
         self.alerts.send("failed", f"{beginning}: {reason}", step=step)
 
     def _newest_checkpoint(self) -> Path | None:
-        """What the same command goes on from: this launch's last save, else what it has resumed from."""
+        """The checkpoint that the same command would resume: this launch's last one, else the one that it has resumed."""
         saved_step = self.training.saver.saved_step if self.training is not None else None
         if saved_step is not None:
             return self.plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{saved_step}"
@@ -243,5 +244,5 @@ class LaunchedRun:
 
 
 def text_of(error: BaseException) -> str:
-    """What a status and an alert say of it."""
+    """An error as text, for status.json and alerts."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

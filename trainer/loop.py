@@ -37,17 +37,17 @@ from trainer.state import TrainState
 
 @dataclass
 class NextStep:
-    """A step's micro-batches, read ahead, and the votes on it, which are being summed over the ranks."""
+    """The micro-batches of the next step, already read, and the votes on it, whose sum over the ranks is under way."""
 
     micro_batches: list[Batch]
     pending_votes: PendingSum
     read_error: Exception | None
     replaced: list[str]
-    """a line on each sample that another one stands for"""
+    """a line for each unreadable sample that another one replaces"""
 
 
 class Training:
-    """One launch of one run, from the first step of this launch to its last."""
+    """Trains for one launch: from the step that it starts at to the step that it stops after."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Training:
         saved_with = plan.checkpoint.state["data_fingerprint"] if plan.checkpoint else session.data.fingerprint
         if saved_with != session.data.fingerprint:
             self.state.data_changes.append((self.state.step, saved_with))
-        self.weighed_counts: list[float] = []
+        self.weighted_counts: list[float] = []
         self.bad_steps = BadSteps(self.state.bad_steps, self.state.bad_steps_in_a_row)
         self.warned_of_bad_step = False
         self.logger = MetricsLogger(session, self.state, trackers, console, alerts)
@@ -76,22 +76,22 @@ class Training:
         self.previous_best: tuple[float | None, int] = (None, 0)
 
     def run(self) -> StopReason:
-        """Train until something ends it; the reason."""
+        """Train until there is a reason to stop, and return it."""
         self.batches = self.session.training_batches(self.state.step, self.stops.any_requested)
         self.backend.model.train()
         try:
             return self.steps()
         finally:
             loader.close(self.batches)
-            if self.launch.processes == 1:
-                self.settle()  # an error elsewhere loses no save
+            if self.launch.processes == 1:  # of several, an error may have ended some, and the others would wait for them
+                self.settle()
 
     def steps(self) -> StopReason:
-        """The loop itself."""
+        """The loop; returns the reason to stop."""
         state, backend, recipe = self.state, self.backend, self.recipe
         next_step, first_step = self.read_ahead(), state.step
         if self.saver.saved_step == state.step and self.saver.epoch_due():
-            self.save(False, None)  # only its link: a kill may have come between the save and that
+            self.save(False, None)  # sets the epoch's link alone: a kill may have come between the save and its link
         while True:
             votes = self.wait_for_votes(next_step)
             if votes.saved == self.launch.processes:
@@ -118,11 +118,11 @@ class Training:
                 for number, batch in enumerate(next_step.micro_batches, start=1):
                     with backend.micro_step(last=number == len(next_step.micro_batches)):
                         losses.append(backend.model(loader.to_device(batch, self.launch.device)))
-                        backend.backward(losses[-1], term_weights)  # by global counts: nothing is left to average
+                        backend.backward(losses[-1], term_weights)
             except Exception as error:
                 if not can_recover(self.session, error):
                     raise
-                next_step = self.begin_again(error)
+                next_step = self.split_further(error)
                 continue
             self.logger.add_losses(losses)
             if votes.replaced:
@@ -143,8 +143,8 @@ class Training:
             self.stops.record_step(time.monotonic() - started)
             self.logger.show_progress()
 
-    def begin_again(self, error: Exception) -> NextStep:
-        """The step anew, in smaller micro-batches."""
+    def split_further(self, error: Exception) -> NextStep:
+        """After running out of memory: make micro-batches smaller, and read the same step again."""
         self.logger.announce("out of memory", recover(self.session, self.state.step, error))
         self.optimisation = self.session.config.optimisation
         loader.close(self.batches)
@@ -152,7 +152,7 @@ class Training:
         return self.read_ahead()
 
     def read_ahead(self) -> NextStep:
-        """Read the next step's micro-batches, and send off this rank's votes on it while the device still works."""
+        """Read the next step's micro-batches while the device computes, and start summing all ranks' votes on it."""
         started, micro_batches, error = time.monotonic(), [], None
         replaced: list[str] = []
         item_counts = [0.0] * len(self.terms)
@@ -162,11 +162,11 @@ class Training:
                 replaced += micro_batches[-1].pop(REPLACED, [])
                 items = self.recipe.items(micro_batches[-1])
                 item_counts = [n + items[term] for n, term in zip(item_counts, self.terms, strict=True)]
-        except loader.StopWaiting:  # this rank's votes say so, and the step is not taken
+        except loader.StopWaiting:  # this rank votes to stop, so no rank takes the step
             pass
-        except torch.OutOfMemoryError:  # of a set that is generated on the device
+        except torch.OutOfMemoryError:  # a data set that generates on the device: not an unreadable batch
             raise
-        except Exception as reason:  # every rank hears of it, so that none waits for a batch that never comes
+        except Exception as reason:  # raised on every rank once the votes are in, so that none waits for this one
             error = reason
         self.logger.add_data_seconds(time.monotonic() - started)
         flags = (self.saver.due_by_the_clock(), error is not None, len(replaced), self.saver.done())
@@ -174,36 +174,36 @@ class Training:
         return NextStep(micro_batches, self.launch.control.sum(votes.pack()), error, replaced)
 
     def wait_for_votes(self, next_step: NextStep) -> StepVotes:
-        """The votes of all ranks."""
+        """The votes summed over all ranks. UserError if one of them could not read its data."""
         votes = StepVotes.unpack(next_step.pending_votes.wait(), len(self.terms))
         if votes.read_failed:
             self.end_without_data(next_step.read_error)
         return votes
 
     def end_without_data(self, reason: Exception | None) -> None:
-        """Save what has been trained; then a UserError, on every rank, with the reason of one that could not read its data."""
+        """Save, then raise on every rank the UserError of the rank that could not read its data."""
         self.save_before_the_end()
         saved_step = self.state.step if self.saver.saved_step == self.state.step else None
         error = reading_failed(reason, self.launch.rank, saved_step, self.run_config) if reason else None
         self.launch.control.raise_if_any(error)
 
     def save_before_the_end(self) -> None:
-        """Keep what has been trained, where an error is about to end the run on every rank."""
+        """Save this step, unless it is saved already, where an error is about to end the run on every rank."""
         if self.state.step and self.saver.saved_step != self.state.step:
             self.save(False, None)
             self.settle()
 
     def term_weights(self, item_counts: list[float]) -> Tensor:
-        """What an item of each loss term weighs in the objective of a step [terms]; most often as in the step before."""
-        if item_counts != self.weighed_counts:
-            weights, factor = self.session.loss_weights, self.backend.averaged_over
+        """Weight of one item of each loss term, [terms]: the term's weight / its items over all ranks x gradient_divisor."""
+        if item_counts != self.weighted_counts:
+            weights, factor = self.session.loss_weights, self.backend.gradient_divisor
             per_item = [factor * weights[term] / max(count, 1.0) for term, count in zip(self.terms, item_counts, strict=True)]
-            self.weighed_counts = item_counts
+            self.weighted_counts = item_counts
             self.weights = torch.tensor(per_item).to(self.launch.device, non_blocking=True)
         return self.weights
 
     def end_reason(self) -> StopReason | None:
-        """Why the run, or this launch, is over; the same on every rank."""
+        """Why training ends with this step, without anybody asking; None if it goes on. The same on every rank."""
         reason = finished_reason(self.state, self.session.total_steps, self.run_config)
         return reason or (StopReason.STOP_AT_STEP if 0 < self.run_config.stop_at_step <= self.state.step else None)
 
@@ -214,40 +214,22 @@ class Training:
         if not self.session.data.evaluation or not (every or every_epochs):
             return False
         if reason is not None and reason.finished:
-            # The launch that finishes a run reports its last evaluation, also if the one before was killed after it.
+            # Its metrics go into the final report; a launch that was killed since the evaluation has taken them with it.
             return state.evaluated_step != state.step or not self.last_evaluation
         epoch_ended = every_epochs and epochs(state.step - 1) // every_epochs < epochs(state.step) // every_epochs
         due = (every and state.step % every == 0) or epoch_ended
         return bool(due and state.step > 0 and state.evaluated_step != state.step)
 
     def evaluate(self, save_due: bool) -> tuple[bool, StopReason | None]:
-        """Measure the evaluation sets. (whether these weights are to be kept as the best, why to stop if a rank asked to)."""
+        """Evaluate and report. Returns (whether to save these weights as the best, the request to stop that cut it short)."""
         started, state, recipe = time.monotonic(), self.state, self.recipe
-        votes = EvaluationVotes(self.launch.control, self.stops, self.end_without_data)
         replaced: list[str] = []
-        metrics: dict[str, float] = {}
-        self.backend.use_averages(True)
-        for name, dataset in self.session.data.evaluation.items():
-            means = evaluate(
-                self.backend.model,
-                recipe,
-                self.session.loss_weights,
-                dataset,
-                self.optimisation.batch_size,
-                self.run_config,
-                self.launch,
-                votes,
-                self.stops.any_requested,
-                self.run_config.eval_iters * self.optimisation.effective_batch_size,
-                replaced,
-            )
-            if means is None:
-                return False, votes.reason
-            metrics |= {f"eval/{name}_{key}": value for key, value in means.items()}
-        self.backend.use_averages(False)
+        metrics, reason = self.measure(replaced)
+        if reason:
+            return False, reason
         self.last_evaluation = metrics
         if state.evaluated_step == state.step:
-            return False, None  # known already: the launch before was ended between this evaluation and its last save
+            return False, None  # reported by the launch before, which was killed between this evaluation and its last save
         patience_metric, direction = recipe.patience_metric or (recipe.best_metric, recipe.best_is)
         if unknown := {f"eval/{name}" for name in (recipe.best_metric, patience_metric)} - metrics.keys():
             self.save_before_the_end()
@@ -261,20 +243,35 @@ class Training:
         self.logger.log_evaluation(metrics, replaced)
         self.logger.exclude_from_timing(time.monotonic() - started)
         if self.saver.in_flight and self.saver.in_flight.step == state.best_step:
-            self.settle()  # is the best one so far kept?
-        kept = self.run_config.save_best or save_due or self.saver.due() or self.end_reason() is not None
-        is_best = kept and improves(metric, state.best_metric, recipe.best_is)
+            self.settle()  # the best so far is no longer the best if its save fails
+        will_save = self.run_config.save_best or save_due or self.saver.due() or self.end_reason() is not None
+        is_best = will_save and improves(metric, state.best_metric, recipe.best_is)
         if is_best:
             self.previous_best = (state.best_metric, state.best_step)
             state.best_metric, state.best_step = metric, state.step
         return is_best, None
 
+    def measure(self, replaced: list[str]) -> tuple[dict[str, float], StopReason | None]:
+        """Metrics of the evaluation sets, `eval/{set}_{name}`, and the request to stop, if one cut the evaluation short."""
+        votes = EvaluationVotes(self.launch.control, self.stops, self.end_without_data)
+        model, run, o, weights = self.backend.model, self.run_config, self.optimisation, self.session.loss_weights
+        samples = run.eval_iters * o.effective_batch_size
+        metrics: dict[str, float] = {}
+        self.backend.use_averages(True)
+        for name, dataset in self.session.data.evaluation.items():
+            means = evaluate(model, self.recipe, weights, dataset, o.batch_size, run, self.launch, votes, samples, replaced)
+            if means is None:
+                return metrics, votes.reason
+            metrics |= {f"eval/{name}_{key}": value for key, value in means.items()}
+        self.backend.use_averages(False)
+        return metrics, None
+
     def save(self, is_best: bool, reason: StopReason | None, only_best: bool = False) -> None:
-        """Begin a checkpoint of this step, if there is none, and the links it has earned; a stop waits for its end."""
-        self.settle()  # one at a time
+        """Start to save this step, unless it is saved already, and to set its links; before a stop, wait for the end of it."""
+        self.settle()  # one save at a time
         self.backend.use_averages(False)  # an evaluation may have been cut short
         self.bad_steps.read()
-        self.check_bad_steps()  # a run that must end must not leave a checkpoint it cannot go on from
+        self.check_bad_steps()  # a run that ends here for too many of them must not be resumed from here
         state = self.state
         state.bad_steps, state.bad_steps_in_a_row = self.bad_steps.total, self.bad_steps.in_a_row
         state.loss_sums, state.item_counts = self.logger.unlogged()
@@ -284,16 +281,16 @@ class Training:
             self.settle()
 
     def settle(self, wait_for_end: bool = True) -> None:
-        """Bring the save in flight, if there is one, to its end, or one step nearer; hear what became of it."""
-        if self.saver.settle(wait_for_end) == self.state.best_step:
-            self.state.best_metric, self.state.best_step = self.previous_best  # the weights of the new best are lost
+        """Finish the save in flight, if there is one; without `wait_for_end` only take it one stage further."""
+        if self.saver.settle(wait_for_end) == self.state.best_step:  # it failed: the weights of the new best are lost
+            self.state.best_metric, self.state.best_step = self.previous_best
 
     def check_bad_steps(self) -> None:
-        """Warn of this launch's first non-finite step; end the run after too many in a row. Neither changes the weights."""
+        """Warn of this launch's first step with a non-finite gradient; end the run after too many in a row."""
         if self.bad_steps.last_step and not self.warned_of_bad_step:
             self.warned_of_bad_step = True
             step = self.bad_steps.last_step
             self.logger.announce("bad step", f"WARNING: the gradient of step {step:,} was not finite; it changed no weight")
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
-            self.settle()  # what was saved before them is kept
+            self.settle()  # or the checkpoint in flight would be lost
             raise self.bad_steps.too_many()

@@ -43,7 +43,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
-    """`main`, where signals are heard already."""
+    """The body of `main`."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a data worker that imports the recipe's file
         raise RuntimeError("main(...) must stand below `if __name__ == '__main__':`, or data workers start the training anew")
     if argv is None:
@@ -52,7 +52,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     adopt_ranks(os.environ)
     console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
     launch: Launch | None = None
-    code, alike = FINISHED, True
+    code, same_on_all_ranks = FINISHED, True  # of an error that comes before the launch is joined, rank 0 alone reports
     try:
         planned, argv = take_plan_flags(argv)
         command, flags = read_command_line(recipe, argv)
@@ -67,7 +67,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
 
             if isinstance(flags, Parsed):
                 request_zero(os.environ, run.deepspeed_config)
-            backend, alike = backend_of(os.environ), False  # what went wrong before is the same on all ranks: rank 0 says it
+            backend, same_on_all_ranks = backend_of(os.environ), False
             launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
         if isinstance(flags, Parsed) and flags.config.run.fast_dev_run:
             fast_dev_run(recipe, argv, launch, console)
@@ -82,7 +82,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
         code = INTERRUPTED
         console.error("interrupted before anything was changed")
     except Exception as error:
-        code = report_error(error, console, alike)
+        code = report_error(error, console, same_on_all_ranks)
     finally:
         console.close()
     if code == BAD_INPUT:
@@ -93,7 +93,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
 
 
 def print_plan(recipe: Recipe, flags: Any, argv: Sequence[str], planned: PlanFlags, console: Console) -> int:
-    """What `--plan` does, on rank 0 alone; the exit code."""
+    """Print what `--plan` computes, on rank 0 alone. Returns the exit code."""
     if not isinstance(flags, Parsed):
         raise UserError("--plan is for training; leave the sub-command out")
     if int(os.environ.get("RANK") or 0) == 0:
@@ -107,7 +107,7 @@ def print_plan(recipe: Recipe, flags: Any, argv: Sequence[str], planned: PlanFla
 
 
 def leaving_at_the_time_limit(hours: float | None, console: Console) -> AbstractContextManager[None]:
-    """While nothing is begun yet: the limit counts from the start of the process, and imports take their time."""
+    """Leave the process at the time limit, while the launch is still starting: the limit counts from the process's start."""
     from trainer.distributed.stopping import StopRequests
 
     stops = StopRequests(hours, process_start_monotonic(), None, str, console.log)
@@ -119,11 +119,15 @@ def leaving_at_the_time_limit(hours: float | None, console: Console) -> Abstract
     return stops.acted_on_at_once(act)
 
 
-def report_error(error: Exception, console: Console, alike: bool = True) -> int:
-    """One line for an error that a person can mend, a traceback for a bug; the exit code. `alike`: it is so on every rank."""
+def report_error(error: Exception, console: Console, same_on_all_ranks: bool = True) -> int:
+    """Print one line for an error that a person can mend, a traceback for a bug. Returns the exit code.
+
+    `same_on_all_ranks`: every rank has this error, so only rank 0 prints it.
+    """
     known = user_error(error)
     if known is not None:
-        console.error(str(known), on_any_rank=not (alike or known.known_to_all), log_only=known.printed_by_other_rank)
+        rank_0_has_it = same_on_all_ranks or known.known_to_all
+        console.error(str(known), on_any_rank=not rank_0_has_it, log_only=known.printed_by_other_rank)
         console.log_traceback(error)
         return known.exit_code
     console.log_traceback(error, on_stderr=True)
@@ -136,7 +140,7 @@ def commands_of(recipe: Recipe) -> Mapping[str, Command]:
 
 
 def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
-    """(sub-command, its flags): a Parsed for `train`."""
+    """(sub-command, its flags): for `train` a `Parsed`, for others their flat dataclass. Prints `--help` and exits."""
     commands = commands_of(recipe)
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     rest = argv[1:] if argv and not argv[0].startswith("-") else argv
@@ -175,9 +179,9 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
 
 
 def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: Console) -> None:
-    """All that a run does, in seconds: a step, an evaluation and a save, and a second step of a run that resumes. Collective.
+    """`--fast_dev_run`: a run of one step with an evaluation and a save, then a second step that resumes from it. Collective.
 
-    Steps end by `--stop_at_step`, so that the schedule, and whatever depends on the length of the run, are the real ones.
+    The runs end by `--stop_at_step`, so the schedule and whatever else depends on the length of the run stay the real ones.
     """
 
     def make_folder() -> str:
@@ -201,7 +205,7 @@ def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: C
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> StopReason:
-    """One launch of a training run; the reason it ended. Collective. Rank 0 holds the lock of the run directory."""
+    """Train for one launch. Returns why it ended. Collective. Meanwhile rank 0 holds the lock of the run directory."""
     from trainer.checkpoints.resume import default_directory, plan_launch
     from trainer.distributed.peers import explained
     from trainer.launched_run import LaunchedRun, text_of
@@ -213,7 +217,8 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
     try:
         arguments = list(argv[1:]) if argv and argv[0] == "train" else list(argv)
         leaving = leaving_at_the_time_limit(parsed.config.run.max_training_hours, console)
-        with leaving, explained(launch, parsed.config.optimisation):  # which waits: another rank may have left for the limit
+        # `explained` waits for the message of another rank, which may have left at the limit: so `leaving` is around it.
+        with leaving, explained(launch, parsed.config.optimisation):
             plan = plan_launch(recipe, parsed, arguments, launch, console.log)
         launched_run = LaunchedRun(recipe, plan, argv, launch, console, alerts)
         return launched_run.run()

@@ -25,14 +25,14 @@ Batch = dict[str, "Tensor"]
 Measured = Union["Tensor", float, tuple["Tensor | float", "Tensor | float"]]
 """a sum and its count, or a sum alone"""
 Log = Callable[[str], None]
-"""prints a line: on stdout and in train.log, on rank 0"""
+"""prints a line to stdout and train.log, on rank 0 alone"""
 
 
 class RecipeConfig(Protocol):
     """A recipe's configuration: a frozen dataclass of four sections, each a frozen dataclass, flat on the command line.
 
-    It may have a method `resolved() -> config` that fills in what follows from other values, with ValueError or UserError for
-    values that contradict each other; and a class attribute `yaml_sections`, see `trainer.command_line.flags.read_yaml`.
+    It may have a method `resolved() -> config` that fills in values which follow from others (ValueError or UserError where
+    they contradict each other), and a class attribute `yaml_sections`, see `trainer.command_line.flags.read_yaml`.
     """
 
     @property
@@ -45,7 +45,7 @@ class RecipeConfig(Protocol):
 
     @property
     def optimisation(self) -> Optimisation:
-        """What decides the weights, beside the two."""
+        """What else decides the trained weights."""
 
     @property
     def run(self) -> Run:
@@ -56,13 +56,12 @@ ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 
 
 class Dataset(Protocol):
-    """Samples by number, a whole batch at a time.
+    """Returns whole batches, by sample numbers.
 
-    A finite set has `__len__`; for sample number s its item is `s % len` and its epoch `s // len`, so every random choice
-    about a sample (crop, flip) may be drawn from (seed, s). A set without `__len__` generates sample s from (seed, s).
-    Tensors of a batch have the batch as their first dimension. A set with `on_device = True` generates where the model is:
-    it is called in the training process, after one call of its `to(device)`. Any other must be picklable: data-loading
-    workers get a copy.
+    A finite set has `__len__`. Its sample s is item `s % len` in epoch `s // len`, and random choices about it (crop, flip) are
+    to be drawn from (seed, s). A set without `__len__` generates sample s from (seed, s). The first dimension of every tensor
+    is the batch. A set with `on_device = True` generates on the model's device: `to(device)` is called once, and then it is
+    used in the training process. Any other set must be picklable, as data-loading workers get a copy.
 
     A sample that cannot be read is a ValueError or OSError that names it: `--bad_samples skip` reads the next one instead.
     """
@@ -72,23 +71,23 @@ class Dataset(Protocol):
 
 @dataclass
 class Data:
-    """What `build_data` gives. `evaluation` sets are measured in training as `eval/{name}_...`, one of them usually as `val`;
-    `test` by `evaluate`."""
+    """What `build_data` returns. The sets of `evaluation`, {name: set}, are measured during training as `eval/{name}_...`; one
+    is usually called `val`. `test` is measured by the sub-command `evaluate`."""
 
     train: Any
     evaluation: dict[str, Any]
     test: Any = None
     fingerprint: str = ""
-    """hash of the contents, which training needs: a resumed run refuses other data"""
+    """hash of the contents, required for training: a resumed run refuses data with another one"""
     notes: list[str] = field(default_factory=list)
-    """what the user should know of the data (how many samples were cut), printed at start"""
+    """lines about the data for the user (how many samples were cut), printed at start"""
     extra: dict[str, Any] = field(default_factory=dict)
-    """what the recipe itself wants to find again (a tokenizer, task vectors)"""
+    """whatever the recipe itself needs later (a tokenizer, task vectors)"""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: a flat dataclass of its flags, and the function that does it, on every process of the launch."""
+    """A sub-command: a flat dataclass of its flags, and the function to run on every process of the launch."""
 
     flags: type
     run: Callable[[Any, Any, Launch, Log], None]
@@ -98,10 +97,10 @@ class Command:
 
 
 class Report(Generic[ConfigT]):
-    """What is printed and drawn of a run. Every method is optional; a recipe names its subclass as `report_class`."""
+    """What a run prints and draws. Overriding is optional; a recipe names its subclass as `report_class`."""
 
     loss_unit: str = ""
-    """of the loss, in plots"""
+    """unit of the loss, for the axis of plots"""
 
     def __init__(self, recipe: Recipe[ConfigT]) -> None:
         self.recipe = recipe
@@ -113,11 +112,12 @@ class Report(Generic[ConfigT]):
         return described(config.optimisation)
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
-        """Lines before the first step of a launch, which is step + 1; `trained`: how many of the parameters are."""
+        """Lines to print before the first step of a launch, step + 1; `trained`: how many of the parameters are trained."""
         return []
 
     def step_metrics(self, step: int) -> dict[str, float]:
-        """Further metrics of a log step, as `train/{name}`. Of its number alone, which is all that a resumed run knows."""
+        """Further metrics of a log step, logged as `train/{name}`. They may depend on its number alone, so that a resumed run
+        logs the same."""
         return {}
 
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -131,26 +131,25 @@ class Report(Generic[ConfigT]):
         )
 
     def show_batch(self, batch: Batch, config: ConfigT, data: Data, run: RunDirectory) -> str:
-        """A batch as a person reads it, for `--debug`: its first text, or where a picture of it is. Empty: nothing to add."""
+        """A batch for people to look at, with `--debug`: its first text, or the path of a picture. Empty: nothing."""
         return ""
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The console line of an evaluation; `metrics` have their full names, `eval/val_loss`."""
+        """The console line of an evaluation; the keys of `metrics` are full names, such as `eval/val_loss`."""
         return f"Evaluating at step {step}... " + " | ".join(f"{k.removeprefix('eval/')}: {v:.4f}" for k, v in metrics.items())
 
     def warnings(self) -> list[str]:
-        """What this process saw in the last evaluation that somebody should look at, a line each; emptied by the call."""
+        """Lines on what a person should look at in this process's part of the last evaluation. The call clears them."""
         return []
 
     def baseline(self, config: ConfigT, data: Data) -> tuple[str, float] | None:
-        """(name, loss) of a trivial model on the `val` set, a line in the loss plot."""
+        """(name, loss) of a trivial model on the `val` set, drawn as a line in the loss plot; None: no line."""
         return None
 
     def after_training(self, config: ConfigT, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """On rank 0, once the run has finished: baselines, samples, pictures. `checkpoint` is the folder of the last one.
+        """Called on rank 0 when the run has finished: baselines, samples, pictures. `checkpoint`: the folder of the last one.
 
-        All is saved by then, and a request to stop, or the time limit, ends the process in the middle of it: replace files
-        whole.
+        Everything is saved by then, and a request to stop or the time limit ends the process at once: replace files atomically.
         """
 
 
@@ -166,72 +165,72 @@ class Recipe(Generic[ConfigT]):
     presets: Mapping[str, Path] = {}
     """YAML files by short name, for `--preset NAME`"""
     commands: Mapping[str, Command] = {}
-    """sub-commands beside `train` and `evaluate`, by name; one called `evaluate` takes the place of the usual one"""
+    """{name: sub-command} beside `train` and `evaluate`; one called `evaluate` replaces the default one"""
     needs: str = ""
-    """flags that a command line without a preset cannot do without, for the examples of `--help`"""
+    """flags without which nothing but a preset can be trained, for the examples of `--help`"""
     checkpoint_prefix: str = "checkpoint_step_"
-    """the name of a step checkpoint, before its number"""
+    """a step checkpoint is called this and the step's number"""
     best_metric: str = "val_loss"
     best_is: Literal["lower", "higher"] = "lower"
     patience_metric: tuple[str, Literal["lower", "higher"]] | None = None
     """(metric, which way is better) that `--patience` waits for; None: the best metric"""
     monitored: tuple[str, ...] = ()
-    """terms of `loss` that are no losses (an accuracy): logged under their own names, with weight 0 in the objective"""
+    """terms of `loss` that are not trained on (an accuracy): logged under their own names, with weight 0 in the objective"""
     throughput: tuple[str, str] | None = None
-    """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None counts samples"""
+    """(unit, loss term): `train/{unit}_per_sec` counts that term's items; None: samples"""
     free_settings: tuple[str, ...] = ("dropout",)
-    """of `pretrained_settings`, the flags that may be given another value: weights do not depend on them"""
+    """flags of `pretrained_settings` that may be given another value, because the weights do not depend on them"""
     other_weights: str = "choose other weights"
-    """what to do where those flags are to be others"""
+    """the advice in the error for any other of these flags"""
 
     def __init__(self) -> None:
         self.report: Report[ConfigT] = self.report_class(self)
         self.notes: list[str] = []
-        """what the user should know of the weights that `pretrained` has found, printed with their name"""
+        """lines about the weights that `pretrained` has found, printed with their name"""
 
     # ---- what is trained on what
 
     def build_data(self, config: ConfigT) -> Data:
-        """The data sets. ValueError or OSError with a one-line text for what a user can mend."""
+        """The data sets. Raise ValueError or OSError, with one line of text, for what a user can mend."""
         raise TypeError(f"{type(self).__name__} lacks build_data")
 
     def build_model(self, config: ConfigT, data: Data) -> nn.Module:
-        """The bare network; `data` may decide its vocabulary.
+        """The bare network, whose sizes may depend on `data` (a vocabulary).
 
-        It initialises itself as usual, with any of torch's functions. These are recorded, and done for one parameter at a time,
-        drawn from (seed, its name); so nothing here can look at a tensor's values.
+        It initialises itself as usual, with any of torch's functions. They are only recorded here, and executed later for one
+        parameter at a time, with random numbers from (seed, its name); so this method cannot read a tensor's values.
         """
         raise TypeError(f"{type(self).__name__} lacks build_model")
 
     # ---- with which loss
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """{loss term: how many items it averages over}, from a host batch alone."""
+        """{loss term: how many items it averages over}, from a batch on the host, before the forward pass."""
         raise TypeError(f"{type(self).__name__} lacks items")
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """{loss term: sum over its items}, scalars, under the names of `items`."""
+        """{loss term: sum over its items, a scalar}, with the names of `items`."""
         raise TypeError(f"{type(self).__name__} lacks loss")
 
     def loss_weights(self, config: ConfigT) -> dict[str, float]:
-        """Weights of the terms in the objective, sum of weight x sum / items; a term not named has 1.0."""
+        """{loss term: its weight} in the objective, the sum over terms of weight x sum / items. Default weight: 1.0."""
         return {}
 
     # ---- measured how
 
     def measure(self, network: Any, batch: Batch) -> Mapping[str, Measured]:
-        """{name: (sum, count)} of one evaluation batch: the loss terms, which are the default, and whatever else.
+        """{name: (sum, count)} of an evaluation batch: the loss terms (the default), and any other measures.
 
-        A sum alone, under the name of a loss term, is one over its `items`, which the host counts.
+        A loss term may be a sum alone; its count is then that of `items`.
         """
         return self.loss(network, batch)
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Metrics that follow from means (perplexity from a loss); for training and evaluation alike."""
+        """Metrics computed from means (perplexity from the loss), in training and evaluation alike."""
         return {}
 
     def flops_per_item(self, config: ConfigT, network: Any) -> float | None:
-        """Training FLOPs (forward and backward) for each item of `throughput`, for MFU; None: not known."""
+        """Training FLOPs (forward and backward) per item of `throughput`, for MFU; None: unknown."""
         return None
 
     # ---- updated how
@@ -243,10 +242,10 @@ class Recipe(Generic[ConfigT]):
         return decay_groups(network, config.optimisation.weight_decay)
 
     def optimizer(self, network: Any, config: ConfigT) -> Optimizer:
-        """Default: the one `--optimizer` names. Any torch optimizer will do: what state it keeps is read from it.
+        """The optimizer; default: the one that `--optimizer` names. Any torch optimizer will do, whatever state it keeps.
 
-        Under ZeRO, which flattens parameters and cuts them, its state must start at zero and not depend on their shapes; under
-        FSDP it computes on DTensors.
+        ZeRO flattens and cuts parameters, so there the state must start at zero and not depend on shapes; under FSDP the
+        optimizer has to work on DTensors.
         """
         from trainer.optimisation.optimizers import build
 
@@ -260,7 +259,7 @@ class Recipe(Generic[ConfigT]):
         return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
 
     def scheduled_rate(self, step: int, total_steps: int, config: ConfigT) -> float:
-        """The learning rate of a step: by `--schedule`, or the recipe's own."""
+        """The learning rate of a step: that of `--schedule`, or `learning_rate` by default."""
         from trainer.optimisation.schedule import named
 
         o = config.optimisation
@@ -271,26 +270,27 @@ class Recipe(Generic[ConfigT]):
     # ---- kept with the weights
 
     def pretrained_settings(self, name: str, saved: ConfigT | None) -> Mapping[str, Any]:
-        """{flag: the value that the weights of an `--init_from` belong to}, for flags that are not given.
+        """{flag: value} of the network whose weights `--init_from` names: they hold where these flags are not typed.
 
-        `name` is a checkpoint folder of this recipe, with its configuration `saved`, or a folder or hub name of somebody
-        else's (None). Default: the flags of the model. ValueError or OSError, in one line, for what this network has not.
+        `name` is a checkpoint folder of this recipe, whose configuration is `saved`, or a folder or hub name in another format
+        (`saved` is None). Default: all flags of the model. Raise ValueError or OSError, with one line, if this recipe cannot
+        build that network.
         """
         if saved is None:
             raise ValueError(f"is no checkpoint of {self.name}, and it reads no others")
         return vars(saved.model)
 
     def pretrained(self, name: str, network: Any, initial: Weights) -> Mapping[str, StoredTensor]:
-        """Weights for an `--init_from` that is no checkpoint of this recipe, by the names of the network; each process reads
-        what it will hold. ValueError or OSError in one line if there are none.
+        """{name in the network: stored tensor} of an `--init_from` that is no checkpoint of this recipe. Each process reads
+        what it will hold. Raise ValueError or OSError, with one line, if there are none.
 
-        The network has no memory yet; `initial` are the values that it begins with on its own.
+        The network is on the meta device; `initial` are its own initial weights.
         """
         raise ValueError(f"init_from {name!r} is not a checkpoint of {self.name}; give the path of one")
 
     def checkpoint_files(self, config: ConfigT, network: Any, data: Data) -> Mapping[str, str | Mapping[str, Tensor]]:
-        """{file name: its content} to stand beside the weights in every checkpoint.
+        """{file name: content} of further files of every checkpoint.
 
-        Text (config.json, tokenizer.json), or named tensors for a name that ends in .safetensors.
+        Text (config.json, tokenizer.json), or {name: tensor} for a file name that ends in .safetensors.
         """
         return {}

@@ -25,7 +25,7 @@ from trainer.data import loader, stream
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
 from trainer.evaluation.objective import Objective, objective_weights
-from trainer.micro_batches import fit, whole
+from trainer.micro_batches import fit_to_memory, in_one_micro_batch
 from trainer.optimisation.averages import keep_averages
 from trainer.optimisation.schedule import described, warmup_for
 from trainer.recipe import Batch, Data, Log, Recipe
@@ -33,7 +33,7 @@ from trainer.recipe import Batch, Data, Log, Recipe
 
 @dataclass(kw_only=True)
 class Session:
-    """Everything the loop works with."""
+    """What the loop trains with: recipe, configuration, launch, data and model."""
 
     recipe: Recipe
     config: Any
@@ -42,27 +42,27 @@ class Session:
     network: nn.Module
     """the bare network, whose names a checkpoint uses"""
     backend: Backend
-    """has the prepared objective as `backend.model`"""
+    """`backend.model` is the prepared objective"""
     loss_weights: dict[str, float]
-    """weight in the objective by loss term, in the order of the terms"""
+    """{loss term: its weight in the objective}, in the order of the terms"""
     total_steps: int
     extra_files: Mapping[str, str | Mapping[str, Tensor]]
-    """the recipe's own files of a checkpoint"""
+    """{name: content} of the files that the recipe adds to each checkpoint"""
 
     def __post_init__(self) -> None:
         self.samples = stream.length_of(self.data.train)
-        """samples of an epoch; None for an endless stream"""
+        """samples in an epoch; None for an endless stream"""
 
     def exact_epochs(self, step: int) -> float:
-        """Epochs behind a step; 0 for an endless stream."""
+        """Epochs read after `step` steps, as a fraction; 0 for an endless stream."""
         return step * self.config.optimisation.effective_batch_size / self.samples if self.samples else 0.0
 
     def epochs(self, step: int) -> int:
-        """Whole epochs behind a step; 0 for an endless stream."""
+        """Whole epochs read after `step` steps; 0 for an endless stream."""
         return max(0, step) * self.config.optimisation.effective_batch_size // self.samples if self.samples else 0
 
     def training_batches(self, step: int, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """This process's micro-batches behind a step."""
+        """This process's part of every micro-batch after step `step`, for ever."""
         o, launch = self.config.optimisation, self.launch
         order = stream.TrainingOrder(
             o.batch_size,
@@ -85,8 +85,8 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
         log(note)
     steps = total_steps(plan.config, stream.length_of(data.train))
     config = plan.config if plan.checkpoint else cut_warmup(plan.config, plan.typed, steps, log)
-    if config.run.fit_batch and not plan.checkpoint:  # which has what was found
-        config = dataclasses.replace(config, optimisation=whole(config.optimisation))
+    if config.run.fit_batch and not plan.checkpoint:  # a checkpoint has the size that was found
+        config = dataclasses.replace(config, optimisation=in_one_micro_batch(config.optimisation))
 
     network, initial = build_empty_network(recipe, config, data)
     weights = first_weights(recipe, network, initial, plan.checkpoint, config.optimisation.init_from, launch.control, log)
@@ -122,19 +122,21 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
         extra_files=extra_files,
     )
     if config.run.fit_batch:
-        fit(session, plan.checkpoint.train_state.step if plan.checkpoint else 0, log)
+        fit_to_memory(session, plan.checkpoint.train_state.step if plan.checkpoint else 0, log)
     return session
 
 
 def make_optimizer(recipe: Recipe, network: nn.Module, config: Any) -> torch.optim.Optimizer:
-    """The recipe's, which averages the weights where `--ema` asks for it."""
+    """The recipe's optimizer; with `--ema` it also averages the weights."""
     optimizer, decay = recipe.optimizer(network, config), config.optimisation.ema
     return keep_averages(optimizer, decay) if decay else optimizer
 
 
 def restore(backend: Backend, saved: Checkpoint, extra_files: Mapping[str, Any], terms: Sequence[str], log: Log) -> None:
-    """Continue from a checkpoint, whose weights the backend has already. UserError, before anything else is changed, for what
-    does not fit this launch."""
+    """Restore optimizer and loss scale from a checkpoint, whose weights the backend has already.
+
+    UserError, before either is changed, for what does not fit this launch.
+    """
     for file, tensors in extra_files.items():
         if not isinstance(tensors, str):
             check_extra_tensors(saved, file.removesuffix(".safetensors"), tensors)
@@ -149,10 +151,10 @@ def restore(backend: Backend, saved: Checkpoint, extra_files: Mapping[str, Any],
 
 
 def check_extra_tensors(saved: Checkpoint, stem: str, tensors: Mapping[str, Tensor]) -> None:
-    """UserError unless the recipe's own tensors are now what they were: here they are made anew, from the seed."""
+    """UserError unless the tensors that the recipe has made from the seed are those that the checkpoint holds."""
     wrong = differences(saved, stem, {name: TensorForm(tuple(t.shape), t.dtype) for name, t in tensors.items()})
     for name, tensor in tensors.items():
-        # Not to the bit: other processors and versions of torch round their random numbers otherwise.
+        # Not bit for bit: other processors and versions of torch round random numbers differently.
         if not wrong and not torch.allclose(saved.tensor(stem, name, finite=False), tensor.cpu(), 1e-4, equal_nan=True):
             wrong = f"{name} has other values"
     if wrong:
@@ -160,26 +162,26 @@ def check_extra_tensors(saved: Checkpoint, stem: str, tensors: Mapping[str, Tens
 
 
 def make_backend(config: Any, launch: Launch) -> Backend:
-    """The backend that was launched, in the precision that was requested."""
+    """The backend of this launch, in the requested precision. UserError for flags that do not go with it."""
     optimisation, run = config.optimisation, config.run
-    stream.share(optimisation.batch_size, launch.rank, launch.processes)
-    kind = backend_of(os.environ)
-    if run.log_grad_norms and not kind.supports_layer_norms:
+    stream.share(optimisation.batch_size, launch.rank, launch.processes)  # UserError for more processes than samples
+    backend_class = backend_of(os.environ)
+    if run.log_grad_norms and not backend_class.supports_layer_norms:
         raise UserError(
             "--log_grad_norms needs the gradients of each layer, and ZeRO flattens them; leave it out, or use FSDP or DDP"
         )
-    if run.fit_batch and not kind.survives_out_of_memory:
+    if run.fit_batch and not backend_class.survives_out_of_memory:
         raise UserError("--fit_batch needs one process or DDP: what is sharded cannot go on where memory ran out; leave it out")
     precision = resolve_precision(run.mixed_precision, launch)
     torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return kind(launch, precision, run.mixed_precision, optimisation)
+    return backend_class(launch, precision, run.mixed_precision, optimisation)
 
 
 def load_data(recipe: Recipe, config: Any, launch: Launch) -> Data:
-    """Build the data, one process of each host first, so that the others find its cache. Collective."""
+    """Build the data: on each host one process first, so that the others find its cache. Collective."""
     data, error = None, None
     for first_turn in (True, False):
         if (launch.local_rank == 0) == first_turn and error is None:
@@ -201,7 +203,7 @@ def load_data(recipe: Recipe, config: Any, launch: Launch) -> Data:
 
 
 def total_steps(config: Any, samples: int | None) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or what `max_epochs` comes to (the last one may read on)."""
+    """Optimizer steps of the whole run: `max_steps`, or as many as `max_epochs` take, rounded up."""
     optimisation = config.optimisation
     if optimisation.max_steps:
         return optimisation.max_steps
@@ -211,9 +213,9 @@ def total_steps(config: Any, samples: int | None) -> int:
 
 
 def cut_warmup(config: Any, typed: Container[str], steps: int, log: Log) -> Any:
-    """The config of a fresh run, with a warm-up that nobody typed cut to a tenth of the run.
+    """The config of a fresh run, where a warm-up that was not typed is cut to a tenth of the run.
 
-    It is kept in the config as cut, so that a resumed run, longer perhaps, goes on with the same warm-up.
+    The cut value is saved with the config, so that a resumed run keeps it, also if it is made longer.
     """
     optimisation = config.optimisation
     if "warmup_steps" in typed:
@@ -225,7 +227,7 @@ def cut_warmup(config: Any, typed: Container[str], steps: int, log: Log) -> Any:
 
 
 def describe(session: Session, step: int) -> list[str]:
-    """What is printed before the first step of a launch, which begins after `step`."""
+    """The lines printed before the first step of a launch, step + 1."""
     network, config, launch = session.network, session.config, session.launch
     shapes = {entry.name: entry.shape for entry in session.backend.model_tensors()}
     sizes = [(math.prod(shapes[name]), p.requires_grad) for name, p in network.named_parameters()]

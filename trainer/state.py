@@ -1,4 +1,4 @@
-"""What a run remembers from step to step, beside its tensors."""
+"""The state of a run beside its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.fields import problem_of
 
 @dataclass
 class TrainState:
-    """All of it stands in every checkpoint's trainer_state.json. The loop alone writes to it."""
+    """Saved in trainer_state.json of every checkpoint. Only the loop changes it."""
 
     step: int = 0
     """optimizer steps done"""
@@ -32,7 +32,7 @@ class TrainState:
     """steps skipped because their gradient was not finite"""
     bad_steps_in_a_row: int = 0
     replaced_samples: int = 0
-    """samples that could not be read, and another one stood for"""
+    """unreadable samples that were replaced by others"""
     data_changes: list[tuple[int, str]] = field(default_factory=list)
     """where the run went on with other data by `--data_changed accept`: (step, fingerprint of the data before)"""
     loss_sums: list[float | None] = field(default_factory=list)
@@ -42,7 +42,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Any) -> TrainState:
-        """What `dataclasses.asdict` gave. ValueError for what it cannot have given."""
+        """From the output of `dataclasses.asdict`, through JSON. ValueError for anything else."""
         hints = typing.get_type_hints(cls)
         problem = problem_of(hints, value)
         if problem:

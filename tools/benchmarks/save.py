@@ -114,9 +114,9 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     from trainer.backends.tensors import whole_entries
-    from trainer.checkpoints.writing import Share, commit
+    from trainer.checkpoints.writing import RankWriter, commit
 
-    share, entries = Share(launch), whole_entries(weights)
+    share, entries = RankWriter(launch), whole_entries(weights)
     cut = len(entries) // 3
 
     def samecurve(folder: Path) -> Callable[[], object]:

@@ -12,13 +12,13 @@ from trainer.distributed.launch import switched_on
 from trainer.errors import UserError, path_of
 
 SWITCHES = ("CPU", "DEEPSPEED", "FSDP", "PARALLELISM_CONFIG", "SAGEMAKER")
-"""what ACCELERATE_USE_... may say"""
+"""the X of the ACCELERATE_USE_X variables that a backend here understands, or that change nothing"""
 
 
 def backend_of(environ: Mapping[str, str]) -> type[Backend]:
-    """The backend that the launcher asked for; a new one is a file here and an entry in this list.
+    """The backend that the launcher asked for, by its environment variables. UserError if there is none for it.
 
-    UserError for a launch that no backend is for, rather than another one without a word.
+    A new backend is a file in this folder and an entry in the tuple below.
     """
     prefix, sizes = "ACCELERATE_USE_", "PARALLELISM_CONFIG_{}_SIZE"
     on = [key.removeprefix(prefix) for key in environ if key.startswith(prefix) and switched_on(environ, key)]

@@ -15,15 +15,15 @@ from trainer.errors import UserError, path_of
 
 
 def check_dimensions(network: nn.Module) -> None:
-    """UserError for a parameter that FSDP and ZeRO could not cut."""
+    """UserError for a scalar parameter, which FSDP and ZeRO cannot shard."""
     for name in (name for name, p in network.named_parameters() if not p.ndim):
         raise UserError(f"{name} has no dimension to cut it along; give it the shape (1,), or use {path_of(DDP)}")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time; none, where no class is named.
+    """The modules that FSDP gathers one at a time; empty if the network names no block classes.
 
-    UserError if none is of a class that is named, or a parameter is tied across them.
+    UserError if it names some and has none of them, or if a parameter is tied across blocks.
     """
     found, classes = named_blocks(network), _block_classes(network)
     if classes and not found:
@@ -32,14 +32,14 @@ def blocks(network: nn.Module) -> list[nn.Module]:
             "attribute _no_split_modules, or in fsdp_transformer_layer_cls_to_wrap"
         )
     tied = tie_across(network, found)
-    if tied is not None:  # not every torch says so
+    if tied is not None:  # not every version of torch refuses it
         raise UserError(f"{tied} is tied to a parameter outside its block, and FSDP gathers block by block; use {path_of(DDP)}")
     return found
 
 
 def named_blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules whose classes the network names in `_no_split_modules`, as transformers' models do, or the launcher in
-    `fsdp_transformer_layer_cls_to_wrap`. A block within another comes before it, as `fully_shard` wants them."""
+    """The modules of the classes that the launcher names in `fsdp_transformer_layer_cls_to_wrap`, or else the network in
+    `_no_split_modules`, as transformers' models do. Inner blocks come before outer ones, the order `fully_shard` needs."""
     classes = _block_classes(network)
     return [module for module in network.modules() if type(module).__name__ in classes][::-1]
 
@@ -52,7 +52,7 @@ def _block_classes(network: nn.Module) -> list[str]:
 
 
 def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
-    """The name of a parameter of two blocks, or of a block and what is around it: it can be gathered with one of them only."""
+    """The name of a parameter shared by two blocks, or by a block and the rest of the network; None if there is none."""
     blocks_by_name = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in found}
     gathered_with: dict[nn.Parameter, nn.Module] = {}
     for name, p in network.named_parameters(remove_duplicate=False):
@@ -65,10 +65,10 @@ def tie_across(network: nn.Module, found: list[nn.Module]) -> str | None:
 
 
 def recompute_activations(network: nn.Module, every: int) -> None:
-    """Keep no activations of one block in `every`, the first of them (0: keep all): its backward pass computes them again (Chen
-    et al. 2016).
+    """Activation checkpointing (Chen et al. 2016) of every `every`-th block, from the first on (0: of none).
 
-    In the block, not around it, so that FSDP and ZeRO gather its weights once for both. UserError for a network without blocks.
+    It wraps the block's `forward`, inside the hooks of FSDP and ZeRO, so that weights are gathered once for recomputation and
+    backward together. UserError for a network that names no blocks.
     """
     blocks = named_blocks(network)[::-1]
     if every and not blocks:

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration with its `auto` values filled in from the recipe's flags."""
+"""Checks a DeepSpeed file, and fills in its `auto` values from the flags."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast")
 
 
 def request_zero(environ: MutableMapping[str, str], file: str | None) -> None:
-    """Ask for ZeRO with the file of `--deepspeed_config`, as Accelerate's launcher does with its own; None: nothing was given.
+    """Set the environment for ZeRO as Accelerate's launcher does, with the file of `--deepspeed_config` (None: not given).
 
-    UserError where the launcher has asked for something else, or is DeepSpeed's own, which has no file to give.
+    UserError where the launcher has asked for something else, or is DeepSpeed's own, which names no file.
     """
     asked = switched_on(environ, "ACCELERATE_USE_DEEPSPEED")
     if file is None:
@@ -42,7 +42,7 @@ def request_zero(environ: MutableMapping[str, str], file: str | None) -> None:
 
 
 def check_deepspeed_file(environ: Mapping[str, str]) -> None:
-    """UserError for a file that Accelerate, which reads it first and checks nothing, could not make sense of."""
+    """UserError for a malformed file. Accelerate would read it first, and fail on it with a traceback."""
     path = Path(environ.get(VARIABLE) or "none")
     if str(path) == "none":
         return
@@ -81,13 +81,13 @@ def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_filled(config: Mapping[str, Any]) -> None:
-    """UserError, in one line, for whatever DeepSpeed's own reading refuses. What is `auto` still, Accelerate fills in later."""
+    """UserError, in one line, for what DeepSpeed's own parser refuses. Left out: `auto`, which Accelerate fills in later."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
-        # Before its engine is made DeepSpeed takes us for one process: it must not hold the product against us.
+        # train_batch_size too: before its engine is made DeepSpeed assumes one process, and would find the product wrong.
         DeepSpeedConfig(_without_auto({key: value for key, value in config.items() if key != "train_batch_size"}))
-    except Exception as error:  # pydantic's, DeepSpeed's own, and what a wrong type leads to
+    except Exception as error:  # pydantic's, DeepSpeed's own, or any that a wrong type leads to
         why = one_line(error, 300) or type(error).__name__
         details = getattr(error, "errors", None)
         if callable(details):  # pydantic's, which fill five lines each
@@ -102,17 +102,17 @@ def _without_auto(value: Any) -> Any:
 def fill_deepspeed_config(
     config: Mapping[str, Any], precision: str, settings: Optimisation, processes: int, precision_flag: str = "auto"
 ) -> dict[str, Any]:
-    """`config` with batch, accumulation, clipping and precision from our flags.
+    """`config` with batch size, accumulation, clipping and precision from the flags.
 
-    UserError where a number in the file contradicts a flag, naming both. Values Accelerate puts in for a launch without a
-    file are not the user's, and give way.
+    UserError where a number in the file contradicts a flag, naming both. Without a file the numbers are Accelerate's defaults,
+    and are replaced.
     """
     filled = dict(config)
     stage = int((filled.get("zero_optimization") or {}).get("stage", 0))
     if stage not in (1, 2, 3):
         raise UserError(f"DeepSpeed zero_optimization.stage {stage} brings nothing over DDP; use {path_of(DDP)}")
     if filled["zero_optimization"].get("zero_hpz_partition_size", 1) != 1:
-        raise UserError(  # DeepSpeed's second copy of the weights, within a node, is not what it was given at the start
+        raise UserError(  # DeepSpeed fills its second copy of the weights, within a node, with other values than the first
             "DeepSpeed file: zero_hpz_partition_size trains on other weights than the run's; leave it out, or use "
             f"{path_of('accelerate_configs/hsdp.yaml')}"
         )
@@ -130,7 +130,7 @@ def fill_deepspeed_config(
         if from_file and in_file != "auto" and in_file != value:
             raise UserError(f'DeepSpeed file: {key} {in_file} contradicts {flag} = {value:g}; write "auto" there')
         filled[key] = value
-    # DeepSpeed checks that this is the product of the others, and makes log lines of it: where shares differ, of the smallest.
+    # DeepSpeed only logs this, but checks that it is the product of the others: where shares differ, of the smallest share.
     filled["train_batch_size"] = settings.batch_size // processes * settings.gradient_accumulation_steps * processes
     for key in ("optimizer", "scheduler"):
         if key in filled:
@@ -144,23 +144,23 @@ def fill_deepspeed_config(
             f'write "auto" there, or --mixed_precision {in_file}'
         )
     if in_file == "bf16":
-        # Pure bf16 weights, asked for by name. By default a NaN would go unnoticed there.
+        # Pure bf16 weights, which the file asks for. Without this DeepSpeed does not notice a NaN there.
         filled["bf16"] = {**bf16, "check_grad_overflow": True}
     elif precision == "bf16":
-        # Autocast over fp32 weights, so that ZeRO gives DDP's numbers; of classes that the file names, bf16 is sent.
+        # Autocast over fp32 weights, for DDP's numbers. DeepSpeed communicates the modules that the file names in bf16.
         classes = (filled.get("torch_autocast") or {}).get("lower_precision_safe_modules", [])
         filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": classes}
     elif precision == "fp16":
         filled["fp16"] = {"loss_scale_window": 2000, **fp16, "enabled": True}
-    # With an offloaded optimizer Accelerate would put DeepSpeed's CPU Adam in place of whatever was asked for, and compile
-    # it; torch's own fused CPU forms do the same work.
+    # With an offloaded optimizer Accelerate would compile DeepSpeed's CPU Adam and use it instead of the requested optimizer;
+    # torch's own fused CPU optimizers are as good.
     filled["zero_force_ds_cpu_optimizer"] = False
     filled.setdefault("steps_per_print", 2**31 - 1)
     return filled
 
 
 def precision_notes(filled: Mapping[str, Any]) -> list[str]:
-    """What of a filled DeepSpeed file makes other numbers than DDP's, a line each."""
+    """A line for each setting of a filled DeepSpeed file that makes numbers differ from DDP's."""
     settings = {"fp16": "DeepSpeed fp16", "bf16": "DeepSpeed bf16.enabled"}
     differs = "so this run's numbers differ from DDP's"
     notes = [

@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and moments cut along their first dimension, each block gathered only while it computes.
+"""FSDP2: weights, gradients and moments are sharded along their first dimension, and a block is gathered while it computes.
 
-Accelerate's launcher and plugin say what is wanted; torch's `fully_shard` is called directly, as Accelerate itself would make
-DDP of it on CPUs. HSDP, where a `parallelism_config` asks for it, keeps a replica of the shards on each group of processes.
+The settings are those of Accelerate's launcher and plugin. torch's `fully_shard` is called directly, because Accelerate would
+turn FSDP into DDP on CPUs. HSDP, for which a `parallelism_config` asks, keeps several replicas of the shards.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class FsdpBackend(TorchBackend):
 
     @staticmethod
     def before_connect(on_cpu: bool) -> None:
-        """transformers would load pretrained weights on rank 0 alone, which the launcher asks for by default."""
+        """Turn off what the launcher turns on by default: transformers would load pretrained weights on rank 0 alone."""
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
     @staticmethod
     def fill_for_evaluation(objective: nn.Module, weights: Weights, launch: Launch) -> None:
-        """Each process holds its share, and gathers a block at a time."""
+        """Sharded: a block is gathered while it computes."""
         check_environment(os.environ)
         shard_for_evaluation(objective, weights, device_mesh(os.environ, launch))
 
@@ -68,7 +68,7 @@ class FsdpBackend(TorchBackend):
         make_optimizer: Callable[[], Optimizer],
         weights: Weights | None = None,
     ) -> None:
-        """Cut the weights of each block, then what is left; the optimizer is made for the cut ones."""
+        """Shard each block, then what is outside the blocks; the optimizer is made for the sharded parameters."""
         from accelerate import FullyShardedDataParallelPlugin
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -77,45 +77,45 @@ class FsdpBackend(TorchBackend):
         offload = switched_on(os.environ, "FSDP_OFFLOAD_PARAMS")
         policy = CPUOffloadPolicy(pin_memory=self.launch.device.type == "cuda") if offload else OffloadPolicy()
         if self.precision == "bf16":
-            # Over fp32 weights, so that the numbers are DDP's. A cache would keep a copy in bf16 of every block's weights.
+            # Autocast over fp32 weights, as under DDP, for the same numbers. Its cache would keep a bf16 copy of all weights.
             autocast = torch.autocast(self.launch.device.type, torch.bfloat16, cache_enabled=False)
             objective.forward = autocast(objective.forward)
-        found = blocks(network)  # before `fully_shard` gives them other classes
+        found = blocks(network)  # by their classes, which `fully_shard` changes
         self.names_no_blocks = not found
         for block in found:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=plugin.reshard_after_forward, offload_policy=policy)
-        # Its weights are needed last and then first, so torch keeps them gathered in between.
+        # Its weights are needed last in the forward and first in the backward: torch keeps them gathered in between.
         self.model = fully_shard(objective, mesh=self.mesh, offload_policy=policy)
         if weights is not None:
-            make_room(objective, "cpu" if offload else self.launch.device, self.launch.device)
+            allocate(objective, "cpu" if offload else self.launch.device, self.launch.device)
             fill_shards(network, weights)
         optimizer = make_optimizer()
         if getattr(optimizer, "needs_whole_matrices", False):
             raise UserError(
                 f"optimizer {type(optimizer).__name__} needs whole matrices, and FSDP cuts them; use adamw, or {path_of(DDP)}"
             )
-        if isinstance(optimizer, torch.optim.SGD):  # whose fused form DTensors lack, in torch 2.13 too
+        if isinstance(optimizer, torch.optim.SGD):  # torch 2.13 has no fused SGD for DTensors
             for group in optimizer.param_groups:
                 group |= {"fused": False, "foreach": True}
-        self.take(network, optimizer)
+        self.use(network, optimizer)
 
     def compile(self, objective: nn.Module, mode: str) -> None:
-        """Block by block: what gathers the weights of a block stands between them."""
+        """Block by block: the hooks that gather weights run between blocks and would break one graph of the whole."""
         for block in blocks(objective.network) or [objective.network]:  # type: ignore[arg-type,list-item]
             block.compile(mode=mode)
 
     def notes(self) -> list[str]:
-        """What FSDP is for does not happen where no blocks are named."""
+        """A line where the network names no blocks, so that FSDP has to gather all of it at once."""
         whole = f"FSDP gathers all of {type(self.network).__name__} at once: it names no blocks in _no_split_modules"
         return [whole] if self.names_no_blocks else []
 
     def release(self) -> None:
-        """What an evaluation has left gathered too."""
+        """Also frees blocks that an evaluation has left gathered."""
         self._reshard()
         super().release()
 
     def swap_averages(self) -> None:
-        """Of this process's shards; what an evaluation has left gathered is the one of before."""
+        """In this process's shards. Blocks that are still gathered would keep the values of before: they are freed first."""
         self._reshard()
         super().swap_averages()
 
@@ -128,16 +128,16 @@ class FsdpBackend(TorchBackend):
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
-        """Gradients are reduced with the last micro-batch only; until then they are kept whole."""
+        """Gradients are reduced with the last micro-batch only; until then each process keeps its own, unsharded."""
         self.model.set_requires_gradient_sync(last)
         yield
 
 
 def shard_for_evaluation(objective: nn.Module, weights: Weights, mesh: DeviceMesh) -> None:
-    """Cut an objective's network, on the meta device, over a mesh, and fill it: for forward passes of the objective alone,
-    which every process does alike.
+    """Shard the network of an objective, which is on the meta device, over a mesh, and fill it. For forward passes alone, of
+    which every process does as many.
 
-    Of any network, if need be as one block; a parameter without dimensions is whole everywhere.
+    Works for any network: as one block where blocks are tied, and with scalar parameters whole on every process.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -149,15 +149,15 @@ def shard_for_evaluation(objective: nn.Module, weights: Weights, mesh: DeviceMes
     fill_shards(network, weights)
 
 
-def make_room(objective: nn.Module, for_parameters: torch.device | str, for_buffers: torch.device | str) -> None:
-    """Bring an objective from the meta device to memory: of what is offloaded, the buffers stay where it computes."""
+def allocate(objective: nn.Module, for_parameters: torch.device | str, for_buffers: torch.device | str) -> None:
+    """Allocate the tensors of an objective that is on the meta device, parameters and buffers each on their device."""
     objective.to_empty(device=for_parameters)
     replace_tensors(objective, lambda _, tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.to(for_buffers))
 
 
 @torch.no_grad()
 def fill_shards(network: nn.Module, weights: Weights) -> None:
-    """Give each parameter its rows of this process, and each buffer its values, one after the other."""
+    """Fill parameters (this process's rows of each) and buffers, one at a time."""
     for name, p in network.named_parameters():
         if isinstance(p, DTensor):
             p.to_local().copy_(weights(name, tensors.own_rows(p, len(p))))
@@ -168,7 +168,7 @@ def fill_shards(network: nn.Module, weights: Weights) -> None:
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
-    """UserError for settings of the launcher that would be another launch than this one, or do nothing here."""
+    """UserError for FSDP settings of the launcher that this backend does not follow, with what to use instead."""
     ways = {
         "FSDP_ACTIVATION_CHECKPOINTING": "use --gradient_checkpointing",
         "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "use --gradient_checkpointing",
@@ -194,7 +194,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
 
 
 def mesh_sizes(environ: Mapping[str, str], processes: int) -> tuple[int, int]:
-    """(replicas, shards of each), as Accelerate's `parallelism_config` says. UserError unless they are all processes."""
+    """(replicas, shards of each) from Accelerate's `parallelism_config`. UserError unless their product is `processes`."""
     replicas, shards = 1, processes
     if switched_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         replicas, shards = (int(environ.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") or 1) for part in ("REPLICATE", "SHARD"))
@@ -207,11 +207,11 @@ def mesh_sizes(environ: Mapping[str, str], processes: int) -> tuple[int, int]:
 
 
 def device_mesh(environ: Mapping[str, str], launch: Launch) -> DeviceMesh:
-    """One dimension (shards) or two (replicas, shards)."""
+    """A mesh of all processes: (shard,), or (replicate, shard) for HSDP."""
     kind, (replicas, shards) = launch.device.type, mesh_sizes(environ, launch.processes)
     if replicas == 1:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    for group in mesh.get_all_groups():  # which torch gives its own default, ten minutes with NCCL
+    for group in mesh.get_all_groups():  # made with torch's default time-out, ten minutes with NCCL
         _set_pg_timeout(launch.control.timeout, group)
     return mesh

@@ -48,15 +48,15 @@ class PlainBackend(TorchBackend):
         make_optimizer: Callable[[], Optimizer],
         weights: Weights | None = None,
     ) -> None:
-        """Accelerate's `prepare`, on the model alone: the wrapped optimizer would cost a tenth of a millisecond a step."""
+        """Accelerate's `prepare`, for the model alone: its wrapper of the optimizer would cost 0.1 ms a step."""
         if weights is not None:
             fill(network, weights, self.launch.device)
         self.model = self.accelerator.prepare(objective)
         self.no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
-        self.take(network, make_optimizer())
+        self.use(network, make_optimizer())
 
     def step(self, learning_rate: float) -> StepResult:
-        """UserError where DDP has not reduced all gradients, as it does not where one of a bucket has not come."""
+        """UserError where DDP has not reduced all gradients: it waits for a parameter that got none."""
         if self.launch.processes > 1:
             try:
                 self.model._check_reducer_finalized()

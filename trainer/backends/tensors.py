@@ -1,7 +1,7 @@
-"""Named tensors, as a checkpoint keeps them: independent of the backend that holds them.
+"""The tensors of a checkpoint by name, whatever backend holds them.
 
-Names are those of the bare network. An optimizer's tensor is called `{key}.{parameter}` (`exp_avg.blocks.0.weight`); what it
-counts for all parameters together (`step`) has its key alone for a name. Which keys there are is read from the optimizer.
+Parameters have their names in the bare network. Optimizer state is called `{key}.{parameter}` (`exp_avg.blocks.0.weight`), and
+a count that all parameters share just `{key}` (`step`). Which keys there are is read from the optimizer.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from trainer.errors import UserError
 from trainer.initial_weights import ALL_ROWS
 
 TRIAL_SIZES = (2, 3, 5, 7, 11, 13)
-"""sizes of a trial parameter's dimensions: different, so that those of its state tell which dimension they come from"""
+"""sizes of a trial parameter's dimensions: all different, so that a dimension of its state is known by its size"""
 WHOLE = "parameters are flattened and cut here, so use another optimizer, or DDP"
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint, and how to read it.
 
-    Every process calls `read(writer)`, in the same order. It gives the tensor in full, on any device, to rank `writer`: the
-    live one where it is whole anyway. What the others get means nothing.
+    `read(writer)` is collective: every process calls it, for all entries in the same order. It returns the whole tensor, on any
+    device, on rank `writer` (the live tensor, not a copy, where it is whole anyway); what it returns elsewhere means nothing.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """of the file, which `read` may differ from"""
+    """in the file; `read` may return another"""
     read: Callable[[int], Tensor | None]
 
     @property
@@ -48,52 +48,52 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorForm:
-    """Shape and type of a tensor in a checkpoint; a size of None may be any."""
+    """Shape and dtype that a tensor of a checkpoint should have; None for a size that may be anything."""
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype
 
     def fits(self, shape: Sequence[int], dtype: torch.dtype | None) -> bool:
-        """Whether a tensor of that shape and type is meant."""
+        """Whether a tensor of this shape and dtype has this form."""
         pairs = zip(self.shape, shape, strict=False)
         return dtype == self.dtype and len(shape) == len(self.shape) and all(mine in (None, size) for mine, size in pairs)
 
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What an optimizer keeps once it has taken a step, under the names of a checkpoint."""
+    """The state that an optimizer keeps after its first step."""
 
     optimizer: str
-    """its class"""
+    """name of its class"""
     tensors: Mapping[str, Mapping[str, TensorForm]]
-    """by trained parameter and key"""
+    """{trained parameter: {key: form}} of tensors, such as moments"""
     counts: Mapping[str, Mapping[str, TensorForm]]
-    """likewise"""
+    """{trained parameter: {key: form}} of counts, such as `step`"""
 
 
 class TensorSource(Protocol):
     """Where saved tensors are read from: a checkpoint."""
 
     def names(self, stem: str) -> set[str]:
-        """Names of the tensors of `model` or `optimizer`."""
+        """Names of the tensors of `stem`: `model` or `optimizer`."""
 
     def form(self, stem: str, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
-        """Shape and type of a tensor."""
+        """Shape and dtype of a tensor; None for a dtype that no checkpoint has."""
 
     def tensor(self, stem: str, name: str, *, rows: slice = ALL_ROWS) -> Tensor:
-        """One tensor, or some rows of it (places in its first dimension), on the host."""
+        """One tensor on the host, or some rows of it (indices of its first dimension)."""
 
 
 def whole_entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorEntry:
-    """An entry for a tensor that is whole on this process, or a DTensor; in the file it has `dtype`, or its own."""
+    """The entry of a DTensor, or of a tensor that is whole on this process. `dtype`: in the file (default: its own)."""
     read = partial(gathered, tensor) if isinstance(tensor, DTensor) else lambda _: tensor
     return TensorEntry(name, tuple(tensor.shape), dtype or tensor.dtype, read)
 
 
 def gathered(tensor: DTensor, writer: int) -> Tensor | None:
-    """A tensor that is cut along a dimension over a group of ranks, in full on rank `writer`, and only there.
+    """A DTensor, which may be sharded along one dimension, whole on rank `writer`; elsewhere it may be None. Collective.
 
-    The parts come from the writer's own group; other replicas have nothing to do.
+    The shards come from the writer's own group of ranks: under HSDP other replicas take no part.
     """
     mesh, local = tensor.device_mesh, tensor.to_local().detach()
     cut = next((i for i, placement in enumerate(tensor.placements) if placement.is_shard()), None)
@@ -105,7 +105,7 @@ def gathered(tensor: DTensor, writer: int) -> Tensor | None:
     part = local.movedim(dim, 0).to(mesh.device_type).contiguous()
     size, parts = tensor.shape[dim], mesh.size(cut)
     most = -(-size // parts)
-    if len(part) < most:  # as torch.chunk cuts, the last ones are smaller, or empty
+    if len(part) < most:  # torch.chunk leaves the last shards smaller, or empty
         part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
     whole = part.new_empty(parts * most, *part.shape[1:]) if dist.get_rank() == writer else None
     dist.gather(part, None if whole is None else list(whole.split(most)), dst=writer, group=group)
@@ -113,15 +113,15 @@ def gathered(tensor: DTensor, writer: int) -> Tensor | None:
 
 
 def own_rows(p: DTensor, rows: int) -> slice:
-    """Which of `rows` rows this process holds of a tensor that is cut like `p`: as `torch.chunk` cuts them."""
-    dimension = p.placements.index(Shard(0))  # of the mesh; HSDP has one of replicas before it
+    """Which of `rows` rows this process holds of a tensor that is sharded like `p`: as `torch.chunk` cuts them."""
+    dimension = p.placements.index(Shard(0))  # of the mesh, whose first one is that of replicas under HSDP
     size = -(-rows // p.device_mesh.size(dimension))
     start = size * p.device_mesh.get_local_rank(dimension)
     return slice(min(start, rows), min(start + size, rows))
 
 
 def restored_like(p: Tensor, saved: TensorSource, name: str) -> Tensor:
-    """A saved tensor of the optimizer where and as the parameter `p` lies: a process reads only the rows that it will hold."""
+    """A saved optimizer tensor on the device of `p`, and sharded as `p` is: a process reads only the rows that it will hold."""
     if not isinstance(p, DTensor):
         return saved.tensor("optimizer", name).to(p.device)
     shape, _ = saved.form("optimizer", name)
@@ -147,18 +147,18 @@ def buffer_entries(network: nn.Module) -> list[TensorEntry]:
 
 
 def count_keys(states: Mapping[Any, Mapping[str, Any]]) -> set[str]:
-    """The keys of an optimizer's state {parameter: {key: value}} that hold a number rather than a tensor like the parameter."""
+    """The keys of an optimizer's state {parameter: {key: value}} whose values are counts: numbers, or tensors of one number."""
     numbers = {
         key
         for parameter, state in states.items()
         for key, value in state.items()
         if not isinstance(value, Tensor) or (value.ndim == 0 and parameter.ndim > 0)
     }
-    return numbers | {"step"}  # of a parameter without dimensions everything is one number
+    return numbers | {"step"}  # named here, as the moments of a scalar parameter look just like it
 
 
 def state_entries(parameter_name: str, state: Mapping[str, Any], counts: set[str]) -> list[TensorEntry]:
-    """The tensors that an optimizer keeps for a parameter: fp32, or whole numbers as they are."""
+    """Entries for the tensors that an optimizer keeps for a parameter: floats as fp32, integers as they are."""
     return [
         whole_entry(f"{key}.{parameter_name}", value, torch.float32 if value.is_floating_point() else value.dtype)
         for key, value in sorted(state.items())
@@ -167,10 +167,10 @@ def state_entries(parameter_name: str, state: Mapping[str, Any], counts: set[str
 
 
 def count_entries(states: Iterable[Mapping[str, Any]], counts: set[str]) -> list[TensorEntry]:
-    """What an optimizer counts, once each: the counts of all parameters advance together.
+    """One entry for each count: the counts of all parameters advance together.
 
-    Of a parameter that was never used they lag behind; hence those of the first that has taken the most steps. A tensor is
-    kept as fp32, a Python number as a 64-bit one: `restored_count` tells them apart.
+    Only those of a parameter that is not always used lag behind, so they are taken from the first one with the most steps. A
+    tensor is saved as fp32 and a Python number in 64 bits, by which `restored_count` tells them apart.
     """
     ahead = max(states, key=lambda state: sum(float(state[key]) for key in counts if key in state), default={})
     tensors = {key: value for key, value in sorted(ahead.items()) if key in counts}
@@ -185,12 +185,12 @@ def _number(value: float) -> Tensor:
 
 
 def restored_count(tensor: Tensor, device: torch.device) -> Any:
-    """The reverse of `count_entries`, for one of them."""
+    """A count as the optimizer keeps it, from its saved tensor (see `count_entries`)."""
     return tensor.to(device) if tensor.dtype == torch.float32 else tensor.item()
 
 
 def split_names(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Names of optimizer tensors -> ({parameter: its keys, sorted}, the keys of counts)."""
+    """Split names of optimizer tensors into ({parameter: its sorted keys}, [keys of counts])."""
     keys_of: dict[str, list[str]] = defaultdict(list)
     counts = []
     for name in sorted(names):
@@ -203,9 +203,9 @@ def split_names(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def trial_state(optimizer: Optimizer, group: int, dimensions: int, like: Tensor) -> dict[str, Any]:
-    """The state that `optimizer` gives a parameter of a group in its first step, for a gradient of 0: which keys, which kind.
+    """{key: value} that `optimizer` keeps for a parameter of a group after one step with a gradient of 0.
 
-    A copy of the optimizer takes that step on a parameter of its own, of another size along each dimension (`TRIAL_SIZES`).
+    A copy of the optimizer takes the step, on a small parameter made for it with so many dimensions (`TRIAL_SIZES`).
     """
     copy: Any = object.__new__(type(optimizer))
     copy.__dict__.update(optimizer.__dict__)
@@ -217,7 +217,7 @@ def trial_state(optimizer: Optimizer, group: int, dimensions: int, like: Tensor)
 
 
 def state_layout(optimizer: Optimizer, network: nn.Module) -> StateLayout:
-    """What `optimizer` will keep for each parameter of `network`, by a trial step for each kind of parameter."""
+    """What `optimizer` will keep for each parameter of `network`: found by a trial step per group and number of dimensions."""
     names = {p: name for name, p in network.named_parameters()}
     tensors: dict[str, dict[str, TensorForm]] = {}
     counts: dict[str, dict[str, TensorForm]] = {}
@@ -239,19 +239,18 @@ def state_layout(optimizer: Optimizer, network: nn.Module) -> StateLayout:
 
 
 def _shape_like(trial: Sequence[int], shape: Sequence[int]) -> tuple[int | None, ...]:
-    """The shape of a state tensor for a parameter of this shape, from its shape in the trial."""
+    """The shape of a state tensor of a parameter of shape `shape`, from its shape in the trial; None where it does not tell."""
     size_of = {1: 1} | dict(zip(TRIAL_SIZES, shape, strict=False))
     return tuple(size_of.get(size) for size in trial) if shape else ()
 
 
 def whole_shape(p: Any) -> tuple[int, ...]:
-    """Shape of a parameter, whole, whether ZeRO-3 has partitioned it or not."""
+    """Full shape of a parameter, also where ZeRO-3 has partitioned it."""
     return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def elementwise_initial_state(optimizer: Optimizer, like: Tensor) -> dict[str, Any]:
-    """The initial state of any part of a parameter, for backends that flatten and cut parameters: tensors of two zeros, and
-    counts of 0.
+    """{key: initial state} for backends that flatten and cut parameters: two zeros for a moment, 0 for a count.
 
     UserError for an optimizer whose state does not start at zero, or depends on the shape of its parameter.
     """

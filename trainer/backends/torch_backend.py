@@ -1,4 +1,4 @@
-"""What the backends share whose parameters keep their names and shapes, whole or as DTensors: a step with a torch optimizer."""
+"""What DDP and FSDP share: parameters keep their names and shapes, whole or as DTensors, and a torch optimizer updates them."""
 
 from __future__ import annotations
 
@@ -20,38 +20,39 @@ from trainer.optimisation.finite import LossScale
 
 
 class TorchBackend(Backend):
-    """Weights, gradients and moments lie where the parameters do."""
+    """Each parameter has its gradient and its optimizer state beside it, cut as it is."""
 
     supports_layer_norms = True
     scale: LossScale | None = None
 
-    def take(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Work with these from now on; the parameters are where, and what, they stay."""
+    def use(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Train this network, whose parameters are on their device and cut already, with this optimizer."""
         self.network, self.optimizer = network, optimizer
-        # Kept, for FSDP2 puts others in their places while the weights are gathered.
+        # Looked up once: while weights are gathered, FSDP2 has others registered in their places.
         self.named_parameters = dict(network.named_parameters())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         fused = all(group.get("fused") for group in optimizer.param_groups)
-        self.skips_on_device = fused and self.launch.device.type != "mps"  # whose fused forms promise nothing of the kind
+        self.skips_on_device = fused and self.launch.device.type != "mps"  # fused optimizers on Apple's GPUs do not promise it
         self.state_layout = tensors.state_layout(optimizer, network)
         if isinstance(optimizer, torch.optim.SGD):
-            # Its fused form allocates this without filling it, and a skipped first step would leave it that way.
+            # Fused SGD allocates its buffer uninitialised and fills it in its first step, which may be skipped.
             for group in (group for group in optimizer.param_groups if group["momentum"] and not group["dampening"]):
                 optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]}
 
     def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
-        """The weights are the gradient of the sums."""
+        """Backward from the vector of sums: its gradient is the weights (times the loss scale)."""
         loss_sums.backward(weights if self.scale is None else weights * self.scale.scale)
 
     def layer_norms(self, layers: Layers) -> dict[str, Tensor]:
-        """By layer."""
+        """From the gradients that the parameters have now."""
         norms = {name: _total_norm([p.grad for p in own if p.grad is not None]) for name, own in layers.items()}
         return norms if self.scale is None else {name: norm / self.scale.scale for name, norm in norms.items()}
 
     def step(self, learning_rate: float) -> StepResult:
-        """The optimizer skips a bad step by itself where it is fused; for any other the host reads the norm.
+        """On a GPU a fused optimizer skips a non-finite step by itself (`found_inf`); otherwise the host reads the norm.
 
-        On a CPU too, where reading costs a microsecond, and a flag of 0 sixty: fused optimizers take it off every count.
+        On a CPU the host always reads it: that takes 1 us, and a `found_inf` of 0, which fused optimizers subtract from every
+        step count, 60.
         """
         set_learning_rate(self.optimizer, learning_rate)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -77,7 +78,7 @@ class TorchBackend(Backend):
         return StepResult(norm, bad)
 
     def swap_averages(self) -> None:
-        """In place."""
+        """Parameter by parameter, in place."""
         for p, state in self.optimizer.state.items():
             averages.swap(p, state)
 
@@ -95,17 +96,17 @@ class TorchBackend(Backend):
         return entries + tensors.count_entries(state.values(), counts)
 
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
-        """Give each parameter the state it had."""
+        """Build the state of each parameter as the optimizer would have."""
         if not with_optimizer:
             return
         keys_of, _ = tensors.split_names(saved.names("optimizer"))
         names = {p: name for name, p in self.named_parameters.items()}
         for group in self.optimizer.param_groups:
-            # torch's rule (Optimizer.load_state_dict): only these forms keep their count on the device.
+            # As torch's Optimizer.load_state_dict does: only these forms keep the step count on the device.
             on_device = group.get("fused") or group.get("capturable")
             for p in group["params"]:
                 if names[p] not in keys_of:
-                    continue  # it was never used
+                    continue  # it never had a gradient
                 device = p.device if on_device else torch.device("cpu")
                 state = {key: tensors.restored_like(p, saved, f"{key}.{names[p]}") for key in keys_of[names[p]]}
                 for key in self.state_layout.counts[names[p]]:
@@ -113,7 +114,7 @@ class TorchBackend(Backend):
                 self.optimizer.state[p] = state
 
     def held_tensors(self) -> list[Tensor]:
-        """Parameters, and what the optimizer keeps of each."""
+        """Parameters and the tensors of their optimizer state; of a DTensor the local part."""
         states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         held = [*self.named_parameters.values(), *states]
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held]

@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO 1, 2 and 3: moments, gradients and weights in flat partitions, one for each process.
+"""DeepSpeed ZeRO 1, 2 and 3: moments, gradients and weights flattened and partitioned over the processes.
 
-The engine is called directly, so that the learning rate is set between the last backward and the step.
+The engine is called directly rather than through Accelerate, which would step it inside `backward`: the learning rate is set
+between the last backward and the step.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from trainer.optimisation import averages
 class ZeroBackend(Backend):
     """DeepSpeed's engine, made by Accelerate."""
 
-    gains_by_compiling = False  # it breaks the graph at every gathered layer
+    gains_by_compiling = False  # the graph breaks wherever ZeRO-3 gathers a layer
 
     def __init__(self, launch: Launch, precision: str, precision_flag: str, settings: Optimisation) -> None:
         from accelerate import Accelerator
 
         super().__init__(launch, precision, precision_flag, settings)
         check_deepspeed_file(os.environ)
-        # bf16 is DeepSpeed's torch_autocast, see `fill_deepspeed_config`; Accelerate's own is off then.
+        # For bf16 Accelerate's autocast stays off: DeepSpeed's torch_autocast does it, see `fill_deepspeed_config`.
         self.accelerator = Accelerator(mixed_precision="fp16" if precision == "fp16" else "no")
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is None:
@@ -62,7 +63,7 @@ class ZeroBackend(Backend):
 
     @staticmethod
     def before_connect(on_cpu: bool) -> None:
-        """Make DeepSpeed work on a CPU as on a GPU, without a compiler."""
+        """Make DeepSpeed run on CPUs, without a compiler; quieten its deprecation warnings."""
         # DeepSpeed still calls names that torch 2.13 has deprecated, at every step of every process.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         if not on_cpu:
@@ -80,7 +81,7 @@ class ZeroBackend(Backend):
 
     @staticmethod
     def fill_for_evaluation(objective: nn.Module, weights: Weights, launch: Launch) -> None:
-        """Cut by FSDP2: DeepSpeed wants an optimizer."""
+        """Sharded by FSDP2, because DeepSpeed's engine needs an optimizer."""
         shard_for_evaluation(objective, weights, init_device_mesh(launch.device.type, (launch.processes,)))
 
     @property
@@ -95,17 +96,11 @@ class ZeroBackend(Backend):
         make_optimizer: Callable[[], Optimizer],
         weights: Weights | None = None,
     ) -> None:
-        """Accelerate's `prepare`, on model and optimizer together; the optimizer state of every partition; then the weights.
-
-        ZeRO-1 and 2 link moments to parameters after the *first group's* step, and never if the first step is skipped; so
-        every partition gets its initial state here, before DeepSpeed links them. The training curve is the same as without.
-        """
-        import deepspeed
-
+        """Allocate the network, start DeepSpeed's engine, give each partition its optimizer state, then fill in the weights."""
         check_dimensions(network)
         self.network = network
         if weights is not None:
-            replace_tensors(network, self._reserved)
+            replace_tensors(network, self._allocated)
         self.optimizer = make_optimizer()
         if getattr(self.optimizer, "needs_whole_matrices", False):
             raise UserError(
@@ -114,15 +109,28 @@ class ZeroBackend(Backend):
             )
         self.state_layout = tensors.state_layout(self.optimizer, network)
         initial = tensors.elementwise_initial_state(self.optimizer, self.optimizer.param_groups[0]["params"][0])
-        self.optimizer.state.clear()  # ZeRO has its own, in flat partitions
+        self.optimizer.state.clear()  # ZeRO keeps its own, for its flat partitions
+        self._start_engine(objective, partition_first=weights is not None)
+        self._initialise_state(initial)
+        if weights is not None:
+            self._fill(weights)
+        self.awaited: dict[Tensor, str] = {}
+        self.trained: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        for p in self.trained:
+            p.register_post_accumulate_grad_hook(self._gradient_came)
+
+    def _start_engine(self, objective: nn.Module, partition_first: bool) -> None:
+        """Accelerate's `prepare` of model and optimizer together. `partition_first`: under ZeRO-3 cut the parameters before."""
+        import deepspeed
+
         try:
-            if weights is not None and self.config["zero_optimization"]["stage"] == 3:
-                # One parameter after the other: the engine would first move and send all of them.
+            if partition_first and self.config["zero_optimization"]["stage"] == 3:
+                # One parameter at a time: the engine would move all of them to the device first, and broadcast them.
                 deepspeed.init_distributed(dist.get_backend())
-                deepspeed.zero.Init(module=network, config_dict_or_path=self.config)
+                deepspeed.zero.Init(module=self.network, config_dict_or_path=self.config)
             self.model, wrapped = self.accelerator.prepare(objective, self.optimizer)
         except ValueError as error:
-            if "`auto`" not in str(error):  # a bucket whose size Accelerate derives from `model.config.hidden_size`
+            if "`auto`" not in str(error):  # a bucket size that Accelerate would derive from `model.config.hidden_size`
                 raise
             raise UserError(
                 f"DeepSpeed file: {one_line(error, 300)}; write numbers there, as in {path_of('ds_configs')}"
@@ -138,34 +146,35 @@ class ZeroBackend(Backend):
         self.stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
         self.parts = Shares(self.launch) if self.stage3 else Fragments()
         self.partitions = zero.fp32_partitioned_groups_flat if self.stage3 else zero.single_partition_of_fp32_groups
+
+    def _initialise_state(self, initial: dict[str, Any]) -> None:
+        """Give every partition the `initial` state of an optimizer: moments of zeros, and counts.
+
+        ZeRO-1 and 2 link moments to parameters after the *first group's* step, and never if the first step is skipped; so the
+        state is there before DeepSpeed links it. The training curve stays the same.
+        """
         self.moments = sorted(key for key, value in initial.items() if isinstance(value, Tensor) and value.ndim)
         for flat in self.partitions:
             moments = {key: torch.zeros_like(flat.data) for key in self.moments}
             counts = {key: _copy_to(flat.device, value) for key, value in initial.items() if key not in moments}
             self.base.state[flat] = counts | moments
         if not self.stage3 and self.moments:
-            zero._lazy_init_hp_params_optimizer_state()
-        if weights is not None:
-            self._fill(weights)
-        self.awaited: dict[Tensor, str] = {}
-        self.trained: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
-        for p in self.trained:
-            p.register_post_accumulate_grad_hook(self._gradient_came)
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _gradient_came(self, p: Tensor) -> None:
         self.awaited.pop(p, None)
 
-    def _reserved(self, name: str, tensor: Tensor) -> Tensor:
-        """A real tensor, as DeepSpeed wants it. The host commits no memory to a parameter before it is written to."""
+    def _allocated(self, name: str, tensor: Tensor) -> Tensor:
+        """An uninitialised tensor in the place of one on the meta device. On the host it takes no memory until it is filled."""
         if not isinstance(tensor, nn.Parameter):
             return torch.empty_like(tensor, device=self.launch.device)
-        halves = {"fp16": torch.float16, "bf16": torch.bfloat16}  # what weights of the launch are kept in
+        halves = {"fp16": torch.float16, "bf16": torch.bfloat16}  # sections of the file that keep weights in this type
         kind = next((kind for key, kind in halves.items() if self.config.get(key, {}).get("enabled")), tensor.dtype)
         return torch.empty_like(tensor, device="cpu", dtype=kind)
 
     @torch.no_grad()
     def _fill(self, weights: Weights) -> None:
-        """Give each parameter, and its fp32 master copy, the values of this process, one after the other; buffers too."""
+        """Fill parameters and their fp32 master copies, of each this process's part, and buffers, one at a time."""
         for name, p in self.network.named_parameters():
             read = partial(weights, name) if self.stage3 else partial(rows_of, weights(name))
             own = self.parts.own(p, read)
@@ -179,17 +188,17 @@ class ZeroBackend(Backend):
             buffer.copy_(weights(name))
 
     def notes(self) -> list[str]:
-        """Where this run's numbers differ from DDP's."""
+        """Lines on the settings that make this run's numbers differ from DDP's."""
         return self.precision_notes
 
     @property
-    def averaged_over(self) -> int:
+    def gradient_divisor(self) -> int:
         """The engine averages over micro-batches too."""
         return self.launch.processes * self.settings.gradient_accumulation_steps
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
-        """`engine.step` after a micro-batch that is not the last advances the engine's own counters."""
+        """The engine counts micro-batches by calls of `step`, so there is one after each: all but the last update nothing."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.awaited = dict(self.trained)
         yield
@@ -197,7 +206,7 @@ class ZeroBackend(Backend):
             self.engine.step()
 
     def backward(self, loss_sums: Tensor, weights: Tensor) -> None:
-        """With the last micro-batch gradients are reduced as well."""
+        """The engine's: with the step's last micro-batch it also reduces the gradients."""
         self.engine.backward((loss_sums * weights).sum())
 
     def step(self, learning_rate: float) -> StepResult:
@@ -214,7 +223,7 @@ class ZeroBackend(Backend):
 
     @torch.no_grad()
     def swap_averages(self) -> None:
-        """In the fp32 partitions; then DeepSpeed's own weights are made from these, as after a step."""
+        """In the fp32 partitions; DeepSpeed's weights are then made from them, as after a step."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         for flat in self.partitions:
@@ -222,7 +231,7 @@ class ZeroBackend(Backend):
         if not self.stage3:
             self.zero.update_lp_params()
             return
-        self.engine.empty_partition_cache()  # what is gathered is the one of before
+        self.engine.empty_partition_cache()  # parameters that are still gathered have the values of before
         for p in (p for p in self.network.parameters() if p.requires_grad):
             p.ds_tensor.copy_(safe_get_local_fp32_param(p))  # type: ignore[attr-defined]
 
@@ -232,7 +241,7 @@ class ZeroBackend(Backend):
         return parameters + tensors.buffer_entries(self.network)
 
     def optimizer_tensors(self) -> list[TensorEntry]:
-        """Moments by parameter, and counts, which are the same for every partition."""
+        """Moments of each parameter, and the counts, which are the same in every partition."""
         trained = ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
         entries = [self._entry(f"{key}.{name}", p, key) for name, p in trained for key in self.moments]
         first = self.base.state[self.partitions[0]]
@@ -242,7 +251,7 @@ class ZeroBackend(Backend):
         return TensorEntry(name, tensors.whole_shape(p), torch.float32, partial(self.parts.gather, p, key))
 
     def restore(self, saved: TensorSource, with_optimizer: bool) -> None:
-        """Give each partition the state it had: of every tensor this process reads the rows that its part lies in."""
+        """Fill the moments and counts of each partition: of every tensor this process reads the rows that its part lies in."""
         keys_of, counts = tensors.split_names(saved.names("optimizer") if with_optimizer else ())
         for name, p in self.network.named_parameters():
             for key in keys_of.get(name, ()):
@@ -254,7 +263,7 @@ class ZeroBackend(Backend):
                 state[key] = tensors.restored_count(saved.tensor("optimizer", key).clone(), flat.device)
 
     def held_tensors(self) -> list[Tensor]:
-        """Parameters or this process's parts of them, their master copies, and moments."""
+        """Parameters (under ZeRO-3 this process's parts of them), their master copies, and moments."""
         weights = [p.ds_tensor if self.stage3 else p for p in self.network.parameters()]  # type: ignore[attr-defined]
         moments = [self.base.state[flat][key] for flat in self.partitions for key in self.moments]
         return [*weights, *self.partitions, *moments]
@@ -264,7 +273,7 @@ class ZeroBackend(Backend):
         scaler = self._dynamic_scaler()
         if scaler is None:
             return {}
-        # DeepSpeed counts from the last overflow and doubles at each full window; we count from the last doubling.
+        # DeepSpeed counts steps since the last overflow and doubles at each full window; checkpoints since the last doubling.
         clean = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
         return {"scale": scaler.cur_scale, "growth": clean, "hysteresis": scaler.cur_hysteresis}
 
@@ -285,5 +294,5 @@ def _rows(saved: TensorSource, name: str, rows: slice) -> Tensor:
 
 
 def _copy_to(device: torch.device, value: Any) -> Any:
-    """A count, for a partition of its own."""
+    """A copy of an initial count, so that partitions do not share it."""
     return value.to(device, copy=True) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What a process holds of a parameter and its moments under ZeRO: a stretch of their flattened numbers."""
+"""Which part of a parameter and its moments a process holds under ZeRO: a range of the flattened elements."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from trainer.distributed.launch import Launch
 
 
 class ZeroParts(ABC):
-    """Of a parameter `p` of DeepSpeed's: its master weight in fp32 (`key` None), or the moment of that key."""
+    """Reads and writes DeepSpeed's partitions of a parameter `p`: its fp32 master weight (`key` None), or the moment `key`."""
 
     @abstractmethod
     def gather(self, p: Any, key: str | None, writer: int) -> Tensor | None:
-        """The whole of it on rank `writer`. Collective."""
+        """The whole tensor, on rank `writer`; elsewhere the result means nothing. Collective."""
 
     @abstractmethod
     def put(self, p: Any, key: str | None, own: Tensor) -> None:
-        """Set this process's part, as `own` gives it."""
+        """Write this process's part, flat as `own` returns it."""
 
     @abstractmethod
     def _stretch(self, p: Any) -> tuple[int, int]:
-        """(first number, how many) of this process's part; it may end behind the last number."""
+        """(first element, how many) of this process's part of the flattened parameter; padding may reach beyond its end."""
 
     def own(self, p: Any, read: Callable[[slice], Tensor]) -> Tensor:
-        """This process's part, flat, of what has the shape of `p`, from the rows that it lies in."""
+        """This process's part, flat, of a tensor of the shape of `p`; `read` is called for the rows that the part lies in."""
         shape, (start, length) = whole_shape(p), self._stretch(p)
         row = math.prod(shape[1:])
         first, last = start // row, min(shape[0], -(-(start + length) // row))
@@ -40,52 +40,52 @@ class ZeroParts(ABC):
 
 
 class Fragments(ZeroParts):
-    """Stages 1 and 2: the flat partition of a process begins and ends within parameters."""
+    """Stages 1 and 2: parameters are joined and cut into partitions, which may begin and end in the middle of a parameter."""
 
     def gather(self, p: Any, key: str | None, writer: int) -> Tensor:
-        """Some ranks hold fragments of it."""
+        """Sums the fragments of all ranks, each padded with zeros."""
         if not p.requires_grad:
             return p
         whole = torch.zeros(p.numel(), device=p.device)
         if p._hp_mapping is not None:
             held = p._hp_mapping.lp_fragment_address
             whole[held.start : held.start + held.numel] = p._hp_mapping.get_hp_fragment(key)
-        # Each number is on one rank, and zero bits on all others. As numbers -0.0 + 0.0 would be 0.0.
+        # Each element is on one rank, and zero bits on all others. Summed as integers: as floats -0.0 + 0.0 would give 0.0.
         dist.reduce(whole.view(torch.int32), dst=writer)
         return whole.view(p.shape)
 
     def put(self, p: Any, key: str | None, own: Tensor) -> None:
-        """In place."""
+        """Into the fragment, if this process holds one."""
         if len(own):
             p._hp_mapping.get_hp_fragment(key).copy_(own)
 
     def _stretch(self, p: Any) -> tuple[int, int]:
-        if getattr(p, "_hp_mapping", None) is None:  # it is frozen, or another process's
+        if getattr(p, "_hp_mapping", None) is None:  # frozen, or held by other processes alone
             return 0, 0
         return p._hp_mapping.lp_fragment_address.start, p._hp_mapping.lp_fragment_address.numel
 
 
 class Shares(ZeroParts):
-    """Stage 3: each parameter is cut into as many shares of one size as there are processes, the last padded."""
+    """Stage 3: each parameter is cut into one share per process, all of one size, the last one padded."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
 
     def gather(self, p: Any, key: str | None, writer: int) -> Tensor | None:
-        """Each rank sends its share."""
+        """Every rank sends its share to `writer`."""
         from deepspeed import utils
 
         if key is not None:
             share = utils.safe_get_local_optimizer_state(p, key)
         else:
             share = utils.safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor  # frozen: no master copy
-        share = share.data.to(self.launch.device)  # a frozen one that is offloaded lies on the host
+        share = share.data.to(self.launch.device)  # an offloaded frozen parameter is on the host
         shares = share.new_empty(self.launch.processes, share.numel()) if self.launch.rank == writer else None
         dist.gather(share, None if shares is None else list(shares), dst=writer)
         return None if shares is None else shares.flatten()[: p.ds_numel].view(p.ds_shape)
 
     def put(self, p: Any, key: str | None, own: Tensor) -> None:
-        """DeepSpeed's `safe_set_full_*` fails where shares are padded: hence the local form."""
+        """With the local form of DeepSpeed's setters: `safe_set_full_*` fails where shares are padded."""
         from deepspeed import utils
 
         padded = F.pad(own, (0, p.ds_tensor.ds_numel - len(own)))

@@ -1,6 +1,6 @@
-"""Checkpoint folders, read: safetensors, JSON and YAML, and only if their manifest matches. No pickle is ever opened.
+"""Reading checkpoint folders: safetensors, JSON and YAML. No pickle is ever opened.
 
-The manifest holds size and SHA-256 of all other files, and no file that it does not name is looked at.
+The manifest holds size and SHA-256 of every other file; a file that it does not name is never opened.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ STATE_HINTS = {
     "versions": dict[str, str],
 }
 MOST_SCALE, MOST_GROWTH = 2.0**127, 2**31
-"""above what a loss scale (fp32) and its count of good steps (int32) can be"""
+"""bounds of a loss scale (fp32) and of its count of good steps (int32)"""
 NEVER_NEGATIVE = ("exp_avg_sq.", "max_exp_avg_sq.")
-"""how the names of moments begin whose square root is taken"""
+"""prefixes of the names of second moments, of which the optimizer takes the square root"""
 SCALE_HINTS = {"scale": float, "growth": int, "hysteresis": int}
 TEMPORARY = ".unfinished-"
-"""how the name of a folder begins that is not (or no longer) a checkpoint"""
+"""prefix of the name of a folder that is not yet, or no longer, a checkpoint"""
 ENDINGS = r"\.(pth?|safetensors)$"
-"""what people write behind the names of checkpoints, which are folders here"""
+"""file name endings that are ignored in the path of a checkpoint, which is a folder here"""
 
 
 class Checkpoint:
-    """A committed checkpoint folder. Making one checks the manifest's form; `verify` checks every byte."""
+    """A committed checkpoint folder. The constructor checks the form of the manifest, `verify` every byte."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,12 +80,12 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     def damaged(self, file: str, what: str) -> UserError:
-        """The error to raise for a file of this checkpoint."""
+        """The error to raise for a damaged file of this checkpoint; `what` is wrong with it."""
         return UserError(f"checkpoint {self.path}: {ascii(file)[1:-1]:.200} {what}; choose another checkpoint", CHECKPOINT)
 
     @contextlib.contextmanager
     def _reading(self, file: str) -> Iterator[Path]:
-        """The path of a file that is there to be read. A pipe would never end; a name may be none the system can have."""
+        """The path of a regular file (reading a pipe might never end); errors within the context become UserErrors."""
         path = self.path / file
         try:
             if not stat.S_ISREG(path.stat().st_mode):
@@ -111,8 +111,10 @@ class Checkpoint:
         return value
 
     def verify(self, share: slice = ALL_ROWS) -> None:
-        """Raise UserError (exit 5), naming the file, unless the files (of those in the manifest, `share`) have its size and
-        hash."""
+        """UserError (exit 5) naming the file, unless all files have the size and hash that the manifest gives.
+
+        `share`: check only this slice of the manifest's files.
+        """
         for name, recorded in list(self.files.items())[share]:
             with self._reading(name) as path:
                 size = path.stat().st_size
@@ -125,7 +127,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """trainer_state.json, its form checked."""
+        """The content of trainer_state.json, its form checked."""
         if STATE not in self.files:
             raise self.damaged(STATE, "is missing")
         state = self._json(STATE)
@@ -140,7 +142,7 @@ class Checkpoint:
 
     @cached_property
     def train_state(self) -> TrainState:
-        """What the run remembered at this step."""
+        """The state of the run at this step."""
         try:
             return TrainState.from_json(self.state["train_state"])
         except ValueError as error:
@@ -148,7 +150,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.yaml, by section."""
+        """The content of config.yaml, {section: {flag: value}}."""
         try:
             config = yaml.safe_load(self.text(CONFIG))
         except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -161,7 +163,7 @@ class Checkpoint:
         return config
 
     def text(self, file: str) -> str:
-        """A text file of the checkpoint."""
+        """The content of a text file."""
         if file not in self.files:
             raise self.damaged(file, "is missing")
         try:
@@ -170,7 +172,7 @@ class Checkpoint:
             raise self.damaged(file, "is not UTF-8") from None
 
     def _files_of(self, stem: str) -> dict[str, str]:
-        """{tensor name: file} of `model` or `optimizer`; only files the manifest names are opened."""
+        """{tensor name: file} of `stem`, `model` or `optimizer`; only files that the manifest names are opened."""
         if stem not in self._file_of:
             single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
             if single in self.files:
@@ -197,16 +199,16 @@ class Checkpoint:
         return self._open[file]
 
     def close(self) -> None:
-        """Let go of the files: a deleted one that is mapped keeps its room on the disk."""
+        """Unmap the files: a deleted file that is still mapped goes on taking room on the disk."""
         self._open.clear()
 
     def names(self, stem: str) -> set[str]:
-        """Names of the tensors of `model` or `optimizer`."""
+        """Names of the tensors of `stem`: `model` or `optimizer`."""
         return set(self._files_of(stem))
 
     @cached_property
     def averaged(self) -> dict[str, str]:
-        """{parameter: the optimizer's tensor that is its average}, of a run with `--ema`; else empty."""
+        """{parameter: name of the optimizer tensor with its average}; empty for a run without `--ema`."""
         if not self.config.get("optimisation", {}).get("ema") or not self.tensor("optimizer", COUNT) > 0:
             return {}
         names = (name for name in self.names("optimizer") if name.startswith(f"{AVERAGE}."))
@@ -217,7 +219,7 @@ class Checkpoint:
         return averages
 
     def form(self, stem: str, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
-        """Shape and type of a tensor, from the header alone; None for a type that no checkpoint has."""
+        """(shape, dtype) of a tensor, from the header alone; None for a dtype that no checkpoint has."""
         file = self._files_of(stem)[name]
         try:
             header = self._tensors(file).get_slice(name)
@@ -226,8 +228,10 @@ class Checkpoint:
             raise self.damaged(file, f"lacks {name} ({error})") from None
 
     def tensor(self, stem: str, name: str, finite: bool = True, *, rows: slice = ALL_ROWS) -> Tensor:
-        """One tensor, or some rows of it, in memory of its own on the host; the other rows are not read. UserError for NaN or
-        infinity, unless it may hold them."""
+        """A copy of one tensor on the host, or of some of its rows: the others are not read.
+
+        `finite`: raise UserError for NaN or infinity.
+        """
         file = self._files_of(stem)[name]
         tensor = rows_in(self._tensors(file), name, rows)
         if finite and not bool(torch.isfinite(tensor).all()):
@@ -238,21 +242,23 @@ class Checkpoint:
 
 
 def resolve(path: str, runs: Mapping[str, Path]) -> Path:
-    """The checkpoint folder a user means: as given, else of the first of `runs` {its name: the folder of its checkpoints}.
+    """The folder of the checkpoint that a user typed: `path` as it stands, else within the first of `runs`, {name: its folder
+    of checkpoints}.
 
-    The ending of a file is ignored, and so is `checkpoints/`, for that folder may be anywhere. UserError if it is in neither,
-    with three that are: of the folder that was typed, then run by run.
+    A file ending is ignored, and below a run a leading `checkpoints/`, as that folder may be elsewhere. UserError if there is
+    neither, naming up to three checkpoints that there are.
     """
     plain = re.sub(ENDINGS, "", path)
     given, tried = Path(plain).expanduser(), ""
+    short = plain.removeprefix("checkpoints/")
     for name, folder in list(runs.items())[:1]:
-        own = folder / (short := plain.removeprefix("checkpoints/"))
+        own = folder / short
         tried = f", and {name} has no {own}" if "/" not in short else ""
         if not given.is_dir() and own.is_dir():
             given = own
     if given.is_dir():
         return given.resolve()
-    near: dict[str, None] = {}
+    near: dict[str, None] = {}  # an ordered set
     for folder in (*runs.values(), given.parent) if "/" not in plain else (given.parent, *runs.values()):
         found = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda file: (file.parent.name != given.name, file))
         near |= {str(file.parent): None for file in found}

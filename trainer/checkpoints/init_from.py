@@ -1,4 +1,4 @@
-"""What `--init_from` brings beside weights: the values of the flags that they belong to."""
+"""The flags that `--init_from` sets: the shape of the network whose weights it names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from trainer.recipe import Recipe
 
 
 def own_checkpoint(init_from: str) -> Path | None:
-    """The folder, if it is one of ours: also if its manifest is what was lost, as it must not pass for anything else then."""
+    """The folder, if it is a checkpoint of this package (even one whose manifest is lost, which must not pass for another
+    format); else None."""
     folder = Path(re.sub(ENDINGS, "", init_from))
     return folder if any((folder / file).exists() for file in (MANIFEST, STATE)) else None
 
 
 def settings_of(recipe: Recipe, init_from: str) -> Mapping[str, Any]:
-    """{flag: its value} of the network whose weights `--init_from` names. UserError for one that the recipe cannot be."""
+    """{flag: its value} of the network whose weights `--init_from` names. UserError if the recipe cannot build it."""
     folder, config = own_checkpoint(init_from), None
     if folder is not None:
         saved = Checkpoint(folder)
@@ -36,9 +37,9 @@ def settings_of(recipe: Recipe, init_from: str) -> Mapping[str, Any]:
 
 
 def with_settings(recipe: Recipe, parsed: Parsed, argv: Sequence[str]) -> Parsed:
-    """`parsed`, which is the command line `argv`, where flags not given have the values of what `--init_from` names.
+    """`parsed`, which comes from `argv`, with flags that were not typed taken from the network that `--init_from` names.
 
-    UserError for those that were given, and differ.
+    UserError for a typed flag that differs from it.
     """
     init_from = parsed.config.optimisation.init_from
     if init_from is None:

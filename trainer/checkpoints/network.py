@@ -1,4 +1,4 @@
-"""Networks without a backend: built with fresh weights, filled from a checkpoint, evaluated."""
+"""Building a network, choosing its weights (fresh, of a checkpoint, of --init_from), and evaluating it without a backend."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from trainer.recipe import ConfigT, Data, Log, Recipe
 
 
 def build_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> nn.Module:
-    """The bare network, on the host, with the weights that a run of this seed begins with."""
+    """The bare network on the host, with the initial weights of the configuration's seed."""
     network, initial = build_empty_network(recipe, config, data)
     fill(network, initial, torch.device("cpu"))
     return network
 
 
 def build_empty_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> tuple[nn.Module, Weights]:
-    """(the bare network, on the meta device; the values that a run of this seed begins with)."""
+    """(the bare network on the meta device, its initial weights for the configuration's seed). UserError where that fails."""
     try:
         network, initial = build_empty(lambda: recipe.build_model(config, data), config.optimisation.seed)
     except (ValueError, OSError) as error:
@@ -56,8 +56,8 @@ def build_empty_network(recipe: Recipe[ConfigT], config: Any, data: Data) -> tup
 
 
 def is_kept(network: nn.Module, name: str) -> bool:
-    """Whether checkpoints keep a parameter. Those that the network names in `non_persistent_parameters` they do not: frozen
-    ones, which begin each launch as `--init_from` has them."""
+    """Whether checkpoints hold a parameter: all but those in the network's `non_persistent_parameters`, frozen ones that every
+    launch takes from `--init_from`."""
     return name not in getattr(network, "non_persistent_parameters", ())
 
 
@@ -69,10 +69,10 @@ def saved_weights(
     opened: Callable[[Path], Checkpoint],
     averaged: bool = True,
 ) -> Weights:
-    """A checkpoint's values for a network, and for what it does not keep those that its run began with. Reads nothing yet.
+    """The weights of a checkpoint, read when used; for parameters that it does not hold, those that its run began with.
 
-    `averaged`: the averages of `--ema`, where it has them. `opened` verifies another checkpoint that the others may be in.
-    UserError listing what does not fit.
+    `averaged`: take the averages of `--ema`, where the checkpoint has them. `opened`: opens and verifies the checkpoint of its
+    `--init_from`. UserError naming what does not fit the network.
     """
     parameters = {name: p for name, p in network.named_parameters() if is_kept(network, name)}
     if len(parameters) < len(dict(network.named_parameters())):
@@ -102,7 +102,7 @@ def first_weights(
     control: Control,
     log: Log,
 ) -> Weights:
-    """The weights that this launch starts from: a checkpoint's, those of --init_from, or fresh ones. Collective."""
+    """The weights that this launch starts from: those of the resumed checkpoint, of --init_from, or fresh ones. Collective."""
     opened = partial(verify_together, control=control)
     if resumed is not None:
         return saved_weights(recipe, network, initial, resumed, opened, averaged=False)
@@ -117,12 +117,13 @@ def first_weights(
 def named_weights(
     recipe: Recipe, network: nn.Module, initial: Weights, init_from: str, opened: Callable[[Path], Checkpoint]
 ) -> Weights:
-    """The weights of a checkpoint of ours, verified by `opened`, or of somebody else's folder or name. Reads nothing yet."""
+    """The weights that `--init_from` names, read when used: of a checkpoint, verified by `opened`, or in another format, of a
+    folder or hub name."""
     folder = own_checkpoint(init_from)
     saved = None if folder is None else opened(folder)
     if saved is not None:
         kept = {name for name, _ in network.named_parameters() if is_kept(network, name)}
-        # A network that keeps a part of itself, adapters, beside weights that were saved as a whole: those of another.
+        # A network of which checkpoints hold adapters alone, and a checkpoint without any: one of the whole network.
         is_other = hasattr(network, "non_persistent_parameters") and kept.isdisjoint(saved.names("model"))
         if saved.state["recipe"] == recipe.name and not is_other:
             return saved_weights(recipe, network, initial, saved, opened)
@@ -134,7 +135,7 @@ def named_weights(
 
 
 def pretrained_weights(recipe: Recipe, network: nn.Module, initial: Weights, init_from: str) -> Weights:
-    """The weights that the recipe finds under a name, not read yet; UserError where they are not this network's."""
+    """The weights that the recipe finds under a name; they are read when used. UserError if they do not fit the network."""
     try:
         given = recipe.pretrained(init_from, network, initial)
     except (ValueError, OSError) as error:
@@ -148,7 +149,7 @@ def pretrained_weights(recipe: Recipe, network: nn.Module, initial: Weights, ini
 
 
 def differences(saved: Checkpoint, stem: str, wanted: Mapping[str, TensorForm]) -> str | None:
-    """What a checkpoint's tensors do not have in common with those `wanted`, in words: names, shapes, types."""
+    """How a checkpoint's tensors differ from those `wanted` in names, shapes or dtypes, as text; None if they do not."""
     return _differences({name: saved.form(stem, name) for name in sorted(saved.names(stem))}, wanted)
 
 
@@ -171,9 +172,9 @@ def _form_text(shape: Sequence[int | None], dtype: torch.dtype | None) -> str:
 
 
 def optimizer_fits(saved: Checkpoint, layout: StateLayout) -> bool:
-    """Whether a checkpoint's optimizer state is what an optimizer of this layout goes on from; False if another one wrote it.
+    """Whether an optimizer of this layout can continue from a checkpoint's state; False if another kind of optimizer wrote it.
 
-    UserError (exit 5) where the same one did, and it does not fit: with it training would go on wrongly.
+    UserError (exit 5) if the same kind wrote it and it does not fit: training would go on wrongly.
     """
     names, unused = saved.names("optimizer"), set(saved.state["parameters_without_state"])
     used = [name for name in layout.tensors if name not in unused]
@@ -194,9 +195,9 @@ def optimizer_fits(saved: Checkpoint, layout: StateLayout) -> bool:
 
 
 def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) -> tuple[Checkpoint, ConfigT]:
-    """(the checkpoint a `--model_path` means, its configuration). As given, else of this recipe's latest run.
+    """(the checkpoint that `--model_path` names, its configuration): a path, or a name within this recipe's latest run.
 
-    Collective. UserError if there is none, it is damaged, or another recipe wrote it.
+    Collective. UserError if there is none, if it is damaged, or if another recipe wrote it.
     """
 
     def search(verify: Verify) -> str:
@@ -217,14 +218,14 @@ def find_checkpoint(recipe: Recipe[ConfigT], model_path: str, launch: Launch) ->
 
 
 def load_network(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, device: torch.device) -> nn.Module:
-    """The plain network with the checkpoint's weights, on a device, for inference: no mode or gradient to set."""
+    """The plain network with the checkpoint's weights on a device, for inference: in evaluation mode, without gradients."""
     network, initial = build_empty_network(recipe, config, data)
     fill(network, saved_weights(recipe, network, initial, saved, verified), device)
     return network.eval().requires_grad_(False)
 
 
 def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any, data: Data, launch: Launch) -> Objective:
-    """The objective with the checkpoint's weights, for `evaluate_objective`: under FSDP and ZeRO-3 cut over the processes."""
+    """The objective with the checkpoint's weights, for `evaluate_objective`: under FSDP and ZeRO sharded over the processes."""
     network, initial = build_empty_network(recipe, config, data)
     opened = partial(verify_together, control=launch.control)
     weights = saved_weights(recipe, network, initial, saved, opened)
@@ -236,8 +237,8 @@ def load_for_evaluation(recipe: Recipe[ConfigT], saved: Checkpoint, config: Any,
 def evaluate_objective(
     recipe: Recipe[ConfigT], objective: Objective, config: Any, dataset: Any, launch: Launch, batch_size: int
 ) -> dict[str, float]:
-    """What the recipe measures on `dataset`, in full, exact on any number of processes. Collective."""
-    whole = dataclasses.replace(config.run, bad_samples="stop")  # or a sample would count twice
+    """Means of what the recipe measures on all of `dataset`, the same on any number of processes. Collective."""
+    whole = dataclasses.replace(config.run, bad_samples="stop")  # else the sample that replaces another would count twice
     weights = objective_weights(recipe, config, recipe.items(first_batch(dataset, [0], whole)))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(config.run.mixed_precision, launch))
     with torch.autocast(launch.device.type, kind, enabled=kind is not None):

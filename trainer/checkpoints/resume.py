@@ -1,8 +1,4 @@
-"""Which run directory, which checkpoint, which configuration: decided on rank 0, the same for every process.
-
-A flag that was not typed takes the checkpoint's value. What was typed and differs is a change: free in `run`, allowed in
-`optimisation` with `--resume_from`, refused in `model`, `data`, for the seed and for the effective batch.
-"""
+"""Which run directory, checkpoint and configuration a launch uses: decided on rank 0, and the same on every process."""
 
 from __future__ import annotations
 
@@ -17,13 +13,14 @@ import yaml
 
 from trainer.checkpoints import checkpoint as checkpoints
 from trainer.checkpoints import retention, verification
-from trainer.checkpoints.checkpoint import CONFIG, STATE, Checkpoint
+from trainer.checkpoints.changes import config_of, merge
+from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.init_from import with_settings
 from trainer.checkpoints.verification import Verify
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
-from trainer.command_line.locations import locations, with_absolute_paths
-from trainer.command_line.sections import PER_LAUNCH, Run
+from trainer.command_line.locations import with_absolute_paths
+from trainer.command_line.sections import Run
 from trainer.distributed.launch import Launch
 from trainer.distributed.stopping import StopReason, finished_reason
 from trainer.errors import CHECKPOINT, UserError
@@ -34,7 +31,7 @@ from trainer.reporting.trackers import SAVE_SECONDS, read_metrics
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What this launch does."""
+    """What this launch trains, where, and from which checkpoint."""
 
     config: Any
     directory: RunDirectory
@@ -44,7 +41,7 @@ class LaunchPlan:
     typed: frozenset[str]
 
     def to_json(self) -> dict[str, Any]:
-        """For the other processes."""
+        """As JSON, to send it to the other processes."""
         saved = self.checkpoint
         return {
             "config": configuration.to_mapping(self.config),
@@ -71,13 +68,14 @@ class LaunchPlan:
 
 
 def default_directory(recipe: Recipe, parsed: Parsed) -> Path:
-    """runs/RECIPE/NAME, unless `--output_dir` or `--run_name` says otherwise."""
+    """The run directory: `--output_dir`, else runs/RECIPE/NAME, NAME being `--run_name` or made from the typed flags."""
     run = parsed.config.run
     return Path(run.output_dir) if run.output_dir else Path("runs", recipe.name, run.run_name or configuration.run_name(parsed))
 
 
 def plan_launch(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, log: Callable[[str], None]) -> LaunchPlan:
-    """Decide on rank 0, and tell the other processes. Collective. On rank 0 the directory is locked: release it at the end."""
+    """The plan of this launch: made on rank 0, sent to the others. Collective. On rank 0 it locks the run directory; the caller
+    releases it."""
     plan, failure = None, None
 
     def decide(verify: Verify) -> dict[str, Any]:
@@ -109,9 +107,9 @@ def make_plan(
     verify: Verify,
     restarted: bool = False,
 ) -> LaunchPlan:
-    """Lock the run directory and decide what to do there. Called on rank 0 only; release the directory at the end.
+    """Lock the run directory, and decide what to do there. Rank 0 only; the caller releases the directory.
 
-    `restarted`: by a scheduler or a launcher, not by a person.
+    `restarted`: a scheduler or launcher, not a person, has started this command again.
     """
     parsed = dataclasses.replace(parsed, config=with_absolute_paths(parsed.config))
     run = parsed.config.run
@@ -144,14 +142,14 @@ def make_plan(
 
 
 def nothing_to_do(recipe: Recipe, plan: LaunchPlan, total_steps: int) -> str | None:
-    """A message if the run that is resumed has nothing left to do; nothing has been written by then. Rank 0 only."""
+    """A message if the resumed run has nothing left to do, else None. Called before anything is written. Rank 0 only."""
     saved, run = plan.checkpoint, plan.config.run
     if saved is None:
         return None
     state, folder = saved.train_state, saved.path.parent
     final = retention.links(folder).get("checkpoint_final") == saved.path.name
     later = any(step > state.step for step, _ in retention.step_folders(folder, recipe.checkpoint_prefix))
-    # Its own newest without that link: a run killed after its last save, which has an end to report yet.
+    # Not where this run's newest checkpoint lacks that link: the run was killed after its last save, before its final report.
     if run.resume_from and state.step >= total_steps and (final or later or not plan.same_run):
         return f"{saved.path} is at step {state.step:,} of {total_steps:,}, nothing to do; give a larger --max_steps"
     if not plan.same_run or run.resume_from:
@@ -165,7 +163,7 @@ def nothing_to_do(recipe: Recipe, plan: LaunchPlan, total_steps: int) -> str | N
 
 
 def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> None:
-    """Before a run starts at step 0: UserError (exit 5) if its directory tells of checkpoints, which are not there."""
+    """Before a run starts at step 0: UserError (exit 5) if its directory tells of checkpoints that are gone."""
     rows = list(read_metrics(directory.metrics)) if directory.metrics.is_file() else []
     saved_steps = [row["step"] for row in rows if SAVE_SECONDS in row]
     try:
@@ -184,7 +182,7 @@ def _check_nothing_lost(directory: RunDirectory, log: Callable[[str], None]) -> 
 
 
 def earlier_value(path: Path, flag: str) -> str | None:
-    """A value of the run section that the launch before had in this run directory."""
+    """The value that a flag of the `run` section had in the previous launch in this run directory; None if there is none."""
     config = RunDirectory(path).config
     try:
         return yaml.safe_load(config.read_text(encoding="utf-8"))["run"][flag] if config.is_file() else None
@@ -195,7 +193,7 @@ def earlier_value(path: Path, flag: str) -> str | None:
 def choose(
     recipe: Recipe, run: Run, directory: RunDirectory, log: Callable[[str], None], verify: Verify, restarted: bool
 ) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint to start from, and whether it is this run's own."""
+    """(the checkpoint to start from, or None; whether it is this run's own)."""
     folder = directory.checkpoints
     existing = retention.step_folders(folder, recipe.checkpoint_prefix)
     if run.resume == "never":
@@ -221,80 +219,12 @@ def choose(
 
 
 def _read(recipe: Recipe, path: Path, verify: Verify) -> Checkpoint:
-    """The checkpoint at `path`. UserError unless it is what a save left there, every byte and every value."""
+    """The checkpoint at `path`, verified. UserError if a file is damaged, or a value is not one that a run could have saved."""
     saved = Checkpoint(path)
     verify(saved)
     number = path.name.removeprefix(recipe.checkpoint_prefix)
     if number.isdigit() and int(number) != saved.train_state.step:
         raise saved.damaged(STATE, f"is of step {saved.train_state.step}, so this folder is a copy of another")
     if saved.config and saved.state["recipe"] == recipe.name:
-        _config_of(recipe, saved)
+        config_of(recipe, saved)
     return saved
-
-
-def _config_of(recipe: Recipe, saved: Checkpoint) -> Any:
-    source = str(saved.path / CONFIG)
-    try:
-        config = configuration.from_mapping(recipe.config_class, saved.config, source)
-        configuration.check(config)
-    except UserError as error:
-        where = "" if source in str(error) else f"{source}: "
-        raise UserError(f"{where}{error}; choose another checkpoint", CHECKPOINT) from None
-    return config
-
-
-def merge(
-    recipe: Recipe, parsed: Parsed, argv: Sequence[str], saved: Checkpoint, same_run: bool, log: Callable[[str], None]
-) -> Any:
-    """The checkpoint's configuration, changed by what was typed now, if it may be."""
-    written_by = saved.state["recipe"]
-    if written_by != recipe.name:
-        raise UserError(f"{saved.path} was written by recipe {written_by!r}, not {recipe.name!r}; choose another checkpoint")
-    original = _config_of(recipe, saved)
-    typed = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name, default=original).config
-    config = with_absolute_paths(typed)
-    if config.run.fit_batch and parsed.config.optimisation.effective_batch_size == original.optimisation.effective_batch_size:
-        split = {name: getattr(original.optimisation, name) for name in ("batch_size", "gradient_accumulation_steps")}
-        config = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, **split))
-    own = {name: getattr(parsed.config.run, name) for name in PER_LAUNCH}
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, **own))
-
-    if original.run.mixed_precision != config.run.mixed_precision:
-        log(f"mixed_precision: {original.run.mixed_precision} -> {config.run.mixed_precision}")
-
-    way_out = "train it under another --run_name, or take the weights only: --init_from"
-    others = configuration.changed(config, original, ("model", "data"))
-    accepted = (
-        configuration.changed(config, original, ("data",))
-        if parsed.config.run.data_changed == "accept"
-        else locations(type(config.data))  # where the data are, not what: the fingerprint says whether it is the same
-    )
-    for name in accepted:
-        if name in others:
-            log("{}: {} -> {}".format(name, *map(configuration.spelled, others.pop(name))))
-    if others:
-        each = "; ".join(f"{name}: {saved.path.name} has {old}, asked for {new}" for name, (old, new) in others.items())
-        raise UserError(f"{each}; {way_out} {saved.path}")
-    old, new = original.optimisation, config.optimisation
-    switched = bool(old.ema) != bool(new.ema)  # a checkpoint has averages, or has none; their decay may change
-    for name in ("seed", "init_from", *(["ema"] if switched else [])):
-        before, after = getattr(old, name), getattr(new, name)
-        if before != after:
-            raise UserError(f"{name}: {saved.path} has {before}, asked for {after}; {way_out} {saved.path}")
-    if old.effective_batch_size != new.effective_batch_size:
-        before, after = (f"{o.batch_size} x {o.gradient_accumulation_steps} = {o.effective_batch_size}" for o in (old, new))
-        raise UserError(
-            f"effective batch: {saved.path} has {before}, asked for {after}; keep the product, or {way_out} {saved.path}"
-        )
-    for name, (before, after) in configuration.changed(config, original, ("optimisation",)).items():
-        if name in ("batch_size", "gradient_accumulation_steps"):
-            continue  # the same effective batch, split otherwise
-        if name == "max_epochs" and old.max_steps and new.max_steps:
-            continue  # which decides: the epochs of a preset say nothing, and no checkpoint keeps them
-        if same_run and not parsed.config.run.resume_from:
-            raise UserError(
-                f"{name}: the run has {before}, asked for {after}; to change it in mid-run add --resume_from {saved.path}, "
-                "or start another with --run_name"
-            )
-        log(f"{name}: {before} -> {after}")
-    return config

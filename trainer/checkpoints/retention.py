@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which there are, what points to them, which may go."""
+"""The folder of a run's checkpoints: which there are, links to them, and which are deleted."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def step_folders(folder: Path, prefix: str) -> list[tuple[int, Path]]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed saves have left."""
+    """Remove the unfinished folders that killed saves have left."""
     for path in folder.glob(f"{TEMPORARY}*"):
         remove(path)
 
 
 def newest_good(folder: Path, prefix: str, read: Callable[[Path], Checkpoint], log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest step checkpoint that `read` finds nothing wrong with; damaged ones are passed over, with a warning.
+    """The newest step checkpoint that `read` accepts; damaged ones are skipped with a warning. None if there are none at all.
 
-    UserError (exit 5) if there are some and none is good: starting afresh would bury what may still be saved.
+    UserError (exit 5) if all are damaged: a fresh start would bury what might still be rescued.
     """
     folders = step_folders(folder, prefix)
     for _, path in folders:
@@ -71,10 +71,10 @@ def links(folder: Path) -> dict[str, str]:
 
 
 def prune(folder: Path, prefix: str, keep_last: int) -> None:
-    """Delete old step checkpoints: all but the newest `keep_last` (0: 2) of any kind, the newest `keep_last` (0: all) of those
-    not saved for a new best alone, so that many of these do not push them out, and what links point to.
+    """Delete old step checkpoints. Kept are the targets of links; the newest `keep_last` (0: 2); and the newest `keep_last`
+    (0: all) of those that were not saved just for a new best, so that a series of new bests does not push them out.
 
-    Raises OSError for what could not be deleted, after the rest has been.
+    Raises OSError for one that could not be deleted, after deleting the rest.
     """
     folders = [path for _, path in step_folders(folder, prefix)]
     older, failure = folders[keep_last or 2 :], None
@@ -94,7 +94,7 @@ def prune(folder: Path, prefix: str, keep_last: int) -> None:
 
 
 def _only_best(path: Path) -> bool:
-    """Whether a checkpoint was saved for nothing but a new best; one that cannot be read is taken for another."""
+    """Whether a checkpoint was saved only because it was a new best; False if it cannot be read."""
     try:
         return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["only_best"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -102,7 +102,7 @@ def _only_best(path: Path) -> bool:
 
 
 def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
-    """Set aside (never delete) the step checkpoints after `step`, newest first, so that none of them is resumed again."""
+    """Move the step checkpoints after `step`, newest first, to a folder where nothing resumes them. Returns their new paths."""
     later = [path for at, path in step_folders(folder, prefix) if at > step]
     if not later:
         return []
@@ -121,10 +121,10 @@ def roll_back(folder: Path, prefix: str, step: int) -> list[str]:
 
 
 def resume_at(folder: Path, prefix: str, state: TrainState, log: Callable[[str], None]) -> None:
-    """Bring the folder of a run that is resumed at `state` to what it was then. Rank 0 only."""
+    """Restore the folder of a run that is resumed at `state` to what it was at that step. Rank 0 only."""
     for path in roll_back(folder, prefix, state.step):
         log(f"Rolled back: set aside {path}")
     best = f"{prefix}{state.best_step}"
-    # A kill between a save and its links leaves the old ones.
+    # A kill between a save and its links has left the old link.
     if state.best_step and links(folder).get("best_model") != best and (folder / best).is_dir():
         link(folder, "best_model", best)

@@ -1,4 +1,4 @@
-"""When a run saves, under which names, and what stands in a checkpoint beside the tensors."""
+"""When a run saves, under which names, and what a checkpoint holds besides tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.backends.tensors import TensorEntry, split_names, whole_entries
 from trainer.checkpoints import retention
 from trainer.checkpoints.network import is_kept
 from trainer.checkpoints.resume import LaunchPlan
-from trainer.checkpoints.writing import Report, Share, commit
+from trainer.checkpoints.writing import RankWriter, WriteReport, commit
 from trainer.command_line.config import to_yaml
 from trainer.distributed.stopping import StopReason, StopRequests
 from trainer.errors import CHECKPOINT, UserError
@@ -27,15 +27,15 @@ from trainer.state import TrainState
 if TYPE_CHECKING:
     from trainer.setup import Session
 
-# The links each kind of stop leaves beside the step checkpoint.
+# The link that a stop adds to its step checkpoint.
 STOP_LINKS = {StopReason.TIME_LIMIT: "checkpoint_time_limit"}
-# What a save takes, until the first one has been timed: fp32 weights and two moments onto a slow disk, bytes per second.
+# Until the first save has been timed it is expected to take this: fp32 weights and two moments, to a slow disk (bytes/s).
 SLOW_SAVE_SECONDS, SLOW_DISK = 1.0, 200e6
 POLL_SECONDS = 0.05
 
 
 class Outcome(NamedTuple):
-    """What became of a save, on rank 0."""
+    """The outcome of a commit, on rank 0."""
 
     failure: str | None
     warning: str | None
@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class SaveInFlight:
-    """A save whose state has been copied: it is being written by all ranks, and then committed by rank 0."""
+    """A save whose state has been copied. All ranks write it; then rank 0 commits it."""
 
     step: int
     name: str
@@ -55,25 +55,25 @@ class SaveInFlight:
     """False: it only sets links to a checkpoint that is there"""
     stall_seconds: float
     seconds: float
-    """of work so far"""
+    """of copying, writing and committing so far"""
     job: Future[Any]
-    """what this rank's thread does for it now"""
+    """the current job of this rank's thread: to write, then to commit"""
     committing: bool = False
 
     def done(self) -> bool:
-        """Whether this rank has done its part."""
+        """Whether this rank's thread has finished its current job."""
         if not self.job.done():
             return False
-        self.job.result()  # raises what is no fault of the disk
+        self.job.result()  # raises its exception, if it had one: errors of the disk are results
         return True
 
 
 class Saver:
-    """Writes the checkpoints of a run. Made, and called, on every process.
+    """Saves the checkpoints of a run. All methods are called on every process.
 
-    The loop stands still while `save` copies the state. A thread of each rank writes its share; when all have, `settle` gathers
-    what they report, and that of rank 0 gives the checkpoint its name. At most one save is in flight. No thread makes a
-    collective, which would meet another one of the main thread's.
+    `save` copies the state, and the loop waits for that alone. A thread of each rank writes its share; when all are done,
+    `settle` gathers their reports, and the thread of rank 0 commits the checkpoint. At most one save is in flight. Threads make
+    no collectives: these could be matched with others of the main threads.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class Saver:
         self.directory, self.folder = plan.directory, plan.directory.checkpoints
         self.saved_step = state.step if plan.checkpoint and plan.same_run else None
         self.saved_at = time.monotonic()
-        self.share, self.thread = Share(self.launch), ThreadPoolExecutor(1, "checkpoint")
+        self.writer, self.thread = RankWriter(self.launch), ThreadPoolExecutor(1, "checkpoint")
         self.in_flight: SaveInFlight | None = None
         size_bytes = sum(entry.size_bytes for entry in self._model_tensors())
         stops.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
 
     def due(self) -> bool:
-        """Every `save_every` steps and every `save_epochs` epochs; not again where this run has just been resumed."""
+        """Whether to save this step: every `save_every` steps and `save_epochs` epochs, unless it is saved already."""
         step, every = self.state.step, self.run.save_every
         due = bool(every and step % every == 0) or self.epoch_due()
         return due and step > 0 and self.saved_step != step
 
     def epoch_due(self) -> bool:
-        """Whether the last step finished an epoch whose checkpoint is kept."""
+        """Whether the last step finished an epoch that gets a link, every `save_epochs`-th."""
         step, every = self.state.step, self.run.save_epochs
         return bool(every) and self.session.epochs(step) // every > self.session.epochs(step - 1) // every
 
@@ -106,33 +106,35 @@ class Saver:
         return self.launch.is_main and bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
 
     def saved_as(self) -> Path | None:
-        """The checkpoint of the current step, if there is one."""
+        """The checkpoint of the current step; None if it is not saved."""
         name = f"{self.recipe.checkpoint_prefix}{self.state.step}"
         return self.folder / name if self.saved_step == self.state.step else None
 
     def save(self, is_best: bool, reason: StopReason | None, only_best: bool) -> None:
-        """Begin a checkpoint of this step, if there is none, and the links it has earned. Collective, and none is in flight.
+        """Start to save this step, unless it is saved already, and to set its links. Collective. No save may be in flight.
 
-        `reason`: why the launch ends with it, if it does. `only_best`: nothing but a new best is the reason to save.
+        `reason`: why the launch ends with it, or None. `only_best`: it is saved only because it is a new best.
         """
         started, step = time.monotonic(), self.state.step
         name, links = f"{self.recipe.checkpoint_prefix}{step}", self._links(is_best, reason)
         writes = self.saved_step != step
         texts = self._copy(only_best) if writes else None
-        job = self.thread.submit(self.share.write, self.folder, name, texts) if texts else self.thread.submit(dict)
+        job = self.thread.submit(self.writer.write, self.folder, name, texts) if texts else self.thread.submit(dict)
         self.saved_at = time.monotonic()
         stall = self.saved_at - started
         self.logger.exclude_from_timing(stall)
         self.in_flight = SaveInFlight(step, name, links, reason is not None, writes, stall, stall, job)
 
     def done(self) -> bool:
-        """Whether this rank has done its part of the save in flight."""
+        """Whether there is a save in flight and this rank has finished its current job for it."""
         return self.in_flight is not None and self.in_flight.done()
 
     def settle(self, wait_for_end: bool) -> int | None:
-        """Once every rank's thread is done, have the save in flight, if there is one, committed; then report it, now if
-        `wait_for_end`, else when called again. Collective. The step of one that failed where training can go on; UserError
-        (exit 5) where it was the last one."""
+        """Wait until all ranks have written the save in flight, if there is one; have it committed; and report it. Collective.
+
+        Without `wait_for_end` it returns once the commit has started, and the next call does the rest. Returns the step of a
+        failed save; UserError (exit 5) if the launch ends with that save.
+        """
         started, save, control = time.monotonic(), self.in_flight, self.launch.control
         if save is None:
             return None
@@ -173,7 +175,7 @@ class Saver:
         return None
 
     def _wait_for_all(self, save: SaveInFlight) -> None:
-        """Until every rank has done its part. They ask each other again and again, so that none waits for one that is gone."""
+        """Wait until every rank has finished its current job. They poll each other, so that a rank that is gone is noticed."""
         ranks, timeout = range(self.launch.processes), self.launch.control.timeout
         end = time.monotonic() + timeout.total_seconds()
         while not all(done := self.launch.control.sum([float(r == self.launch.rank and save.done()) for r in ranks]).wait()):
@@ -186,8 +188,8 @@ class Saver:
                     CHECKPOINT,
                 )
 
-    def _commit(self, save: SaveInFlight, reports: Sequence[Report]) -> Outcome:
-        """In the thread, when all ranks have written; what there is to do does rank 0."""
+    def _commit(self, save: SaveInFlight, reports: Sequence[WriteReport]) -> Outcome:
+        """The second job of the thread: rank 0 commits the checkpoint and sets its links; the others do nothing."""
         started, failure, warning = time.monotonic(), None, None
         if self.launch.is_main:
             failure = commit(self.folder, save.name, reports) if save.writes else None
@@ -195,7 +197,7 @@ class Saver:
         return Outcome(failure, warning, time.monotonic() - started)
 
     def _links(self, is_best: bool, reason: StopReason | None) -> list[str]:
-        """The names that this checkpoint has earned."""
+        """The names of the links to set to this checkpoint."""
         links = []
         if is_best:
             links.append("best_model")
@@ -208,7 +210,7 @@ class Saver:
         return links
 
     def _set_links(self, links: list[str], name: str) -> str | None:
-        """Point to the checkpoint, and remove old ones; a warning where that fails."""
+        """Set links to the checkpoint and remove old checkpoints; a warning if that fails."""
         try:
             for link in links:
                 retention.link(self.folder, link, name)
@@ -221,7 +223,7 @@ class Saver:
         return [entry for entry in self.session.backend.model_tensors() if is_kept(self.session.network, entry.name)]
 
     def _copy(self, only_best: bool) -> dict[str, str]:
-        """Copy the tensors; the other files of the checkpoint. Collective."""
+        """Copy the tensors; returns the text files of the checkpoint, {name: content}. Collective."""
         backend, extra = self.session.backend, self.session.extra_files
         tensors = {"model": self._model_tensors(), "optimizer": backend.optimizer_tensors()}
         with_state = split_names(entry.name for entry in tensors["optimizer"])[0].keys()
@@ -238,7 +240,7 @@ class Saver:
             "data_fingerprint": self.session.data.fingerprint,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
         }
-        self.share.copy(tensors)
+        self.writer.copy(tensors)
         return {
             "trainer_state.json": json.dumps(trainer_state, indent=1),
             "config.yaml": to_yaml(self.session.config),

@@ -1,8 +1,8 @@
-"""A .safetensors file, put together tensor by tensor in memory that is kept, then hashed and written as it lies there.
+"""A .safetensors file, assembled tensor by tensor in a host buffer that is reused, then hashed and written from there.
 
 The format (github.com/huggingface/safetensors, "Format"): the length of the header as 8 bytes, little-endian; the header, JSON
-with type, shape and place of every tensor, padded with spaces to 8 bytes; then the tensors, one after the other. The library
-wants all tensors in full at once, and tells no hash. Reading is left to it: it checks what it reads.
+with dtype, shape and offsets of every tensor, padded with spaces to 8 bytes; then the tensors, one after the other. The
+library's own writer needs all tensors at once and gives no hash. Its reader is used: it checks what it reads.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def in_file_order(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
-    """The order in which a file holds its tensors: wide types first, so that each starts at a multiple of its width."""
+    """The order of the tensors in a file: wide dtypes first, so that each starts at a multiple of its width."""
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
 def header_of(entries: Sequence[TensorEntry]) -> bytes:
-    """The beginning of a file of these tensors, in this order, up to the first of them."""
+    """The bytes before the first tensor of a file that holds these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -57,9 +57,9 @@ def header_of(entries: Sequence[TensorEntry]) -> bytes:
 
 
 class TensorFile:
-    """A file in host memory, of tensors `in_file_order`, which may be filled and written again and again.
+    """A file in host memory, which may be filled and written many times. `entries` are `in_file_order`.
 
-    `pinned`: in page-locked memory, into which a GPU copies while the host goes on.
+    `pinned`: in page-locked memory, so that a GPU copies into it asynchronously.
     """
 
     def __init__(self, entries: Sequence[TensorEntry], pinned: bool = False) -> None:
@@ -71,18 +71,18 @@ class TensorFile:
         self._places = {entry.name: part.view(entry.dtype).view(entry.shape) for entry, part in parts}
 
     def fill(self, name: str, tensor: Tensor) -> None:
-        """Copy a tensor, from any device, to its place, as the type that was announced. A GPU's copy may still be under way."""
+        """Copy a tensor from any device to its place, as the dtype of its entry. From a GPU the copy is asynchronous."""
         place = self._places[name]
         assert tensor.shape == place.shape, f"{name}: {tuple(tensor.shape)} instead of {tuple(place.shape)}"
         place.copy_(tensor.detach(), non_blocking=True)
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Bring it to the disk; its size and hash, as a manifest has them. Raises OSError."""
+        """Write and fsync the file; its size and hash, as in the manifest. Raises OSError."""
         content = memoryview(self._content.numpy().data)
         with path.open("xb", buffering=0) as file:
             left = content
-            while left:  # a write takes 2 GB at most, and a nearly full disk takes less than asked before it fails
+            while left:  # one call writes 2 GB at most, and on a nearly full disk less than asked before it fails
                 left = left[file.write(left) :]
-            digest = hashlib.sha256(content).hexdigest()  # while the system brings some of it to the disk
+            digest = hashlib.sha256(content).hexdigest()  # meanwhile the system starts to write it back
             os.fsync(file.fileno())
         return {"size": len(content), "sha256": digest}

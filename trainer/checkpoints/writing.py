@@ -1,8 +1,7 @@
-"""Checkpoint folders, written: whole or not at all.
+"""Writing checkpoint folders: a whole one or none.
 
-A folder is written under a temporary name beside its place, by all ranks at once, each its own files; every file is fsynced,
-the manifest (sizes and SHA-256 of all others) comes last, and a rename makes it count. Recurring names (`best_model`,
-`checkpoint_epoch_3`) are relative links to it.
+All ranks write into a folder with a temporary name, each its own files, and fsync them. Then rank 0 writes the manifest (size
+and SHA-256 of every other file), and a rename commits the folder. Recurring names (`best_model`) are relative links to it.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.run_directory import fsync_directory
 
 SHARD_BYTES = 1_000_000_000
-"""most of a file, but for a tensor that is larger: small enough to spread over many writers"""
+"""maximum size of a file (a larger tensor has one to itself): small enough to share out over many ranks"""
 POLL_SECONDS = 0.02
 LAG_SECONDS = 10.0
-"""how long a name that one host has made may take to show on another"""
+"""how long a file that one host has made may take to appear on another"""
 Tensors = Mapping[str, Sequence[TensorEntry]]
-"""by stem of the file name: `model`, `optimizer`"""
-Report = dict[str, Any]
-"""JSON: a rank's `files`, each with size and hash as a manifest has them, `failure` (None: it wrote them all), and `seconds`"""
+"""{stem of the file name, such as `model` or `optimizer`: its tensors}"""
+WriteReport = dict[str, Any]
+"""what a rank wrote, as JSON: `files` {name: size and hash, as in the manifest}, `failure` (None: none), `seconds`"""
 
 
-class Share:
-    """What one rank writes of each checkpoint: of all files, numbered from 0, every number that is its rank modulo the ranks.
+class RankWriter:
+    """Writes one rank's share of each checkpoint: file number f belongs to rank f modulo the number of ranks.
 
-    Which files there are, and every byte of them, follows from the tensors alone. `copy` takes a state into host memory, which
-    is kept for the next; `write` brings it to the disk, and may do so in a thread while training goes on. One after the other.
+    Which files there are, and every byte of them, depends on the tensors alone. `copy` copies a state into host memory that
+    is reused; `write` then writes it, possibly in a thread while training goes on. Each ends before the other starts.
     """
 
     def __init__(self, launch: Launch, shard_bytes: int = SHARD_BYTES) -> None:
@@ -53,7 +52,10 @@ class Share:
         self._copied: torch.cuda.Event | None = None
 
     def copy(self, tensors: Tensors) -> None:
-        """Copy this rank's files. Collective. What a GPU copies is there before its next kernel runs: training may go on."""
+        """Copy the tensors of this rank's files. Collective.
+
+        Copies from a GPU are only queued, before its next kernels: training may go on, and `write` waits for them.
+        """
         rank, pinned = self.launch.rank, self.launch.device.type == "cuda"
         files, self._indexes = files_of(tensors, self.shard_bytes)
         kept, self._files = self._files, {}
@@ -72,11 +74,11 @@ class Share:
             self._copied.record()
 
     def release(self) -> None:
-        """Let go of the memory; the next copy takes it anew."""
+        """Free the host memory; the next `copy` allocates it again."""
         self._files.clear()
 
-    def write(self, folder: Path, name: str, texts: Mapping[str, str]) -> Report:
-        """Bring this rank's files of checkpoint `folder/name` to the disk, on rank 0 `texts` too, by file name."""
+    def write(self, folder: Path, name: str, texts: Mapping[str, str]) -> WriteReport:
+        """Write and fsync this rank's files of checkpoint `folder/name`; rank 0 also writes `texts`, {file name: content}."""
         temporary, started = _temporary(folder, name), time.monotonic()
         if self._copied is not None:
             self._copied.synchronize()
@@ -93,9 +95,11 @@ class Share:
         return {"files": files, "failure": failure, "seconds": time.monotonic() - started}
 
 
-def commit(folder: Path, name: str, reports: Sequence[Report]) -> str | None:
-    """Give checkpoint `folder/name` its manifest and its name, once each rank has written and reported; on one rank. Why there
-    is no such checkpoint, if there is none: then nothing of it is left."""
+def commit(folder: Path, name: str, reports: Sequence[WriteReport]) -> str | None:
+    """Commit checkpoint `folder/name`, on one rank, once every rank has written and reported: write its manifest, rename it.
+
+    Returns None, or why it failed; nothing is left of the folder then.
+    """
     temporary = _temporary(folder, name)
     failure = next((report["failure"] for report in reports if report["failure"]), None)
     if failure is None:
@@ -109,11 +113,10 @@ def commit(folder: Path, name: str, reports: Sequence[Report]) -> str | None:
 
 
 def write(folder: Path, name: str, tensors: Tensors, texts: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write checkpoint `folder/name`, of tensors that are whole on this process, by it alone. UserError (exit 5) where that
-    fails."""
-    share = Share(alone(), shard_bytes)
-    share.copy(tensors)
-    failure = commit(folder, name, [share.write(folder, name, texts)])
+    """Write checkpoint `folder/name` from this process alone, which has all tensors whole. UserError (exit 5) if that fails."""
+    writer = RankWriter(alone(), shard_bytes)
+    writer.copy(tensors)
+    failure = commit(folder, name, [writer.write(folder, name, texts)])
     if failure is not None:
         raise UserError(failure, CHECKPOINT)
     return folder / name
@@ -124,7 +127,7 @@ def _temporary(folder: Path, name: str) -> Path:
 
 
 def check_shared(folder: Path, launch: Launch) -> None:
-    """Refuse a launch whose ranks do not all write into the same `folder`, before anything is trained. Collective."""
+    """UserError, before anything is trained, unless all ranks can write into the same `folder`. Collective."""
     if launch.processes == 1:
         return
     probe = folder / launch.control.on_main(lambda: _make_probe(folder))
@@ -150,14 +153,14 @@ def _touch(path: Path) -> OSError | None:
 
 
 def _make_probe(folder: Path) -> str:
-    """A new folder in it."""
+    """Make a new folder in `folder`; its name."""
     name = f"{TEMPORARY}probe-{uuid.uuid4().hex}"
     (folder / name).mkdir()
     return name
 
 
 def files_of(tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> tuple[dict[str, list[TensorEntry]], dict[str, str]]:
-    """({file: its tensors, in its order}, {index file: its content} of what takes several files)."""
+    """({file: its tensors, in the order of the file}, {index file: its content}); an index where a stem takes several files."""
     files: dict[str, list[TensorEntry]] = {}
     indexes: dict[str, str] = {}
     for stem, entries in tensors.items():
@@ -175,7 +178,7 @@ def files_of(tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> tuple[dict[str
 
 
 def _shards(entries: Sequence[TensorEntry], limit: int) -> list[list[TensorEntry]]:
-    """The entries of each file, in its order."""
+    """The entries of each file, in the order of the file."""
     shards: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in in_file_order(entries):
@@ -195,7 +198,7 @@ def _commit(temporary: Path, final: Path, files: Mapping[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> dict[str, Any]:
-    """Bring a file to the disk; its size and hash, as a manifest has them."""
+    """Write and fsync a text file; its size and hash, as in the manifest."""
     content = text.encode()
     with path.open("xb") as file:
         file.write(content)
@@ -205,6 +208,6 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder of ours; never through a link."""
+    """Delete a folder; of a link the link alone, not its target. Errors are ignored."""
     with contextlib.suppress(OSError):
         path.unlink() if path.is_symlink() else shutil.rmtree(path)

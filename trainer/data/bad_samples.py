@@ -1,4 +1,4 @@
-"""Samples that cannot be read: with `--bad_samples skip` each is replaced by the next that can, and named."""
+"""Samples that cannot be read: with `--bad_samples skip` each is replaced by the next readable one, and named."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from trainer.data.stream import length_of
 from trainer.errors import BAD_INPUT, UserError, one_line
 
 REPLACED = "replaced samples"
-"""key of a batch: a line on each of its samples that another one stands for"""
-MOST_IN_A_ROW = 100  # then it is not the samples: the disk is gone, or the folder
-# Of the process or the server and not of a sample: the next attempt may read it, and the curve would depend on that.
+"""key of a batch: a line for each unreadable sample that another one replaces"""
+MOST_IN_A_ROW = 100  # more unreadable samples than this are no bad samples: a disk or folder is gone
+# Errors of the process or the server, not of the sample: another attempt may succeed, so replacing it would change the curve.
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def is_bad_sample(error: Exception | None) -> bool:
-    """Whether this is how a data set says that a sample cannot be read: by a ValueError or OSError."""
+    """Whether an error of a data set means an unreadable sample: a ValueError, or an OSError that is not PASSING."""
     number = getattr(error, "errno", None) or getattr(getattr(error, "__cause__", None), "errno", None)
     return isinstance(error, ValueError | OSError) and number not in PASSING
 
 
 def reason_of(error: Exception) -> str:
-    """Class and text of an error in one line, without the traceback that torch puts before it where a data worker raised it."""
+    """Class and text of an error in one line, without the traceback that torch adds to an error of a data worker."""
     name, text = type(error).__name__, str(error)
     if text.startswith(f"Caught {name} in "):
         text = re.split(rf"^(?:\w+\.)*{name}: ", text, flags=re.MULTILINE)[-1]
@@ -33,7 +33,7 @@ def reason_of(error: Exception) -> str:
 
 
 def reading_failed(error: Exception, rank: int, saved_step: int | None, run: Run) -> UserError:
-    """What ends a run whose data cannot be read, with the ways on; `saved_step`: the current one, if it is saved."""
+    """The error that ends a run whose data cannot be read, with what to do; `saved_step`: the current step, if it is saved."""
     ways = [] if saved_step is None else [f"Step {saved_step:,} is saved"]
     if isinstance(error, UserError):  # which says the way on itself
         what, code = one_line(error, 600), error.exit_code
@@ -48,14 +48,14 @@ def reading_failed(error: Exception, rank: int, saved_step: int | None, run: Run
 
 
 def guarded(dataset: Any, run: Run) -> Any:
-    """`dataset`, or what reads it past its bad samples if `--bad_samples skip` says so."""
+    """`dataset`, with `--bad_samples skip` wrapped so that unreadable samples are replaced."""
     if run.bad_samples == "stop" or getattr(dataset, "on_device", False):
         return dataset
     return NextReadable(dataset)
 
 
 def first_batch(dataset: Any, numbers: Sequence[int], run: Run, way_on: str = "mend the data") -> Any:
-    """A batch, read here and now. UserError if it cannot be."""
+    """A batch, read in this process. UserError, ending with `way_on`, if it cannot be read."""
     try:
         batch = guarded(dataset, run).__getitems__(numbers)
     except (ValueError, OSError) as error:
@@ -64,9 +64,9 @@ def first_batch(dataset: Any, numbers: Sequence[int], run: Run, way_on: str = "m
 
 
 class NextReadable:
-    """A data set whose bad samples are replaced by the next readable one of the same epoch.
+    """A data set in which an unreadable sample is replaced by the next readable one of the same epoch.
 
-    Which that is follows from the number of the sample, so it is the same on any number of processes and workers.
+    Which one that is depends on the sample's number alone, so it is the same on any number of processes and workers.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -80,12 +80,12 @@ class NextReadable:
                 raise
             lines: list[str] = []
             readable = [self._readable(int(number), lines) for number in numbers]
-            if not lines:  # each is good by itself
+            if not lines:  # each sample can be read by itself: the fault is in the batch
                 raise
         return {**self.dataset.__getitems__(readable), REPLACED: lines}
 
     def _readable(self, number: int, lines: list[str]) -> int:
-        """`number`, or that of the sample that stands for it."""
+        """`number`, or the number of the sample that replaces it; then adds a line to `lines`."""
         candidate = number
         first_error: Exception | None = None
         for _ in range(min(MOST_IN_A_ROW, self.length or MOST_IN_A_ROW)):

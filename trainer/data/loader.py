@@ -1,4 +1,4 @@
-"""The loader: reads this process's part of the stream, batch by batch."""
+"""Reads this process's part of the stream, batch by batch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ POLL_SECONDS = 0.5  # how soon a stop request, or the death of a worker, is noti
 
 
 class StopWaiting(Exception):  # noqa: N818 - not an error
-    """A stop was requested while a batch was waited for, which may never come."""
+    """A stop was requested while waiting for a batch, which may never come."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; asynchronous from page-locked memory. On Apple's GPUs numbers in float64 become float32."""
+    """The batch on `device`, copied asynchronously from page-locked memory. On Apple's GPUs float64 becomes float32."""
     if device.type == "mps":
         batch = {
             name: tensor.to(sum_dtype(device)) if tensor.dtype == torch.float64 else tensor for name, tensor in batch.items()
@@ -39,17 +39,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def identity(batch: Any) -> Any:
-    """Collate function: `__getitems__` gives whole batches."""
+    """Collate function that does nothing: `__getitems__` returns whole batches."""
     return batch
 
 
 def read(
     dataset: Any, order: Any, run: Run, device: torch.device, stop_requested: Callable[[], bool] = lambda: False
 ) -> Iterator[Batch]:
-    """Batches of `dataset` in `order`, through a DataLoader; from the data set itself if that has nothing to do.
+    """Batches of `dataset` in `order`; through a DataLoader only for worker processes or page-locked memory.
 
-    It has where there are worker processes, or page-locked memory to copy to. Waiting for a worker raises StopWaiting once
-    `stop_requested()`, and a UserError where it was killed or hangs.
+    While it waits for a worker it raises StopWaiting once `stop_requested()`, and UserError if the worker was killed or hangs.
     """
     dataset = guarded(dataset, run)
     pinned, on_device = run.pin_memory and device.type == "cuda", getattr(dataset, "on_device", False)
@@ -67,30 +66,30 @@ def read(
         timeout=POLL_SECONDS if run.num_workers else 0,
         multiprocessing_context=_worker_context() if run.num_workers else None,
         worker_init_fn=reset_in_worker,
-        # An iterator draws a seed when it is made; from a generator of its own, so that it does not shift dropout.
+        # A DataLoader's iterator draws a seed; with a generator of its own it does not advance torch's.
         generator=torch.Generator(),
     )
     return _FromWorkers(loader, run, device, stop_requested) if run.num_workers else iter(loader)
 
 
 def _worker_context() -> BaseContext:
-    """How workers are started: by a clean server process, `trainer.data.worker_server`. Data sets have to be picklable."""
+    """Workers are forked from a clean server process, `trainer.data.worker_server`; so data sets have to be picklable."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "trainer.data.worker_server"])
     return context
 
 
 class _FromWorkers(Iterator[Batch]):
-    """The batches of a DataLoader's workers, fetched by a thread, so that no worker can hold up the training process.
+    """The batches of a DataLoader with workers, fetched by a thread, so that a hanging worker cannot hang the training process.
 
-    A DataLoader's own time-out is not enough: it asks the worker that has made a batch for the file descriptors of its
-    tensors, and waits for ever if that has been stopped meanwhile.
+    The DataLoader's own time-out is not enough: to receive a batch it asks the worker for file descriptors of its tensors, and
+    waits for ever if that worker has been stopped meanwhile.
     """
 
     def __init__(self, loader: DataLoader[Any], run: Run, device: torch.device, stop_requested: Callable[[], bool]) -> None:
         self._iterator: Any = iter(loader)
         self._device, self._stop_requested = device, stop_requested
-        # Less than the other processes wait for this one, so that they hear why.
+        # Shorter than the other processes wait for this one, so that they learn the reason.
         self._limit_seconds = 0.9 * 60 * run.timeout_minutes
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._fetched: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
@@ -122,7 +121,7 @@ class _FromWorkers(Iterator[Batch]):
 
     def _fetch(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # which is a thread's own
+            torch.cuda.set_device(self._device)  # the current device is per thread
         while self._wanted.get():
             try:
                 batch: Batch | Exception = self._next_batch()
@@ -147,7 +146,7 @@ class _FromWorkers(Iterator[Batch]):
                 raise
 
     def close(self) -> None:
-        """End the workers: those that hang too, and at once where one is waited for, which would not answer."""
+        """End the workers. Those that have not ended within GRACE_SECONDS are killed; at once if a batch is still awaited."""
         self._wanted.put(False)
         ending = threading.Thread(target=self._end, name="ending workers", daemon=True)
         ending.start()
@@ -162,6 +161,6 @@ class _FromWorkers(Iterator[Batch]):
 
 
 def close(batches: Iterator[Batch]) -> None:
-    """End the worker processes of `read` now, rather than when the interpreter gets to it."""
+    """End the worker processes of `read` now, rather than at garbage collection."""
     if isinstance(batches, _FromWorkers):
         batches.close()

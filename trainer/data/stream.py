@@ -1,8 +1,8 @@
 """The stream of samples and its order.
 
-Samples are numbered for ever: optimizer step t (counted from 0) with A micro-batches of B samples reads the stream positions
-from t*A*B up to (t+1)*A*B. What a step sees follows from its number alone, so resuming costs nothing and no number of
-processes, workers or evaluations can change it.
+The stream is endless and its positions are numbered: optimizer step t (counted from 0) with A micro-batches of B samples reads
+positions t*A*B up to (t+1)*A*B. What a step reads depends on its number alone, not on processes, workers or evaluations; and to
+resume at a step nothing has to be read again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ ROUNDS = 4  # after which no pair of places is likelier than another, in sets of
 
 
 def shuffled(places: np.ndarray, keys: np.ndarray, length: int) -> np.ndarray:
-    """The item at each place, int64 [places], of a set of `length` items in the order of a key, uint64 [places].
+    """Shuffle places 0 .. length - 1 of an epoch: the item at each of `places`, int64 [n], under its epoch's key in `keys`,
+    uint64 [n].
 
-    For each key a bijection of 0 .. length - 1, computed where it is wanted: an order kept as an array takes 8 bytes an item
-    in every process. An item is a cell of the smallest table of about sqrt(length) rows that has room for all. A Feistel
-    network moves its row by a hash of its column and its column by one of its row; what leaves the set is moved on until it
-    is back (Black & Rogaway 2002, "Ciphers with arbitrary finite domains": generalised Feistel, cycle walking).
+    For each key this is a bijection, computed for single places: a permutation kept as an array would take 8 bytes an item in
+    every process. Items are the cells of a table of about sqrt(length) rows and columns. A Feistel network shifts the row by a
+    hash of the column, and the column by a hash of the row; a result of `length` or more goes through it again, until it is
+    below (Black & Rogaway 2002, "Ciphers with arbitrary finite domains": generalised Feistel, cycle walking).
     """
     rows = np.uint64(math.isqrt(length - 1) + 1)
     columns = np.uint64(-(-length // int(rows)))
@@ -55,7 +56,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int | None) -> np.ndarray:
-    """Sample numbers at stream positions, int64. Finite set: epoch * length + shuffled item, each once per epoch."""
+    """Sample numbers at stream positions, int64 [n]. Of a finite set: epoch * length + item, each item once an epoch."""
     positions = np.asarray(positions, dtype=np.int64)
     if length is None:
         return positions
@@ -66,9 +67,9 @@ def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int
 
 
 def share(batch_size: int, rank: int, processes: int) -> range:
-    """The places of a micro-batch that are a process's: as many as any other's, or one more. UserError if there are too few.
+    """Which of a micro-batch's places, 0 .. batch_size - 1, a process reads: all have equally many, give or take one.
 
-    Losses are divided by counts over all processes, so the curve does not depend on who reads what.
+    Losses are divided by counts over all processes, so the split changes no curve. UserError for more processes than samples.
     """
     if processes > batch_size:
         raise UserError(
@@ -79,9 +80,10 @@ def share(batch_size: int, rank: int, processes: int) -> range:
 
 
 class TrainingOrder:
-    """Batch sampler: the sample numbers of this process's part of every micro-batch, from `first_micro_batch` on, for ever.
+    """Batch sampler: the sample numbers of this process's part of every micro-batch from `first_micro_batch` on, for ever.
 
-    `repeated`: after so many micro-batches the first one comes again (0: never).
+    `length`: items of a finite set, None for a generated one. `repeated`: read only the first so many micro-batches of the
+    stream, again and again (0: off).
     """
 
     def __init__(
@@ -109,10 +111,10 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """Batch sampler: samples 0 .. length-1 split over the processes, each exactly once, the same number of batches on each.
+    """Batch sampler: samples 0 .. length - 1, each on one process, in equally many batches on all processes.
 
-    Where a process has nothing left (ZeRO-3 needs every rank in every forward) it reads sample 0; `counts` tells how many
-    samples of each batch are its own, so that the spare ones are left out.
+    (ZeRO-3 needs every rank in every forward.) A process without samples for a batch reads sample 0, which is not to be
+    counted: `counts` has 0 for that batch.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, processes: int) -> None:
@@ -126,7 +128,7 @@ class EvaluationOrder:
 
     @property
     def counts(self) -> Iterator[int]:
-        """Samples of its own in each batch."""
+        """How many samples of each batch are to be counted on this process."""
         return map(len, self._own())
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -142,7 +144,7 @@ def length_of(dataset: Any) -> int | None:
 
 
 def describe(batch_size: int, accumulation: int, processes: int, total_steps: int, samples: int | None) -> Sequence[str]:
-    """The batch arithmetic, in the lines printed at start."""
+    """The batch arithmetic, as lines printed at start."""
     effective = batch_size * accumulation
     least, most = (len(share(batch_size, rank, processes)) for rank in (0, processes - 1))
     each = str(least) if least == most else f"{least} or {most}"

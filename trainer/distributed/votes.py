@@ -1,4 +1,4 @@
-"""What the ranks tell each other before each step, or batch of an evaluation, while the one before is still computed."""
+"""What the ranks tell each other before each training step and each evaluation batch, while the previous one is computed."""
 
 from __future__ import annotations
 
@@ -12,52 +12,56 @@ from trainer.distributed.stopping import REQUESTS, StopReason, StopRequests
 
 @dataclass(frozen=True)
 class StepVotes:
-    """One rank's part of it, or the sum over all ranks."""
+    """The votes on one training step: one rank's, or their sum over all ranks."""
 
     item_counts: list[float]
     """items of the step's micro-batches, by loss term"""
     stop_requests: list[float]
     """ranks that want to stop, for each of REQUESTS"""
     save: float
-    """ranks (rank 0 alone has the clock) that want a checkpoint by the clock"""
+    """ranks that want a checkpoint because --save_minutes have passed (rank 0 alone looks at the clock)"""
     read_failed: float
     """ranks that could not read their micro-batches"""
     replaced: float
-    """samples that could not be read, and another one stands for"""
+    """unreadable samples that others replace"""
     saved: float
     """ranks that have done their part of the save in flight"""
 
     def pack(self) -> list[float]:
-        """As numbers to be summed."""
+        """As a list of numbers, to be summed over the ranks."""
         return [*self.item_counts, *self.stop_requests, self.save, self.read_failed, self.replaced, self.saved]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float], terms: int) -> Self:
-        """The reverse of `pack`, for so many loss terms."""
+        """The inverse of `pack`; `terms`: how many loss terms there are."""
         stops = terms + len(REQUESTS)
         return cls(list(numbers[:terms]), list(numbers[terms:stops]), *numbers[stops:])
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """Why to stop, if a rank wants to."""
+        """Why to stop; None if no rank wants to."""
         return StopRequests.decide(self.stop_requests)
 
 
 class EvaluationVotes:
-    """On each batch of an evaluation during training: whether a rank wants to stop, or could not read it."""
+    """The votes on each batch of an evaluation during training: does a rank want to stop, or could it not read the batch?"""
 
     def __init__(self, control: Control, stops: StopRequests, end_without_data: Callable[[Exception | None], None]) -> None:
         self._control, self._stops, self._end_without_data = control, stops, end_without_data
         self.reason: StopReason | None = None
-        """why to stop, if a rank wants to"""
+        """why to stop; None if no rank wants to"""
+
+    def stop_requested(self) -> bool:
+        """Whether this rank has to stop now."""
+        return self._stops.any_requested()
 
     def cast(self, error: Exception | None) -> None:
-        """Send off this rank's vote on a batch that it has read, or on the error that came in its place."""
+        """Start summing the votes on a batch; `error`: why this rank could not read it."""
         self._error = error
         self._pending = self._control.sum([*self._stops.votes(), float(error is not None)])
 
     def interrupted(self) -> bool:
-        """Whether to end the evaluation, by the votes of all ranks; a UserError where data cannot be read."""
+        """Whether a rank wants to stop. UserError if one could not read its batch."""
         *requests, failed = self._pending.wait()
         if failed:
             self._end_without_data(self._error)

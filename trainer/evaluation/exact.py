@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,20 +20,27 @@ from trainer.recipe import Recipe
 
 
 class Votes(Protocol):
-    """What the processes tell each other before each batch: whether one of them cannot go on."""
+    """How the processes agree, before each batch, whether to go on."""
+
+    def stop_requested(self) -> bool:
+        """Whether this process, which waits for a batch, has to stop waiting; it then votes to end the evaluation."""
 
     def cast(self, error: Exception | None) -> None:
-        """This process's vote on the batch that it has read, or the error that came in its place."""
+        """Send this process's vote on the batch that it has just read; `error`: why it could not."""
 
     def interrupted(self) -> bool:
-        """Whether to end before that batch; the same on every process."""
+        """Wait for all votes: whether to end before that batch. The same on every process."""
 
 
-class ErrorsAlone:
-    """The votes outside training, where a process that cannot go on ends the others with it."""
+class NoVotes:
+    """Outside training: nobody asks to stop, and an error on one process ends the launch."""
+
+    def stop_requested(self) -> bool:
+        """Never."""
+        return False
 
     def cast(self, error: Exception | None) -> None:
-        """Raise it, in words of its own where a sample cannot be read."""
+        """Raise the error; a UserError where a sample cannot be read."""
         if error is not None:
             if not is_bad_sample(error):
                 raise error
@@ -53,23 +60,22 @@ def evaluate(
     run: Run,
     launch: Launch,
     votes: Votes | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
     samples: int = 0,
     replaced: list[str] | None = None,
 ) -> dict[str, float] | None:
-    """Means of what the recipe measures over `dataset` (its first `samples`, if that is not 0).
+    """Means of what the recipe measures over `dataset` (its first `samples`; 0: all). Collective.
 
-    `model` is the objective, prepared or bare. `batch_size` is per micro-step over all processes. Collective. None if the
-    `votes` say so, which are cast while the batch before is computed (without them errors alone end it); they must where a
-    process waits for data no longer because of its own `stop_requested()`. To `replaced` is added a line on each sample that
-    another one stands for.
+    `model`: the objective, prepared or bare. `batch_size`: samples of one forward pass over all processes. Returns None if the
+    `votes` end it early; the vote on a batch is cast while the device computes the one before. Adds to `replaced` a line for
+    each unreadable sample that another one replaced.
     """
+    votes = votes or NoVotes()
     length = min(len(dataset), samples or len(dataset))
     order = EvaluationOrder(length, batch_size, launch.rank, launch.processes)
-    batches = loader.read(dataset, order, run, launch.device, stop_requested)
+    batches = loader.read(dataset, order, run, launch.device, votes.stop_requested)
     totals: dict[str, Tensor] = {}
     item_counts: dict[str, int] = {}
-    votes, was_training = votes or ErrorsAlone(), model.training
+    was_training = model.training
     model.eval()
 
     def read_ahead() -> Any:
@@ -79,9 +85,9 @@ def evaluate(
             batch = next(batches)
         except loader.StopWaiting:
             pass
-        except torch.OutOfMemoryError:  # of a set that is generated on the device
+        except torch.OutOfMemoryError:  # a data set that generates on the device: not an unreadable batch
             raise
-        except Exception as reason:  # every rank has to hear of it
+        except Exception as reason:  # raised on every rank once the votes are in
             error = reason
         votes.cast(error)
         return batch
@@ -114,16 +120,17 @@ def evaluate(
     finally:
         model.train(was_training)
         loader.close(batches)
-    names = list(totals)
-    flat = [value for name in names for value in [*totals[name].tolist(), item_counts.get(name, 0)][:2]]
-    sums = launch.control.sum(flat).wait()
-    measured_sums = zip(names, sums[::2], sums[1::2], strict=True)
+    own: list[float] = []  # sum and count of each measure, one after the other
+    for name, total in totals.items():
+        own += total.tolist() if len(total) == 2 else [total.item(), item_counts[name]]
+    sums = launch.control.sum(own).wait()
+    measured_sums = zip(totals, sums[::2], sums[1::2], strict=True)
     means = {name: s / max(n, 1.0) for name, s, n in measured_sums if n or name not in recipe.monitored}
     return summarise(recipe, means, loss_weights)
 
 
 def improves(value: float, before: float | None, direction: str) -> bool:
-    """Whether `value` is finite and better than the best one before it; `direction`: is `lower` or `higher` better."""
+    """Whether `value` is finite and better than `before` (None: there is none); `direction`: `lower` or `higher` is better."""
     if not math.isfinite(value):
         return False
     if before is None:

@@ -14,11 +14,11 @@ from trainer.recipe import Batch, Measured, Recipe
 
 
 class Objective(nn.Module):
-    """What is prepared and called. Only scalars leave it: Accelerate upcasts what a prepared module returns, and logits
-    would be gigabytes."""
+    """The module that backends prepare and the loop calls. It returns only scalars: Accelerate casts what a prepared module
+    returns to fp32, which for logits would take gigabytes."""
 
     def __init__(self, network: nn.Module, recipe: Recipe, terms: Sequence[str] = ()) -> None:
-        """`terms`: of the loss, in their order; to measure, none need be named."""
+        """`terms`: the loss terms, in order; not needed for measuring alone."""
         super().__init__()
         self.network = network
         self.recipe = recipe
@@ -26,7 +26,7 @@ class Objective(nn.Module):
         self.config = getattr(network, "config", None)  # where DeepSpeed looks for hidden_size when a bucket is "auto"
 
     def forward(self, batch: Batch, measuring: bool = False) -> Any:
-        """Loss sums [terms]; with `measuring` {name: [sum, count], or [sum] over the term's items} in `sum_dtype`."""
+        """Loss sums, [terms]. With `measuring`: {name: tensor [sum, count], or [sum] for a loss term}, in `sum_dtype`."""
         if measuring:
             return {name: _numbers(value) for name, value in self.recipe.measure(self.network, batch).items()}
         sums = self.recipe.loss(self.network, batch)
@@ -46,13 +46,14 @@ def _numbers(measured: Measured) -> Tensor:
 
 
 def objective_weights(recipe: Recipe, config: Any, terms: Iterable[str]) -> dict[str, float]:
-    """{loss term: its weight in the objective}, in the order of `terms`."""
+    """{loss term: its weight in the objective}, in the order of `terms`; 0 for those that are only monitored."""
     given = recipe.loss_weights(config)
     return {term: 0.0 if term in recipe.monitored else float(given.get(term, 1.0)) for term in terms}
 
 
 def summarise(recipe: Recipe, means: Mapping[str, float], loss_weights: Mapping[str, float]) -> dict[str, float]:
-    """`loss` (the weighted objective), each term where there are several, other measures, and what derives from them."""
+    """Metrics from means: `loss` (the weighted objective), `loss_{term}` where there are several terms, the other means, and
+    those of `recipe.derive`."""
     terms = [name for name in means if name in loss_weights and name not in recipe.monitored]
     result = {name: value for name, value in means.items() if name not in terms}
     if terms:

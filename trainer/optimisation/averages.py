@@ -1,8 +1,8 @@
-"""`--ema`: beside every weight the average of those of the steps so far, in which older ones count less and less.
+"""`--ema`: an exponential moving average of every weight.
 
-The optimizer keeps it as one more state of its parameter: so it is cut as the weight is, saved, resumed and carried to another
-launch like a moment. With a decay d, step t adds max(1 - d, 1 / t) of the difference to its weight: at first the average is the
-plain mean of the weights so far (Polyak and Juditsky 1992), then the exponential one, and no initial weight lingers in it.
+The optimizer keeps it as one more state of the parameter, so it is sharded, saved and resumed like a moment, under any launch.
+With decay d, step t moves the average by max(1 - d, 1 / t) of its distance to the weight. So at first it is the plain mean of
+the weights so far (Polyak and Juditsky 1992), then exponential, and the initial weights have no part in it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ AVERAGE, COUNT = "ema", "ema_steps"
 
 
 def keep_averages(optimizer: Optimizer, decay: float) -> Optimizer:
-    """Have `optimizer` average its weights after every step that it takes; itself."""
+    """Make `optimizer` update the averages after every step that it takes. Returns the optimizer."""
     optimizer.register_step_post_hook(partial(_average, decay))
     return optimizer
 
 
 @torch.no_grad()
 def _average(decay: float, optimizer: Any, _args: Any, _kwargs: Any) -> None:
-    """A step that the device skips (`found_inf`) adds nothing: nothing is read on the host."""
+    """Update the averages, but not for a step that the device skipped (`found_inf`). Reads nothing on the host."""
     skipped = getattr(optimizer, "found_inf", None)
     applied = 1.0 if skipped is None else 1.0 - skipped
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -47,7 +47,7 @@ def _average(decay: float, optimizer: Any, _args: Any, _kwargs: Any) -> None:
 
 @torch.no_grad()
 def swap(weight: Tensor, state: Mapping[str, Any]) -> None:
-    """Exchange a weight and its average, if any step is in it, in place."""
+    """Exchange a weight and its average in place, if the average has seen a step."""
     if AVERAGE in state and state[COUNT] > 0:
         own, average = _local(weight), _local(state[AVERAGE])
         kept = own.clone()

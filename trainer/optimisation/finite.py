@@ -30,7 +30,7 @@ class LossScale:
 class BadSteps:
     """Counts steps that were skipped because their gradient was not finite.
 
-    The flag of a step counts one step later, when the device has long produced it.
+    The flag of a step is read one step later, when the device has computed it and reading it does not wait.
     """
 
     def __init__(self, total: int = 0, in_a_row: int = 0) -> None:
@@ -38,7 +38,7 @@ class BadSteps:
         self._unread: tuple[Tensor | None, Any, int] | None = None
 
     def add(self, bad: Tensor | None, step: int) -> None:
-        """Take the flag of this step (None: it was good), and read that of the one before."""
+        """Start copying this step's flag (None: it was good) to the host, and count the flag of the step before."""
         self.read()
         if bad is None or bad.device.type == "cpu":
             self._unread = (bad, None, step)
@@ -49,7 +49,7 @@ class BadSteps:
         self._unread = (copy, arrived, step)
 
     def read(self) -> None:
-        """Read the flag that has not been read yet, if there is one."""
+        """Count the flag that has not been read yet, if there is one."""
         if self._unread is None:
             return
         bad, arrived, step = self._unread
@@ -60,7 +60,7 @@ class BadSteps:
         self.in_a_row, self.last_step = (self.in_a_row + 1, step) if is_bad else (0, self.last_step)
 
     def too_many(self) -> UserError:
-        """What ends a run with so many in a row; every rank has counted the same."""
+        """The error that ends a run with too many in a row. Every rank raises it, having counted the same."""
         return UserError(
             f"the gradient was not finite in {self.in_a_row} steps in a row, up to step {self.last_step}; lower "
             "--learning_rate, lengthen --warmup_steps, or look at the data (checkpoints are kept)",

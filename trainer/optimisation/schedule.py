@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def described(o: Optimisation) -> str:
-    """A schedule in words, whatever its shape."""
+    """Peak, warm-up and floor of a schedule, as text."""
     return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
 
 
@@ -56,9 +56,11 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
 def named(
     name: str, step: int, total_steps: int, warmup_steps: int, peak: float, floor: float, cooldown_fraction: float
 ) -> float:
-    """A schedule that `--schedule` names: a linear warm-up, then `cosine` or `linear` to the floor, `constant`, or `wsd`, which
-    stays at the peak and comes down linearly over the last part of the run (Hu et al. 2024, "MiniCPM", section 4.2); or
-    `one_cycle`. The last step has the floor, and later ones keep it.
+    """The learning rate of a step by the schedule that `--schedule` names.
+
+    `one_cycle`; or a linear warm-up, and then `constant`, `cosine` or `linear` down to the floor at the last step, or `wsd`,
+    which stays at the peak and goes down linearly over the last `cooldown_fraction` of the run (Hu et al. 2024, "MiniCPM",
+    section 4.2). Later steps keep the floor.
     """
     if name == "cosine":
         return warmup_cosine(step, total_steps, warmup_steps, peak, floor)
@@ -74,7 +76,7 @@ def named(
 
 
 def warmup_for(requested: int, total_steps: int) -> tuple[int, str | None]:
-    """The warm-up for a value that nobody typed: at most a tenth of the run. With the sentence that says it was cut."""
+    """(warm-up steps, message if they were cut) for a warm-up that was not typed: at most a tenth of the run."""
     limit = max(1, total_steps // 10)
     if requested <= limit:
         return requested, None

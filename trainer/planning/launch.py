@@ -16,8 +16,9 @@ from trainer.backends import backend_of
 from trainer.backends.deepspeed_config import check_deepspeed_file, check_filled, fill_deepspeed_config
 from trainer.backends.fsdp import FsdpBackend, check_environment, mesh_sizes
 from trainer.backends.zero import ZeroBackend
+from trainer.checkpoints.changes import merge
 from trainer.checkpoints.init_from import with_settings
-from trainer.checkpoints.resume import choose, default_directory, earlier_value, merge
+from trainer.checkpoints.resume import choose, default_directory, earlier_value
 from trainer.command_line.config import Parsed
 from trainer.command_line.locations import with_absolute_paths
 from trainer.command_line.sections import Optimisation
