@@ -742,3 +742,9 @@ def test_a_saved_config_without_a_key_gets_the_recipes_default_not_the_sections(
     loaded = configuration.from_mapping(Config, saved, "config.yaml")
     assert loaded == Config()
     assert (loaded.run.max_training_hours, sections.Run().max_training_hours) == (12.0, None)
+
+
+@pytest.mark.parametrize("argv", [["--data_dir", ""], ["--data_dir", "text", ""], ["--resume_from", ""], ["--output_dir="]])
+def test_an_empty_path_is_refused(argv: list[str]) -> None:
+    """`--data_dir "$UNSET"` is no wish to read all that lies below the working directory."""
+    assert error_message(*argv).startswith(f"{argv[0].strip('-=')} is empty, perhaps a variable that is not set; give a path")

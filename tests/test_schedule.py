@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Se
 from recipes.gpt2_wikitext import Config, Gpt2Wikitext
 from recipes.pfn_raventos import PFNRaventos
 from trainer.command_line.config import parse
-from trainer.optimisation.schedule import named, one_cycle, ramp_cosine, warmup_cosine, warmup_for
+from trainer.command_line.sections import Optimisation
+from trainer.optimisation.schedule import described, named, one_cycle, ramp_cosine, warmup_cosine, warmup_for
 
 TOTAL, WARMUP, PEAK, FLOOR = 10_000, 2_000, 6e-4, 6e-5
 
@@ -165,3 +166,15 @@ def test_every_recipe_takes_a_schedule_by_name_and_has_its_own_without() -> None
         assert [recipe.scheduled_rate(step, 100, typed) for step in range(1, 121)] == by_name("linear")
         own = replace(typed, optimisation=replace(typed.optimisation, schedule="recipe"))
         assert recipe.scheduled_rate(30, 100, own) == recipe.learning_rate(30, 100, own) != by_name("linear")[29]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cosine", "peak learning rate 0.01 after 5 steps, down to 0.001"),
+        ("constant", "peak learning rate 0.01 after 5 steps"),
+        ("one_cycle", "peak learning rate 0.01 in the middle of the run"),
+    ],
+)
+def test_a_schedule_is_described_as_it_is(name: str, text: str) -> None:
+    assert described(Optimisation(learning_rate=0.01, warmup_steps=5, min_lr=0.001, schedule=name)) == text

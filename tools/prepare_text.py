@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(options)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.filename is None:  # of a file that was being written
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a file that was being written
             reason = f"cannot write to {options.out} ({error.strerror or reason}); make room, then {_way_on(options)}"
         parser.exit(2, f"prepare_text: {reason}\n")
     except BrokenProcessPool:

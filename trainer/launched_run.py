@@ -147,8 +147,12 @@ class LaunchedRun:
                 )
             )
         if config.run.profile and self.launch.is_main:
-            from trainer.reporting.profiling import StepProfiler
+            from trainer.reporting.profiling import WARM_UP_STEPS, StepProfiler
 
+            last = min(config.run.stop_at_step or session.total_steps, session.total_steps)
+            if last - state.step < WARM_UP_STEPS + config.run.profile:
+                steps = f"it takes {WARM_UP_STEPS} steps more than that, and step {last:,} is the last"
+                log(f"--profile {config.run.profile} will write nothing: {steps}")
             folder = self.plan.directory.path / "profile"
             training.logger.profiler = StepProfiler(config.run.profile, folder, self.launch.device, self.console)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import UserError
+
 
 @dataclass(frozen=True)
 class Location:
@@ -67,7 +69,9 @@ def locations(section: type) -> dict[str, Location]:
 def _changed(config: Any, change: Callable[[str, Location], str]) -> Any:
     """`config`, a flat dataclass or one of sections, with `change` applied to every path that is given."""
 
-    def changed(text: str, location: Location) -> str:
+    def changed(name: str, text: str, location: Location) -> str:
+        if not text:
+            raise UserError(f"{name} is empty, perhaps a variable that is not set; give a path, or leave it out")
         path = path_and_weight(text)[0] if location.weighted else text
         return change(path, location) + text.removeprefix(path)
 
@@ -76,7 +80,7 @@ def _changed(config: Any, change: Callable[[str, Location], str]) -> Any:
     paths: dict[str, Any] = {}
     for name, location in locations(type(config)).items():
         if isinstance(values[name], tuple):
-            paths[name] = tuple(changed(text, location) for text in values[name])
-        elif values[name]:
-            paths[name] = changed(values[name], location)
+            paths[name] = tuple(changed(name, text, location) for text in values[name])
+        elif values[name] is not None:
+            paths[name] = changed(name, values[name], location)
     return dataclasses.replace(config, **sections, **paths)

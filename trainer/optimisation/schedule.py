@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 def described(o: Optimisation) -> str:
     """Peak, warm-up and floor of a schedule, as text."""
-    return f"peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, down to {o.min_lr:g}"
+    peak = f"peak learning rate {o.learning_rate:g}"
+    if o.schedule == "one_cycle":
+        return f"{peak} in the middle of the run"
+    return f"{peak} after {o.warmup_steps:,} steps" + ("" if o.schedule == "constant" else f", down to {o.min_lr:g}")
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float) -> float:
@@ -58,9 +61,9 @@ def named(
 ) -> float:
     """The learning rate of a step by the schedule that `--schedule` names.
 
-    `one_cycle`; or a linear warm-up, and then `constant`, `cosine` or `linear` down to the floor at the last step, or `wsd`,
-    which stays at the peak and goes down linearly over the last `cooldown_fraction` of the run (Hu et al. 2024, "MiniCPM",
-    section 4.2). Later steps keep the floor.
+    `one_cycle`, without warm-up and floor; or a linear warm-up, and then `constant`; or `cosine` or `linear` down to the floor
+    at the last step; or `wsd`, which stays at the peak and goes down linearly over the last `cooldown_fraction` of the run (Hu
+    et al. 2024, "MiniCPM", section 4.2). Later steps keep the rate of the last.
     """
     if name == "cosine":
         return warmup_cosine(step, total_steps, warmup_steps, peak, floor)

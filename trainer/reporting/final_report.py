@@ -30,7 +30,9 @@ def report_end(
     log(ending)
     logger.alerts.send(state, ending, step=step, reason=reason, loss=logger.state.train_loss)
     if not reason.finished and not logger.session.config.run.fast_dev_run:  # whose folder is thrown away
-        log(f"{'Without --resume_from the' if stays_rolled_back else 'The'} same command continues this run.")
+        flags = ("--resume_from", stays_rolled_back), ("--stop_at_step", reason == StopReason.STOP_AT_STEP)
+        without = " and ".join(flag for flag, applies in flags if applies)
+        log(f"{f'Without {without} the' if without else 'The'} same command continues this run.")
 
 
 def log_final_metrics(logger: MetricsLogger, last_evaluation: Mapping[str, float]) -> None:

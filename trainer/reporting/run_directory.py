@@ -109,7 +109,9 @@ class RunDirectory:
         """Let others in. If nothing was written (not `used`), remove the folders that `prepare` made: a typing error
         must not leave a run behind."""
         locks = {lock.path for lock in self._locks if lock.held}
-        for folder in sorted(self._made if not used else (), key=lambda path: len(path.parts), reverse=True):
+        # Without the locks the folders are another run's, even if we made them; it may not have locked the inner one yet.
+        removable = self._made if not used and all(lock.held for lock in self._locks) else ()
+        for folder in sorted(removable, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):  # not empty, so somebody's
                 if locks.issuperset(folder.iterdir()):
                     (folder / Lock.NAME).unlink(missing_ok=True)
