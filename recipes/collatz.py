@@ -113,7 +113,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class CollatzReport(Report[Config]):
-    """What is printed of a run: each figure beside what it takes no network to know."""
+    """What is printed of a run: figures of the network beside those of baselines without one."""
 
     recipe: Collatz
     loss_unit = "Huber of log1p(steps) + nats per parity"
@@ -165,7 +165,7 @@ class Collatz(Recipe[Config]):
         self.anomalies = Anomalies()
 
     def build_data(self, config: Config) -> Data:
-        """An endless stream, and numbers that it never contains."""
+        """An endless stream of numbers, and held-out numbers that it never contains."""
         from recipes.data.collatz import CollatzStream, Layout
 
         d, o, layout = config.data, config.optimisation, Layout.of(config.model)
@@ -200,7 +200,7 @@ class Collatz(Recipe[Config]):
         return {"stop": stopping_loss(stopping, batch).sum(), "seq": next_token_loss(logits, batch).sum()}
 
     def loss_weights(self, config: Config) -> dict[str, float]:
-        """Those of the flags."""
+        """The two weights that are flags."""
         return {"stop": config.optimisation.stopping_weight, "seq": config.optimisation.sequence_weight}
 
     def measure(self, network: Any, batch: Batch) -> dict[str, tuple[Tensor | float, Tensor | float]]:

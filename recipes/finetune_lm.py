@@ -1,6 +1,6 @@
 """Any causal language model of transformers, fine-tuned: `accelerate launch recipes/finetune_lm.py --init_from NAME ...`
 
-A sample is a row of examples packed side by side, each of which sees itself alone; what was given is read, and not predicted.
+A sample is a row of examples packed side by side; attention stays within an example, and its prompt is not predicted.
 """
 
 from __future__ import annotations
@@ -170,11 +170,11 @@ class FinetuneLM(Recipe[Config]):
         return network
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens: neither what was given, nor padding."""
+        """Predicted tokens: neither prompts nor padding."""
         return {"next_token": int((batch["labels"] != -100).sum())}
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy, summed in fp32. No attention mask: padding is on the right, where causal attention never reaches."""
+        """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, and causal attention looks left."""
         from torch.nn.functional import cross_entropy
 
         inputs = {name: values for name, values in batch.items() if name != "labels"}
@@ -191,14 +191,14 @@ class FinetuneLM(Recipe[Config]):
 
         if saved is not None and saved.model.lora_rank:
             return {**vars(saved.model), "tokenizer": name}
-        if saved is not None:  # what of it was trained is no property of its weights
+        if saved is not None:  # which part of it was trained may differ
             return {"architecture": saved.model.architecture, "max_length": saved.model.max_length, "tokenizer": name}
         if name == "tiny":
             return {"architecture": json.dumps(TINY), "tokenizer": "train"}
         return {"architecture": json.dumps(stored_config(name)), "tokenizer": name}
 
     def pretrained(self, name: str, network: Any, initial: Weights) -> dict[str, StoredTensor]:
-        """Weights as transformers would load them; adapters begin as `peft` makes them."""
+        """Weights as transformers would load them; adapters start as `peft` initialises them."""
         from recipes.models.causal_lm import named_as_in
         from trainer.checkpoints.pretrained import StoredTensor, stored_tensors
 
@@ -210,7 +210,7 @@ class FinetuneLM(Recipe[Config]):
         return adapters | named_as_in(network, stored_tensors(name))
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
-        """What transformers needs beside the weights; without config.json it opens no adapters as if they were a network."""
+        """What transformers needs beside the weights. Adapters get no config.json, or it would load them as a whole network."""
         from recipes.models.causal_lm import config_json, files_of
 
         of_network = {} if config.model.lora_rank else {"config.json": config_json(config.model.architecture, network)}
@@ -218,7 +218,7 @@ class FinetuneLM(Recipe[Config]):
 
 
 def frozen_weights(config: Config) -> list[str]:
-    """Hashes of the files whose weights no checkpoint keeps, beside adapters: a resumed run needs the same ones."""
+    """Hashes of the weight files of --init_from, where checkpoints hold adapters alone: a resumed run needs the same files."""
     from recipes.data.cache import remembered_hash
     from trainer.checkpoints.init_from import own_checkpoint
     from trainer.checkpoints.pretrained import weight_files

@@ -1,6 +1,7 @@
 """GPT-2 on WikiText-2: `accelerate launch recipes/gpt2_wikitext.py [train|evaluate|generate] ...`
 
-A sample is a block of joined rows of text, or one padded row. The data set has shifted the labels: position t learns token t+1.
+A sample is a block cut from the joined rows of text, or one padded row. Labels are shifted by the data set: at position t the
+label is token t + 1.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Config:
     run: sections.Run = sections.Run(max_training_hours=12.0, use_tensorboard=True, wandb_project="gpt2-wikitext")
 
     def resolved(self) -> Config:
-        """ValueError for what goes with blocks alone, where every sample is one row."""
+        """The same. ValueError for --document_mask without blocks."""
         if self.data.document_mask and self.data.packing == "rows":
             raise ValueError("document_mask is for --packing blocks; with rows every sample is one document")
         return self
@@ -168,7 +169,7 @@ class Gpt2Wikitext(Recipe[Config]):
         )
 
     def mixture(self, mixture: Mixture, end_of_text: int, config: Config) -> RandomBlocks:
-        """Windows at random places of sets with weights; what share of the samples each gives is logged."""
+        """Blocks at random places of several sets, drawn by their weights; each set's share of the samples is logged."""
         from recipes.data.token_windows import RandomBlocks, SharesSoFar
 
         if config.data.packing == "rows":
@@ -186,13 +187,13 @@ class Gpt2Wikitext(Recipe[Config]):
         return build_gpt2(text.vocab_size, text.end_of_text, **vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens: all but padding; of a mixture also those of each set."""
+        """Predicted tokens, without padding; of a mixture also those of each set."""
         from recipes.models.next_token_loss import predicted_tokens
 
         return predicted_tokens(batch["labels"], batch.get("source"), self.monitored)
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy, summed in fp32. No mask for padding: it is on the right, where causal attention never reaches."""
+        """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, and causal attention looks left."""
         from recipes.models.next_token_loss import loss_terms
 
         inputs = {name: tensor for name, tensor in batch.items() if name != "source"}
@@ -203,7 +204,7 @@ class Gpt2Wikitext(Recipe[Config]):
         return {"perplexity": perplexity(means["loss"])}
 
     def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
-        """Those of config.json, and the tokenizer beside it, where there is one."""
+        """Model flags from config.json, and the tokenizer beside it, if there is one."""
         from recipes.models.gpt2 import settings_of
         from trainer.checkpoints.pretrained import stored_config
 
@@ -215,7 +216,7 @@ class Gpt2Wikitext(Recipe[Config]):
         from trainer.checkpoints.pretrained import stored_tensors
         from trainer.initial_weights import ALL_ROWS
 
-        # The files of the first GPT-2s lack the prefix, and hold causal masks.
+        # Files of the original GPT-2 models lack the prefix, and hold causal masks.
         named = {key.removeprefix("transformer."): stored for key, stored in stored_tensors(name).items()}
         head = named.pop("lm_head.weight", None)
         if head and "wte.weight" in named and not head.read(ALL_ROWS).equal(named["wte.weight"].read(ALL_ROWS)):

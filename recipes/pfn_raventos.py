@@ -136,7 +136,7 @@ class Config:
         return replace(self, model=replace(m, d_ff=m.d_ff or 2 * m.d_model), run=run)
 
     def y_bounds(self) -> tuple[float, float]:
-        """The ends of the bins."""
+        """Lower and upper end of the bins of y."""
         m, d = self.model, self.data
         reach = 4 * math.sqrt(d.task_size + d.noise) if m.y_range == "auto" else float(m.y_range)
         return -reach if m.y_min is None else m.y_min, reach if m.y_max is None else m.y_max
@@ -178,7 +178,7 @@ class PFNRaventos(Recipe[Config]):
     checkpoint_prefix = "model_checkpoint_"
 
     def build_data(self, config: Config) -> Data:
-        """Endless sequences from the pool (or pools); to evaluate on, fresh ones of the same tasks and of new tasks."""
+        """Endless sequences of the tasks in the pool (or pools); for evaluation, fresh ones of the same and of new tasks."""
         from recipes.data.regression import RegressionSample, RegressionStream, task_pool
 
         d, seed = config.data, config.optimisation.seed
@@ -188,7 +188,7 @@ class PFNRaventos(Recipe[Config]):
         same = RegressionSample(d.val_sequences, "validation", seed, pools, *shape)
         new = RegressionSample(d.val_sequences, "validation, true tasks", seed, [pool[:0] for pool in pools], *shape)
         notes = [f"{len(pools)} models as one network: the losses of a stack are sums over its models"] if d.stack else []
-        # What the samples are follows from the settings, which a resumed run has to repeat anyway.
+        # The samples depend on flags alone, and a resumed run cannot change these.
         return Data(train, {"val": same, "true": new}, fingerprint=train.VERSION, notes=notes, extra={"pools": pools})
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
@@ -237,7 +237,7 @@ class PFNRaventos(Recipe[Config]):
         return {"tasks.safetensors": {f"model_{i}": pool for i, pool in enumerate(data.extra["pools"], start=1)}}
 
     def flops_per_item(self, config: Config, network: Any) -> float:
-        """Of a sequence."""
+        """Training FLOPs of a sequence."""
         return network.training_flops(config.data.examples)
 
 

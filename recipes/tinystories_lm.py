@@ -1,6 +1,7 @@
 """A Transformer on files of token ids: `accelerate launch recipes/tinystories_lm.py [train|evaluate|generate] ...`
 
-A sample is a window of `context_length` inputs and the id after each. tools/prepare_text.py makes the files.
+A sample is a window of `context_length` + 1 ids: each but the last is an input, and the one after it its label.
+tools/prepare_text.py makes the files.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class TinyStoriesLM(Recipe[Config]):
     report: TinyStoriesReport
 
     def build_data(self, config: Config) -> Data:
-        """Windows to train on, and fixed ones to measure: all of the validation stream, and as many of the training stream."""
+        """Windows to train on, and fixed ones to evaluate: all of the validation ids, and as many of the training ids."""
         from recipes.data.token_streams import open_streams
         from recipes.data.token_windows import FixedWindows, RandomWindows, SharesSoFar, TokenWindows
 
@@ -179,7 +180,7 @@ class TinyStoriesLM(Recipe[Config]):
         return Data(train, {"train": measured, **validation}, None, streams.fingerprint, notes, {"streams": streams})
 
     def build_model(self, config: Config, data: Data) -> TransformerLM:
-        """The network, from flags alone."""
+        """The network, whose sizes are all flags."""
         from recipes.models.transformer_lm import TransformerLM
 
         return TransformerLM(**vars(config.model))
@@ -191,7 +192,7 @@ class TinyStoriesLM(Recipe[Config]):
         return predicted_tokens(_labels(batch), batch.get("source"), self.monitored)
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy of each id given those before it in its window, summed in fp32."""
+        """Cross entropy of each id given the ids before it in its window, summed in fp32."""
         from recipes.models.next_token_loss import loss_terms
 
         positions = batch["positions"][:, :-1] if "positions" in batch else None
@@ -211,14 +212,14 @@ class TinyStoriesLM(Recipe[Config]):
         return [group for group in groups if group["params"]]
 
     def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
-        """Those of a Llama's or a Qwen3's config.json."""
+        """Model flags from the config.json of a Llama or Qwen3."""
         from recipes.models.llama_form import settings_of
         from trainer.checkpoints.pretrained import stored_config
 
         return vars(saved.model) if saved is not None else settings_of(stored_config(name))
 
     def pretrained(self, name: str, network: Any, initial: Any) -> dict[str, Any]:
-        """Weights of a Llama or a Qwen3, under our names and in our order of rows."""
+        """Weights of a Llama or Qwen3, with their names and the order of their rows changed to this network's."""
         from recipes.models.llama_form import named_as_ours
         from trainer.checkpoints.pretrained import stored_tensors
 
@@ -226,7 +227,8 @@ class TinyStoriesLM(Recipe[Config]):
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
         """The tokenizer, where there is one."""
-        return {"tokenizer.json": tokenizer} if (tokenizer := data.extra["streams"].tokenizer_json) else {}
+        tokenizer = data.extra["streams"].tokenizer_json
+        return {"tokenizer.json": tokenizer} if tokenizer else {}
 
     def flops_per_item(self, config: Config, network: Any) -> float:
         """Training FLOPs of a token."""
@@ -234,7 +236,7 @@ class TinyStoriesLM(Recipe[Config]):
 
 
 def _labels(batch: Batch) -> Tensor:
-    """The id after each input; negative where none is predicted: behind the end of the file, and where a document begins."""
+    """The id after each input [batch, time]; negative, so not predicted, past the file's end and at a document's start."""
     from recipes.models.next_token_loss import IGNORED
 
     labels = batch["tokens"][:, 1:]

@@ -190,7 +190,7 @@ class VitRelpos(Recipe[Config]):
         return Data(train, {"val": validation}, test, sets.fingerprint, sets.notes, {"classes": sets.classes})
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
-        """VisionTransformer with as many classes as the data."""
+        """A VisionTransformer with as many classes as the data."""
         from recipes.models.vit import build_vit
 
         return build_vit(config.model, config.data, len(data.extra["classes"]))
@@ -228,11 +228,11 @@ class VitRelpos(Recipe[Config]):
         return ramp_cosine(step, total_steps, o.warmup_steps or o.warmup_fraction * total_steps, o.learning_rate, o.min_lr, 0.1)
 
     def pretrained_settings(self, name: str, saved: Config | None) -> Mapping[str, Any]:
-        """Of our own checkpoint, or of a ViT of timm."""
+        """Model flags of a checkpoint of this recipe, or of a ViT of timm."""
         return vars(saved.model) if saved else timm_settings(name)
 
     def pretrained(self, name: str, network: Any, initial: Any) -> Any:
-        """timm's, interpolated for our grid; a classifier of other classes, and a bias that timm's has not, begin anew."""
+        """timm's weights, interpolated to this grid; a head for other classes, and a bias that timm lacks, start fresh."""
         return timm_weights(name, network, initial, self.notes)
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
@@ -241,7 +241,7 @@ class VitRelpos(Recipe[Config]):
         return {"config.json": json.dumps(network.arguments, indent=2), "classes.json": classes}
 
     def flops_per_item(self, config: Config, network: Any) -> float:
-        """Of an image."""
+        """Training FLOPs of an image."""
         return network.training_flops()
 
 
