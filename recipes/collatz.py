@@ -90,7 +90,7 @@ class Config:
     unused = {"max_epochs": "numbers never run out; give --max_steps"}
 
     def resolved(self) -> Config:
-        """The same. UserError if neither loss counts."""
+        """The same. UserError if both losses have weight 0."""
         if self.optimisation.stopping_weight == self.optimisation.sequence_weight == 0:
             raise UserError("stopping_weight and sequence_weight are both 0; give one of them")
         return self
@@ -113,7 +113,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class CollatzReport(Report[Config]):
-    """What is printed of a run: figures of the network beside those of baselines without one."""
+    """What a run prints: each figure beside baselines that need no network."""
 
     recipe: Collatz
     loss_unit = "Huber of log1p(steps) + nats per parity"
@@ -134,7 +134,7 @@ class CollatzReport(Report[Config]):
         return self.recipe.anomalies.take()
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float]:
-        """The objective of the mean steps of each magnitude and the first-order rule together."""
+        """Name and objective of two baselines together: the mean steps of each magnitude, and the first-order rule."""
         batch = data.evaluation["val"].as_batch()
         sums = {"stop": stopping_loss(batch["magnitude"].float(), batch).sum(), "seq": batch["rule_nats"].sum()}
         counts, weights = self.recipe.items(batch), self.recipe.loss_weights(config)
@@ -142,7 +142,7 @@ class CollatzReport(Report[Config]):
         return "mean of the magnitude + first-order rule", objective
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """How far the loss fell: beside the baselines of both terms."""
+        """Log how far the training loss fell, and the loss on held-out numbers beside the baselines."""
         rows = read_metrics(run.metrics)
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
         name, baseline = self.baseline(config, data)
@@ -188,7 +188,7 @@ class Collatz(Recipe[Config]):
         return CollatzTransformer(**vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Numbers whose stopping time is scored, and predicted parities."""
+        """How many stopping times are scored, and how many parities are predicted."""
         parities = batch["steps"].clamp(max=batch["tokens"].shape[1]) - 1
         return {"stop": int(batch["scored"].sum()), "seq": int(parities.sum())}
 
@@ -200,11 +200,11 @@ class Collatz(Recipe[Config]):
         return {"stop": stopping_loss(stopping, batch).sum(), "seq": next_token_loss(logits, batch).sum()}
 
     def loss_weights(self, config: Config) -> dict[str, float]:
-        """The two weights that are flags."""
+        """The weight of each loss, from its flag."""
         return {"stop": config.optimisation.stopping_weight, "seq": config.optimisation.sequence_weight}
 
     def measure(self, network: Any, batch: Batch) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Both losses, errors in steps and accuracy; `..._magnitude`, `..._formula` and `rule...` are those of baselines."""
+        """Both losses, errors in steps, and accuracy; `..._magnitude`, `..._formula` and `rule...` are those of baselines."""
         from recipes.data.collatz import KINDS
         from recipes.models.collatz import PADDING, predict_batch
 

@@ -1,6 +1,6 @@
 """Any causal language model of transformers, fine-tuned: `accelerate launch recipes/finetune_lm.py --init_from NAME ...`
 
-A sample is a row of examples packed side by side; attention stays within an example, and its prompt is not predicted.
+A sample is a row of examples packed side by side. Each attends to itself alone; its prompt is read but not predicted.
 """
 
 from __future__ import annotations
@@ -97,19 +97,20 @@ class Config:
 
 
 class FinetuneReport(Report[Config]):
-    """What is printed of a run."""
+    """What a run prints."""
 
     loss_unit = "nats per predicted token"
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
-        """A bigram of the training examples on the same tokens, which has learnt the answers' form; none for large files."""
+        """Name and loss of a bigram of the training examples on the same tokens: it knows the form of answers. None for large
+        files."""
         from recipes.models.causal_lm import config_of
 
         assert config.model.architecture
         return bigram(data.train, data.evaluation["val"], config_of(config.model.architecture).vocab_size)
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """The bigram's loss; answers of the first validation examples, before and after, beside the reference."""
+        """Log the bigram's loss, and answers to some validation examples before and after training, beside the reference."""
         if baseline := self.baseline(config, data):
             log(f"validation: {baseline[0]} on the same tokens has {baseline[1]:.4f} nats per predicted token")
         if config.run.samples:
@@ -117,7 +118,7 @@ class FinetuneReport(Report[Config]):
 
 
 class FinetuneLM(Recipe[Config]):
-    """The next-token loss on what the model is to say."""
+    """The next-token loss on completions and answers, or on all of a plain text."""
 
     name = "finetune_lm"
     config_class = Config
@@ -157,24 +158,24 @@ class FinetuneLM(Recipe[Config]):
         )
 
     def build_model(self, config: Config, data: Data) -> PreTrainedModel:
-        """The network of its config.json; what is not trained is frozen."""
+        """The network of a config.json, all but its trained part frozen. ValueError if it cannot take such samples."""
         from recipes.models.causal_lm import build_causal_lm, keeps_examples_apart
 
         m = config.model
         network = build_causal_lm(m.architecture, train_last=m.train_last, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha)
-        most = getattr(network.config, "max_position_embeddings", m.max_length)
-        if m.max_length > most:
-            raise ValueError(f"max_length {m.max_length} is more than the {most} positions of the network; lower it")
+        positions = getattr(network.config, "max_position_embeddings", m.max_length)
+        if m.max_length > positions:
+            raise ValueError(f"max_length {m.max_length} is more than the {positions} positions of the network; lower it")
         if config.data.packing and not keeps_examples_apart(network):
             raise ValueError(f"{type(network).__name__} would mix examples that are packed into one sample; add --no_packing")
         return network
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens: neither prompts nor padding."""
+        """The number of predicted tokens: neither prompts nor padding."""
         return {"next_token": int((batch["labels"] != -100).sum())}
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, and causal attention looks left."""
+        """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, where causal attention never looks."""
         from torch.nn.functional import cross_entropy
 
         inputs = {name: values for name, values in batch.items() if name != "labels"}
@@ -191,7 +192,7 @@ class FinetuneLM(Recipe[Config]):
 
         if saved is not None and saved.model.lora_rank:
             return {**vars(saved.model), "tokenizer": name}
-        if saved is not None:  # which part of it was trained may differ
+        if saved is not None:  # not train_last: which part was trained is no property of the weights
             return {"architecture": saved.model.architecture, "max_length": saved.model.max_length, "tokenizer": name}
         if name == "tiny":
             return {"architecture": json.dumps(TINY), "tokenizer": "train"}
@@ -210,7 +211,7 @@ class FinetuneLM(Recipe[Config]):
         return adapters | named_as_in(network, stored_tensors(name))
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
-        """What transformers needs beside the weights. Adapters get no config.json, or it would load them as a whole network."""
+        """The files that transformers needs beside the weights. Adapters get no config.json: they are no network to open."""
         from recipes.models.causal_lm import config_json, files_of
 
         of_network = {} if config.model.lora_rank else {"config.json": config_json(config.model.architecture, network)}
@@ -218,7 +219,7 @@ class FinetuneLM(Recipe[Config]):
 
 
 def frozen_weights(config: Config) -> list[str]:
-    """Hashes of the weight files of --init_from, where checkpoints hold adapters alone: a resumed run needs the same files."""
+    """Hashes of the files of frozen weights beside adapters: no checkpoint holds these, and a resumed run needs the same."""
     from recipes.data.cache import remembered_hash
     from trainer.checkpoints.init_from import own_checkpoint
     from trainer.checkpoints.pretrained import weight_files

@@ -1,7 +1,6 @@
 """GPT-2 on WikiText-2: `accelerate launch recipes/gpt2_wikitext.py [train|evaluate|generate] ...`
 
-A sample is a block cut from the joined rows of text, or one padded row. Labels are shifted by the data set: at position t the
-label is token t + 1.
+A sample is a block of joined rows of text, or one padded row. The data set shifts the labels: that of position t is token t+1.
 """
 
 from __future__ import annotations
@@ -90,14 +89,14 @@ class Config:
     run: sections.Run = sections.Run(max_training_hours=12.0, use_tensorboard=True, wandb_project="gpt2-wikitext")
 
     def resolved(self) -> Config:
-        """The same. ValueError for --document_mask without blocks."""
+        """The same. ValueError for a document mask with --packing rows, where every sample is one document already."""
         if self.data.document_mask and self.data.packing == "rows":
             raise ValueError("document_mask is for --packing blocks; with rows every sample is one document")
         return self
 
 
 class Gpt2Report(MixtureReport):
-    """What is printed of a run."""
+    """What a run prints."""
 
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The console line of a log step."""
@@ -108,7 +107,7 @@ class Gpt2Report(MixtureReport):
         )
 
     def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
-        """The first text."""
+        """The text of the first sample."""
         return data.extra["text"].tokenizer().decode(batch["input_ids"][0].tolist())
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -117,12 +116,12 @@ class Gpt2Report(MixtureReport):
         return f"Evaluating at step {step}... val_loss: {loss:.4f} | val_perplexity: {per_token:.4f}"
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
-        """A bigram on the validation split, which any language model should beat; none for large files."""
+        """Name and loss of a bigram on the validation split, which any language model should beat; None for large files."""
         losses = ngram_losses(data.extra["text"], "validation", config)
         return next(iter(losses.items()), None)
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """Validation perplexity beside the baselines, and a sample."""
+        """Log the validation perplexity beside the baselines, and a sample."""
         text, length = data.extra["text"], config.model.max_length
         loss = read_metrics(run.metrics)[-1]["final/val_loss"]
         samples = config.run.eval_iters * config.optimisation.effective_batch_size
@@ -169,13 +168,13 @@ class Gpt2Wikitext(Recipe[Config]):
         )
 
     def mixture(self, mixture: Mixture, end_of_text: int, config: Config) -> RandomBlocks:
-        """Blocks at random places of several sets, drawn by their weights; each set's share of the samples is logged."""
+        """Windows at random positions of weighted sets; the share of the samples that each set gave is logged."""
         from recipes.data.token_windows import RandomBlocks, SharesSoFar
 
         if config.data.packing == "rows":
             raise ValueError("packing rows visits every row once an epoch, whatever its weight; give blocks, or no weights")
-        o, end = config.optimisation, end_of_text if config.data.document_mask else None
-        drawn = RandomBlocks(mixture, config.model.max_length, o.seed, end)
+        o = config.optimisation
+        drawn = RandomBlocks(mixture, config.model.max_length, o.seed, end_of_text if config.data.document_mask else None)
         self.report.watch(SharesSoFar(drawn), o.effective_batch_size)
         return drawn
 
@@ -187,13 +186,13 @@ class Gpt2Wikitext(Recipe[Config]):
         return build_gpt2(text.vocab_size, text.end_of_text, **vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens, without padding; of a mixture also those of each set."""
+        """The number of predicted tokens, padding left out; for a mixture also by set."""
         from recipes.models.next_token_loss import predicted_tokens
 
         return predicted_tokens(batch["labels"], batch.get("source"), self.monitored)
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, and causal attention looks left."""
+        """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, where causal attention never looks."""
         from recipes.models.next_token_loss import loss_terms
 
         inputs = {name: tensor for name, tensor in batch.items() if name != "source"}
@@ -204,7 +203,7 @@ class Gpt2Wikitext(Recipe[Config]):
         return {"perplexity": perplexity(means["loss"])}
 
     def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
-        """Model flags from config.json, and the tokenizer beside it, if there is one."""
+        """The model flags that config.json sets, and the tokenizer beside it if there is one."""
         from recipes.models.gpt2 import settings_of
         from trainer.checkpoints.pretrained import stored_config
 
@@ -212,11 +211,11 @@ class Gpt2Wikitext(Recipe[Config]):
         return tokenizer | (settings_of(stored_config(name)) if saved is None else vars(saved.model))
 
     def pretrained(self, name: str, network: Any, initial: Weights) -> dict[str, StoredTensor]:
-        """GPT-2 weights from the hub, or from a local folder of transformers'."""
+        """GPT-2 weights from the hub, or from a folder that transformers wrote. ValueError if the output layer is not tied."""
         from trainer.checkpoints.pretrained import stored_tensors
         from trainer.initial_weights import ALL_ROWS
 
-        # Files of the original GPT-2 models lack the prefix, and hold causal masks.
+        # The files of the original GPT-2s lack the prefix `transformer.`, and hold causal masks.
         named = {key.removeprefix("transformer."): stored for key, stored in stored_tensors(name).items()}
         head = named.pop("lm_head.weight", None)
         if head and "wte.weight" in named and not head.read(ALL_ROWS).equal(named["wte.weight"].read(ALL_ROWS)):
@@ -225,7 +224,7 @@ class Gpt2Wikitext(Recipe[Config]):
         return {f"transformer.{key}": stored for key, stored in named.items() if not key.endswith(masks)}
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
-        """What transformers needs beside the weights."""
+        """The files that transformers needs beside the weights."""
         return {
             "config.json": network.config.to_json_string(),
             "generation_config.json": network.config.generation_json(),

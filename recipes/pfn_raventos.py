@@ -136,14 +136,14 @@ class Config:
         return replace(self, model=replace(m, d_ff=m.d_ff or 2 * m.d_model), run=run)
 
     def y_bounds(self) -> tuple[float, float]:
-        """Lower and upper end of the bins of y."""
+        """The lower end of the first bin, and the upper end of the last."""
         m, d = self.model, self.data
         reach = 4 * math.sqrt(d.task_size + d.noise) if m.y_range == "auto" else float(m.y_range)
         return -reach if m.y_min is None else m.y_min, reach if m.y_max is None else m.y_max
 
 
 class PFNReport(Report[Config]):
-    """What is printed of a run, and its comparison with ridge and dMMSE."""
+    """What a run prints, and its comparison with ridge and dMMSE."""
 
     loss_unit = "nats per y"
 
@@ -154,11 +154,11 @@ class PFNReport(Report[Config]):
         return f"one cycle, learning rate from {first:.3g} to {o.learning_rate:g} at half and down to {last:.3g}"
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Without the numbers of each model of a stack, which are in metrics.jsonl."""
+        """The console line of an evaluation; the metrics of each model of a stack are in metrics.jsonl only."""
         return super().evaluation_line(step, {name: value for name, value in metrics.items() if "_model_" not in name})
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """Squared errors and likelihoods beside those of ridge and dMMSE, into evaluation.json."""
+        """Compare squared errors and likelihoods with those of ridge and dMMSE, in evaluation.json."""
         evaluate_after_training(self.recipe, config, run, checkpoint, log)
 
 
@@ -178,7 +178,7 @@ class PFNRaventos(Recipe[Config]):
     checkpoint_prefix = "model_checkpoint_"
 
     def build_data(self, config: Config) -> Data:
-        """Endless sequences of the tasks in the pool (or pools); for evaluation, fresh ones of the same and of new tasks."""
+        """An endless stream from the pool (or pools), and fresh sequences to evaluate on, of the same tasks and of new ones."""
         from recipes.data.regression import RegressionSample, RegressionStream, task_pool
 
         d, seed = config.data, config.optimisation.seed
@@ -203,7 +203,7 @@ class PFNRaventos(Recipe[Config]):
         return repeat_weights(single, AutoregressivePFN(**sizes, models=len(d.stack))) if d.stack else single
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predictions of each model: one for every example."""
+        """The number of predictions of each model: one for every example."""
         sequences, models, examples = batch["y"].shape
         return {f"model_{i}": sequences * examples for i in range(1, models + 1)}
 

@@ -105,7 +105,7 @@ class Config:
 
 
 class TinyStoriesReport(MixtureReport):
-    """What is printed of a run."""
+    """What a run prints."""
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
         """Lines before the first step of a launch."""
@@ -127,11 +127,11 @@ class TinyStoriesReport(MixtureReport):
         return f"{'-' * 80}\nEvaluating at iteration {step}...\n{losses}\n{'-' * 80}"
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float] | None:
-        """A bigram on the whole validation stream, which any language model should beat; none for large files."""
+        """Name and loss of a bigram on all validation tokens, which any language model should beat; None for large files."""
         return bigram(data.extra["streams"], config.model.vocab_size, config.data.document_mask)
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """The validation loss beside the bigram's, and a sample."""
+        """Log the validation loss beside the bigram's, and a sample."""
         loss = read_metrics(run.metrics)[-1]["final/val_loss"]
         samples, windows = config.run.eval_iters * config.optimisation.effective_batch_size, len(data.evaluation["val"])
         part = f"{samples:,} of {windows:,} windows (eval_iters) spread over it" if 0 < samples < windows else "every token"
@@ -156,7 +156,7 @@ class TinyStoriesLM(Recipe[Config]):
     report: TinyStoriesReport
 
     def build_data(self, config: Config) -> Data:
-        """Windows to train on, and fixed ones to evaluate: all of the validation ids, and as many of the training ids."""
+        """Training windows, and fixed ones to evaluate on: the whole validation stream, and as many of the training stream."""
         from recipes.data.token_streams import open_streams
         from recipes.data.token_windows import FixedWindows, RandomWindows, SharesSoFar, TokenWindows
 
@@ -170,23 +170,23 @@ class TinyStoriesLM(Recipe[Config]):
         if len(streams.validation.sets) > 1:
             named = zip(streams.validation.labels, streams.validation.sets, strict=True)
             validation |= {f"val_{label}": TokenWindows(part, length, end_of_text=end) for label, part in named}
-        measured: FixedWindows | TokenWindows = TokenWindows(streams.train.whole, length, len(validation["val"]), end)
+        train_part: FixedWindows | TokenWindows = TokenWindows(streams.train.whole, length, len(validation["val"]), end)
         if len(streams.train.sets) > 1:
             if flags.sampling == "sequential":
                 raise ValueError("sampling sequential visits every window once an epoch, whatever its weight; give one set")
-            measured = FixedWindows(streams.train, length, seed + 1, len(validation["val"]), end)
+            train_part = FixedWindows(streams.train, length, seed + 1, len(validation["val"]), end)
             self.report.watch(SharesSoFar(drawn), config.optimisation.effective_batch_size)
         notes = ["Loading data with memory mapping...", *streams.notes]
-        return Data(train, {"train": measured, **validation}, None, streams.fingerprint, notes, {"streams": streams})
+        return Data(train, {"train": train_part, **validation}, None, streams.fingerprint, notes, {"streams": streams})
 
     def build_model(self, config: Config, data: Data) -> TransformerLM:
-        """The network, whose sizes are all flags."""
+        """The network, which follows from the flags alone."""
         from recipes.models.transformer_lm import TransformerLM
 
         return TransformerLM(**vars(config.model))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Predicted tokens; of a mixture also those of each set."""
+        """The number of predicted tokens; for a mixture also by set."""
         from recipes.models.next_token_loss import predicted_tokens
 
         return predicted_tokens(_labels(batch), batch.get("source"), self.monitored)
@@ -212,7 +212,7 @@ class TinyStoriesLM(Recipe[Config]):
         return [group for group in groups if group["params"]]
 
     def pretrained_settings(self, name: str, saved: Config | None) -> dict[str, Any]:
-        """Model flags from the config.json of a Llama or Qwen3."""
+        """The model flags that the config.json of a Llama or a Qwen3 sets."""
         from recipes.models.llama_form import settings_of
         from trainer.checkpoints.pretrained import stored_config
 
@@ -226,9 +226,9 @@ class TinyStoriesLM(Recipe[Config]):
         return named_as_ours(network, stored_tensors(name))
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:
-        """The tokenizer, where there is one."""
-        tokenizer = data.extra["streams"].tokenizer_json
-        return {"tokenizer.json": tokenizer} if tokenizer else {}
+        """The tokenizer, if there is one."""
+        tokenizer_json = data.extra["streams"].tokenizer_json
+        return {"tokenizer.json": tokenizer_json} if tokenizer_json else {}
 
     def flops_per_item(self, config: Config, network: Any) -> float:
         """Training FLOPs of a token."""
@@ -236,7 +236,7 @@ class TinyStoriesLM(Recipe[Config]):
 
 
 def _labels(batch: Batch) -> Tensor:
-    """The id after each input [batch, time]; negative, so not predicted, past the file's end and at a document's start."""
+    """The id after each input [batch, length]; IGNORED past the end of the file and, with a document mask, where one begins."""
     from recipes.models.next_token_loss import IGNORED
 
     labels = batch["tokens"][:, 1:]

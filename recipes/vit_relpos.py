@@ -120,14 +120,14 @@ class Config:
     yaml_sections = YAML_SECTIONS
 
     def resolved(self) -> Config:
-        """With sizes of image, patches and window that agree, and channels. ValueError, naming both, where two contradict."""
+        """With the sizes that follow from others, and channels. ValueError, naming both, for two that contradict each other."""
         grid, channels = resolve_sizes(self.model, self.data)
         model = replace(self.model, patch_size=grid.patch, window_size=grid.window)
         return replace(self, model=model, data=replace(self.data, in_channels=channels))
 
 
 class VitReport(Report[Config]):
-    """What is printed and plotted of a run."""
+    """What a run prints and plots."""
 
     loss_unit = "nats per image"
 
@@ -138,16 +138,16 @@ class VitReport(Report[Config]):
         return f"learning rate from {0.1 * o.learning_rate:g} to {o.learning_rate:g} in {warmup}, by a cosine to {o.min_lr:g}"
 
     def log_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """With the training accuracy."""
+        """The console line of a log step, with the training accuracy."""
         return super().log_line(step, metrics).replace(" | LR", f" | Accuracy: {metrics['train/accuracy']:.2%} | LR", 1)
 
     def evaluation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Loss, top-1 and, of more than five classes, top-5 of the validation set."""
+        """Validation loss, top-1 and, if there are more than five classes, top-5 accuracy."""
         accuracies = accuracies_in(metrics, "eval/val_", ": ", " | ")
         return f"Evaluating at step {step}... val_loss: {metrics['eval/val_loss']:.4f} | {accuracies}"
 
     def show_batch(self, batch: Batch, config: Config, data: Data, run: RunDirectory) -> str:
-        """A picture of the images, as they are after augmentation."""
+        """Draw the augmented images; a line that names the picture."""
         return draw_images(batch, data.extra["classes"], run.plots / "first_batch.png")
 
     def baseline(self, config: Config, data: Data) -> tuple[str, float]:
@@ -155,7 +155,7 @@ class VitReport(Report[Config]):
         return "uniform guess", math.log(len(data.extra["classes"]))
 
     def after_training(self, config: Config, data: Data, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-        """Top-1 and top-5 of the last and the best weights beside a linear classifier, and a plot of them."""
+        """Log top-1 and top-5 of the last and the best weights beside a linear classifier, and plot them."""
         summarise_run(data, run, log)
 
 
@@ -196,7 +196,7 @@ class VitRelpos(Recipe[Config]):
         return build_vit(config.model, config.data, len(data.extra["classes"]))
 
     def items(self, batch: Batch) -> dict[str, int]:
-        """Images, for the loss and for the accuracy beside it."""
+        """The number of images, of which both the loss and the accuracy are means."""
         return dict.fromkeys(("class", "accuracy"), len(batch["labels"]))
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
@@ -210,7 +210,7 @@ class VitRelpos(Recipe[Config]):
         return {"class": nats, "accuracy": (logits.detach().argmax(-1) == labels).sum()}
 
     def measure(self, network: Any, batch: Batch) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Cross entropy, top-1 and, of more than five classes, top-5 accuracy."""
+        """Cross entropy, top-1 and, if there are more than five classes, top-5 accuracy."""
         from torch.nn.functional import cross_entropy
 
         logits, labels = network(batch["images"]).float(), batch["labels"]
@@ -228,11 +228,11 @@ class VitRelpos(Recipe[Config]):
         return ramp_cosine(step, total_steps, o.warmup_steps or o.warmup_fraction * total_steps, o.learning_rate, o.min_lr, 0.1)
 
     def pretrained_settings(self, name: str, saved: Config | None) -> Mapping[str, Any]:
-        """Model flags of a checkpoint of this recipe, or of a ViT of timm."""
+        """The flags of one of our own checkpoints, or those that describe a timm ViT."""
         return vars(saved.model) if saved else timm_settings(name)
 
     def pretrained(self, name: str, network: Any, initial: Any) -> Any:
-        """timm's weights, interpolated to this grid; a head for other classes, and a bias that timm lacks, start fresh."""
+        """Weights of a timm ViT, interpolated to our grid; a classifier of other classes, and biases it lacks, start anew."""
         return timm_weights(name, network, initial, self.notes)
 
     def checkpoint_files(self, config: Config, network: Any, data: Data) -> dict[str, str | dict[str, Tensor]]:

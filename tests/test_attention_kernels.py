@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from typing import Any, cast
 
@@ -91,8 +92,21 @@ def test_the_kernels_named_are_those_that_run(network: nn.Module, expected: dict
     assert kernels_of(network, precision) == kernels_of(network, precision, device="cpu") == text
 
 
-def test_what_cannot_be_known_is_not_said_and_harms_nothing() -> None:
-    assert kernels_of(ByValue()) is None
+class Wrong(Causal):
+    """Fails in an operation of torch, on shapes as in earnest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ x)
+
+
+@pytest.mark.parametrize("network", [ByValue(), Wrong()], ids=lambda network: type(network).__name__)
+def test_what_cannot_be_known_is_not_said_and_harms_nothing(
+    network: nn.Module, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert kernels_of(network) is None
+    assert capfd.readouterr() == ("", "")
+    logging.getLogger("torch").error("of later")
+    assert caplog.messages == ["of later"]
 
 
 @pytest.mark.filterwarnings("error:.*flex_attention called without torch.compile")

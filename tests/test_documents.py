@@ -107,7 +107,7 @@ def test_every_kind_of_file_has_the_same_documents_compressed_or_not(ending: str
         path = tmp_path / f"{name}{ending}"
         path.write_bytes(compressed(content, ending))
         progress: list[int] = []
-        assert documents(list(units(find_sources([str(path)]), read=progress.append))) == KEPT, name
+        assert documents(list(units(find_sources([str(path)]), on_read=progress.append))) == KEPT, name
         assert sum(progress) <= path.stat().st_size
         if ending and "parquet" not in name:
             path.write_bytes(compressed((content + b"\n") * 50, ending)[:-9])
@@ -152,11 +152,11 @@ def test_rows_without_text_are_counted_and_a_file_without_any_is_refused(tmp_pat
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": null}\n{"other": 3}\n')
     write_table(pa.table({"text": ["One.", None]}), tmp_path / "a.parquet")
     without: Counter[str] = Counter()
-    found = list(units(find_sources([str(tmp_path / "a.*")]), without=without))
+    found = list(units(find_sources([str(tmp_path / "a.*")]), empty_rows=without))
     assert documents(found) == ["One.", "One."]
     assert without == {str(tmp_path / "a.jsonl"): 2, str(tmp_path / "a.parquet"): 1}
     (tmp_path / "empty.jsonl").write_text('{"text": null}\n')  # the column is there
-    assert list(units([Source(str(tmp_path / "empty.jsonl"))], without=without)) == []
+    assert list(units([Source(str(tmp_path / "empty.jsonl"))], empty_rows=without)) == []
     assert without[str(tmp_path / "empty.jsonl")] == 1
     for name, content, problem in (
         (

@@ -36,7 +36,7 @@ from recipes.data.cache import signature
 from recipes.data.documents import Part, hold_out, piece_size, units
 from recipes.data.encoding import Encoder
 from recipes.data.hub import open_data_set
-from recipes.data.text_files import Read, no_progress
+from recipes.data.text_files import OnRead, no_progress
 from recipes.data.text_sources import Source, find_splits
 from recipes.data.tokenizer import end_of_text_id, existing_tokenizer, train_tokenizer, vocabulary_size
 from recipes.data.unfinished_shards import PROGRESS
@@ -116,15 +116,15 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
     there = [options.out / name for name in results[: 4 if options.shard_mb else 3] if (options.out / name).exists()]
     if there and not options.overwrite and not (options.shard_mb and progress.exists()):
         raise ValueError(f"{there[0]} is there already; choose another --out, or add --overwrite")
-    without: Counter[str] = Counter()
+    empty_rows: Counter[str] = Counter()
 
-    def parts(read: Read = no_progress) -> Iterator[Part]:
+    def parts(on_read: OnRead = no_progress) -> Iterator[Part]:
         """All parts of the text, in order."""
-        without.clear()
+        empty_rows.clear()
         share = 0.0 if validation_sources else options.valid_percent / 100
         piece = piece_size(_total(sources), share)
-        yield from hold_out(units(sources, options.column, read, piece, without), share)
-        held_out = units(validation_sources, options.column, read, without=without)
+        yield from hold_out(units(sources, options.column, on_read, piece, empty_rows), share)
+        held_out = units(validation_sources, options.column, on_read, empty_rows=empty_rows)
         yield from (Part(unit.text, True, unit.ends, False) for unit in held_out)
 
     tokenizer = _tokenizer(options, sources, parts)
@@ -152,7 +152,7 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
             counts = write_shards(options.out, facts, encoded, tokenizer_json, begun, tasks, options.overwrite)
         else:
             counts = write_files(options.out, facts, encoded(0), tokenizer_json)
-    for name, count in without.items():
+    for name, count in empty_rows.items():
         print(f"{name}: {count:,} rows without text passed over")
     size, ids = _total(all_sources), sum(counts.values())
     for path, count in counts.items():

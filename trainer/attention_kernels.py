@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -48,6 +50,18 @@ class _Kernels(TorchDispatchMode):
         return attended
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No word from torch, which writes the whole traceback of an operation that it cannot do on shapes."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def attention_kernels(network: nn.Module, recipe: Recipe, sample: Batch, device: torch.device, precision: str) -> str | None:
     """The kernels as text, such as "flash" or "cuDNN (10 calls), memory-efficient (2 calls)"; None without attention.
 
@@ -57,7 +71,7 @@ def attention_kernels(network: nn.Module, recipe: Recipe, sample: Batch, device:
     mode, kernels, dtype = FakeTensorMode(allow_non_fake_inputs=True), _Kernels(), _DTYPES.get(precision)
     try:
         objective = Objective(copy.deepcopy(network).train(), recipe, list(recipe.items(sample)))
-        with warnings.catch_warnings(action="ignore"), mode:
+        with _silence(), mode:
             replace_tensors(objective, lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
             batch = {name: mode.from_tensor(tensor).to(device) for name, tensor in sample.items()}
             autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -9,7 +9,7 @@ from numba import njit
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """`function` compiled at its first call, without the GIL, for this and (through the cache) later processes."""
+    """`function`, compiled at its first call; it runs without the GIL. Later processes take it from numba's cache."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written: compiled again by each process

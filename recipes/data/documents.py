@@ -1,4 +1,4 @@
-"""Text of any size as a stream of documents, a piece at a time, and what is held out of it."""
+"""Text of any size as a stream of documents, a piece at a time; a part of it can be held out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.data.text_files import Read, no_progress, rows, text_blocks
+from recipes.data.text_files import OnRead, no_progress, rows, text_blocks
 from recipes.data.text_sources import Source
 from recipes.data.tokenizer import END_OF_TEXT
 
-PIECE = 16_384  # characters: what a longer document is cut into, so that no document has to fit into memory
+PIECE = 16_384  # characters: longer documents are cut into such pieces, so that no document has to fit into memory
 SMALLEST_PIECE, HELD_OUT_PIECES = 1024, 32
 
 
@@ -34,35 +34,35 @@ class Part(NamedTuple):
     end: bool
     """END_OF_TEXT follows it"""
     gap: bool
-    """the training document before it ends here, as this piece of it was held out"""
+    """the training document ends before it, as this piece was held out"""
 
 
 def units(
     sources: Iterable[Source],
     column: str = "text",
-    read: Read = no_progress,
+    on_read: OnRead = no_progress,
     piece: int | None = None,
-    without: Counter[str] | None = None,
+    empty_rows: Counter[str] | None = None,
 ) -> Iterator[Unit]:
     """The documents of all sources, in order.
 
     Text is kept as it is, but for a byte order mark and documents of white space alone. In a text file END_OF_TEXT
     separates documents, and a file without it is one. The others have one in `column` of every row; rows without text are
-    counted, by source, in `without`. Raises ValueError or OSError, in one line that names the file.
+    counted, by source, in `empty_rows`. Raises ValueError or OSError, in one line that names the file.
     """
     piece = piece or PIECE
-    without = Counter() if without is None else without
+    empty_rows = Counter() if empty_rows is None else empty_rows
     for source in sources:
         if source.is_plain:
-            yield from _text_file(Path(source.name), read, piece)
+            yield from _text_file(Path(source.name), on_read, piece)
         else:
-            for document in rows(source, column, read, without):
+            for document in rows(source, column, on_read, empty_rows):
                 yield from pieces(document, True, piece)
 
 
 def piece_size(total_characters: int | None, share: float) -> int:
-    """Characters of the pieces that long documents are cut into: PIECE, less where the text is so short that `share` of it
-    would be a few pieces from a few places."""
+    """Characters of the pieces that long documents are cut into: PIECE, or less for a short text, so that the held-out `share`
+    is about HELD_OUT_PIECES from all over it."""
     if total_characters is None or not share:
         return PIECE
     return int(min(PIECE, max(SMALLEST_PIECE, share * total_characters / HELD_OUT_PIECES)))
@@ -84,14 +84,14 @@ def hold_out(stream: Iterable[Unit], share: float) -> Iterator[Part]:
 
 
 def pieces(text: str, starts: bool, piece: int) -> Iterator[Unit]:
-    """A document, or the rest of one that `starts` does not say begins here, in pieces of `piece` characters or so."""
+    """A document, or (`starts` False) the rest of one, in pieces of about `piece` characters."""
     text, starts = yield from _full_pieces(text, starts, piece)
     if text and not (starts and text.isspace()):
         yield Unit(text, starts, True)
 
 
 def _full_pieces(text: str, starts: bool, piece: int) -> Generator[Unit, None, tuple[str, bool]]:
-    """Pieces of a text that may go on; returns what is left, one to two pieces of a long one, and `starts` for it."""
+    """Pieces of a text that may go on. Returns what is left, at most two pieces long, and whether it starts its document."""
     begin = 0
     while len(text) - begin > 2 * piece:
         end = _border(text, begin, piece)
@@ -114,9 +114,9 @@ def _border(text: str, begin: int, piece: int) -> int:
     return begin + piece
 
 
-def _text_file(path: Path, read: Read, piece: int) -> Iterator[Unit]:
+def _text_file(path: Path, on_read: OnRead, piece: int) -> Iterator[Unit]:
     text, starts = "", True
-    for block in text_blocks(path, read):
+    for block in text_blocks(path, on_read):
         text += block
         *documents, text = text.split(END_OF_TEXT)
         for document in documents:

@@ -14,16 +14,16 @@ from recipes.data.tokenizer import end_of_text_id
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# GPT-2's pre-tokenizer (Radford et al. 2019, its public encoder.py) always cuts where white space begins, and looks no further
-# back: the ids of a text are those of its words, each with the white space before it.
+# GPT-2's pre-tokenizer (Radford et al. 2019, its public encoder.py) always cuts where white space begins, and never looks back
+# beyond: the ids of a text are those of its words, each encoded with the white space before it.
 WORD = re.compile(r"\s*\S+|\s+")
 NO_WHITE_SPACE = "\x1c\x1d\x1e\x1f"  # the four characters that are white space to Python and not to Unicode
-MAX_WORDS, MAX_LENGTH = 1_000_000, 64  # kept at a time: a few hundred megabytes; longer ones rarely come again
+MAX_WORDS, MAX_LENGTH = 1_000_000, 64  # words cached, a few hundred megabytes; and their characters: longer ones rarely recur
 
 
 class Encoder:
-    """Texts -> the ids of each as bytes in `dtype`: what the library's `encode` gives, no special tokens added, several times
-    faster under GPT-2's pre-tokenizer. A text with an added token in it, and all with another tokenizer, go to the library.
+    """Texts -> the ids of each as bytes in `dtype`, equal to those of the library's `encode` without special tokens; with
+    GPT-2's pre-tokenizer several times faster. Texts that hold an added token, and other tokenizers, are left to the library.
     """
 
     def __init__(self, tokenizer_json: str, dtype: str) -> None:

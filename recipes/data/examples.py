@@ -1,6 +1,6 @@
 """Rows to fine-tune on, as token ids: text, {"prompt", "completion"} or {"messages"}; packed into samples of one length.
 
-Only what the model is to say is predicted: the completion, or an answer of the assistant; of plain text all.
+Only the completion, or the assistant's answer, is predicted; of plain text every token is.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ IGNORED = -100  # a label that is not predicted: the default ignore_index of tor
 ENCODED_TOGETHER = 1000  # examples
 TRAINED_ENTRIES = 512  # of a tokenizer that is trained on the rows themselves
 Example = tuple[str, str, bool]
-"""(what is given, what is to be said, whether a chat template has put the special tokens there)"""
+"""(prompt, completion, whether a chat template has added the special tokens)"""
 
 
 def find_rows(dataset: str, data_dir: Sequence[str]) -> Corpus:
-    """The rows that are meant, each as JSON; `embedded`: questions and answers made on the spot. Errors as `find_corpus`'s."""
+    """The rows of files or a data set, each as JSON; `embedded`: made-up questions. Errors as of `find_corpus`."""
     if dataset == "embedded" and not data_dir:
         rows = instruction_rows()
         digest = content_hash(*(text for row in rows for text in row))
-        return Corpus(digest, lambda without: ((split, row, True) for split, row in rows), [])
+        return Corpus(digest, lambda empty_rows: ((split, row, True) for split, row in rows), [])
     return find_corpus(dataset, data_dir, Reading(column=None), cache_folder())
 
 
@@ -66,8 +66,8 @@ def load_chat_tokenizer(name: str, corpus: Corpus) -> Any:
 
 
 def encode_rows(corpus: Corpus, tokenizer: Any, column: str) -> tuple[dict[str, TokenSplit], list[str]]:
-    """({split: its examples}, notes), from the cache if the same rows were encoded before. An id that is given and not to be
-    predicted is kept as -1 - id. ValueError for rows of another form."""
+    """({split: its examples}, notes), from the cache if the same rows were encoded before. An id of a prompt, which is not to
+    be predicted, is stored as -1 - id. ValueError for rows of another form."""
     known_by = (corpus.digest, tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), tokenizer.eos_token, column)
     entry = CacheEntry(cache_folder() / "examples" / content_hash(*known_by))
     facts = entry.read()
@@ -82,11 +82,11 @@ def encode_rows(corpus: Corpus, tokenizer: Any, column: str) -> tuple[dict[str, 
         )
         for name, digest in facts["splits"].items()
     }
-    return splits, [passed_over(count)] if (count := facts["without"]) else []
+    return splits, [passed_over(facts["without"])] if facts["without"] else []
 
 
 def passed_over(count: int) -> str:
-    """What to say of rows that teach nothing."""
+    """The note about rows without anything to learn."""
     return f"{count:,} row{'s'[: count > 1]} without text or answer passed over"
 
 
@@ -94,8 +94,8 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else the library warns when a process is forked later
     ids: dict[str, array[int]] = {}
     ends: dict[str, array[int]] = {}
-    without: Counter[str] = Counter()
-    rows = corpus.rows(without)
+    empty_rows: Counter[str] = Counter()
+    rows = corpus.rows(empty_rows)
 
     def examples() -> Iterator[tuple[str, Example]]:
         for split, row, _ in rows:
@@ -103,17 +103,17 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
                 found = list(_examples_of(row, tokenizer, column)) if row.strip() else []
             except ValueError as error:
                 raise ValueError(f"{place_of(row, corpus.sources)}: {error}") from error
-            without["blank"] += not found and bool(row.strip())
+            empty_rows["blank"] += not found and bool(row.strip())
             yield from ((split, example) for example in found)
 
     stream = examples()
     while chunk := list(islice(stream, ENCODED_TOGETHER)):
         encoded = _encode([example for _, example in chunk], tokenizer)
-        for (split, _), one in zip(chunk, encoded, strict=True):
-            ids.setdefault(split, array("i")).extend(one)
+        for (split, _), example_ids in zip(chunk, encoded, strict=True):
+            ids.setdefault(split, array("i")).extend(example_ids)
             ends.setdefault(split, array("q")).append(len(ids[split]))
     if missing := {"train", "validation"} - ids.keys():
-        lost = f" ({passed_over(without.total())})" if without.total() else ""
+        lost = f" ({passed_over(empty_rows.total())})" if empty_rows.total() else ""
         raise ValueError(
             f"there is nothing to learn for {' and '.join(sorted(missing))}{lost}; give more rows, or files for each"
         )
@@ -121,13 +121,13 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
         f"{split}.row_ends": ends[split].tobytes() for split in ids
     }
     digests = {s: hashlib.sha256(contents[f"{s}.ids"] + contents[f"{s}.row_ends"]).hexdigest() for s in SPLITS if s in ids}
-    facts = {"splits": digests, "without": without.total()}
+    facts = {"splits": digests, "without": empty_rows.total()}
     entry.write(contents, facts)
     return facts
 
 
 def _examples_of(text: str, tokenizer: Any, column: str) -> Iterator[Example]:
-    """The examples of a row: each answer of a conversation is one, after all that was said before it."""
+    """The examples of a row. In a conversation each answer is one, with all messages before it as its prompt."""
     row = json.loads(text)
     given = {key: value for key, value in row.items() if value is not None}
     if "messages" in given:
@@ -151,7 +151,7 @@ def _examples_of(text: str, tokenizer: Any, column: str) -> Iterator[Example]:
 
 
 def _is_conversation(messages: Any) -> bool:
-    """Whether each message has a role; and those of the assistant a content, unless they call tools."""
+    """Whether each message has a role, and each of the assistant a content, unless it calls tools."""
     return isinstance(messages, list) and all(
         isinstance(one, dict)
         and isinstance(one.get("role"), str)
@@ -179,24 +179,25 @@ def _answers(messages: list[dict[str, Any]], tokenizer: Any) -> Iterator[Example
 
 
 def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterator[list[int]]:
-    """The ids of each: -1 - id where it is given."""
+    """The ids of each example: -1 - id in its prompt."""
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     start = [begin] if begin is not None and tokenizer("a").input_ids[:1] == [begin] else []
 
     def ids(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
 
-    given, said = ids([example[0] for example in examples]), ids([example[1] for example in examples])
-    for (_, _, templated), before, after in zip(examples, given, said, strict=True):
-        before = before if templated else start + before
-        yield [-1 - token for token in before] + (after if end in after[-2:] else [*after, end])
+    prompts, completions = ids([example[0] for example in examples]), ids([example[1] for example in examples])
+    for (_, _, templated), prompt, completion in zip(examples, prompts, completions, strict=True):
+        prompt = prompt if templated else start + prompt
+        # A template may end an answer itself, perhaps with a line end behind.
+        yield [-1 - token for token in prompt] + (completion if end in completion[-2:] else [*completion, end])
 
 
 class PackedExamples:
     """Examples side by side in rows of at most `length` inputs, or one a row; each is read as if it stood alone.
 
-    Plain text goes on in the next piece where it is longer; another example is cut, and left out if nothing of it is left to
-    predict. `cut` and `left_out` count those.
+    Longer plain text is divided into several pieces. Other examples are cut at `length`, and left out if that leaves nothing to
+    predict; `cut` and `left_out` count them.
     """
 
     def __init__(self, split: TokenSplit, length: int, vocab_size: int, packing: bool) -> None:
@@ -210,14 +211,14 @@ class PackedExamples:
         ends = np.asarray(split.row_ends)
         starts = np.concatenate([[0], ends[:-1]])
         inputs = ends - starts - 1
-        whole = np.minimum.reduceat(ids, starts) >= 0  # nothing is given: plain text
-        pieces = np.where(whole, np.maximum(1, -(-inputs // length)), 1)
+        plain = np.minimum.reduceat(ids, starts) >= 0  # it has no prompt
+        pieces = np.where(plain, np.maximum(1, -(-inputs // length)), 1)
         number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its example
         first = np.repeat(starts, pieces) + number * length
         size = np.minimum(np.repeat(ends, pieces) - 1 - first, length)
-        said = np.concatenate([[0], np.cumsum(ids >= 0)])
-        kept = said[first + size + 1] > said[first + 1]
-        self.cut, self.left_out = int(((inputs > length) & ~whole).sum()), int((~kept).sum())
+        predicted = np.concatenate([[0], np.cumsum(ids >= 0)])  # ids to predict before each place
+        kept = predicted[first + size + 1] > predicted[first + 1]
+        self.cut, self.left_out = int(((inputs > length) & ~plain).sum()), int((~kept).sum())
         self.first, self.size = first[kept], size[kept]
         if not len(self.first):
             raise ValueError(f"nothing is left to predict within max_length {length}; raise it")
@@ -228,13 +229,13 @@ class PackedExamples:
 
     @property
     def ids(self) -> np.ndarray:
-        """Of all examples; the split keeps them, and sends their file to data workers, not their content."""
+        """The ids of all examples. They stay in the split, which is pickled for data workers by its file, not its content."""
         assert isinstance(self.split.ids, np.ndarray)
         return self.split.ids
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Samples -> batch, int64 [batch, time] each, time that of the longest row: input_ids, labels (the ids one further, or
-        IGNORED) and, where examples are packed, position_ids, which start at 0 with each; padding goes on with the last one's.
+        """Samples -> batch, int64 [batch, time of the longest row]: input_ids, labels (the ids one further, or IGNORED) and,
+        where examples are packed, position_ids, which restart at 0 with each example and count on through the padding.
         """
         import torch
 
@@ -256,22 +257,22 @@ class PackedExamples:
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def predicted(self) -> tuple[np.ndarray, np.ndarray]:
-        """(the ids of all examples end to end, int64; which of them are predicted where none was cut, bool): [ids] each."""
+        """(the ids of all examples end to end, int64; whether each is predicted if no example is cut, bool): [ids] each."""
         ids = np.asarray(self.ids, dtype=np.int64)
         mask = ids >= 0
         mask[np.concatenate([[0], self.split.row_ends[:-1]])] = False
         return np.maximum(ids, -1 - ids), mask
 
     def text_of(self, example: int) -> tuple[list[int], list[int]]:
-        """(what is given, what is to be said) of an example, as ids. Of plain text the first quarter is taken as given."""
+        """(prompt, completion) of an example, as ids. The first quarter of plain text is taken as its prompt."""
         start = self.split.row_ends[example - 1] if example else 0
         ids = np.asarray(self.ids[start : self.split.row_ends[example]])
-        given = int((ids < 0).sum()) or max(1, len(ids) // 4)
-        return np.where(ids < 0, -1 - ids, ids)[:given].tolist(), ids[given:].tolist()
+        prompt = int((ids < 0).sum()) or max(1, len(ids) // 4)
+        return np.where(ids < 0, -1 - ids, ids)[:prompt].tolist(), ids[prompt:].tolist()
 
 
 def _packed(sizes: np.ndarray, length: int) -> np.ndarray:
-    """Borders of rows: as many pieces, in their order, as fit into each. int64 [rows + 1]."""
+    """Row r holds the pieces from borders[r] to borders[r + 1]: as many, in their order, as fit. borders: int64 [rows + 1]."""
     borders, used = [0], 0
     for piece, size in enumerate(sizes.tolist()):
         if used + size > length:

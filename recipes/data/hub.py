@@ -16,17 +16,17 @@ class HubDataSet:
 
     commit: str
     splits: Mapping[str, Any]
-    """rows, as dicts, by the names that the set has for its splits"""
+    """{name of the split in the set: its rows, as dicts}"""
     columns: list[str]
     sizes: dict[str, int]
-    """bytes of each split, unpacked; of none, where the hub does not say"""
+    """{split: its bytes, uncompressed}, of those that the hub tells"""
 
 
 @functools.lru_cache  # one commit for as long as this process reads of it
 def open_data_set(name: str) -> HubDataSet:
-    """OWNER/NAME[:CONFIGURATION]: from the cache of `datasets`, where it is there; else streamed, and nothing is stored.
+    """OWNER/NAME[:CONFIGURATION] from the cache of `datasets` or, if it is not there, streamed without storing it.
 
-    ValueError in one line.
+    ValueError, in one line, if it cannot be loaded.
     """
     import datasets
 

@@ -36,7 +36,7 @@ class TokenSplit:
 
     ids: TokenSet | np.ndarray  # [tokens]: each row followed by end-of-text
     row_ends: np.ndarray  # int64 [rows]: one past the end-of-text of each row; pickled by path where it is memory-mapped
-    words: int  # words separated by white space, and line ends, of blank lines too: what word perplexity divides by; 0: unknown
+    words: int  # words and line ends, also those of blank lines, which word perplexity divides by; 0: unknown
     fingerprint: str  # hex; of the ids
     largest_id: int | None = None  # where it is known
 
@@ -57,9 +57,9 @@ class Text:
     splits: dict[str, TokenSplit]
     """train, validation, and test if there is one; of a mixture also `validation_LABEL` of each set"""
     notes: tuple[str, ...] = ()
-    """what the user should know of the text"""
+    """for the user"""
     mixture: Mixture | None = None
-    """what training samples are drawn from, where sets of ids have weights"""
+    """the sets that training samples are drawn from, if they have weights"""
 
     @classmethod
     def without_data(cls, tokenizer_json: str) -> "Text":
@@ -128,13 +128,13 @@ def _tokenize(corpus: Corpus, tokenizer: "Tokenizer", cache: Path) -> tuple[dict
 
 
 def _write_ids(corpus: Corpus, encoder: Encoder, entry: CacheEntry) -> dict[str, Any]:
-    """Tokenize all rows into files of the cache; what is to be known of them."""
+    """Tokenize all rows into files of the cache; the facts about them that the cache keeps."""
     # Set explicitly, the library neither warns nor switches itself off when DataLoader workers are forked later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     written: dict[str, _SplitFile] = {}
-    without: Counter[str] = Counter()
+    empty_rows: Counter[str] = Counter()
     try:
-        for split, text, end in corpus.rows(without):
+        for split, text, end in corpus.rows(empty_rows):
             if split not in written:
                 written[split] = _SplitFile(entry.temporary(f"{split}.ids"), encoder)
             written[split].add(text, end)
@@ -143,7 +143,7 @@ def _write_ids(corpus: Corpus, encoder: Encoder, entry: CacheEntry) -> dict[str,
         if missing := {"train", "validation"} - {split for split, file in written.items() if file.count}:
             raise ValueError(f"there is no text for {' and '.join(sorted(missing))}; give more, or files for each")
         files = {f"{split}.{kind}": content for split, file in written.items() for kind, content in file.contents().items()}
-        facts = {"splits": {split: written[split].facts() for split in SPLITS if split in written}, "without": dict(without)}
+        facts = {"splits": {split: written[split].facts() for split in SPLITS if split in written}, "without": dict(empty_rows)}
         entry.write(files, facts)
     finally:
         for file in written.values():
@@ -162,8 +162,8 @@ class _SplitFile:
         self.row_ends, self.digest, self.in_row = array("q"), hashlib.sha256(), False
 
     def add(self, text: str, end: bool) -> None:
-        """Append a row, unless it is blank, or a piece of one."""
-        # WikiText's own count, by which published perplexities divide, has the ends of blank lines too.
+        """Append a row, or a piece of one that does not `end` it. Blank rows only count as words."""
+        # Published perplexities on WikiText divide by a count that includes the ends of blank lines.
         self.words += len(text.split()) + text.count("\n") + end
         if text.strip() or self.in_row or not end:
             self.waiting.append((text, end))
@@ -191,11 +191,11 @@ class _SplitFile:
         self.file.close()
 
     def contents(self) -> dict[str, bytes | Path]:
-        """What belongs into the cache."""
+        """The files for the cache: {ending: content or path}."""
         return {"ids": self.path, "row_ends": self.row_ends.tobytes()}
 
     def facts(self) -> dict[str, Any]:
-        """What is to be known."""
+        """The facts that the cache keeps of this split."""
         return {
             "count": self.count,
             "words": self.words,

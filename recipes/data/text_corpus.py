@@ -19,50 +19,49 @@ from recipes.data.tokenizer import END_OF_TEXT
 
 HUB_WIKITEXT = "Salesforce/wikitext"
 HUB_DATASETS = {"wikitext2": f"{HUB_WIKITEXT}:wikitext-2-raw-v1", "wikitext103": f"{HUB_WIKITEXT}:wikitext-103-raw-v1"}
-HELD_OUT, MOST_HELD_OUT = 0.05, 10_000_000  # of a text without a validation split: the share, and bytes of it at most
+HELD_OUT, MOST_HELD_OUT = 0.05, 10_000_000  # of training text without a validation split: the share, and at most so many bytes
 Row = tuple[str, str, bool]
-"""(split, text, whether it ends a row: long ones come in pieces where a part of them is held out); blank rows too"""
+"""(split, text, whether it ends its row: long rows come in pieces if some text is to be held out); blank rows are included"""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text with its splits, which is read when it is needed."""
+    """Text with its splits, read anew by each call of `rows`."""
 
     digest: str
-    """hex; of all that decides the rows"""
+    """hex; of everything that the rows depend on"""
     rows: Callable[[Counter[str]], Iterator[Row]]
-    """all rows, split by split or mixed; counts rows without text, by source"""
+    """yields all rows, split by split or mixed; counts rows without text, by source, in its argument"""
     notes: list[str]
-    """what the user should know of it"""
+    """for the user"""
     sources: Sequence[Source] = ()
-    """what is read; none where the text is embedded"""
+    """what is read; empty for embedded text"""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is a row."""
+    """How files are read as rows."""
 
     column: str | None = "text"
-    """of the text; None: each row whole, as JSON: {"text": ...} for one of plain text"""
+    """the column with the text; None: each row whole, as JSON, plain text as {"text": ...}"""
     by_line: bool = True
-    """each line of a text file in which END_OF_TEXT separates nothing; else it is one document, and text is kept as it is"""
+    """a text file without END_OF_TEXT has a row on each line; False: it is one document, and its white space is kept"""
     held_out: tuple[str, ...] = ("validation", "test")
-    """for which a part of the training text is taken, where there is no validation text, nor one for them"""
+    """splits that get a part of the training text where there is no validation text, unless they have text of their own"""
 
 
 def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Path, validation: Sequence[str] = ()) -> Corpus:
-    """The text that is meant.
+    """The text of `inputs` (files, patterns, folders, data sets that `datasets` saved) or, without any, of `dataset`:
+    wikitext2, wikitext103, OWNER/NAME[:CONFIGURATION] (see `open_data_set`) or embedded.
 
-    `inputs` (files, patterns, folders, data sets that `datasets` saved) win over `dataset`: wikitext2, wikitext103,
-    OWNER/NAME[:CONFIGURATION] (see `open_data_set`) or embedded. `validation` takes the place of what their names
-    call so. Raises ValueError or FileNotFoundError; no other text is ever substituted.
+    `validation` replaces the validation text that names of the inputs tell. ValueError or FileNotFoundError if it is not there.
     """
     if inputs:
         return _local_corpus(inputs, validation, reading, cache)
     if dataset == "embedded":
         embedded = load_embedded(cache)
         digest = content_hash(*(row for split in SPLITS for row in (split, *embedded[split])))
-        return Corpus(digest, lambda without: ((split, row, True) for split in SPLITS for row in embedded[split]), [])
+        return Corpus(digest, lambda empty_rows: ((split, row, True) for split in SPLITS for row in embedded[split]), [])
     if dataset in HUB_DATASETS or "/" in dataset:
         return _hub_corpus(dataset, reading, cache)
     raise ValueError(
@@ -85,8 +84,8 @@ def _local_corpus(inputs: Sequence[str], validation: Sequence[str], reading: Rea
         if twin := next((other for other in splits["train"] if hashes[other] == hashes[source] and not source.split), None):
             notes.append(f"{source.name} has the text of {twin.name}: the validation loss is that of training text")
 
-    def rows_of(without: Counter[str], piece: int | None) -> Iterator[Row]:
-        return _split_rows(splits, reading, without, piece)
+    def rows_of(empty_rows: Counter[str], piece: int | None) -> Iterator[Row]:
+        return _split_rows(splits, reading, empty_rows, piece)
 
     size = sum(source.size_bytes or sum(path.stat().st_size for path in source.files) for source in splits["train"])
     return _with_validation(few(inputs), digest, rows_of, splits, size, reading, notes)
@@ -101,13 +100,12 @@ def _with_validation(
     reading: Reading,
     notes: list[str],
 ) -> Corpus:
-    """The corpus of rows; of training text of `size` bytes a part is held out, where there is no validation text.
-
-    `rows_of` takes the characters that a long row is cut at, too.
+    """The corpus of `rows_of(empty_rows, characters of a piece)`. Without validation text a part of the training text, which
+    has `size` bytes, is held out for it.
     """
     sources = [source for split in splits.values() for source in split]
     if "validation" in splits:
-        return Corpus(digest, lambda without: rows_of(without, None), notes, sources)
+        return Corpus(digest, lambda empty_rows: rows_of(empty_rows, None), notes, sources)
     share = min(HELD_OUT, MOST_HELD_OUT / max(1, size))
     piece = piece_size(size, share)
     wanted = [split for split in reading.held_out if split not in splits]
@@ -116,41 +114,41 @@ def _with_validation(
     cut = piece if reading.column is not None else None
     return Corpus(
         content_hash(digest, "held out", f"{share:.6g}"),
-        lambda without: _hold_out(rows_of(without, cut), wanted, share, piece),
+        lambda empty_rows: _hold_out(rows_of(empty_rows, cut), wanted, share, piece),
         [*notes, f"{name} has no validation text: {held}"],
         sources,
     )
 
 
 def _split_rows(
-    splits: Mapping[str, list[Source]], reading: Reading, without: Counter[str], piece: int | None
+    splits: Mapping[str, list[Source]], reading: Reading, empty_rows: Counter[str], piece: int | None
 ) -> Iterator[Row]:
     for split in (name for name in SPLITS if name in splits):
         empty: list[str] = []
         for source in splits[split]:
             found = False
-            for text, end in _texts(source, reading, without, piece):
+            for text, end in _texts(source, reading, empty_rows, piece):
                 found = found or bool(text)
                 yield split, text, end
             if not found:
                 empty.append(source.name)
         if len(empty) == len(splits[split]):
             raise ValueError(f"{empty[0]} is empty, or has only blank rows; give one with text for {split}, or remove it")
-        without.update(dict.fromkeys(empty, 0))
+        empty_rows.update(dict.fromkeys(empty, 0))
 
 
-def _texts(source: Source, reading: Reading, without: Counter[str], piece: int | None) -> Iterator[tuple[str, bool]]:
-    """(text, whether it ends a row or document) of a source. White space at the end of a row is no part of it."""
+def _texts(source: Source, reading: Reading, empty_rows: Counter[str], piece: int | None) -> Iterator[tuple[str, bool]]:
+    """(text, whether it ends its row or document) of a source. White space at the end of a row is left out."""
     if not reading.by_line:
-        documents = units([source], reading.column or "text", piece=piece, without=without)
+        documents = units([source], reading.column or "text", piece=piece, empty_rows=empty_rows)
         yield from ((unit.text, unit.ends) for unit in documents)
         return
-    for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, reading.column, no_progress, without):
+    for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, reading.column, no_progress, empty_rows):
         yield from _cut(_json(row.rstrip()) if reading.column is None and source.is_plain else row.rstrip(), piece)
 
 
 def _cut(row: str, piece: int | None) -> Iterator[tuple[str, bool]]:
-    """A row; a long one in pieces."""
+    """(text, whether it ends the row) of a row: a long one comes in pieces."""
     if piece is None or len(row) <= 2 * piece:
         yield row, True
     else:
@@ -184,10 +182,10 @@ def _is_separated(path: Path) -> bool:
 
 
 def _hold_out(stream: Iterable[Row], wanted: list[str], share: float, run_characters: int) -> Iterator[Row]:
-    """The rows, with a `share` of the training text evenly over it given to each split that is `wanted`; the first stays.
+    """The rows, with a `share` of the training text, spread evenly over it, moved to each `wanted` split; the first row stays.
 
-    Text is held out in runs of `run_characters`, so that short rows stay with their neighbours. A row that is divided among
-    splits ends in each.
+    Text is moved in runs of `run_characters`, so that short rows stay with their neighbours. Where the pieces of a row go to
+    several splits, it ends in each.
     """
     sizes: Counter[str] = Counter()
     run, left = "train", run_characters
@@ -228,15 +226,15 @@ def _hub_corpus(dataset: str, reading: Reading, cache: Path) -> Corpus:
             entry.write({}, known)
     splits = {split: [Source(name, own)] for split, own in known["splits"].items()}
 
-    def rows_of(without: Counter[str], piece: int | None) -> Iterator[Row]:
-        return _split_rows(splits, reading, without, piece)
+    def rows_of(empty_rows: Counter[str], piece: int | None) -> Iterator[Row]:
+        return _split_rows(splits, reading, empty_rows, piece)
 
     digest = content_hash(repr(reading), name, known["commit"])
     return _with_validation(dataset, digest, rows_of, splits, known["size"], reading, notes)
 
 
 def _facts_of(name: str, opened: HubDataSet, reading: Reading) -> dict[str, Any]:
-    """What decides the rows of a data set of the hub, beside what they hold. ValueError where it has not what is needed."""
+    """Commit, splits and size of a data set of the hub. ValueError if it has no training split, or not the column."""
     splits = {split: own for own in opened.splits if (split := split_named(own))}
     if "train" not in splits or (reading.column is not None and reading.column not in opened.columns):
         raise ValueError(
@@ -244,7 +242,7 @@ def _facts_of(name: str, opened: HubDataSet, reading: Reading) -> dict[str, Any]
             f"{f' and {reading.column} (--column)' if reading.column is not None else ''} are needed; give another --dataset"
         )
     size = opened.sizes.get(splits["train"])
-    if size is None and "validation" not in splits:  # of which a part is to be held out: all of it is read to know
+    if size is None and "validation" not in splits:  # the share to hold out depends on it: all text is read to know
         training = _split_rows({"train": [Source(name, splits["train"])]}, reading, Counter(), None)
         size = sum(len(text) for _, text, _ in training)
     return {"commit": opened.commit, "splits": splits, "size": size or 0}

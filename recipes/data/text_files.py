@@ -20,50 +20,49 @@ from recipes.data.hub import one_line, open_data_set
 from recipes.data.text_sources import COMPRESSED, Source
 
 READ_BYTES = 1 << 20
-Read = Callable[[int], object]
-"""called with the number of bytes read since the last call"""
+OnRead = Callable[[int], object]
+"""is called with the number of bytes read since the last call"""
 
 
 def no_progress(count: int) -> None:
-    """A Read that tells nobody."""
+    """An OnRead that does nothing."""
 
 
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 
 
-def rows(source: Source, column: str | None, read: Read, without: Counter[str]) -> Iterator[str]:
-    """The documents of a source that has one in `column` of every row; for None each row whole, as JSON.
+def rows(source: Source, column: str | None, on_read: OnRead, empty_rows: Counter[str]) -> Iterator[str]:
+    """The texts in `column` of a source's rows; for None each row whole, as JSON.
 
-    Rows without text are counted, by source, in `without`.
-
-    ValueError, in one line that names the place, for what is not text, and for a source that has no text at all.
+    Rows without text are counted, by source, in `empty_rows`. ValueError, in one line that names the place, for what is not
+    text, and for a source without any text.
     """
-    return checked_texts(_rows(source, column, read), source.name, column, without)
+    return checked_texts(_rows(source, column, on_read), source.name, column, empty_rows)
 
 
-def _rows(source: Source, column: str | None, read: Read) -> Iterator[Row]:
+def _rows(source: Source, column: str | None, on_read: OnRead) -> Iterator[Row]:
     if source.split:
         return _data_set_rows(source, column)
-    return (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, read)
+    return (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, on_read)
 
 
 def place_of(row: str, sources: Iterable[Source]) -> str:
-    """Where a row that was read whole stands first, for an error: file and line. The sources are read again to find it."""
+    """File and line of the first row with this JSON, for an error message. The sources are read again to find it."""
     for source in sources:
         if source.is_plain:
             return source.name
         for place, text, _ in _rows(source, None, no_progress):
             if text == row:
                 return place
-    return "a row"  # of what is made here
+    return "a row"  # of text that no source holds: it is made here
 
 
 Row = tuple[str, Any, Collection[str]]
-"""where it is, what stands in the column (None: nothing), the names of the columns"""
+"""(place, value of the column or None, names of the columns)"""
 
 
-def checked_texts(values: Iterable[Row], name: str, column: str | None, without: Counter[str]) -> Iterator[str]:
-    """The texts of rows of `name`, in which those without are counted. ValueError as of `rows`."""
+def checked_texts(values: Iterable[Row], name: str, column: str | None, empty_rows: Counter[str]) -> Iterator[str]:
+    """The texts of rows of `name`, of which those without text are counted in `empty_rows`. ValueError as of `rows`."""
     found, names = False, ""  # whether there is text, or at least its column; the columns where it is missing
     for place, text, columns in values:
         if isinstance(text, str):
@@ -72,7 +71,7 @@ def checked_texts(values: Iterable[Row], name: str, column: str | None, without:
             found = True
             yield text
         elif text is None:
-            without[name] += 1
+            empty_rows[name] += 1
             found = found or column in columns
             names = names or ", ".join(columns)
         else:
@@ -81,10 +80,10 @@ def checked_texts(values: Iterable[Row], name: str, column: str | None, without:
         raise ValueError(f"{name} has no text in {column!r} (it has {names}); give its name with --column")
 
 
-def text_blocks(path: Path, read: Read) -> Iterator[str]:
+def text_blocks(path: Path, on_read: OnRead) -> Iterator[str]:
     """The text of a file, decoded, a megabyte at a time. ValueError names the first byte that is not UTF-8."""
     decoder, done = codecs.getincrementaldecoder("utf-8-sig")(), 0
-    for block in chain(_blocks(path, read), [b""]):
+    for block in chain(_blocks(path, on_read), [b""]):
         waiting = len(decoder.getstate()[0])
         try:
             yield decoder.decode(block, final=not block)
@@ -94,10 +93,10 @@ def text_blocks(path: Path, read: Read) -> Iterator[str]:
         done += len(block)
 
 
-def lines(path: Path, read: Read) -> Iterator[str]:
+def lines(path: Path, on_read: OnRead) -> Iterator[str]:
     """The lines of a text file, without their ends. Not splitlines(), which cuts at characters inside a line of WikiText."""
     rest: list[str] = []
-    for block in text_blocks(path, read):
+    for block in text_blocks(path, on_read):
         first, *others = block.split("\n")
         rest.append(first)
         for line in others:
@@ -108,7 +107,7 @@ def lines(path: Path, read: Read) -> Iterator[str]:
 
 
 def _open(path: Path, raw: IO[bytes]) -> Any:
-    """What a file holds, uncompressed."""
+    """A file object of the uncompressed content."""
     ending = path.suffix.lower()
     if ending == ".gz":
         return gzip.open(raw)
@@ -123,14 +122,14 @@ def _open(path: Path, raw: IO[bytes]) -> Any:
     return raw
 
 
-def _blocks(path: Path, read: Read) -> Iterator[bytes]:
+def _blocks(path: Path, on_read: OnRead) -> Iterator[bytes]:
     """The bytes of a file, uncompressed, a megabyte at a time."""
     with path.open("rb") as raw:
         done = 0
         try:
             with _open(path, raw) as file:
                 while block := file.read(READ_BYTES):
-                    read(raw.tell() - done)
+                    on_read(raw.tell() - done)
                     done = raw.tell()
                     yield block
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -140,15 +139,15 @@ def _blocks(path: Path, read: Read) -> Iterator[bytes]:
 
 
 def cell(row: Mapping[str, Any], column: str | None) -> Any:
-    """What stands in a column of a row; for None the whole row, as JSON."""
+    """The value of a column in a row; for None the whole row, as JSON."""
     return json.dumps(row, ensure_ascii=False, default=str) if column is None else row.get(column)
 
 
-def _json_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
+def _json_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[Row]:
     # JSON escapes line ends, and a line of bytes is decoded as a whole.
     rest = b""
     number = 0
-    for block in chain(_blocks(path, read), [b"\n"]):
+    for block in chain(_blocks(path, on_read), [b"\n"]):
         *whole, rest = (rest + block).split(b"\n")
         for line in whole:
             number += 1
@@ -164,7 +163,7 @@ def _json_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
             yield (place, cell(row, column), row) if isinstance(row, dict) else (place, row, ())
 
 
-def _parquet_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -178,7 +177,7 @@ def _parquet_rows(path: Path, column: str | None, read: Read) -> Iterator[Row]:
             return
         done = 0
         for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
-            read(path.stat().st_size * len(batch) // count)
+            on_read(path.stat().st_size * len(batch) // count)
             for row in batch.to_pylist():
                 done += 1
                 yield f"{path}, row {done}", cell(row, column), names

@@ -1,4 +1,4 @@
-"""What prepare_text leaves beside shards until all are there: nobody may take a part of them for the whole."""
+"""The progress file that prepare_text keeps beside shards until all are written, so that nobody takes a part for the whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIELDS = {"made_from": str, "shards": int, "train": int, "valid": int}
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """How far a preparation of shards is. ValueError, in one line, for a damaged file."""
+    """The progress of a preparation of shards. ValueError, in one line, for a damaged file."""
     try:
         progress = json.loads(path.read_bytes())
         intact = all(type(progress[name]) is kind for name, kind in FIELDS.items())
@@ -24,7 +24,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def check_finished(folder: Path) -> None:
-    """ValueError for a folder of shards of which there are more to come."""
+    """ValueError for a folder in which prepare_text has not written all shards yet."""
     progress = folder.parent / PROGRESS
     if folder.name in SHARD_FOLDERS and progress.is_file():
         command = read_progress(progress).get("command")

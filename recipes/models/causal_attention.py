@@ -1,4 +1,4 @@
-"""Causal attention, to all that is before or, by a mask, to what is before in the same document."""
+"""Causal attention over the whole sequence or, with a mask, within each document."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SMALLEST_FLEX_HEAD = 16  # width of the narrowest head that FlexAttention has a 
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d_head)) v, each position attending to itself and those before that the `mask` lets it see.
+    """softmax(q k^T / sqrt(d_head)) v, each position attending to itself and to those before it that the `mask` allows.
 
-    All [..., time, d_head]; with a mask of `document_mask` [batch, heads, time, d_head].
+    q, k, v and the result: [..., time, d_head]; with a mask from `document_mask` [batch, heads, time, d_head].
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -28,9 +28,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask |
 
 
 def document_mask(positions: Tensor, d_head: int, dropout: float = 0.0) -> Tensor | BlockMask:
-    """Lets a token see itself and those before it in its document. positions [batch, time]: of each in its own, from 0 on.
+    """The mask of tokens that attend to themselves and those before them in their document, from the `positions` [batch, time]
+    of tokens in their documents, counted from 0.
 
-    For FlexAttention, which passes over what nobody sees, on a GPU; but it has no dropout. Else bool [batch, 1, time, time].
+    On a GPU for FlexAttention, which skips masked blocks but has no dropout; otherwise bool [batch, 1, time, time].
     """
     documents = (positions == 0).cumsum(1)
     if not (positions.is_cuda and d_head >= SMALLEST_FLEX_HEAD and dropout == 0):
@@ -39,7 +40,7 @@ def document_mask(positions: Tensor, d_head: int, dropout: float = 0.0) -> Tenso
 
 
 def block_mask(documents: Tensor) -> BlockMask:
-    """The mask for FlexAttention. documents [batch, time]: the number of each token's."""
+    """The mask for FlexAttention. documents [batch, time]: the number of each token's document."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def block_mask(documents: Tensor) -> BlockMask:
 
 
 def _flex_attention() -> Any:
-    """As a part of the graph that is compiled, or compiled by itself: only a compiler makes one kernel of it."""
+    """FlexAttention, compiled as part of the graph around it or else by itself: uncompiled it is not one kernel."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)

@@ -26,7 +26,7 @@ BASE = ".base_layer"
 
 
 def config_of(architecture: str) -> PretrainedConfig:
-    """transformers' configuration of a config.json, given as text. ValueError for what is no causal language model to train."""
+    """transformers' configuration of a config.json, given as text. ValueError for other models, and for quantized ones."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     given = json.loads(architecture)
@@ -47,7 +47,7 @@ def build_causal_lm(architecture: str, *, train_last: int, lora_rank: int, lora_
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = config_of(architecture)
-    # The class itself: under ZeRO-3 `from_config` would cut the network before anybody knows its shapes.
+    # The class itself: under ZeRO-3 `from_config` would partition the parameters, and their shapes would be lost.
     network: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # type: ignore[operator]
     if train_last and lora_rank:
         raise ValueError(f"train_last {train_last} and lora_rank {lora_rank} are two ways to train a part; keep one")
@@ -61,41 +61,43 @@ def build_causal_lm(architecture: str, *, train_last: int, lora_rank: int, lora_
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
 
-        alpha: Any = lora_alpha  # which peft calls an int, and divides
+        alpha: Any = lora_alpha  # peft annotates it as an int, and only divides it
         adapters = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        with warnings.catch_warnings(action="ignore"):  # of what it sets by itself for this network
+        with warnings.catch_warnings(action="ignore"):  # about settings that peft chooses for this network
             inject_adapter_in_model(adapters, network)
-        # Checkpoints keep the adapters alone: what is frozen is where it came from.
+        # Checkpoints hold the adapters alone: frozen weights are read again from --init_from.
         frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
         network.non_persistent_parameters = frozen  # type: ignore[assignment]
     return network
 
 
 def blocks_of(network: PreTrainedModel) -> list[nn.Module]:
-    """Its Transformer blocks, first to last."""
+    """The Transformer blocks of a network, first to last."""
     return [module for module in network.modules() if type(module).__name__ in (network._no_split_modules or ())]
 
 
 def keeps_examples_apart(network: PreTrainedModel) -> bool:
-    """Whether position ids that start anew with each example are all it needs: transformers' causal mask then parts them, and
-    layers that are no attention would go on."""
+    """Whether position ids that restart with each example keep packed examples apart.
+
+    transformers derives a mask from them in attention layers; other kinds of layers would carry state into the next example.
+    """
     kinds = {*(getattr(network.config, "layer_types", None) or ["full_attention"])}
     attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
     return attends and hasattr(sys.modules[type(network).__module__], "create_causal_mask")
 
 
 def config_json(architecture: str, network: PreTrainedModel) -> str:
-    """The config.json of a folder that transformers, and what is built on it, can open: weights are fp32."""
+    """The config.json of a checkpoint folder, for transformers and tools built on it; it says that weights are fp32."""
     given = {key: value for key, value in json.loads(architecture).items() if key != "torch_dtype"}
     named = {"architectures": [type(network).__name__], "dtype": "float32", "use_cache": True}
     return json.dumps(given | named, indent=2) + "\n"
 
 
 def named_as_in(network: PreTrainedModel, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a published model, not read yet (with a `shape`, and `read(rows)`), by the names of the network.
+    """{name in the network: tensor} of a published model. Tensors have a `shape`, and are read later, by `read(rows)`.
 
-    They are renamed, and several put together (the experts of a mixture), as transformers does when it loads them; those that
-    it leaves out, and the second name of what is tied, are left out.
+    They are renamed, and some are merged (the experts of a mixture), as transformers does on loading. Those that it ignores,
+    and the second name of a tied one, are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -116,7 +118,7 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Any]) -> dict[str
         if name not in known and key in known:
             name, pattern = key, None
         if name in known and name not in ours:
-            continue  # tied to one that is there
+            continue  # tied to one that has a parameter
         if name not in known and any(re.search(ignored, key) for ignored in left_out):
             continue
         if pattern is None:
@@ -124,7 +126,7 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Any]) -> dict[str
         else:
             parts.setdefault(name, []).append((key, pattern))
 
-    def put_together(name: str, rows: slice) -> Tensor:
+    def merged(name: str, rows: slice) -> Tensor:
         converter = deepcopy(by_pattern[parts[name][0][1]])
         for key, pattern in parts[name]:
             converter.add_tensor(name, key, pattern, stored[key].read(ALL_ROWS))
@@ -132,7 +134,7 @@ def named_as_in(network: PreTrainedModel, stored: Mapping[str, Any]) -> dict[str
         return (whole[0] if isinstance(whole, list) else whole)[rows]
 
     for name, ((key, _), *_) in parts.items():
-        found[ours[name]] = replace(stored[key], shape=tuple(known[name].shape), read=partial(put_together, name))
+        found[ours[name]] = replace(stored[key], shape=tuple(known[name].shape), read=partial(merged, name))
     return found
 
 
@@ -148,7 +150,7 @@ def files_of(tokenizer: Any) -> dict[str, str]:
 
 
 def save_merged(network: Any, architecture: str, folder: Path) -> None:
-    """What `save_pretrained` writes of the network without adapters: what they add is in its weights."""
+    """Merge the adapters into the weights, and write the plain network with `save_pretrained`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in network.modules():
@@ -164,7 +166,7 @@ def save_merged(network: Any, architecture: str, folder: Path) -> None:
 
 
 def save_adapters(network: Any, base: str, folder: Path) -> None:
-    """adapter_config.json, which names the `base` model, and adapter_model.safetensors, as `PeftModel` reads them."""
+    """Write adapter_config.json, which names the `base` model, and adapter_model.safetensors, as `PeftModel` reads them."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

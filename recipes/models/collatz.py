@@ -1,7 +1,7 @@
 """The Collatz transformer: the next parity of a trajectory, and the number of steps it will take in all.
 
-Layers are torch's own `nn.TransformerEncoderLayer`, run one by one. What `nn.TransformerEncoder` would add are nested tensors
-(in evaluation it then computes something else than in training) and copies of one layer, all with the same initial weights.
+Layers are torch's own `nn.TransformerEncoderLayer`, run one by one. `nn.TransformerEncoder` would copy one layer, so that all
+have the same initial weights, and in evaluation use nested tensors, which compute something else than training does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 PADDING = 2  # the token behind the end; 0 and 1 are parities or binary digits
 TOKENS = 3
-TYPICAL_STEPS = 200  # predictions are relative to it: from 0 they would climb for a thousand updates first
+TYPICAL_STEPS = 200  # the stopping-time head predicts relative to it: from 0 it would need a thousand updates to get there
 
 
 class CollatzTransformer(nn.Module):
@@ -29,7 +29,7 @@ class CollatzTransformer(nn.Module):
     positions: Tensor
 
     _no_split_modules: ClassVar = ["TransformerEncoderLayer"]
-    """what FSDP gathers at a time, by class, as transformers' models say it"""
+    """classes of the modules that FSDP gathers one at a time; transformers' models have the same attribute"""
 
     def __init__(
         self,

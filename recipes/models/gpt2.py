@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INIT_STD = 0.02
 SIZES = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head", "max_length": "n_positions", "d_ff": "n_inner"}
-"""flag: its name in config.json"""
+"""{flag: its name in config.json}"""
 RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 PUBLISHED: dict[str, Any] = {
     "model_type": "gpt2",
@@ -31,14 +31,14 @@ PUBLISHED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-"""what decides the function beside sizes: this network has the published ones alone"""
+"""settings beside sizes that change the function; this network has these values alone"""
 DEFAULTS = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_inner": None, **dict.fromkeys(RATES, 0.1)}
-"""of a config.json that leaves them out"""
+"""what transformers takes where a config.json leaves them out"""
 
 
 @dataclass(frozen=True)
 class Gpt2Config:
-    """Of a `Gpt2`, in transformers' words. ValueError where the width does not divide into the heads."""
+    """The configuration of a `Gpt2`, in transformers' words. ValueError where the width does not divide into the heads."""
 
     vocab_size: int
     n_positions: int
@@ -52,7 +52,7 @@ class Gpt2Config:
     bos_token_id: int
     eos_token_id: int
     activation_function: str = "gelu_pytorch_tanh"
-    """published GPT-2s say `gelu_new`, the same function in seven operations"""
+    """published GPT-2s have `gelu_new`, which transformers computes as the same function in seven operations"""
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -66,18 +66,18 @@ class Gpt2Config:
         return self.n_embd
 
     def to_json_string(self) -> str:
-        """The `config.json` of a folder that transformers, and what is built on it, can open."""
+        """The `config.json` of a checkpoint folder, for transformers and tools built on it."""
         named = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32", "use_cache": True}
         return json.dumps(named | asdict(self), indent=2) + "\n"
 
     def generation_json(self) -> str:
-        """The `generation_config.json` beside it: where a text ends, and how to sample unless told otherwise."""
+        """The `generation_config.json` beside it: the token that ends a text, and defaults for sampling."""
         ends = {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
         return json.dumps(ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95}, indent=2) + "\n"
 
 
 class Projection(nn.Module):
-    """x @ weight + bias: a linear layer whose weight lies [d_in, d_out], as in GPT-2's checkpoints."""
+    """x @ weight + bias: a linear layer with its weight as [d_in, d_out], as in GPT-2's checkpoints."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -134,15 +134,15 @@ class Head(nn.Linear):
     """Hidden states [batch, time, width] -> logits [batch, time, vocab_size]; with labels, the loss instead."""
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
-        """One or the other, in a module's own forward, where ZeRO-3 has gathered the weight."""
+        """Logits or loss. The loss is here, not in the model: ZeRO-3 gathers a weight for its own module's forward."""
         return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels, reduction)
 
 
 class Gpt2(nn.Module):
-    """Ids [batch, time] -> logits [batch, time, vocab_size], or with the ids that follow them their summed loss."""
+    """Ids [batch, time] -> logits [batch, time, vocab_size]; with labels, the summed loss instead."""
 
     _no_split_modules: ClassVar = ["Block"]
-    """what FSDP gathers at a time, by class, as transformers' models say it"""
+    """classes of the modules that FSDP gathers one at a time; transformers' models have the same attribute"""
 
     def __init__(self, config: Gpt2Config) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Gpt2(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """N(0, 0.02), biases 0; projections into the residual stream 1 / sqrt(2 x layers) of that."""
+        """Matrices N(0, 0.02), those into the residual stream 1 / sqrt(2 x layers) of that; biases 0."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -179,16 +179,16 @@ class Gpt2(nn.Module):
         positions: Tensor | None = None,
         reduction: Reduction = "sum",
     ) -> Tensor:
-        """Logits; with `labels` [batch, time], ids that are not shifted any more, `next_token_loss` instead.
+        """Logits; with `labels` [batch, time], which are shifted already, `next_token_loss` instead.
 
-        Purely causal: with padding on the right no position attends to any. With `positions` [batch, time], of each id in its
-        document, none attends to another document's.
+        Attention is causal, so no id attends to padding on its right. `positions` [batch, time], those of ids in their
+        documents, keep attention within each document.
         """
         wte, wpe, layers, ln_f = self.transformer.values()
         c, dropout = self.config, self.config.attn_pdrop if self.training else 0.0
         mask = None if positions is None else document_mask(positions, c.n_embd // c.n_head, dropout)
-        x = wte(input_ids) + wpe(torch.arange(input_ids.shape[1], device=input_ids.device) if mask is None else positions)
-        x = F.dropout(x, c.embd_pdrop, self.training)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) if positions is None else positions
+        x = F.dropout(wte(input_ids) + wpe(places), c.embd_pdrop, self.training)
         for layer in layers:  # type: ignore[attr-defined]
             x = layer(x, mask)
         return self.lm_head(ln_f(x), labels, reduction)
@@ -232,8 +232,8 @@ def build_gpt2(
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{flag: value} of the network that transformers' config.json says; what it leaves out is GPT-2's. ValueError, by name, for
-    what this network has not."""
+    """{flag: value} of the network that a config.json describes; what it leaves out is as in GPT-2. ValueError, by name, for a
+    setting that this network lacks."""
     given = {**PUBLISHED, **DEFAULTS, "model_type": "none", **config}
     if given["activation_function"] == "gelu_pytorch_tanh":  # the same function
         given["activation_function"] = "gelu_new"
@@ -248,7 +248,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_transformers(network: Gpt2) -> GPT2LMHeadModel:
-    """The same weights, not copied, in transformers' model, for its `generate`."""
+    """transformers' model with the same weights, not copied, for its `generate`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The Transformer LM as others keep it: Llama's and, with norms on queries and keys, Qwen3's config.json, names and rows.
+"""The Transformer LM to and from the form of Llama and, with norms on queries and keys, Qwen3: config.json, names, row order.
 
 We rotate the rows (2i, 2i + 1) of a head together, as the paper on rotary embeddings does; they rotate (i, i + width / 2).
 """
@@ -27,12 +27,12 @@ NAMES = {
     ".ln2": ".post_attention_layernorm",
     "ln_final.": "model.norm.",
 }
-"""parts of our names: theirs"""
+"""{part of a name of ours: theirs}"""
 ROTATED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{flag: value} of the network that a config.json says. ValueError, by name, for what the Transformer LM has not."""
+    """{flag: value} of the network that a config.json describes. ValueError, by name, for what the Transformer LM lacks."""
     from transformers import AutoConfig
 
     kind = config.get("model_type")
@@ -81,17 +81,17 @@ def our_name(name: str) -> str:
 
 
 def by_halves(weight: Tensor, width: int) -> Tensor:
-    """Our rows in their order: of each head of `width` rows the first of every pair before the second."""
+    """Our rows in their order: in each head of `width` rows, the even rows before the odd ones."""
     return weight.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def by_pairs(weight: Tensor, width: int) -> Tensor:
-    """Their rows in our order, the way back of `by_halves`."""
+    """Their rows in our order: the inverse of `by_halves`."""
     return weight.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def named_as_ours(network: TransformerLM, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors that are not read yet (with a `shape`, and `read(rows)`), under our names and in our order of rows."""
+    """{our name: tensor}, its rows in our order. Tensors have a `shape`, and are read later, by `read(rows)`."""
     width, tied = network.d_head, network.lm_head.weight is network.token_embeddings.weight
 
     def in_pairs(read: Callable[[slice], Tensor], count: int, rows: slice) -> Tensor:

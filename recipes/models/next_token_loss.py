@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 CHUNK_LOGITS = 2**28
-"""logits that are held at a time where nothing fuses them away: 1 GiB in fp32"""
+"""logits computed at a time outside a compiled graph: 1 GiB in fp32"""
 
 
 Reduction = Literal["sum", "none"]
@@ -21,9 +21,9 @@ Reduction = Literal["sum", "none"]
 def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
     """Cross entropy in nats of `labels` under the logits hidden @ weight.T, summed over all labels but IGNORED, in fp32.
 
-    hidden [..., width], weight [vocab, width], labels integers [...]; with the reduction "none" the loss of each label, [...],
-    0 where it is IGNORED. A compiled graph reads the logits of the matrix product as they are; elsewhere they are made a chunk
-    at a time, again in the backward pass, or GPT-2's would take 6 GiB in fp32 for 32 samples, three times over.
+    hidden [..., width], weight [vocab, width], labels integers [...]. Reduction "none": the loss of each label, [...], 0 where
+    it is IGNORED. A compiled graph fuses the cast to fp32 into the loss. Elsewhere logits are computed in chunks, and again in
+    the backward pass: as a whole, those of 32 samples of GPT-2 would take 6 GiB in fp32, three times over.
     """
     shape, hidden, labels = labels.shape, hidden.flatten(0, -2), labels.flatten()
     padding = -len(weight) % 128 if weight.is_cuda else 0
@@ -33,24 +33,25 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: R
         loss = chunk_loss(hidden, weight, labels, vocab, reduction)
         return loss.view(shape) if reduction == "none" else loss
     chunks = zip(hidden.split(size), labels.split(size), strict=True)
-    losses = [checkpoint(chunk_loss, h, weight, own, vocab, reduction, use_reentrant=False) for h, own in chunks]
+    losses = [checkpoint(chunk_loss, h, weight, ids, vocab, reduction, use_reentrant=False) for h, ids in chunks]
     return torch.cat(losses).view(shape) if reduction == "none" else torch.stack(losses).sum()
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, reduction: Reduction = "sum") -> Tensor:
-    """hidden [tokens, width], weight [at least vocab, width], labels [tokens]. Rows of the weight past `vocab` have no share.
+    """`next_token_loss` of hidden [tokens, width], weight [vocab or more, width], labels [tokens].
 
-    They are there because a GPU multiplies and reads rows of 50,304 logits much faster than rows of 50,257.
+    Rows of the weight past `vocab` are padding, of probability 0: a GPU multiplies and reads rows of 50,304 logits much faster
+    than rows of 50,257.
     """
     logits = F.linear(hidden, weight)
     if len(weight) > vocab:
-        logits[:, vocab:] = -torch.inf  # before they are widened: a compiled graph would keep what it writes to in fp32
+        logits[:, vocab:] = -torch.inf  # before the cast: a compiled graph would store fp32 logits in order to write to them
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction=reduction)
 
 
 def loss_terms(loss: Callable[..., Tensor], source: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
-    """{"next_token": loss()}; where `source` tells the set of each row, int64 [batch], also under the names of these sets the
-    sums over their rows, which carry no gradient. `loss` is of a batch, and takes a `reduction`."""
+    """{"next_token": loss()} of a batch; with `source` (int64 [batch]: the place of each row's set in `names`) also {name: the
+    sum over the rows of that set}, without gradient. `loss` takes a `reduction`, as `next_token_loss` does."""
     if source is None:
         return {"next_token": loss()}
     losses = loss(reduction="none")
@@ -58,15 +59,15 @@ def loss_terms(loss: Callable[..., Tensor], source: Tensor | None, names: Sequen
 
 
 def predicted_tokens(labels: Tensor, source: Tensor | None, names: Sequence[str]) -> dict[str, int]:
-    """How many labels each of these terms is a sum over."""
+    """How many labels each term of `loss_terms` is a sum over."""
     predicted = labels != IGNORED
     counts = {} if source is None else sums_by_source(predicted, source, names)
     return {"next_token": int(predicted.sum()), **{name: int(count) for name, count in counts.items()}}
 
 
 def sums_by_source(values: Tensor, source: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """{name: the sum over the rows of values [batch, time] that are of this set}."""
+    """{name: the sum of values [batch, time] over the rows of that set}."""
     own = source[:, None] == torch.arange(len(names), device=source.device)
-    # No product with `own`, through which one value that is not finite would reach the sums of all sets.
+    # Not a product with `own`: 0 x inf is NaN, so one bad value would reach the sums of all sets.
     sums = torch.where(own, values.sum(1)[:, None], 0).sum(0)
     return dict(zip(names, sums.unbind(), strict=True))

@@ -14,7 +14,7 @@ YAML_SECTIONS = {
     | {"enabled": "relative_position", "type": "bias_type", "learnable": "learnable_bias"},
     "training": None,
 }
-"""{section of a YAML file: {key: flag}} of those that know sections of their own; None: any flag"""
+"""{section of a YAML file: {its key: flag}}; None: the section may hold any flag"""
 
 
 @dataclass(frozen=True)

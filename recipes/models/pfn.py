@@ -78,12 +78,12 @@ class AutoregressivePFN(nn.Module):
     With `models` N it is N such networks in one, with parameters [N, ...] under the same names: y becomes [N, batch, examples]
     and the logits [N, batch, examples, d_vocab], while x is shared.
 
-    The prediction is a density: uniform in each of the inner of `d_vocab` equal bins on [y_min, y_max], and half-normal in the
-    two at the edge, which take all beyond them; half of an edge's mass lies inside its bin (Müller et al. 2022, section 4).
+    The prediction is a density over `d_vocab` equal bins on [y_min, y_max]: uniform in each inner bin, and half-normal in the
+    two at the edge, which reach beyond it; half of their mass lies inside the bin (Müller et al. 2022, section 4).
     """
 
     _no_split_modules: ClassVar = ["Block"]
-    """what FSDP gathers at a time, by class, as transformers' models say it"""
+    """classes of the modules that FSDP gathers one at a time; transformers' models have the same attribute"""
 
     edges: Tensor
     centres: Tensor
@@ -134,7 +134,7 @@ class AutoregressivePFN(nn.Module):
         return [p for layer in (self.embed_x, self.embed_y, self.head) for p in layer.parameters()]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logits at the queries; those at query i depend on x[: i + 1] and y[:i] alone."""
+        """Logits at the queries. Those at query i depend only on x up to i, and on y before i."""
         examples = y.shape[-1]
         if self.models is not None:
             x = x.expand(self.models, *x.shape)
@@ -153,7 +153,7 @@ class AutoregressivePFN(nn.Module):
         return y.squeeze(1) if self.models is None else y.transpose(0, 1).contiguous()
 
     def bins(self, y: Tensor) -> Tensor:
-        """The bin of each y, int64; what is out of range belongs to the bin at that edge."""
+        """The bin of each y, int64; values out of range are in the bin at that edge."""
         return torch.bucketize(y, self.edges, right=True)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:

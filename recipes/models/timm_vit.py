@@ -1,7 +1,7 @@
-"""Vision Transformers as timm keeps them, its `vit_relpos_*` too: their settings, and their weights under our names.
+"""Vision Transformers of timm, `vit_relpos_*` too: their settings as flags, and their weights under our names.
 
-What timm has and this network has not is computed into what it has: a layer scale into the projection before it; the small
-network of `vit_relpos_*`, from the logarithm of an offset to a bias, into a table, for any grid.
+Parts that our network lacks are folded into those it has: a layer scale into the projection before it; the MLP of some
+`vit_relpos_*`, from the logarithm of an offset to a bias, into a bias table for any grid.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from recipes.models.vit import VisionTransformer
 
 ALL_ROWS = slice(None)
-HEAD_WIDTH = 64  # of every ViT of timm that does not say another number of heads
+HEAD_WIDTH = 64  # in every ViT of timm whose config.json has no number of heads
 TABLE, MLP = "relative_position_bias_table", "mlp.fc2.weight"
 SCALED = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}
 
 
 def settings_of(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """{flag: value} of the network that a config.json of timm and the shapes of its weights say. ValueError, by name, for what
-    this network has not."""
+    """{flag: value} of the network that timm's config.json and the shapes of its weights describe. ValueError, by name, for a
+    part that our network lacks."""
     architecture = str(config.get("architecture"))
     for part, why in (("_rpn", "norms behind attention and MLP"), ("clsgap", "a class token that nobody reads")):
         if part in architecture:
@@ -65,17 +65,17 @@ def settings_of(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[st
 def named_as_ours(
     network: VisionTransformer, stored: Mapping[str, Any], fresh: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """(tensors that are not read yet, with a `shape` and `read(rows)`, under our names; what the user should know of them).
+    """({our name: tensor}, notes for the user). Tensors have a `shape`, and are read later, by `read(rows)`.
 
-    `fresh` are those that the network begins with on its own: a classifier of other classes keeps them, and bias tables where
-    timm's network has none.
+    `fresh` are the initial weights of our network, which stay where timm's has none that fit: a classifier of other classes,
+    bias tables.
     """
     left = dict(stored)
     found: dict[str, Any] = {}
     notes = []
 
-    def given(name: str, compute: Callable[..., Tensor], *of: Any) -> None:
-        found[name] = replace(fresh[name], read=lambda rows: compute(*of)[rows])
+    def add_computed(name: str, compute: Callable[..., Tensor], *arguments: Any) -> None:
+        found[name] = replace(fresh[name], read=lambda rows: compute(*arguments)[rows])
 
     for name, own in fresh.items():
         theirs = name
@@ -90,29 +90,31 @@ def named_as_ours(
                 found[name] = own
                 continue
             parts = {key.removeprefix(rel_pos): left.pop(key, stored[key]) for key in stored if key.startswith(rel_pos)}
-            given(name, bias_table, parts, network.grid, own.shape[0])
+            add_computed(name, bias_table, parts, network.grid, own.shape[0])
         elif name == "pos_embed" and name in left:
             embedding = left.pop(name)
-            given(name, position_embedding, embedding, network.grid)
+            add_computed(name, position_embedding, embedding, network.grid)
             if embedding.shape != own.shape:
                 notes.append(f"Position embeddings are interpolated: {embedding.shape[1]} positions to {own.shape[1]}")
         elif theirs.startswith("head.") and theirs in left and left[theirs].shape != own.shape:
             left.pop(theirs)
             found[name] = own
-            notes += [] if kind == "bias" else ["The classifier begins anew: its weights are of other classes"]
+            if kind == "weight":
+                notes.append("The classifier begins anew: its weights are of other classes")
         elif theirs.endswith("qkv.bias") and theirs not in left:
-            given(name, torch.zeros, own.shape)
-            notes += [] if block != "0" else ["Biases of queries, keys and values begin at 0: there are none in it"]
+            add_computed(name, torch.zeros, own.shape)
+            if block == "0":
+                notes.append("Biases of queries, keys and values begin at 0: there are none in it")
         elif theirs in left and (gamma := f"blocks.{block}.{SCALED.get(layer)}") in left:
             weight, scale = left.pop(theirs), stored[gamma]
-            given(name, _scaled, weight, scale)
+            add_computed(name, _scaled, weight, scale)
         elif theirs in left:
             found[name] = left.pop(theirs)
     interpolated = {key: t.shape[0] for key, t in stored.items() if key.endswith(TABLE)}
     tables = [tensor.shape[0] for name, tensor in fresh.items() if name.endswith(TABLE)]
     if interpolated and tables and {*interpolated.values()} != {*tables}:
         notes.append(f"Tables of the position bias are interpolated: {max(interpolated.values())} rows to {tables[0]}")
-    scales = (*SCALED.values(),)
+    scales = tuple(SCALED.values())
     return found | {key: tensor for key, tensor in left.items() if not key.endswith(scales)}, notes
 
 
@@ -122,7 +124,7 @@ def _scaled(stored: Any, stored_scale: Any) -> Tensor:
 
 
 def position_embedding(stored: Any, grid: tuple[int, int]) -> Tensor:
-    """[1, (1 +) positions of a square, width] -> the same of another grid: bicubic, the class token as it was."""
+    """Interpolate the positions of a square grid, [1, (1 +) positions, width], to another; the class token's stays as it is."""
     embedding = stored.read(ALL_ROWS)
     prefix = embedding.shape[1] - math.isqrt(embedding.shape[1]) ** 2
     side = math.isqrt(embedding.shape[1] - prefix)
@@ -134,8 +136,8 @@ def position_embedding(stored: Any, grid: tuple[int, int]) -> Tensor:
 
 
 def bias_table(parts: Mapping[str, Any], grid: tuple[int, int], rows: int) -> Tensor:
-    """Table [rows, heads] of `RelativePositionBias` for a grid: timm's own, interpolated for another grid (a square before), or
-    what its network of log-coordinates gives; towards and from a class token the latter has no bias."""
+    """The table [rows, heads] of `RelativePositionBias` for a grid: timm's own, interpolated from a square grid if ours is
+    another; or evaluated from its MLP of log-coordinates, which has no bias to and from a class token."""
     offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
     if TABLE in parts:
         table = parts[TABLE].read(ALL_ROWS).float()

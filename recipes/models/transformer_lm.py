@@ -51,22 +51,22 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Without bias; weights from N(0, 2 / (d_in + d_out)), cut at three standard deviations (Glorot & Bengio 2010)."""
+    """A linear map; initial weights from N(0, 2 / (d_in + d_out)), cut at three standard deviations (Glorot & Bengio 2010)."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Fresh weights."""
+        """Draw initial weights."""
         std = math.sqrt(2 / (self.in_features + self.out_features))
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
 
 
 class Embedding(nn.Embedding):
-    """Weights from N(0, 1), cut at 3."""
+    """An embedding; initial weights from N(0, 1), cut at 3."""
 
     def reset_parameters(self) -> None:
-        """Fresh weights."""
+        """Draw initial weights."""
         nn.init.trunc_normal_(self.weight, a=-3, b=3)
 
 
@@ -84,11 +84,12 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Heads:
-    """Of queries, of keys and values, each of which serves several of queries (Ainslie et al. 2023), and the width of one."""
+    """How many heads of queries, and of keys and values, each shared by several query heads (Ainslie et al. 2023)."""
 
     queries: int
     keys: int
     width: int
+    """of one head"""
 
 
 class Attention(nn.Module):
@@ -150,19 +151,19 @@ class Head(Linear):
     """Hidden states [batch, time, d_model] -> logits [batch, time, vocab_size]; with labels, the loss instead."""
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
-        """One or the other, in a module's own forward, where ZeRO-3 has gathered the weight."""
+        """Logits or loss. The loss is here, not in the model: ZeRO-3 gathers a weight for its own module's forward."""
         return super().forward(hidden) if labels is None else next_token_loss(hidden, self.weight, labels, reduction)
 
 
 class TransformerLM(nn.Module):
-    """Token ids [batch, time] -> logits [batch, time, vocab_size], or with the ids that follow them their summed loss.
+    """Token ids [batch, time] -> logits [batch, time, vocab_size]; with labels, the summed loss instead.
 
-    `norm_position` "post" has no final norm (the last block ends in one); `rope` False leaves positions out; with
-    `tie_embeddings` the output layer is the embedding, started as an output layer is. ValueError where sizes do not fit.
+    `norm_position` "post" has no final norm (the last block ends in one); `rope` False leaves positions out; `tie_embeddings`
+    has one matrix for embedding and output layer, initialised as the output layer's. ValueError where sizes do not fit.
     """
 
     _no_split_modules: ClassVar = ["Block"]
-    """what FSDP gathers at a time, by class, as transformers' models say it"""
+    """classes of the modules that FSDP gathers one at a time; transformers' models have the same attribute"""
 
     def __init__(
         self,
@@ -228,13 +229,13 @@ class TransformerLM(nn.Module):
     ) -> Tensor:
         """tokens: integers [batch, time], time at most `context_length`; labels: int64 [batch, time], for `next_token_loss`.
 
-        With `positions` [batch, time], of each token in its document, none attends to another document's.
+        `positions` [batch, time], those of tokens in their documents, keep attention within each document.
         """
         x = self.token_embeddings(tokens)
         mask = None if positions is None else document_mask(positions, self.d_head)
-        # The same for all heads.
+        # [time], or [batch, 1, time] to broadcast over heads.
         places = torch.arange(tokens.shape[-1], device=tokens.device) if positions is None else positions[:, None]
-        # Anew in each forward: no buffer that a backend could round to bf16, and a fraction of a layer's time.
+        # Computed in each forward, in a fraction of a layer's time: a backend could round a buffer to bf16.
         angles = rope_angles(places, self.d_head, self.rope_theta) if self.rope else None
         for layer in self.layers:
             x = layer(x, angles, mask)
@@ -261,7 +262,7 @@ def generate(
     top_p: float,
     end_of_text: int | None = None,
 ) -> Tensor:
-    """Continue `tokens` [time], at least one, up to and without `end_of_text`: [time + up to max_new_tokens].
+    """Continue `tokens` [time], at least one, by `max_new_tokens` or until `end_of_text`, which is left out: [longer time].
 
     `temperature` 0 takes the likeliest token, any other draws from the `nucleus` with torch's generator. The network sees the
     last `context_length` tokens.

@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution without overlaps as a matrix product, which takes half its time on a GPU."""
+    """A convolution of patches that do not overlap, as a matrix product: half the time on a GPU."""
 
     def forward(self, images: Tensor) -> Tensor:
         """[batch, channels, height, width] -> [batch, patches, out_channels], row by row."""
@@ -105,14 +105,14 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images to class logits. `pool` "cls" reads a class token, "mean" has none and reads the mean of the patches, of their
-    values behind the last norm; "mean_then_norm" has that norm behind the mean."""
+    """Images [batch, channels, height, width] -> logits [batch, num_classes]. `pool`: what the head reads, "cls" a class token;
+    or, without one, the mean of the patches after the last norm ("mean") or before it ("mean_then_norm")."""
 
     _no_split_modules: ClassVar = ["Block"]
-    """what FSDP gathers at a time, by class, as transformers' models say it"""
+    """classes of the modules that FSDP gathers one at a time; transformers' models have the same attribute"""
 
     arguments: dict[str, Any]
-    """of the constructor, as JSON can hold them; set by `build_vit`"""
+    """the constructor's, as JSON can hold them; set by `build_vit`"""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class VisionTransformer(nn.Module):
         ]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(images - mean) / std, as precise as the weights. [batch, channels, height, width], uint8 or floats from 0 to 1."""
+        """(images - mean) / std, in the dtype of the weights. [batch, channels, height, width], uint8 or floats from 0 to 1."""
         channels = zip(from_0_to_1(images).unbind(1), self.mean, self.std, strict=True)
         return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1).to(self.head.weight.dtype)
 
