@@ -165,7 +165,7 @@ class Collatz(Recipe[Config]):
         self.anomalies = Anomalies()
 
     def build_data(self, config: Config) -> Data:
-        """An endless stream, and numbers that it never contains."""
+        """An endless stream of numbers, and held-out numbers that it never contains."""
         from recipes.data.collatz import CollatzStream, Layout
 
         d, o, layout = config.data, config.optimisation, Layout.of(config.model)

@@ -188,7 +188,7 @@ class PFNRaventos(Recipe[Config]):
         same = RegressionSample(d.val_sequences, "validation", seed, pools, *shape)
         new = RegressionSample(d.val_sequences, "validation, true tasks", seed, [pool[:0] for pool in pools], *shape)
         notes = [f"{len(pools)} models as one network: the losses of a stack are sums over its models"] if d.stack else []
-        # What the samples are follows from the settings, which a resumed run has to repeat anyway.
+        # The samples depend on flags alone, and a resumed run cannot change these.
         return Data(train, {"val": same, "true": new}, fingerprint=train.VERSION, notes=notes, extra={"pools": pools})
 
     def build_model(self, config: Config, data: Data) -> nn.Module:

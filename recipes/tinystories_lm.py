@@ -1,6 +1,7 @@
 """A Transformer on files of token ids: `accelerate launch recipes/tinystories_lm.py [train|evaluate|generate] ...`
 
-A sample is a window of `context_length` inputs and the id after each. tools/prepare_text.py makes the files.
+A sample is a window of `context_length` + 1 ids: each but the last is an input, and the one after it its label.
+tools/prepare_text.py makes the files.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ class TinyStoriesLM(Recipe[Config]):
         return predicted_tokens(_labels(batch), batch.get("source"), self.monitored)
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy of each id given those before it in its window, summed in fp32."""
+        """Cross entropy of each id given the ids before it in its window, summed in fp32."""
         from recipes.models.next_token_loss import loss_terms
 
         positions = batch["positions"][:, :-1] if "positions" in batch else None
@@ -218,7 +219,7 @@ class TinyStoriesLM(Recipe[Config]):
         return vars(saved.model) if saved is not None else settings_of(stored_config(name))
 
     def pretrained(self, name: str, network: Any, initial: Any) -> dict[str, Any]:
-        """Weights of a Llama or a Qwen3, under our names and in our order of rows."""
+        """Weights of a Llama or Qwen3, with their names and the order of their rows changed to this network's."""
         from recipes.models.llama_form import named_as_ours
         from trainer.checkpoints.pretrained import stored_tensors
 

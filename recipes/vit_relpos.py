@@ -190,7 +190,7 @@ class VitRelpos(Recipe[Config]):
         return Data(train, {"val": validation}, test, sets.fingerprint, sets.notes, {"classes": sets.classes})
 
     def build_model(self, config: Config, data: Data) -> nn.Module:
-        """VisionTransformer with as many classes as the data."""
+        """A VisionTransformer with as many classes as the data."""
         from recipes.models.vit import build_vit
 
         return build_vit(config.model, config.data, len(data.extra["classes"]))

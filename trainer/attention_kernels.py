@@ -1,4 +1,4 @@
-"""Which of torch's kernels attention runs in: what decides are shapes, dtypes, masks, dropout and the card."""
+"""Which of torch's kernels attention runs in: that depends on shapes, dtypes, masks, dropout and the GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts calls of scaled_dot_product_attention by the kernel that torch chooses."""
+    """Counts calls of scaled_dot_product_attention by the kernel that torch chooses for them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention itself, in whose place this is called: without a kernel of its own it is matrix products and a softmax."""
+        """Replaces scaled_dot_product_attention: calls it, and counts it as `math` if it used no fused kernel."""
         before = self.calls.total()
         attended = self.attention(*args, **kwargs)
         if self.calls.total() == before:
@@ -63,10 +63,10 @@ def _silence() -> Iterator[None]:
 
 
 def attention_kernels(network: nn.Module, recipe: Recipe, sample: Batch, device: torch.device, precision: str) -> str | None:
-    """Such as "flash", or "cuDNN (10 calls), memory-efficient (2 calls)"; None where there is none.
+    """The kernels as text, such as "flash" or "cuDNN (10 calls), memory-efficient (2 calls)"; None without attention.
 
-    Found by a forward pass of a batch on shapes alone, as a compiler would do it, of a copy of `network`, which may be on the
-    meta device. None also for a network that needs values for that.
+    Found by a forward pass of a copy of `network` (which may be on the meta device) on fake tensors, which have shapes alone.
+    None also for a network whose forward pass needs values.
     """
     mode, kernels, dtype = FakeTensorMode(allow_non_fake_inputs=True), _Kernels(), _DTYPES.get(precision)
     try:

@@ -1,4 +1,4 @@
-"""What would show hours later, or never, looked at before the first step: UserErrors of a recipe, its data and its network."""
+"""Checks of a recipe, its data and its network before the first step: these mistakes would show hours later, or never."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.recipe import Batch, Data, Log, Recipe
 
 
 def check_data(recipe: Recipe, data: Data, plan: LaunchPlan, launch: Launch, log: Log) -> None:
-    """UserError for what would show hours later: at the first evaluation, or never when a run resumes with other data."""
+    """UserError for data without a fingerprint, metrics that no evaluation set gives, and other data than a resumed run's."""
     if not data.fingerprint:
         raise UserError("build_data gives no fingerprint; give a hash of what decides the samples, to know the data again")
     watched = [recipe.best_metric, *([recipe.patience_metric[0]] if recipe.patience_metric else [])]
@@ -43,7 +43,8 @@ def check_data(recipe: Recipe, data: Data, plan: LaunchPlan, launch: Launch, log
 
 
 def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> None:
-    """Gradients are summed by position, and samples dealt out by number: both must mean the same on every process."""
+    """UserError unless every process has built the same model and data sets: gradients are summed by the order of parameters,
+    and samples are shared out by number."""
     sets = {"train": data.train, **data.evaluation}
     text = data.fingerprint + ";".join(f"{name}{stream.length_of(dataset)}" for name, dataset in sets.items())
     text += ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
@@ -54,7 +55,7 @@ def check_same_everywhere(network: nn.Module, data: Data, launch: Launch) -> Non
 
 
 def check_batch_norm(network: nn.Module, launch: Launch) -> None:
-    """UserError where the samples that a process happens to get would decide the curve, and what is evaluated."""
+    """UserError for batch statistics under several processes: they would depend on which samples each process gets."""
     for name, module in network.train().named_modules() if launch.processes > 1 else ():
         own = isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats)
         if own and not isinstance(module, nn.SyncBatchNorm) and module.training:
@@ -65,7 +66,7 @@ def check_batch_norm(network: nn.Module, launch: Launch) -> None:
 
 
 def first_sample(config: Any, data: Data) -> Batch:
-    """A batch of the first sample, and a look at that of the second epoch."""
+    """A batch of the first sample. Reads the same item of the second epoch too, as a set may forget to take `number % len`."""
     samples = stream.length_of(data.train) or 0
     first = stream.sample_numbers([0], config.optimisation.seed, samples or None).tolist()
     way_on = "mend the data" + (", or add --bad_samples skip" if config.run.bad_samples == "stop" else "")

@@ -1,7 +1,7 @@
-"""A network without its weights, and how each of them begins: drawn from (run seed, its name), alone and in any order.
+"""Initial weights, each drawn from (run seed, its name), one at a time and in any order.
 
-A network is built as its author wrote it, on tensors that have shapes and no memory. What would have been computed is
-recorded; the calls that lead to one parameter or buffer are done when its values are wanted. So a process holds one whole
+`build_empty` builds a network as its author wrote it, but on fake tensors, which have shapes and no memory, and records the
+calls on them. The values of a parameter or buffer come from replaying the calls that lead to it. So a process holds one whole
 tensor at a time, and every process, under any launch, draws the same bits without the others.
 """
 
@@ -26,17 +26,17 @@ from trainer.data.seeding import hash32, seed_generators
 from trainer.errors import UserError
 
 OVERWRITE = ("normal_", "uniform_", "fill_", "zero_", "copy_")
-"""in-place operations that do not read what they write to: of what came before, nothing is left"""
+"""in-place operations that overwrite a tensor without reading it, so that no earlier call on it matters"""
 
 
 ALL_ROWS = slice(None)
 
 
 class Weights(Protocol):
-    """Values by the names of a network's parameters and buffers: those it begins with, or those of a checkpoint."""
+    """Reads values for a network's parameters and buffers by name: its initial ones, or those of a checkpoint."""
 
     def __call__(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
-        """A tensor on the host, or some rows of it (places in its first dimension)."""
+        """A tensor on the host, or some rows of it (indices of its first dimension)."""
 
 
 class _Call(NamedTuple):
@@ -45,31 +45,32 @@ class _Call(NamedTuple):
     keywords: dict[str, Any]
     result: Any
     reads: set[int]
-    """the memories (`_memory`) it depends on"""
+    """ids (`_memory`) of the storages that it reads"""
     writes: set[int]
+    """ids of the storages that it writes"""
 
 
 class InitialWeights:
-    """The values that a network begins with, by the names of its parameters and buffers."""
+    """Replays the recorded `calls` for the parameters and buffers of a network, `tensors` by name."""
 
     def __init__(self, calls: list[_Call], tensors: Mapping[str, Tensor], seed: int) -> None:
         self._calls, self._tensors, self._seed = calls, tensors, seed
         self._writers: dict[int, list[int]] = defaultdict(list)
-        """by memory the numbers of the calls that write to it"""
+        """{storage: numbers of the calls that write to it}"""
         for number, call in enumerate(calls):
             for memory in call.writes:
                 self._writers[memory].append(number)
         self._owners = {_memory(tensor): name for name, tensor in tensors.items()}
 
     def owner(self, name: str) -> str:
-        """The last name of what lies in the same memory: the same one, unless something is a view of it."""
+        """The last name among the tensors with the same storage: `name` itself, unless one is a view of another."""
         return self._owners[_memory(self._tensors[name])]
 
     def __call__(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
-        """See `Weights`. The whole tensor is made for any rows of it; torch's CPU generator is seeded.
+        """See `Weights`. Computes the whole tensor, whatever `rows`, and seeds torch's CPU generator.
 
-        Random numbers of a parameter that is copied from another one of the network are that one's; what was drawn for no
-        parameter at all (a layer that was copied several times) is drawn for each.
+        A parameter that is copied from another one of the network gets that one's random numbers. What was drawn for no
+        parameter of the network (a layer that was copied several times) is drawn anew for each copy.
         """
         needed = self._calls_behind(_memory(self._tensors[name]))
         if not needed and self._tensors[name].numel():
@@ -100,7 +101,7 @@ class InitialWeights:
         return rows_of(whole, rows)
 
     def _calls_behind(self, memory: int) -> list[_Call]:
-        """What has to be done, in this order, for the last values of a memory."""
+        """The calls to replay, in order, for the final values of a storage."""
         wanted = {memory}
         needed: list[_Call] = []
         candidates = [-number for number in self._writers[memory]]  # the latest first
@@ -119,7 +120,7 @@ class InitialWeights:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls that compute something, whose tensors have no memory."""
+    """Records the calls that create or change tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class _Recorder(TorchDispatchMode):
             )
         result = func(*args, **keywords)
         reads, made = _memories((args, keywords)), _memories(result)
-        writes = (made or reads) if func._schema.is_mutable else made - reads  # of a view nothing is left
+        writes = (made or reads) if func._schema.is_mutable else made - reads  # a view writes nothing
         name = func.overloadpacket.__name__
         if name in OVERWRITE and _fills_memory(args[0]):
             reads = _memories((args[1:], keywords))
@@ -145,7 +146,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def truncated_normal(self, tensor: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """In the place of torch's, which looks at the numbers it has drawn."""
+        """Records `trunc_normal_` as one call: torch's code looks at the numbers that it has drawn, and here there are none."""
         memories = _memories(tensor)
         reads = set() if _fills_memory(tensor) else memories
         self.calls.append(_Call(_truncated_normal, (tensor, *arguments), keywords, tensor, reads, memories))
@@ -159,7 +160,7 @@ _truncated_normal = nn.init._no_grad_trunc_normal_  # what nn.init.trunc_normal_
 
 
 def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, InitialWeights]:
-    """(the network that `build` makes, on the meta device; its values). UserError if `build` looks at a tensor's values."""
+    """(the network that `build` returns, on the meta device; its initial weights). UserError if `build` reads tensor values."""
     random.seed(hash32("build", seed))  # what is drawn by Python or numpy is then the same in every process
     np.random.seed(hash32("build", seed))
     with _recorded() as recorder:
@@ -189,7 +190,7 @@ def build_empty(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, I
 
 
 def check(network: nn.Module, values: InitialWeights) -> None:
-    """UserError for tensors of a network that could not be filled one by one."""
+    """UserError for tensors that cannot be filled one by one: neither parameter nor buffer, empty, or sharing memory."""
     for name, module in network.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
         for attribute in (key for key, value in own.items() if any(isinstance(x, FakeTensor) for x in tree_leaves(value))):
@@ -220,8 +221,8 @@ def _recorded() -> Iterator[_Recorder]:
 
 
 def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """What copy.deepcopy makes of a tensor without memory. A tensor's own way would copy the mode that it was made in as well:
-    torch's bookkeeping of memory, twice in a process, which then crashes at some garbage collection."""
+    """`copy.deepcopy` for fake tensors. The default would also copy the FakeTensorMode, whose bookkeeping of memory then exists
+    twice in the process, which crashes at some garbage collection."""
     new = tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, tensor.requires_grad)
@@ -232,20 +233,20 @@ def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 @torch.no_grad()
 def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """What `module.to(...)` does: its own way exchanges the insides of two tensors, which those without memory refuse."""
+    """`nn.Module._apply` (behind `module.to`) for fake tensors, which refuse the default's swap of two tensors' insides."""
     replace_tensors(module, lambda name, tensor: convert(tensor))
     return module
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:
-    """Those rows, or the tensor itself for all, also if it has no dimension."""
+    """Some rows of a tensor; for ALL_ROWS the tensor itself, which may then be a scalar."""
     return tensor if rows == ALL_ROWS else tensor[rows]
 
 
 def replace_tensors(network: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Put `make(name, tensor)` in the place of each parameter and buffer, one after the other; what is tied stays tied.
+    """Replace each parameter and buffer by `make(name, tensor)`, one at a time; tied ones stay tied.
 
-    A parameter keeps whether it is trained, and what else its author has said of it in attributes.
+    A new parameter keeps `requires_grad` and the attributes that the author of the network has set on the old one.
     """
     made: dict[Tensor, Tensor] = {}
     for prefix, module in network.named_modules():
@@ -263,7 +264,7 @@ def replace_tensors(network: nn.Module, make: Callable[[str, Tensor], Tensor]) -
 
 
 def fill(network: nn.Module, weights: Weights, device: torch.device) -> None:
-    """Give a network on the meta device its values, whole, one tensor at a time."""
+    """Fill a network on the meta device with whole tensors on `device`, one at a time."""
     replace_tensors(network, lambda name, tensor: weights(name).to(device, tensor.dtype).contiguous())
 
 

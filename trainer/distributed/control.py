@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class PendingSum:
-    """A sum over all processes that is on its way."""
+    """A sum over all processes that is under way."""
 
     def __init__(self, values: Sequence[float], group: Any) -> None:
         self._values, self._work = values, None
@@ -43,7 +43,7 @@ class Control:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if processes > 1 else None
 
     def sum(self, values: Sequence[float]) -> PendingSum:
-        """Start adding `values` up over all processes; `.wait()` gives the sums."""
+        """Start summing `values` over all processes, elementwise; `.wait()` returns the sums."""
         return PendingSum(values, self._group)
 
     def barrier(self) -> None:
@@ -52,7 +52,7 @@ class Control:
             dist.monitored_barrier(self._group, timeout=self.timeout, wait_all_ranks=True)
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The JSON value that process `source` holds."""
+        """The JSON-serialisable `value` of process `source`, on every process."""
         if self._group is None:
             return value
         data = json.dumps(value).encode() if self.rank == source else b""
@@ -65,7 +65,7 @@ class Control:
         return json.loads(bytes(buffer.tolist()))
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON value of every process, by rank, on rank 0; an empty list elsewhere."""
+        """The JSON-serialisable values of all processes, by rank, on rank 0; an empty list elsewhere."""
         if self._group is None:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Stop, and why? One object per rank collects every request to stop; all ranks add up their votes and leave together."""
+"""Requests to stop: one object per rank collects them, the ranks sum their votes, and all stop at the same step."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class StopReason(StrEnum):
 
     @property
     def by_hand(self) -> bool:
-        """Whether somebody asked for it who is there to look at the run; nothing is waiting for the process to be gone."""
+        """Whether a person asked for it, who may want to see a plot. A scheduler would be waiting for the process to end."""
         return self in (self.SIGINT, self.STOP_FILE, self.STOP_TYPED)
 
 
-# SIGTERM is the last of the signals: a launcher that another signal killed shows up here as a SIGTERM.
+# SIGTERM comes after the other signals: a launcher that got one of them sends its processes a SIGTERM.
 REQUESTS = (
     StopReason.TIME_LIMIT,
     StopReason.SIGINT,
@@ -66,12 +66,12 @@ REQUESTS = (
     StopReason.STOP_TYPED,
     StopReason.STOP_WHEN,
 )
-"""what people and schedulers ask for, at any moment, in order of priority; each rank votes on these"""
-POLL_SECONDS = 0.5  # files and stdin are looked at this often: a network file system is slow
-WATCH_SECONDS = 0.1  # how often the thread looks that acts on requests at once
-EXIT_SECONDS = 3.5  # from the end of the last save to the end of the process
-EXIT_PROCESSOR_SECONDS = 1.0  # what that needs of a core, most of it the launcher
-FIRST_STEP_SECONDS = 0.2  # what a step takes, until the first one has been timed
+"""reasons that may come up at any moment, in order of priority; each rank votes on them"""
+POLL_SECONDS = 0.5  # between looks at files and stdin: a network file system is slow
+WATCH_SECONDS = 0.1  # between looks of the thread of `acted_on_at_once`
+EXIT_SECONDS = 3.5  # allowed from the end of the last save to the end of the process
+EXIT_PROCESSOR_SECONDS = 1.0  # CPU time in it, most of it the launcher's
+FIRST_STEP_SECONDS = 0.2  # expected of a step until the first one has been timed
 
 
 def slurm_seconds_left(environ: Mapping[str, str]) -> float | None:
@@ -87,7 +87,7 @@ def slurm_seconds_left(environ: Mapping[str, str]) -> float | None:
 
 
 def check_hours(hours: float | None) -> None:
-    """Refuse a time limit that is not a length of time. None means no limit."""
+    """UserError for a time limit that is not above 0. None: no limit."""
     if hours is not None and not (math.isfinite(hours) and hours > 0):
         raise UserError(f"max_training_hours {hours} is no time limit; give hours above 0, or leave it out for no limit")
 
@@ -106,12 +106,12 @@ def finished_reason(state: TrainState, total_steps: int, run: Run) -> StopReason
 class StopRequests:
     """Every request to stop early that reaches this rank. A context manager; use it in the main thread.
 
-    `limit_hours` count from `started` (`process_start_monotonic()`); `slurm_end` is the Slurm job's end on that clock;
-    the earlier wins. `run` is given on rank 0 only: its `stop` and `status` files, and stdin, are watched; the command
-    `stop_when` on one process of each host.
+    The time limit is `limit_hours` after `started` (`process_start_monotonic()`) or `slurm_end`, the end of the Slurm job on
+    that clock, whichever is earlier. `run` is given on rank 0 only, which watches its `stop` and `status` files and stdin;
+    `stop_when`, a command, on one process of each host.
 
-    What a stop will take is estimated from what steps and saves have taken, and grows with the time that this process, in its
-    start and since, had to wait for a core.
+    How long a stop will take is estimated from past steps and saves, and more is allowed where this process has to wait for a
+    CPU core.
     """
 
     def __init__(
@@ -132,13 +132,14 @@ class StopRequests:
         self._requested: set[str] = set()
         self._step_seconds: deque[float] = deque(maxlen=50)
         self._saves: deque[tuple[float, float]] = deque(maxlen=5)
-        """(seconds, the slowdown then)"""
+        """(seconds, `_slowdown` at that time)"""
         self._expected_save_seconds = 0.0
-        self._processor: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=40)  # of the last 20 s
+        self._processor: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=40)
+        """(seconds run, seconds waited for a core) at the looks of the last 20 s"""
         self._slowdown = 1.0
-        """seconds that a second of computation takes, as others use the cores too"""
+        """(run + waited) / run over that time"""
         self.unsaved = False
-        """whether the end of the process would lose steps"""
+        """whether to end the process now would lose steps"""
         self._exit_seconds, self._stop_when = exit_seconds, stop_when
         self._command: StopCommand | None = None
         self._next_poll = 0.0
@@ -174,12 +175,12 @@ class StopRequests:
         self._remove_stop_file()
 
     def votes(self) -> list[float]:
-        """1.0 for each of REQUESTS that this rank has to stop now, else 0.0. Takes microseconds; call it every step."""
-        # The ranks act on this vote a step later, and then the save has to fit.
+        """For each of REQUESTS 1.0 if this rank has to stop for it now, else 0.0. Takes microseconds, for every step."""
+        # The ranks act on this vote a step later, and the save has to fit in after that.
         step = max(self._step_seconds, default=FIRST_STEP_SECONDS * self._slowdown)
         saves = (seconds * max(1.0, self._slowdown / slowdown) for seconds, slowdown in self._saves)
         save = max(saves, default=self._expected_save_seconds * self._slowdown)
-        self._look(2 * step + 2.5 * save)  # of which one may have begun just before
+        self._look(2 * step + 2.5 * save)  # one save may have begun just before
         return [float(reason in self._requested) for reason in REQUESTS] if self._requested else [0.0] * len(REQUESTS)
 
     def any_requested(self) -> bool:
@@ -188,10 +189,9 @@ class StopRequests:
 
     @contextmanager
     def acted_on_at_once(self, act: Callable[[StopReason], None]) -> Iterator[None]:
-        """Where nothing is unsaved and no other rank is needed: a thread calls `act(reason)` at the first request.
+        """While nothing is unsaved: a thread calls `act(reason)` at the first request, whatever the main thread is doing.
 
-        Whatever the main thread does meanwhile; `act` should end the process. What is typed is not read: the main thread may
-        be in a debugger.
+        `act` should end the process. Stdin is not read meanwhile: the main thread may be in a debugger.
         """
         over = threading.Event()
 
@@ -212,7 +212,7 @@ class StopRequests:
             watching.join()
 
     def before_the_first_step(self, reason: StopReason) -> str:
-        """What is to be said where a request comes then."""
+        """The line to print for a request that comes before the first step."""
         if reason != StopReason.TIME_LIMIT:
             return f"{reason} before the first step: nothing was trained, nothing is lost"
         taken, limit = time.monotonic() - self._started, self._deadline - self._started
@@ -222,7 +222,7 @@ class StopRequests:
         )
 
     def _look(self, seconds_needed: float, typed: bool = True) -> None:
-        """Look for requests; the time limit is one as soon as no more is left than is needed before the process can end."""
+        """Collect new requests. The time limit is one as soon as less time is left than `seconds_needed` and the exit take."""
         now = time.monotonic()
         if now >= self._next_poll:
             self._next_poll = now + POLL_SECONDS
@@ -239,7 +239,7 @@ class StopRequests:
 
     @staticmethod
     def decide(summed: Sequence[float]) -> StopReason | None:
-        """The reason to stop, from the votes summed over all ranks: the first with a vote. None: go on."""
+        """The first of REQUESTS with a vote, from the votes summed over all ranks; None: go on."""
         return next((reason for reason, votes in zip(REQUESTS, summed, strict=True) if votes > 0), None)
 
     def record_step(self, seconds: float) -> None:
@@ -269,7 +269,7 @@ class StopRequests:
         signals.free_full_streams()
 
     def _hear(self, number: int) -> None:
-        """The same in a thread, at once, while the main thread is in a C call."""
+        """Like `_handle`, but called at once in a thread, also while the main thread is in a C call."""
         self._requested.add(signal.Signals(number).name)
         if number == signal.SIGTERM:
             signals.terminating.set()

@@ -1,4 +1,4 @@
-"""The log interval: loss sums on the device, item counts on the host, times; and the lines and metrics that come of them."""
+"""The log interval: loss sums on the device, item counts and times on the host, and the metrics and lines made of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ WARNING_LINES, WARNING_CHARACTERS = 10, 300  # of each process: an evaluation ma
 
 
 class MetricsLogger:
-    """What people see of a run. Made, and called, on every process; rank 0 prints and writes.
+    """Accumulates the metrics of a run and reports them. Called on every process; rank 0 prints and writes.
 
-    `state` is read here, and written by the loop.
+    It reads `state`, which the loop changes.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MetricsLogger:
         self.data_seconds += seconds
 
     def exclude_from_timing(self, seconds: float) -> None:
-        """Take an evaluation or a save out of the times of the interval."""
+        """Leave these seconds, of an evaluation or a save, out of the interval's times."""
         self.untimed_seconds += seconds
 
     def unlogged(self) -> tuple[list[float | None], list[float]]:
@@ -88,7 +88,10 @@ class MetricsLogger:
         bad_steps: int,
         seconds_left: float,
     ) -> float | None:
-        """Log the interval, means weighted by items; its training loss. Here the host reads the device. Collective."""
+        """Log the interval: means over its items, rates, memory. Returns its training loss, None if that is not finite.
+
+        Here the host reads the device. Collective.
+        """
         step = self.state.step
         sums = self.launch.control.sum(self.loss_sums.tolist()).wait()
         measured = zip(self.terms, sums, self.item_counts, strict=True)
@@ -150,13 +153,13 @@ class MetricsLogger:
         lines, total = self._of_all_ranks(mine), self.state.replaced_samples
         what = f"WARNING: step {self.state.step + 1:,} takes the next readable sample instead of these"
         text = "\n".join([f"{what} ({total:,} replaced so far in this run):", *lines])
-        if total == number:  # of the first ones somebody far away hears too
+        if total == number:  # the first ones of the run: an alert as well
             self.announce("bad samples", text)
         else:
             self.console.log(text)
 
     def _of_all_ranks(self, mine: Sequence[str]) -> list[str]:
-        """The first lines of each process, on rank 0, and how many more there are. Collective."""
+        """On rank 0 the first lines of every process, and one that says how many more there are. Collective."""
         gathered = self.launch.control.gather([len(mine), [line[:WARNING_CHARACTERS] for line in mine[:WARNING_LINES]]])
         # A sample that fills up the last batch of a process is a sample of another one too.
         lines = list(dict.fromkeys(line for _, lines in gathered for line in lines))
@@ -164,12 +167,12 @@ class MetricsLogger:
         return [*lines, f"... and {more} more"] if more else lines
 
     def write(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """To metrics.jsonl and the trackers; of the current step, or of an earlier one."""
+        """Write metrics of `step` (default: the current one) to metrics.jsonl and the trackers."""
         if self.trackers is not None:
             self.trackers.log(self.state.step if step is None else step, metrics)
 
     def announce(self, event: str, text: str) -> None:
-        """Something out of the ordinary: to the console and, as an alert, to whoever is far away."""
+        """Print something out of the ordinary, and send it as an alert."""
         self.console.log(text)
         self.alerts.send(event, text, step=self.state.step)
 
