@@ -86,7 +86,7 @@ def store(port: int, ids: np.ndarray) -> None:
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(method, how many ranges) of what the server was asked."""
-    asked = remote._asked
+    asked = remote._request
     seen: list[tuple[str, int]] = []
 
     def counted(url: str, method: str, *arguments: object, **options: object) -> object:
@@ -94,7 +94,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         seen.append((method_name, len(arguments[0]) if isinstance(arguments[0], list) else 1))
         return asked(url, method, *arguments, **options)
 
-    monkeypatch.setattr(remote, "_asked", counted)
+    monkeypatch.setattr(remote, "_request", counted)
     return seen
 
 

@@ -1,1 +1,1 @@
-"""What a result is compared with."""
+"""Baselines that results are compared with."""

@@ -1,7 +1,7 @@
-"""What it takes no network to know of Collatz numbers, counted on the same numbers that a model is measured on.
+"""Baselines for Collatz numbers that need no network, counted on the same numbers that a model is measured on.
 
 - The next parity, per kind of number, by its frequency after the parity before. After an odd number it is always even; after
-  an even one it is nearly a coin toss for hard numbers, which makes 2/3 ln 2 = 0.46 nats and two parities of three right.
+  an even one it is nearly a coin toss for hard numbers, which gives 2/3 ln 2 = 0.46 nats and two of three parities right.
 - Steps: exp of the mean log1p(steps) of other numbers with as many binary digits.
 - Steps: 10.43 ln n, the mean of a random walk with these two moves (Lagarias & Weiss 1992, section 2).
 """
@@ -25,13 +25,13 @@ ANOMALY = 3.0  # an error of log1p(steps) above which a number is reported
 MAX_ANOMALIES = 20
 MAX_LOG_STEPS = 20.0
 MAX_STEPS = int(math.expm1(MAX_LOG_STEPS))
-NEIGHBOURS = 16  # other numbers that the mean of a magnitude is taken over, at least
+NEIGHBOURS = 16  # the mean of a magnitude is over at least so many other numbers, if there are as many
 
 
 def held_out_with_baselines(
     name: str, length: int, start: int, span: int, layout: Layout, exclude: np.ndarray | None = None
 ) -> HeldOutNumbers:
-    """A held-out set whose batches hold what the baselines predict of each number, too (see `baseline_columns`)."""
+    """A held-out set whose batches also hold the baselines' predictions of each number (see `baseline_columns`)."""
     from recipes.data.collatz import HeldOutNumbers
 
     dataset = HeldOutNumbers(name, length, start, span, layout, exclude)
@@ -40,8 +40,8 @@ def held_out_with_baselines(
 
 
 def baseline_columns(batch: Batch) -> dict[str, np.ndarray]:
-    """By number, float64 [batch]: `rule_nats` and `rule_right`, summed over its parities but the first, of the first-order
-    rule; `magnitude` and `formula`, the log1p(steps) that the other two predict."""
+    """float64 [batch] each: `rule_nats` and `rule_right`, the nats and hits of the first-order rule, summed over a number's
+    parities but the first; `magnitude` and `formula`, the log1p(steps) that the other two predict."""
     from recipes.data.collatz import KINDS
 
     tokens, steps, kinds, scored = (batch[name].numpy() for name in ("tokens", "steps", "kind", "scored"))
@@ -62,9 +62,11 @@ def baseline_columns(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def mean_of_others(log_steps: np.ndarray, digits: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """By number [batch]: the mean of the others that are scored and have as many binary digits; where those are few, of as few
-    more or less as it takes to have NEIGHBOURS. Numbers that are not scored are short for their size; its own steps are in no
-    number's mean, which would make a baseline of few numbers too good."""
+    """For each number [batch] the mean log1p(steps) of the other scored numbers with as many binary digits; where these are
+    few, also of those with the nearest counts of digits, until there are NEIGHBOURS.
+
+    Unscored numbers are left out, as they are short for their size; and the number itself, as that would make the baseline
+    too good where numbers are few."""
     means = np.zeros(len(log_steps))
     others = min(NEIGHBOURS, max(1, int(scored.sum()) - 1))
     for count in np.unique(digits):
@@ -85,12 +87,12 @@ def log_and_digits(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def steps_of(log_steps: Tensor) -> Tensor:
-    """The steps of a log1p(steps); bounded, so that one wild prediction leaves a mean finite."""
+    """The steps of a log1p(steps); bounded, so that one wild prediction does not make a mean infinite."""
     return log_steps.clamp(0.0, MAX_LOG_STEPS).expm1()
 
 
 def beside_baselines(means: Mapping[str, float]) -> str:
-    """Lines of the means that the recipe measures, each with its baselines in brackets."""
+    """Lines with the means that `measure` gives, each with its baselines in brackets."""
     from recipes.data.collatz import KINDS
 
     m = means
@@ -111,7 +113,7 @@ def beside_baselines(means: Mapping[str, float]) -> str:
 
 
 class Anomalies:
-    """Held-out numbers whose prediction is far off, as evaluation comes across them; the first few of them."""
+    """Collects the first few held-out numbers of an evaluation whose prediction is far off."""
 
     def __init__(self) -> None:
         self._lines: dict[int, str] = {}
@@ -143,7 +145,7 @@ class Anomalies:
             self._lines[n] = f"n = {n}: {steps} steps, predicted {bound}{prediction:.0f} (log1p off by {off:+.2f})"
 
     def take(self) -> list[str]:
-        """A line each of what was recorded since the last call."""
+        """A line for each number recorded since the last call; forgets them."""
         lines = [*self._lines.values(), *([f"and {self._more} more numbers"] if self._more else [])]
         self._lines, self._more = {}, 0
         return lines

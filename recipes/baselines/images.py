@@ -1,4 +1,4 @@
-"""What it takes no network to know of labelled images: logistic regression on the pixels."""
+"""A baseline for labelled images that needs no network: logistic regression on the pixels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 if TYPE_CHECKING:
     from recipes.data.image_batches import ImageBatches
 
-SIDE = 16  # pixels along a side that an image is averaged down to, at most
-MOST_IMAGES, MOST_CLASSES = 10_000, 100  # one process reads them, and fits on one core: a minute or two
+SIDE = 16  # pixels along a side; larger images are averaged down to it
+MOST_IMAGES, MOST_CLASSES = 10_000, 100  # one process reads and fits them on one core: a minute or two
 BATCH = 256
 
 
 class Prediction(NamedTuple):
-    """Of the validation images."""
+    """Results on the validation images."""
 
     accuracy: float
     nats: float
@@ -25,8 +25,8 @@ class Prediction(NamedTuple):
 def logistic_regression(train: ImageBatches, validation: ImageBatches) -> Prediction:
     """Scikit-learn's, with its default penalty, on pixels from -1 to 1, at most SIDE x SIDE, in fp64.
 
-    `train` is taken as it is: give it without augmentation. ValueError where there are too many images or classes for it, or
-    too few to fit; OSError for one that cannot be read.
+    `train` is used as it is: give it without augmentation. ValueError for too many images or classes, or too few to fit;
+    OSError for an image that cannot be read.
     """
     images = len(train) + len(validation)
     if images > MOST_IMAGES or train.classes > MOST_CLASSES:
@@ -36,7 +36,7 @@ def logistic_regression(train: ImageBatches, validation: ImageBatches) -> Predic
     from sklearn.metrics import log_loss
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):  # a hundred small products: on several threads they wait for each other, and round otherwise
+    with threadpool_limits(1):  # small products: several threads would only wait for each other, and round differently
         model = LogisticRegression(max_iter=1000).fit(*_pixels(train))
         pixels, labels = _pixels(validation)
         likelihoods = model.predict_proba(pixels)

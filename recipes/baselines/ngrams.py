@@ -1,4 +1,4 @@
-"""What counting alone achieves: unigram and Kneser-Ney bigram losses, for scale beside a language model's.
+"""Unigram and Kneser-Ney bigram losses: what counting alone achieves, for scale beside a language model.
 
 Kneser-Ney (Kneser & Ney 1995, "Improved backing-off for m-gram language modeling"), in the interpolated form
 of Chen & Goodman 1999, "An empirical study of smoothing techniques for language modeling"), for context v:

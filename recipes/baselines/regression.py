@@ -16,7 +16,7 @@ CHUNK_NUMBERS = 2**23  # float64: 64 MiB an array; about six are in memory at a 
 
 
 class Prediction(NamedTuple):
-    """Of each y from the pairs before it, float64 [sequences, examples] each."""
+    """The prediction of each y from the pairs before it, float64 [sequences, examples] each."""
 
     mean: Tensor
     log_density: Tensor
@@ -70,7 +70,7 @@ def _log_normal(difference: Tensor, variance: Tensor) -> Tensor:
 
 
 def _in_chunks(chunk: Callable[[Tensor, Tensor], Prediction], x: Tensor, y: Tensor, numbers: int) -> Prediction:
-    """`chunk` of as many sequences at a time as fit into CHUNK_NUMBERS, at `numbers` a sequence."""
+    """Apply `chunk` to as many sequences at a time as fit into CHUNK_NUMBERS, each taking `numbers`; join the results."""
     size = max(1, CHUNK_NUMBERS // numbers)
     parts = [chunk(*pair) for pair in zip(x.double().split(size), y.double().split(size), strict=True)]
     return Prediction(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -43,7 +43,7 @@ class Visualise:
 
 
 def visualise(recipe: Recipe, flags: Visualise, launch: Launch, log: Log) -> None:
-    """The `visualise` sub-command: on rank 0 only."""
+    """The `visualise` sub-command; rank 0 does the work."""
     import torch
 
     from trainer.checkpoints.network import find_checkpoint, load_network
@@ -95,7 +95,7 @@ def _plot_bias(network: Any, folder: Path, log: Log) -> None:
 
 
 def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: int, device: torch.device, log: Log) -> None:
-    """The attention of the class token (without one: of all patches on average), as a mean over heads."""
+    """Plot the attention of the class token, or without one the average of all patches'; the mean over heads."""
     from recipes.data.image_pixels import from_0_to_1
     from trainer.data.bad_samples import first_batch
 
@@ -119,7 +119,7 @@ def _plot_attention(network: Any, data: Data, config: Any, folder: Path, count: 
 
 
 def one_of_each_class(labels: Sequence[int], predicted: Sequence[int], count: int) -> list[int]:
-    """Numbers of `count` images: one of each class, then a second one, and so on; wrongly classified ones first."""
+    """Indices of `count` images: one of each class, then a second one, and so on; wrongly classified ones first."""
     order = sorted(range(len(labels)), key=lambda i: (labels[i] == predicted[i], i))
     so_far: Counter[int] = Counter()
     rounds = {}
@@ -192,8 +192,8 @@ def plot_offsets(tables: Sequence[torch.Tensor], out: Path, title: str) -> None:
 
 
 def plot_attention(images: np.ndarray, maps: np.ndarray, titles: Sequence[str], out: Path, title: str) -> None:
-    """Each image, and beside it the attention of each layer: `images` [batch, channels, height, width] with values of 0 to 1,
-    `maps` [layers, batch, rows, columns] of patches.
+    """Plot each image, and beside it the attention of each layer: `images` [batch, channels, height, width] from 0 to 1, `maps`
+    [layers, batch, rows of patches, columns of patches].
     """
     figure = new_figure(1.7 * (len(maps) + 1) + 0.8, 1.9 * len(images) + 0.6)
     axes = figure.subplots(len(images), len(maps) + 1, squeeze=False)

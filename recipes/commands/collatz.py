@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from recipes.data.collatz import HeldOutNumbers, Layout
     from trainer.distributed.launch import Launch
 
-MAX_DECIMALS = 10_000  # a number of so many takes some 240,000 steps
+MAX_DECIMALS = 10_000  # a number with so many digits takes some 240,000 steps
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Analyse:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A set of numbers, and what a model and the baselines predict of them; [numbers] each unless noted."""
+    """A set of numbers, with the predictions of a model and of the baselines; [numbers] each unless noted."""
 
     digits: np.ndarray
     """binary digits"""
@@ -84,7 +84,7 @@ class Predictions:
 
 
 def predict(recipe: Recipe, flags: Predict, launch: Launch, log: Log) -> None:
-    """The `predict` sub-command: on rank 0 only, from the checkpoint alone."""
+    """The `predict` sub-command; rank 0 does the work, from the checkpoint alone."""
     from recipes.data.collatz import Layout
     from trainer.checkpoints.network import find_checkpoint, load_network
 
@@ -95,7 +95,7 @@ def predict(recipe: Recipe, flags: Predict, launch: Launch, log: Log) -> None:
 
 
 def read_numbers(texts: tuple[str, ...]) -> list[int]:
-    """Decimal numbers of at least 1. UserError, naming the first that is none."""
+    """Decimal numbers of at least 1. UserError names the first that is not one."""
     if not texts:
         raise UserError("no number given; for example: predict 27 837799")
     for text in texts:
@@ -210,7 +210,7 @@ def predict_all(network: Any, dataset: HeldOutNumbers, batch_size: int, device: 
 
 
 def magnitudes(p: Predictions) -> list[tuple[str, np.ndarray]]:
-    """(label, which numbers) of ranges of binary digits that hold at least 5 scored numbers."""
+    """(label, bool [numbers]: which are scored and in it) of each range of binary digits that holds at least 5 such numbers."""
     edges = [1, *range(11, 31, 3), 60, 70, 80, 90, 100, 110, 128, 193]
     ranges = [(low, high, (p.digits >= low) & (p.digits < high) & p.scored) for low, high in pairwise(edges)]
     return [(f"{low}-{high - 1}" if high > low + 1 else str(low), rows) for low, high, rows in ranges if rows.sum() >= 5]
@@ -250,7 +250,7 @@ def draw_errors(p: Predictions) -> Figure:
 
 
 def draw_confusion(p: Predictions) -> Figure:
-    """The next-parity head, by the parity before: counts and shares of each row."""
+    """Confusion of the next-parity head, by the parity before: counts, and shares of each row."""
     figure = new_figure(8, 4)
     axes = figure.subplots(1, 2)
     figure.suptitle("Next parity of held-out numbers")
@@ -269,7 +269,7 @@ def draw_confusion(p: Predictions) -> Figure:
 
 
 def draw_states(p: Predictions) -> Figure:
-    """The two principal components of the stopping-time head's input, coloured by steps and by kind."""
+    """The first two principal components of the stopping-time head's input, coloured by steps and by kind."""
     figure = new_figure(12, 5)
     left, right = figure.subplots(1, 2)
     states = p.pooled[p.scored]

@@ -1,4 +1,4 @@
-"""Commands for a fine-tuned language model: its loss on what it is to say, answers, and answers before and after."""
+"""Commands for a fine-tuned language model: its loss on completions, its answers, and answers before and after training."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
 
 
 def bigram(train: PackedExamples, validation: PackedExamples, vocab_size: int) -> tuple[str, float] | None:
-    """(name, nats per predicted token) of a bigram of the training examples; None where some tokens are cut off, or it would
-    take long to count."""
+    """(name, nats per predicted token) of a bigram of the training examples; None if examples are cut, or counting would take
+    long."""
     from recipes.baselines.ngrams import bigram_loss
 
     if validation.cut or validation.left_out or max(len(train.ids), len(validation.ids)) > BIGRAM_TOKENS:
@@ -58,7 +58,7 @@ def bigram(train: PackedExamples, validation: PackedExamples, vocab_size: int) -
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
-    """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
+    """The `generate` sub-command; rank 0 does the work, from the checkpoint alone."""
     import torch
     from transformers import AutoTokenizer
 
@@ -83,7 +83,7 @@ def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
 
 
 def answer(network: Any, tokenizer: Any, ids: list[int], flags: Generate) -> str:
-    """What the network says after `ids`. UserError if they leave it no position."""
+    """The network's continuation of `ids`, as text. UserError if they leave it no position."""
     import torch
 
     free = getattr(network.config, "max_position_embeddings", len(ids) + flags.max_new_tokens) - len(ids)
@@ -105,24 +105,24 @@ def answer(network: Any, tokenizer: Any, ids: list[int], flags: Generate) -> str
 
 
 def compare_answers(recipe: Recipe, config: Any, data: Data, checkpoint: Path, log: Log) -> None:
-    """Print what is given in some validation examples, the reference, and the likeliest answers before and after."""
+    """Print the prompts of some validation examples, the reference, and the likeliest answers before and after training."""
     tokenizer, examples = data.extra["tokenizer"], data.evaluation["val"]
     count = len(examples.split.row_ends)
     pairs = [examples.text_of(number) for number in range(0, count, -(-count // config.run.samples))]
-    flags = Generate(temperature=0.0, max_new_tokens=max(len(said) for _, said in pairs) + 10)
+    flags = Generate(temperature=0.0, max_new_tokens=max(len(completion) for _, completion in pairs) + 10)
     answers = {}
     for when in ("before", "after"):
         network = first_network(recipe, config, data) if when == "before" else trained_network(recipe, config, data, checkpoint)
-        answers[when] = [answer(network, tokenizer, given, flags) for given, _ in pairs]
-    for number, (given, said) in enumerate(pairs):
-        texts = {"given": tokenizer.decode(given), "reference": tokenizer.decode(said, skip_special_tokens=True)}
+        answers[when] = [answer(network, tokenizer, prompt, flags) for prompt, _ in pairs]
+    for number, (prompt, completion) in enumerate(pairs):
+        texts = {"given": tokenizer.decode(prompt), "reference": tokenizer.decode(completion, skip_special_tokens=True)}
         texts |= {when: answers[when][number] for when in answers}
         for name, text in texts.items():
             log(f"{name:>10}: {' '.join(text.split())}")
 
 
 def first_network(recipe: Recipe, config: Any, data: Data) -> Any:
-    """The network as training began with it, on the CPU and in evaluation mode."""
+    """The network with the weights that training began with, on the CPU and in evaluation mode."""
     import torch
 
     from trainer.checkpoints.network import build_empty_network, first_weights

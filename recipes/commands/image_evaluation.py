@@ -65,13 +65,13 @@ def _names(classes: Sequence[str]) -> str:
 
 
 def accuracies_in(metrics: Mapping[str, float], prefix: str = "", is_: str = " ", separator: str = ", ") -> str:
-    """top-1 and, where it was measured, top-5."""
+    """The text of top-1 and, if it was measured, top-5 accuracy."""
     shares = {"top-1": metrics[f"{prefix}accuracy"], "top-5": metrics.get(f"{prefix}top5")}
     return separator.join(f"{name}{is_}{share:.2%}" for name, share in shares.items() if share is not None)
 
 
 def draw_images(batch: Batch, classes: Sequence[str], out: Path) -> str:
-    """Draw up to 16 images of a batch with their classes; a line that names the picture."""
+    """Draw up to 16 images of a batch with their classes into `out`; returns a line that names the picture."""
     from recipes.data.image_batches import mixed
     from recipes.data.image_pixels import from_0_to_1
     from trainer.reporting.plot import new_figure, save_figure

@@ -55,7 +55,7 @@ class SplitEvaluation:
     device: Device = "auto"
 
     def applied_to(self, config: Any, tokenizer: str) -> Any:
-        """A checkpoint's configuration with these data, and with its tokenizer: one trained anew would give other ids."""
+        """A checkpoint's configuration with these data and the given tokenizer: one trained on them would give other ids."""
         changes: dict[str, str | tuple[str, ...]] = {"tokenizer": tokenizer}
         if self.dataset:
             changes |= {"dataset": self.dataset, "data_dir": ()}
@@ -77,11 +77,11 @@ class SplitEvaluation:
 
 
 class MixtureReport(Report[Any]):
-    """What is logged of a mixture of sets, beside the loss."""
+    """Logs the loss and, for a mixture, the share and the loss of each set."""
 
     loss_unit = "nats per token"
     shares_at: Callable[[int], dict[str, float]] | None = None
-    """what share of the samples up to a step each set gave"""
+    """step -> {label of a set: its share of the samples up to that step}"""
 
     def watch(self, shares: SharesSoFar, effective_batch_size: int) -> None:
         """Log the shares of this mixture, and the loss of each set."""
@@ -89,22 +89,22 @@ class MixtureReport(Report[Any]):
         self.shares_at = lambda step: shares.at(step * effective_batch_size)
 
     def step_metrics(self, step: int) -> dict[str, float]:
-        """The shares so far."""
+        """The share of each set so far; empty without a mixture."""
         return {f"share/{label}": share for label, share in self.shares_at(step).items()} if self.shares_at else {}
 
 
 def sources_text(metrics: Mapping[str, float]) -> str:
-    """The shares so far and the loss of each set, for the log line; nothing where there is no mixture."""
+    """The shares so far and the loss of each set, for the log line; empty without a mixture."""
     shares = [f"{k.removeprefix('train/share/')} {v:.2%}" for k, v in metrics.items() if k.startswith("train/share/")]
     losses = [f"{k.removeprefix('train/loss_')} {v:.4f}" for k, v in metrics.items() if k.startswith("train/loss_")]
     return f" | So far: {', '.join(shares)} | Loss of {', '.join(losses)}" if shares else ""
 
 
 def check_sampling(flags: Sampling) -> None:
-    """UserError for a prompt, seed or top_p that no generation can work with."""
+    """UserError for a prompt that is not UTF-8, or a seed above 64 bits."""
     try:
         flags.prompt.encode()
-    except UnicodeEncodeError as reason:  # bytes of another encoding, as Python hands them on
+    except UnicodeEncodeError as reason:  # Python passes bytes of another encoding on as surrogates
         raise UserError(f"the prompt is not UTF-8 from character {reason.start + 1} on; give it in UTF-8") from None
     if not -(2**63) <= flags.seed < 2**63:
         raise UserError(f"seed {flags.seed} does not fit into 64 bits; give a smaller one")

@@ -43,7 +43,7 @@ class Predict:
 
 
 def predict(recipe: Recipe, flags: Predict, launch: Launch, log: Log) -> None:
-    """The `predict` sub-command: on rank 0."""
+    """The `predict` sub-command; rank 0 does the work."""
     from trainer.checkpoints.network import find_checkpoint
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
@@ -64,7 +64,7 @@ def predict(recipe: Recipe, flags: Predict, launch: Launch, log: Log) -> None:
 def compare_posteriors(
     recipe: Recipe, checkpoint: Checkpoint, config: Any, flags: Predict, future: int, device: torch.device
 ) -> list[str]:
-    """Lines: the next y, and w coordinate by coordinate, of the model and of the exact posterior."""
+    """Lines to print: the next y, and each coordinate of w, by the model and by the exact posterior."""
     import torch
 
     from recipes.commands.regression_evaluation import load_model
@@ -84,7 +84,7 @@ def compare_posteriors(
         next_y = network.sample(logits.expand(4096, -1), generator)
     mean, covariance = posterior(x[:n].unsqueeze(0), y[:n].unsqueeze(0), d.noise)
     estimates, later_covariance = posterior(all_x, all_y, d.noise)
-    # The estimate after n + future pairs varies less than the posterior: by what those pairs leave unknown.
+    # The estimate after n + future pairs varies less than w does: its variance lacks what is still unknown after those pairs.
     estimate_std = (covariance[0] - later_covariance.mean(0)).diagonal().clamp_min(0).sqrt()
     next_y_std = (d.noise + x[n].double() @ covariance[0] @ x[n].double()).sqrt()
     title = f"estimate after {future} more"
@@ -115,7 +115,7 @@ def resample(network: Any, x: Tensor, y: Tensor, paths: int, future: int, genera
     all_x = torch.cat([x.expand(paths, -1, -1), new], 1)
     all_y = torch.cat([y.expand(paths, -1), torch.zeros(paths, future, device=x.device)], 1)
     for i in range(n, n + future):
-        logits = network(all_x[:, : i + 1], all_y[:, : i + 1])[:, -1]  # which does not depend on the y of the query
+        logits = network(all_x[:, : i + 1], all_y[:, : i + 1])[:, -1]  # they do not depend on the y of the query, still 0
         all_y[:, i] = network.sample(logits, generator)
     return all_x, all_y
 

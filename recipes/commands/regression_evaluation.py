@@ -56,7 +56,7 @@ class Evaluate:
 
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
-    """The `evaluate` sub-command: on rank 0."""
+    """The `evaluate` sub-command; rank 0 does the work."""
     from trainer.checkpoints.network import find_checkpoint
     from trainer.reporting.run_directory import write_text_atomic
 
@@ -80,14 +80,14 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
 
 
 def evaluate_after_training(recipe: Recipe, config: Any, run: RunDirectory, checkpoint: Path, log: Log) -> None:
-    """At the end of a run: the same comparison, into evaluation.json of the run directory."""
+    """The same comparison at the end of a run, written to evaluation.json in the run directory."""
     import torch
 
     from trainer.checkpoints.checkpoint import Checkpoint
     from trainer.reporting.run_directory import write_text_atomic
 
     if config.data.stack or not config.run.eval_sequences:
-        return  # the models of a stack are evaluated once they are in run directories of their own
+        return  # `sweep` evaluates the models of a stack later, each in its own run directory
     device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
     options = (config.run.eval_sequences, config.run.eval_batch)
     results = compare_with_baselines(recipe, Checkpoint(checkpoint), config, device, *options)
@@ -118,9 +118,9 @@ def compare_with_baselines(
 ) -> Results:
     """A model beside ridge and dMMSE, as plain numbers.
 
-    By distribution: `error_y` and `error_mean`, squared errors / D against the noisy y and against w.x, of model, ridge and
-    dmmse; `delta`, the model's mean squared distance / D from ridge and dmmse; `nll` in nats, of the three. Each has its
-    `mean` and standard error `se` over sequences, and both `by_position`. With infinitely many tasks there is no dmmse.
+    results[distribution][metric][predictor], for the predictors model, ridge and (if the tasks are finite) dmmse: `error_y` and
+    `error_mean`, squared errors / D against the noisy y and against w.x; `nll` in nats; `delta`, for ridge and dmmse, the
+    model's squared distance / D from them. Each is {`mean`, standard error `se` over sequences, and both `by_position`}.
     """
     import torch
 
@@ -173,7 +173,7 @@ def _compare(network: Any, x: Tensor, y: Tensor, mean: Tensor, pool: Tensor, noi
 
 
 def _statistics(batches: list[Tensor]) -> dict[str, Any]:
-    """Mean over sequences and its standard error: of the average over positions, and position by position."""
+    """The mean of values [sequences, examples] over sequences and its standard error: averaged over positions, and for each."""
     import torch
 
     values = torch.cat(batches).cpu()

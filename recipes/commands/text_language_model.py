@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from trainer.distributed.launch import Launch
 
-MOST_TOKENS = 500_000_000  # of which n-grams are counted, in memory that grows with them
+MOST_TOKENS = 500_000_000  # tokens that n-grams are counted on at most: memory grows with them
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
-    """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
+    """The `generate` sub-command; rank 0 does the work, from the checkpoint alone."""
     from trainer.checkpoints.network import find_checkpoint, load_network
 
     check_sampling(flags)
@@ -108,7 +108,7 @@ def sample(network: Any, text: Text, flags: Generate) -> str:
 
 
 def sample_validation(network: Any, text: Text, max_length: int) -> str:
-    """The first tokens of the validation split, at most 12 and of its first row alone, as the network continues them."""
+    """The first tokens of the validation split (at most 12, all of its first row) and their continuation."""
     validation = text.splits["validation"]
     count = min(12, max_length // 2, int(validation.row_ends[0]) - 1)
     prompt = text.tokenizer().decode(windows_of(validation.ids, count, np.zeros(1, np.int64))[0].tolist())
@@ -119,7 +119,7 @@ def sample_validation(network: Any, text: Text, max_length: int) -> str:
 
 
 def scored_tokens(text: Text, split: str, config: Any) -> np.ndarray:
-    """Which tokens of a split a model is scored on: bool [tokens]. All but the first, or all but the first of each row."""
+    """Which tokens of a split a model is scored on: bool [tokens]. All but the first of the split, document or row."""
     tokens, max_length = text.splits[split], config.model.max_length
     mask = np.ones(len(tokens.ids), dtype=bool)
     mask[0] = False
@@ -127,14 +127,14 @@ def scored_tokens(text: Text, split: str, config: Any) -> np.ndarray:
         mask[1:] = np.asarray(tokens.ids)[:-1] != text.end_of_text
     if config.data.packing == "rows":
         starts = np.concatenate([[0], tokens.row_ends[:-1]])
-        # Position in its row, of each token: what lies beyond max_length has been cut off.
+        # The position of each token in its row: tokens beyond max_length have been cut off.
         position = np.arange(len(mask)) - np.repeat(starts, np.diff(tokens.row_ends, prepend=0))
         mask = (position > 0) & (position <= max_length)
     return mask
 
 
 def ngram_losses(text: Text, split: str, config: Any) -> dict[str, float]:
-    """{name: nats per token} of models that only count, on the same tokens as the network; none where counting takes long."""
+    """{name: nats per token} of n-gram models, on the same tokens as the network; empty where counting would take long."""
     sets = [text.splits[name].ids for name in ("train", split)]
     if max(map(len, sets)) > MOST_TOKENS:  # before any of them is read
         return {}
@@ -152,7 +152,7 @@ def log_perplexities(text: Text, split: str, config: Any, loss: float, log: Log)
     tokens = int(scored.sum())
     counted = f"over {words:,} words and line ends, blank lines' too, as published figures are"
     log(f"{split}: {loss:.4f} nats per token over {tokens:,} tokens, each once")
-    # Where rows were cut, the words of the split are more than those that were scored: all but some that begin a row.
+    # If rows were cut, some words were not scored. Uncut, only the first token of a row or document may be unscored.
     uncut = words and (scored[1:] | (ids[:-1] == text.end_of_text)).all()
     per_word = f", {perplexity(loss * tokens / words):.2f} per word ({counted})" if uncut else ""
     log(f"{split} perplexity: {perplexity(loss):.2f} per token{per_word}")

@@ -1,4 +1,4 @@
-"""What `--init_from` finds in a folder, or under a name of the hub, that holds a Vision Transformer of timm."""
+"""`--init_from` a folder, or a name of the hub, with a Vision Transformer of timm: its settings and its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def timm_settings(name: str) -> Mapping[str, Any]:
-    """{flag: its value} of the network and its images. OSError or ValueError for what this network has not."""
+    """{flag: value} of the network and its images. OSError or ValueError if it cannot be read, or is not our network."""
     from recipes.models.timm_vit import settings_of
     from trainer.checkpoints.pretrained import stored_config, stored_tensors
 
@@ -20,7 +20,7 @@ def timm_settings(name: str) -> Mapping[str, Any]:
 
 
 def timm_weights(name: str, network: Any, initial: Weights, notes: list[str]) -> Mapping[str, StoredTensor]:
-    """Its weights under our names, for the grid of our images. `notes` become what begins anew or is interpolated."""
+    """{our name: tensor}, for the grid of our images. `notes` is replaced by notes on what begins anew or is interpolated."""
     from recipes.models.timm_vit import named_as_ours
     from trainer.checkpoints.pretrained import StoredTensor, stored_tensors
 

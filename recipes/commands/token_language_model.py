@@ -53,7 +53,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
     from trainer.setup import load_data
 
     checkpoint, config = find_checkpoint(recipe, flags.model_path, launch)
-    # That data alone, as the training data may be elsewhere; or the validation part of the training text.
+    # Load the validation data only, as the training data may be elsewhere; without any, a part of the training text is it.
     validation = (flags.data_path,) if flags.data_path else config.data.val_data_path
     tokenizer = str(checkpoint.path / "tokenizer.json") if "tokenizer.json" in checkpoint.files else None
     paths = {"train_data_path": validation or config.data.train_data_path, "val_data_path": validation}
@@ -70,7 +70,7 @@ def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
 
 
 def generate(recipe: Recipe, flags: Generate, launch: Launch, log: Log) -> None:
-    """The `generate` sub-command: on rank 0 only, from the checkpoint alone."""
+    """The `generate` sub-command; rank 0 does the work, from the checkpoint alone."""
     from recipes.data.text import Text
     from recipes.data.tokenizer import existing_tokenizer
     from trainer.checkpoints.network import find_checkpoint, load_network
@@ -108,7 +108,7 @@ def sample(network: Any, text: Text, flags: Generate) -> str:
 
 
 def sample_validation(network: Any, streams: Streams) -> str:
-    """The first 8 tokens of the validation stream, as the network continues them. Needs the streams' tokenizer."""
+    """The first 8 tokens of the validation stream and their continuation. Needs the streams' tokenizer."""
     from recipes.data.text import Text
 
     assert streams.tokenizer_json is not None
@@ -118,7 +118,7 @@ def sample_validation(network: Any, streams: Streams) -> str:
     return sample(network, text, Generate(prompt=prompt, max_new_tokens=100)).strip()
 
 
-@functools.lru_cache(1)  # the plot and the report want it
+@functools.lru_cache(1)  # the plot and the report both ask for it
 def bigram(streams: Streams, vocab_size: int, by_document: bool) -> tuple[str, float] | None:
     """(name, nats per token) of a bigram on the whole validation stream, or on all but the first tokens of its documents.
 

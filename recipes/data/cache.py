@@ -1,4 +1,4 @@
-"""A cache of files by content: an entry is whole and intact, or it is written again. What is known of a file is read once."""
+"""A cache of files by content: an entry is whole and intact, or it is written again. Facts about a file are found only once."""
 
 import contextlib
 import hashlib
@@ -50,7 +50,7 @@ class CacheEntry:
         return facts if intact else None
 
     def temporary(self, name: str) -> Path:
-        """Where to write a large file before it is given to `write`. What a killed process left there is removed."""
+        """Where to write a large file before it is given to `write`. Leftovers of killed processes are removed first."""
         self._to_write(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         for left in self.folder.glob("*.tmp"):
             if is_abandoned(left):
@@ -83,29 +83,29 @@ class CacheEntry:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a temporary file is nobody's any more: it was not written to for a day."""
-    with contextlib.suppress(FileNotFoundError):  # it has just got its name
+    """Whether a temporary file is a leftover: it was not written to for a day."""
+    with contextlib.suppress(FileNotFoundError):  # it has just been renamed
         return path.suffix == ".tmp" and path.stat().st_mtime < time.time() - 24 * 3600
     return False
 
 
-def remembered(path: Path, what: str, find_out: Callable[[], dict[str, Any]], cache: Path | None = None) -> dict[str, Any]:
-    """What `find_out` says of a file, asked once for as long as the file keeps its size and times."""
+def remembered(path: Path, what: str, compute: Callable[[], dict[str, Any]], cache: Path | None = None) -> dict[str, Any]:
+    """The result of `compute`, the facts called `what` about a file: computed again only when its size or times change."""
     entry = CacheEntry((cache or cache_folder()) / "files" / content_hash(what, str(path.resolve())))
     known, found = entry.read(), signature(path)
     if known is None or known["signature"] != found:
-        known = {"path": str(path), "signature": found, "facts": find_out()}
+        known = {"path": str(path), "signature": found, "facts": compute()}
         entry.write({}, known)
     return known["facts"]
 
 
 def remembered_hash(path: Path, cache: Path | None = None) -> str:
-    """sha256 (hex) of the bytes of a file, read once for as long as it keeps its size and times."""
+    """sha256 (hex) of the bytes of a file, which is read again only when its size or times change."""
     return remembered(path, "sha256", lambda: {"sha256": file_hash(path)}, cache)["sha256"]
 
 
 def signature(path: Path) -> list[int]:
-    """Size and times of a file. With ctime: whoever puts mtime back cannot set that."""
+    """Size and times of a file: [bytes, mtime, ctime]. Programs that restore mtime cannot set ctime."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

@@ -128,16 +128,16 @@ def _draw_held_out(key, start, span, words, kinds):  # noqa: ANN001, ANN202
 
 @dataclass(frozen=True)
 class Layout:
-    """The contents of a sample."""
+    """What a sample holds."""
 
     max_len: int = 500
     """parity tokens; longer vectors are cut"""
     prefix_len: int = 64
     """parities that the stopping time is predicted from; numbers that end within them reveal it, and are not scored"""
     digits: bool = False
-    """it is predicted from the binary digits of n instead: they are added, and all numbers are scored"""
+    """the stopping time is predicted from the binary digits of n instead: they are added, and all numbers are scored"""
     whole: bool = False
-    """it is predicted from all parities: all numbers are scored"""
+    """the stopping time is predicted from all parities: all numbers are scored"""
 
     @classmethod
     def of(cls, model: Any) -> Layout:
@@ -145,7 +145,7 @@ class Layout:
         return cls(model.max_len, model.prefix_len, digits=model.input == "digits", whole=model.mode == "guide")
 
     def scores(self, steps: np.ndarray) -> np.ndarray:
-        """Whether the stopping time of numbers with so many steps is predicted: bool [batch]."""
+        """Whether the stopping time is predicted for numbers with these steps: bool [batch]."""
         return steps > (0 if self.digits or self.whole else self.prefix_len)
 
     def batch(self, words: np.ndarray, kinds: np.ndarray) -> dict[str, torch.Tensor]:
@@ -190,8 +190,8 @@ class CollatzStream:
         return self.layout.batch(*self.draw(numbers))
 
     def fingerprint(self) -> str:
-        """Changes with the numbers of the stream."""
-        return _digest(self.draw(range(64), ramp=0.0)[0], self.start)  # not with the length of the run, by a curriculum
+        """A hash that changes with the numbers of the stream, but not with the length of a curriculum."""
+        return _digest(self.draw(range(64), ramp=0.0)[0], self.start)
 
     def draw(self, numbers: Sequence[int], ramp: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers -> (words uint64 [batch, WORDS], kinds uint8 [batch])."""
@@ -205,15 +205,15 @@ class CollatzStream:
 class HeldOutNumbers:
     """`length` distinct numbers that no training stream contains: every other one hard; the same for every seed.
 
-    `columns` are more values by number, put into each batch (what a baseline predicts of it).
+    `columns`: further values of each number, [length] each, that are added to batches, such as predictions of baselines.
     """
 
     def __init__(
         self, name: str, length: int, start: int, span: int, layout: Layout, exclude: np.ndarray | None = None
     ) -> None:
-        """Sets of another `name` have other hard numbers; none of `exclude`, the `words` of another set, is in this one.
-        Ordinary numbers lie at most about `span` above `start`, evenly by the logarithm of that distance. ValueError for a
-        length or span out of range."""
+        """The hard numbers depend on `name`; numbers of `exclude`, the `words` of another set, are left out. Ordinary numbers
+        lie at most about `span` above `start`, evenly by the logarithm of that distance. ValueError for a length or span out
+        of range."""
         if length < 2:
             raise ValueError(f"{length} held-out numbers are too few; take at least 2")
         if not 0 < span < 1 << 60:
@@ -241,7 +241,7 @@ class HeldOutNumbers:
         return self.__getitems__(range(len(self)))
 
     def fingerprint(self) -> str:
-        """Changes with the numbers of the set."""
+        """A hash of the numbers of the set."""
         return _digest(self.words)
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Real English that is on every machine with Python: no network, no download, nothing to ship.
 
 Two sources: CPython's language reference (`pydoc_data.topics`) and the docstrings of the standard library. Source files
-are only parsed, never executed. About 2 MB of text; what exactly depends on the version of Python, so the token cache
-and the fingerprint of a run follow its content.
+are only parsed, never executed. The text, about 2 MB, differs between versions of Python, and so do the token cache and the
+fingerprint of a run.
 """
 
 import ast
@@ -28,7 +28,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def load_embedded(cache: Path) -> dict[str, list[str]]:
     """Return the rows (one paragraph each, on one line) of `train`, `validation` and `test`: about 90, 5 and 5 %.
 
-    They are kept in the cache for this very build of Python: to parse its library takes seconds.
+    The cache keeps them for each build of Python, as parsing its library takes seconds.
 
     A whole file or topic goes to one split, chosen by a hash of its name. A paragraph is kept the first time it occurs
     and dropped afterwards, because topics contain one another and docstrings are copied between modules: without

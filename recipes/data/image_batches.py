@@ -1,6 +1,6 @@
 """Batches of labelled images: cropped, flipped and paired for mixing, as a function of (seed, sample number) alone.
 
-They are mixed, and normalised, by the network's device: what has 8 bits travels there in them.
+Mixing and normalising are left to the device of the network, so that 8-bit images are sent to it as 8 bits.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ class Augmentation:
     label_smoothing: float = 0.0
     """probability spread over all classes"""
     grey: float = 0.5
-    """of the padding, from 0 to 1; of images of 8 bits the nearest grey that they have"""
+    """of the padding, from 0 to 1; rounded to 8 bits for 8-bit images"""
 
 
 class ImageBatches:
     """Samples of a map-style set by number: s is item s % len, and every random choice about it comes from (seed, s).
 
-    mixup (Zhang et al. 2018): sample s is mixed with another item of the whole set, drawn from (seed, s) like the weight, and
-    not with one of its own batch, so that a process needs no sample that another one reads. `labels` are those of the image
-    with the larger weight.
+    mixup (Zhang et al. 2018): sample s is mixed with any other item of the set, drawn, like the weight, from (seed, s). An item
+    of its own batch might be read by another process. `labels` are those of the image with the larger weight.
     """
 
     def __init__(
@@ -58,14 +57,14 @@ class ImageBatches:
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """`images` uint8 or fp32 [batch, channels, height, width] and `labels` int64 [batch]; with an augmentation also
-        `targets` fp32 [batch, classes], the probabilities that the loss compares with; with mixup `others`, images too, and
-        `weights` fp32 [batch], for `mixed`.
+        `targets` fp32 [batch, classes], the target probabilities of the loss; with mixup also `others`, the images to mix with,
+        and `weights` fp32 [batch], both for `mixed`.
         """
         samples = [self._sample(int(number)) for number in numbers]
         return {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def _sample(self, number: int) -> dict[str, Any]:
-        """A row of a batch."""
+        """Sample `number`, a row of a batch."""
         import torch
 
         image, label = self.items[int(self.numbers[number % len(self)])]
@@ -86,7 +85,7 @@ class ImageBatches:
 
 
 def mixed(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The images of a batch [batch, channels, height, width], mixed where they are to be."""
+    """The images of a batch [batch, channels, height, width], mixed with its `others` if it has any."""
     if "others" not in batch:
         return batch["images"]
     weights = batch["weights"].view(-1, 1, 1, 1)

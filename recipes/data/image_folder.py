@@ -1,4 +1,4 @@
-"""Image files in one folder for each class: which files count, what is said of them, and a hash of their contents."""
+"""Image files in one folder for each class: which files count, notes about them, and hashes of their contents."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-MOST_NAMES = 20  # of classes or files in a line
+MOST_NAMES = 20  # classes or files named in a line
 READERS = 16  # threads: files may lie far away
 
 
 def class_folders(root: Path) -> list[str]:
-    """The names of its folders, sorted; hidden ones (.ipynb_checkpoints) are no classes.
+    """The names of the folders in `root`, sorted; hidden ones (.ipynb_checkpoints) are no classes.
 
-    ValueError for a name that is no text: no checkpoint could hold it.
+    ValueError for a name that is not UTF-8: checkpoints could not hold it.
     """
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     for name in names:
@@ -36,10 +36,10 @@ def class_folders(root: Path) -> list[str]:
 
 
 class FolderImages:
-    """ROOT/CLASS/NAME.png, in the order of their names, at any depth below the class."""
+    """Images of ROOT/CLASS/NAME.png, sorted by path; they may be at any depth below the class."""
 
     def __init__(self, root: Path, img_size: tuple[int, int], in_channels: int, classes: Sequence[str]) -> None:
-        """ValueError, naming it, for a class that is not one of `classes`, and for a folder that is called like an image."""
+        """ValueError, naming it, for a folder that is not one of `classes`, or is called like an image."""
         unknown = sorted(set(class_folders(root)) - set(classes))
         if unknown:
             raise ValueError(f"{root}: class {unknown[0]!r} is not one of the training classes {', '.join(classes[:8])}")
@@ -87,7 +87,7 @@ class FolderImages:
             return to_tensor(image, self.img_size, self.in_channels), label
 
     def notes(self) -> list[str]:
-        """Classes, how many images each has, and what is skipped, a line each."""
+        """A line on the number of images of each class, and one on skipped files if there are any."""
         labels = Counter(label for _, label in self.files)
         counts = [f"{name} {labels[label]:,}" for label, name in enumerate(self.classes)]
         lines = [f"{self.root}: {len(self.files):,} images in {len(self.classes)} classes: {_some(counts)}"]
@@ -107,9 +107,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def content_hashes(root: Path, files: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """(sha256 of each file, what the user should know of them).
+    """(sha256 of each file, notes for the user).
 
-    A file is read once: the cache remembers it by size and times. It is kept with the other caches, not in `root`, which may be
+    The cache remembers a file's hash by its size and times. It is kept with the other caches, not in `root`, which may be
     read-only or belong to somebody else; without a cache every start reads every file.
     """
     notes: list[str] = []
@@ -137,9 +137,9 @@ def content_hashes(root: Path, files: Sequence[Path]) -> tuple[list[str], list[s
 
 
 def _facts(path: Path, known: Any) -> list[Any]:
-    """[size, times of change, sha256, frames (0: no image)] of a file: what is `known`, where its size and times are those."""
+    """[size, mtime, ctime, sha256, frames (0: no image)] of a file; `known` if it has the same size and times."""
     found = path.stat()
-    signature = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # ctime: whoever puts mtime back cannot set that
+    signature = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # programs that restore mtime cannot set ctime
     if isinstance(known, list) and known[:-2] == signature:
         return known
     try:
@@ -157,5 +157,5 @@ def _frames(path: Path) -> int:
         with Image.open(path) as image:
             # A second picture in a JPEG (MPO) is a preview or a depth map.
             return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except Exception:  # said at start, and an error where a sample needs it
+    except Exception:  # a note at start names it, and it is an error where a sample needs it
         return 0

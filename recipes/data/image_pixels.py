@@ -1,6 +1,6 @@
 """From a picture to numbers: every mode that PIL has becomes grey or RGB, or is refused by its name.
 
-What has 8 bits stays uint8, from 0 to 255, until the network takes it: a quarter of the bytes. All else is fp32, from 0 to 1.
+8-bit pixels stay uint8, from 0 to 255, until the network takes them: a quarter of the bytes. All others are fp32, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-# More than 8 bits a pixel, which `convert` clips instead of scaling.
+# Modes with more than 8 bits a pixel, which PIL's `convert` clips instead of scaling.
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 SAVE_AGAIN = "save it with 8 or 16 bits a channel"
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
@@ -27,7 +27,7 @@ WHITE_IS_ZERO = 0
 
 @contextlib.contextmanager
 def reading(name: str | Path) -> Iterator[None]:
-    """OSError, with the name of the picture, for whatever its decoder raises: PIL's have no common class."""
+    """Turn whatever a decoder raises into OSError with the name of the picture: PIL's errors have no common class."""
     try:
         yield
     except MemoryError:
@@ -37,7 +37,7 @@ def reading(name: str | Path) -> Iterator[None]:
 
 
 def from_0_to_1(images: torch.Tensor) -> torch.Tensor:
-    """Floats of 0 to 1, which those that are no uint8 are already."""
+    """Images as floats from 0 to 1: uint8 divided by 255, others as they are."""
     import torch
 
     return images / 255 if images.dtype == torch.uint8 else images
@@ -46,8 +46,8 @@ def from_0_to_1(images: torch.Tensor) -> torch.Tensor:
 def to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tensor:
     """A PIL image as uint8 or fp32 [channels, height, width]: scaled so that it covers `size`, then cropped in the centre.
 
-    It is turned as its EXIF data say, and stands on white where it is transparent; of several frames the first is taken.
-    ValueError for pixels whose black and white are not known.
+    It is turned as its EXIF data say, transparent parts become white, and of several frames the first is taken. ValueError
+    for pixels whose values for black and white are not known.
     """
     import torch
     from PIL import ImageOps
@@ -55,7 +55,7 @@ def to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tenso
 
     if channels not in (1, 3):
         raise ValueError(f"in_channels {channels}: images have 1 (grey) or 3 (RGB)")
-    image.load()  # a PNG may have its EXIF data behind its pixels; a TIFF turns itself
+    image.load()  # a PNG may have its EXIF data after its pixels; PIL turns a TIFF while loading it
     shown = _upright(_deep_grey(image) if image.mode in DEEP_GREY else _eight_bits(image, channels), _orientation(image))
     pixels = np.asarray(ImageOps.fit(shown, (size[1], size[0]), Resampling.BICUBIC))
     if shown.mode == "F":  # bicubic scaling overshoots; PIL clips that by itself where a pixel has 8 bits
@@ -64,7 +64,7 @@ def to_tensor(image: Image, size: tuple[int, int], channels: int) -> torch.Tenso
 
 
 def _eight_bits(image: Image, channels: int) -> Image:
-    """Mode L or RGB, on white."""
+    """The image in mode L or RGB, transparent parts white."""
     import PIL.Image
 
     if image.has_transparency_data:
@@ -76,7 +76,7 @@ def _eight_bits(image: Image, channels: int) -> Image:
 
 
 def _deep_grey(image: Image) -> Image:
-    """Mode F, from 0 to 1."""
+    """The image in mode F, from 0 to 1. ValueError if its white is not known."""
     import PIL.Image
 
     values, tags = np.asarray(image).astype(np.float32), getattr(image, "tag_v2", {})
@@ -97,7 +97,7 @@ def _deep_grey(image: Image) -> Image:
 
 
 def _orientation(image: Image) -> Any:
-    """The orientation in the EXIF data; None where there are none, or nobody can read them."""
+    """The orientation in the EXIF data; None where there are none, or they are damaged."""
     try:
         return image.getexif().get(ORIENTATION)
     except Exception:  # the pixels are good all the same

@@ -1,7 +1,7 @@
 """Sets of labelled images: synthetic ones, scikit-learn's digits, a folder, and the hub; and their splits.
 
-Each set is map-style: item i is `(image, label)`, a tensor [channels, height, width], uint8 or fp32 of values about 0 to 1, and
-an int, the same at every access. `recipes.data.image_batches` makes training batches of them.
+Each set is map-style: item i is `(image, label)`, the same at every access: a tensor [channels, height, width], uint8 or fp32
+from about 0 to 1, and an int. `recipes.data.image_batches` makes training batches of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HUB_NAMES = {"cifar10": "uoft-cs/cifar10"}
 
 @dataclass(frozen=True)
 class ImageDefaults:
-    """Sizes of the images of a set where no flag gives them: side of an image and of a patch in pixels, channels."""
+    """Sizes for a set where no flag gives them: side of an image and of a patch in pixels, channels."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -61,7 +61,7 @@ class Digits:
 
 
 class HubImages:
-    """A split of a hub image set, by `datasets`: its first column of images and its first column of class labels."""
+    """A split of a hub image set, loaded by `datasets`: its first column of images and its first column of class labels."""
 
     def __init__(self, rows: Any, img_size: tuple[int, int], in_channels: int) -> None:
         from datasets import ClassLabel, Image
@@ -85,7 +85,7 @@ class HubImages:
 
 @dataclass
 class ImageSets:
-    """The splits of a data set: of each a map-style set and the numbers of its items that belong to the split."""
+    """The splits of a data set: each is a map-style set with the numbers of the items that belong to the split."""
 
     classes: list[str]
     train: tuple[Any, np.ndarray]
@@ -94,7 +94,7 @@ class ImageSets:
     test: tuple[Any, np.ndarray] | None
     fingerprint: str
     notes: list[str] = field(default_factory=list)
-    """what the user should know of them"""
+    """for the user"""
 
 
 def image_sets(
@@ -162,7 +162,7 @@ def _whole(items: Any) -> tuple[Any, np.ndarray]:
 
 
 def _folder(root: Path, img_size: tuple[int, int], channels: int, val_samples: int | None) -> ImageSets:
-    """ROOT/train/CLASS/NAME.png, where val (or validation) and test may stand beside train; or ROOT/CLASS/NAME.png."""
+    """ROOT/train/CLASS/NAME.png, perhaps with val (or validation) and test beside train; or ROOT/CLASS/NAME.png."""
     top = root / "train" if (root / "train").is_dir() else root
     if not top.is_dir():
         raise ValueError(f"data_dir {root} is not a folder; give one that holds a folder of images for each class")

@@ -70,8 +70,8 @@ def task_pool(num_tasks: int, task_size: int, seed: int) -> Tensor:
 class RegressionStream:
     """Endless sequences of `examples` pairs from pools of tasks. An empty pool means infinitely many: each sample a new task.
 
-    With several pools a sample has one y for each, all with the same x, the same noise and the same uniform number that
-    chooses the task: each is what a stream of that pool alone would give.
+    With several pools a sample has one y for each, from the same x, noise, and uniform number that chooses the task: each y is
+    that of a stream of its pool alone.
     """
 
     on_device = True
@@ -89,7 +89,7 @@ class RegressionStream:
         self.columns = normal_columns(examples * (task_size + 1) + task_size)
 
     def to(self, device: torch.device) -> None:
-        """Generate there from now on."""
+        """Generate on `device` from now on."""
         self.tasks, self.columns = self.tasks.to(device), self.columns.to(device)
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -24,13 +24,13 @@ from recipes.data.cache import CacheEntry, cache_folder, content_hash, is_abando
 from recipes.data.hub import one_line
 from recipes.data.token_files import CHUNK_IDS, HEAD_BYTES, Facts, TokenFile, default_dtype, ids_among, parsed_sidecar, stored
 
-BLOCK_BYTES = 1 << 17  # asked for at a time, and kept in a file of its own
+BLOCK_BYTES = 1 << 17  # requested at a time, and kept in a file of its own
 CHECKSUM_BYTES = 4  # behind each block that is kept
 DEFAULT_CACHE_GB = 20.0
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is for fsspec."""
+    """Whether a path is a URL, to be read by fsspec."""
     return "://" in path
 
 
@@ -44,16 +44,16 @@ def _file_system(protocol: str) -> Any:
         raise ValueError(f"{protocol}:// cannot be opened ({one_line(error)})") from None
 
 
-def _asked(url: str, method: str, *arguments: Any, **options: Any) -> Any:
-    """What a method of the file system of a URL gives. FileNotFoundError, or OSError that names the URL.
+def _request(url: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of the URL's file system. FileNotFoundError, or OSError that names the URL.
 
-    Such an error passes: no other sample may take the place of one that could not be read now.
+    The OSError is ETIMEDOUT, which is temporary: no other sample may replace one that cannot be read now.
     """
     protocol = url.partition("://")[0]
     try:
         given = getattr(_file_system(protocol), method)(*arguments, **options)
         if failed := [part for part in given if isinstance(part, Exception)] if isinstance(given, list) else []:
-            raise failed[0]  # which many versions of fsspec return in the place of bytes, however they are asked
+            raise failed[0]  # many versions of fsspec return exceptions in place of bytes, whatever `on_error` says
         return given
     except FileNotFoundError:
         raise FileNotFoundError(f"{url} does not exist; give another URL or path") from None
@@ -66,18 +66,18 @@ def _asked(url: str, method: str, *arguments: Any, **options: Any) -> Any:
 def remote_files(url: str, vocab_size: int) -> tuple[TokenFile, ...]:
     """The ids of a URL, of those that a pattern matches, or of the `.ids` below it, in the order of their names.
 
-    However many they are: one request for the list, and one round of them for the .json beside each.
+    For any number of files this takes one request for the list, and one round of requests for the .json beside each.
     """
     protocol = url.partition("://")[0]
     _cache_bytes()
-    found = _asked(url, "glob" if "*" in url else "find", url, detail=True)
+    found = _request(url, "glob" if "*" in url else "find", url, detail=True)
     names = [name for name in ids_among(found) if name.endswith(".ids") or "*" in url or len(found) == 1]
     if not names:
         raise FileNotFoundError(f"{url} has no .ids files; give the URL of one, of a folder of them, or a pattern")
     beside = [f"{name}.json" for name in names]
     if "*" not in url and len(found) > 1:  # the list is whole
         beside = [name for name in beside if name in found]
-    contents = _asked(url, "cat", beside, on_error="return") if beside else {}
+    contents = _request(url, "cat", beside, on_error="return") if beside else {}
     for name, content in contents.items():
         if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
             raise OSError(errno.ETIMEDOUT, f"{protocol}://{name} cannot be read ({one_line(content)})") from content
@@ -89,7 +89,7 @@ def remote_files(url: str, vocab_size: int) -> tuple[TokenFile, ...]:
 
 
 def _entry(url: str, version: str, dtype: str) -> CacheEntry:
-    """Where it is remembered what is known of the ids of a URL."""
+    """The cache entry for `Facts` about the ids of a URL."""
     return CacheEntry(cache_folder() / "files" / content_hash("remote ids", url, version, dtype))
 
 
@@ -99,19 +99,19 @@ class RemoteTokenFile(TokenFile):
 
     url: str = ""
     version: str = ""
-    """of the content, as the server tells it: a changed file is not read from the cache"""
+    """of the content, as the server tells it: the cache is not used for a file that has changed"""
     beside: bytes | None = None
-    """what stands in the .json"""
+    """content of the .json"""
 
     @classmethod
     def open_url(cls, url: str, info: dict[str, Any], beside: bytes | None, vocab_size: int) -> RemoteTokenFile:
-        """ValueError, FileNotFoundError or OSError, in one line, if it holds no ids."""
+        """The ids of one URL. ValueError, FileNotFoundError or OSError, in one line, if it holds none."""
         version = " ".join(str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "size"))
         sidecar = {} if beside is None else parsed_sidecar(url, beside)
 
         def head() -> bytes:
             checked = _entry(url, version, default_dtype(vocab_size)).read()
-            return b"" if checked else _asked(url, "cat_file", url, start=0, end=min(HEAD_BYTES, info["size"]))
+            return b"" if checked else _request(url, "cat_file", url, start=0, end=min(HEAD_BYTES, info["size"]))
 
         dtype, count = stored(url, info["size"], vocab_size, sidecar, head)
         return cls(Path(url), dtype, count, 0, url, version, beside)
@@ -144,41 +144,42 @@ class RemoteTokenFile(TokenFile):
 
     def ids(self) -> np.ndarray:
         """All ids [count], in memory."""
-        return np.frombuffer(_asked(self.url, "cat_file", self.url), self.dtype)
+        return np.frombuffer(_request(self.url, "cat_file", self.url), self.dtype)
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """What is known of the ids: by the .json beside them, or found out by reading all of them, once."""
+        """From the .json beside the ids; or by reading all of them, once: the cache remembers them."""
         sidecar = self.sidecar
         if "digest" in sidecar:
             return Facts(sidecar["digest"], 0, sidecar["largest_id"], False)
         entry = _entry(self.url, self.version, self.dtype)
         known = entry.read()
         if known is None:
-            known = vars(self._find_out())
+            known = vars(self._read_facts())
             entry.write({}, known)
         return Facts(**known)
 
     def _chunk(self, start: int) -> np.ndarray:
         width = np.dtype(self.dtype).itemsize
         end = min(self.count, start + CHUNK_IDS)
-        return np.frombuffer(_asked(self.url, "cat_file", self.url, start=start * width, end=end * width), self.dtype)
+        return np.frombuffer(_request(self.url, "cat_file", self.url, start=start * width, end=end * width), self.dtype)
 
 
 class _Blocks:
-    """Pieces of a remote file, each in a file of the cache; those not used for longest make room for new ones."""
+    """Blocks of a remote file, each in a file of the cache, from which the least recently used are removed."""
 
     def __init__(self, file: RemoteTokenFile) -> None:
         self.file, self.root = file, cache_folder() / "blocks"
         self.folder = self.root / content_hash(file.url, file.version)
 
     def read(self, wanted: list[int]) -> dict[int, bytes]:
-        """The blocks of these numbers: what is not here is asked for at once."""
+        """{number: content} of these blocks; those that the cache lacks are requested together."""
         blocks: dict[int, bytes] = {}
         for number in wanted:
             path = self.folder / str(number)
-            with contextlib.suppress(OSError):  # another process may make room just now
-                content, checksum = (kept := path.read_bytes())[:-CHECKSUM_BYTES], kept[-CHECKSUM_BYTES:]
+            with contextlib.suppress(OSError):  # it is not there, or another process is removing it
+                kept = path.read_bytes()
+                content, checksum = kept[:-CHECKSUM_BYTES], kept[-CHECKSUM_BYTES:]
                 if zlib.crc32(content).to_bytes(CHECKSUM_BYTES) == checksum:  # else it is fetched again
                     blocks[number] = content
                     os.utime(path)
@@ -187,13 +188,13 @@ class _Blocks:
             url, size = self.file.url, self.file.count * np.dtype(self.file.dtype).itemsize
             starts = [number * BLOCK_BYTES for number in missing]
             ends = [min(size, start + BLOCK_BYTES) for start in starts]
-            contents = _asked(url, "cat_ranges", [url] * len(missing), starts, ends, on_error="raise")
+            contents = _request(url, "cat_ranges", [url] * len(missing), starts, ends, on_error="raise")
             self._keep(dict(zip(missing, contents, strict=True)))
             blocks |= zip(missing, contents, strict=True)
         return blocks
 
     def _keep(self, blocks: dict[int, bytes]) -> None:
-        """Put them into the cache. That this cannot be done is no fault of the sample: it is said, once."""
+        """Put blocks into the cache. A failure is only logged, once: the sample itself has been read."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for number, content in blocks.items():
@@ -218,16 +219,16 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _cache_bytes() -> float:
-    """What may be kept. ValueError, if that is said as no number."""
-    said = os.environ.get("SAMECURVE_REMOTE_GB") or DEFAULT_CACHE_GB
+    """Bytes that the cache may hold. ValueError if $SAMECURVE_REMOTE_GB is not a number of at least 0."""
+    setting = os.environ.get("SAMECURVE_REMOTE_GB") or DEFAULT_CACHE_GB
     with contextlib.suppress(ValueError):
-        if (gigabytes := float(said)) >= 0:
+        if (gigabytes := float(setting)) >= 0:
             return gigabytes * 1e9
-    raise ValueError(f"SAMECURVE_REMOTE_GB is {said!r}; set it to a number of gigabytes, as 20")
+    raise ValueError(f"SAMECURVE_REMOTE_GB is {setting!r}; set it to a number of gigabytes, as 20")
 
 
 def _make_room(root: Path, added: int, limit: float) -> None:
-    """Count what any process adds to the blocks; past the limit remove those not used for longest, to nine tenths of it."""
+    """Add to the count of bytes that all processes share; above `limit` remove the oldest blocks, down to nine tenths of it."""
     with (root / "bytes").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -240,7 +241,7 @@ def _make_room(root: Path, added: int, limit: float) -> None:
 
 
 def _remove_oldest(root: Path, limit: float) -> float:
-    """The bytes that are left."""
+    """Remove the least recently used blocks above `limit`; the bytes that are left."""
     found = []
     for path in root.glob("*/*"):
         with contextlib.suppress(FileNotFoundError):

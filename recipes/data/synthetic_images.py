@@ -14,14 +14,14 @@ NOISE_STD = 0.1
 
 
 def generator_from(*parts: object) -> np.random.RandomState:
-    """A generator seeded from a hash of `parts`. RandomState, whose streams are frozen across numpy versions."""
+    """A generator seeded from a hash of `parts`: RandomState, as numpy never changes its streams."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
 class SyntheticImageDataset:
-    """Pairs of patches with the patterns A and B on a grid of identical patches, under noise. In all pairs of an image B has
-    the same offset from A, and the label is which of `num_classes` offsets.
+    """Images of a grid of identical patches, under noise, some of which are replaced by pairs of patterns A and B. In all pairs
+    of an image B has the same offset from A, and the label is which of `num_classes` offsets.
 
     Item i is a pure function of (seed, i). All labels are equally likely, and every image has the same number of A and B:
     without positions the patches carry no information about the label, and a model without positions cannot do better
@@ -76,7 +76,7 @@ class SyntheticImageDataset:
         return torch.from_numpy(image + np.float32(NOISE_STD) * noise), int(label)
 
     def _places(self, label: int, random: np.random.RandomState) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(row, column) of each A and of its B: places are tried in a random order, and taken if both are free."""
+        """(row, column) of each A, and of its B. Places for A are tried in random order, and taken if that of B is free too."""
         rows, columns = self.grid
         down, across = self.offsets[label]
         all_a: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Ids that were prepared, in place of text: for a recipe whose samples are rows or blocks of a tokenized text."""
+"""Prepared ids in place of text, for a recipe whose samples are rows or blocks of a tokenized text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from recipes.data.tokenizer import GPT2_VOCAB_SIZE, end_of_text_id, existing_tok
 
 
 def holds_ids(data_dir: str) -> bool:
-    """Whether a folder or a pattern has prepared ids, as tools/prepare_text.py leaves them: not a folder of text with ids of it
-    somewhere below."""
+    """Whether a folder or a pattern has ids as tools/prepare_text.py writes them, not text with some ids further below."""
     folder = Path(data_dir)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.ids")):
         return False
@@ -35,7 +34,7 @@ def _files(data_dir: str) -> list[Path]:
 
 
 def text_or_ids(dataset: str, sources: Sequence[Weighted], tokenizer: str, vocab_size: int, column: str, by_rows: bool) -> Text:
-    """What is at the sources, as `text_of_all_ids` or `prepare_text` reads it; without any, the data set. Errors as theirs."""
+    """The sources, as `text_of_all_ids` or `prepare_text` reads them; without any, the data set. Errors as of those."""
     paths = [path for path, _ in sources]
     if urls := [*filter(is_url, paths)]:
         raise ValueError(f"{urls[0]} is a URL, and data_dir takes what is here; copy it, or train tinystories_lm on its ids")
@@ -47,8 +46,8 @@ def text_or_ids(dataset: str, sources: Sequence[Weighted], tokenizer: str, vocab
 
 
 def text_of_all_ids(sources: Sequence[Weighted], tokenizer_path: str, by_rows: bool) -> Text:
-    """`text_of_ids` of each, end to end; with weights training samples are drawn from them as a mixture, and the validation
-    split of each is there too. ValueError or OSError, in one line."""
+    """`text_of_ids` of each source, end to end. With weights, training samples are drawn from a mixture of them, and each has
+    its validation split too. ValueError or OSError, in one line."""
     texts = [text_of_ids(path, tokenizer_path, by_rows) for path, _ in sources]
     if len(texts) == 1:
         return texts[0]
@@ -57,7 +56,7 @@ def text_of_all_ids(sources: Sequence[Weighted], tokenizer_path: str, by_rows: b
         if text.tokenizer_json != first.tokenizer_json:
             raise ValueError(f"{path} is of another tokenizer than {paths[0]}; make the ids of both with one")
     parts = {split: [text.splits[split] for text in texts if split in text.splits] for split in SPLITS}
-    splits = {split: _end_to_end(several) for split, several in parts.items() if several}
+    splits = {split: _end_to_end(of_split) for split, of_split in parts.items() if of_split}
     train, validation = (
         Mixture.of([_ids(part, path) for part, path in zip(parts[split], paths, strict=True)], sources)
         for split in ("train", "validation")
@@ -82,11 +81,10 @@ def _end_to_end(parts: Sequence[TokenSplit]) -> TokenSplit:
 
 
 def text_of_ids(data_dir: str, tokenizer_path: str, by_rows: bool) -> Text:
-    """The ids of files whose names, or whose folders', tell the split (train.ids, valid/00000.ids), with the tokenizer.json
-    beside them.
+    """The ids of files whose name or folder tells the split (train.ids, valid/00000.ids), with the tokenizer.json beside them.
 
-    That must have made them; so must a `tokenizer_path` (a name, gpt2 or train, is for text). `by_rows`: end-of-text ends a
-    row, which is found by reading all ids; else they are one row. ValueError or OSError, in one line.
+    That tokenizer must have made the ids; a `tokenizer_path` must be the same one, but `gpt2` and `train` are for text.
+    `by_rows`: rows end with end-of-text, found by reading all ids; else a split is one row. ValueError or OSError, in one line.
     """
     if not (files := _files(data_dir)):
         raise FileNotFoundError(f"{data_dir} has no .ids files, and what is beside it in data_dir has; make ids of it")

@@ -17,9 +17,9 @@ JSON_ENDINGS = (".jsonl", ".ndjson")
 ENDINGS = (".txt", ".text", ".tokens", ".raw", *JSON_ENDINGS, ".parquet")  # what is text in a folder
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 NOT_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".ids", ".bin", ".npy", ".arrow", ".pdf", ".docx", ".html")
-TABLES = (".json", ".csv", ".tsv")  # of these, what may be meant as text
-SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of `save_to_disk` of datasets: of a dict; both of a set
-ALL = "all"  # what is called the split of a saved data set that has none
+TABLES = (".json", ".csv", ".tsv")  # those of them that the user may take for text
+SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of `save_to_disk` of datasets: of a dict; both of one set
+ALL = "all"  # the split of a saved data set that has no splits
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -31,7 +31,7 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A file; or a split of a data set of the hub (`owner/name` or `owner/name:configuration`), or of one that was saved."""
+    """A file, or a split of a data set: of a saved one, or of the hub's (`owner/name` or `owner/name:configuration`)."""
 
     name: str
     split: str | None = None
@@ -43,12 +43,12 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """The file; of a saved data set its Arrow files; of the hub's none."""
+        """The file; the Arrow files of a saved data set; empty for one of the hub."""
         return sorted(Path(self.name).rglob("*.arrow")) if self.split else [Path(self.name)]
 
     @property
     def identity(self) -> tuple[Path, str | None]:
-        """The same for every spelling of a path, links too, and whether a file is compressed or not."""
+        """(resolved path without a compression's ending, split): equal for sources with the same text."""
         path = Path(self.name).resolve()
         return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path), self.split
 
@@ -59,7 +59,7 @@ class Source:
 
     @property
     def kind(self) -> Literal["text", "json", "parquet"]:
-        """What the name says of the content of a file, in upper or lower case and behind a compression's ending."""
+        """The form of a file's content, by the ending of its name, whatever its case and compression."""
         plain = _uncompressed_name(self.name)
         return "json" if plain.endswith(JSON_ENDINGS) else "parquet" if plain.endswith(".parquet") else "text"
 
@@ -70,10 +70,10 @@ def _uncompressed_name(name: str) -> str:
 
 
 def find_sources(inputs: Iterable[str], split: str | None = "train") -> list[Source]:
-    """The files that paths and glob patterns match, and those of folders, in their order; or data sets of the hub.
+    """The sources of paths, glob patterns, folders, and names of data sets of the hub, in their order.
 
-    `split`: of data sets (None: every one of those that were saved, train of the hub's). ValueError or FileNotFoundError, in
-    one line, for what is not there.
+    `split`: of data sets (None: all splits of saved ones, and train of the hub's). ValueError or FileNotFoundError, in one
+    line, for a name that is nothing of these.
     """
     sources: list[Source] = []
     for name in inputs:
@@ -104,7 +104,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Whether a path or pattern is of text, or of a saved data set, by the names of what is there; or a name is of the hub."""
+    """Whether a name is of text: a path or pattern of text files or of a saved data set, by their names; or one of the hub."""
     found = _matched(name)
     below = [path for root in found for path in (root.rglob("*") if root.is_dir() else [root])]
     if not below or any(path.suffix == ".ids" for path in below):
@@ -152,7 +152,7 @@ def _saved_splits(folder: Path) -> list[str]:
 
 
 def split_named(name: str) -> str | None:
-    """Which split a name tells, by the last of its words that names one: `wiki.valid.tokens`, `StoriesDEV.jsonl`, `myTest`."""
+    """The split in a name, by the last of its words that is one: `wiki.valid.tokens`, `StoriesDEV.jsonl`, `myTest`. Or None."""
     words = re.findall(r"(?i:held[\W_]?out)|[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return next((split for word in reversed(words) if (split := _split_called(word))), None)
 
@@ -167,8 +167,8 @@ def find_splits(
 ) -> tuple[dict[str, list[Source]], list[str]]:
     """({split: its sources}, notes) of files, patterns, folders and data sets, by the names of files and folders.
 
-    Without any name that tells one, all is train. `validation` takes the place of what names call so; without `test` what they
-    call so is left out. ValueError or FileNotFoundError, in one line.
+    If no name tells a split, all is training text. `validation` replaces the sources that names call so; `test` False leaves
+    out those of test. ValueError or FileNotFoundError, in one line.
     """
     sources = find_sources(inputs, None)
     paths = [path.absolute() for name in inputs for path in _matched(name)]
@@ -184,7 +184,7 @@ def find_splits(
             splits.setdefault("train", []).append(source)
         else:
             unnamed.append(source)
-    # Without names, or a file `dev.txt` that is given as the whole text.
+    # No name tells a split; or the only one is that of a file, such as `dev.txt`, which was given as the whole text.
     if not splits or (len(splits) == 1 and not unnamed and not any(path.is_dir() for path in paths)):
         splits, unnamed = {"train": sources}, []
     if "train" not in splits:
@@ -196,10 +196,10 @@ def find_splits(
     if not test:
         unnamed += splits.pop("test", [])
     if validation:
-        called_so = splits.get("validation", [])
+        replaced = splits.get("validation", [])
         splits["validation"] = find_sources(validation, "validation")
         chosen = {source.identity for source in splits["validation"]}
-        unnamed += [source for source in called_so if source.identity not in chosen]
+        unnamed += [source for source in replaced if source.identity not in chosen]
     below = (path for folder in paths if folder.is_dir() for path in sorted(folder.rglob("*")))
     if tables := [path.name for path in below if path.name.lower().endswith(TABLES) and split_named(path.name)]:
         notes.append(f"{name}: passed over {tables[0]}, of {len(tables)} that are no text; make it a .jsonl or parquet")
@@ -210,17 +210,17 @@ def find_splits(
 
 
 def _first_of(sources: list[Source], root: Path) -> str:
-    """The first few of them, by their paths below `root`, or their splits."""
+    """The first few sources, by their paths below `root`, or their splits."""
     return few([os.path.relpath(one.name, root) if one.split in (None, ALL) else str(one.split) for one in sources])
 
 
 def few(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def split_of(source: Source, root: Path) -> str | None:
-    """What the folder of a source below `root` says, if it is called as a split is; or its name, or a folder's."""
+    """The split of a source: a folder below `root` that is called like one; or else the split in its name, or in a folder's."""
     if source.split and source.split != ALL:
         return split_named(source.split)
     parts = Path(source.name).absolute().relative_to(root).parts[::-1]

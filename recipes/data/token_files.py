@@ -1,4 +1,4 @@
-"""Token ids in one file, never loaded as a whole: how they are stored, what is known of them, and pieces of them."""
+"""Token ids in one file, never loaded as a whole: how they are stored, facts about them, and windows of them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ import numpy as np
 
 from recipes.data.cache import remembered
 
-CHUNK_IDS = 1 << 22  # read and hashed at a time; a digest depends on it
+CHUNK_IDS = 1 << 22  # ids read and hashed at a time; digests depend on it
 HEAD_BYTES = 4096
 MAKE = "make it again with tools/prepare_text.py of samecurve's source repository"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the ids of a file."""
+    """What reading all ids of a file tells."""
 
     digest: str
-    """hex; of the ids, however they are stored: the SHA-256 of those of chunks, in the narrower of uint16 and uint32"""
+    """hex; the same however the ids are stored: the SHA-256 of those of its chunks, each as uint16 if its ids fit, or uint32"""
     smallest_id: int
     largest_id: int
     every_second_is_0: bool
-    """as in a file of wider ids than it is read as"""
+    """a sign that the ids are stored in a wider type than they are read as"""
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ class TokenFile:
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """What is known of the ids: by the .json beside them, or found out by this host's cores, once, and remembered."""
+        """From the .json beside the ids; or by reading all of them, with every core, once: the cache remembers them."""
         sidecar = self.sidecar
         if self.path.suffix != ".npy" and "digest" in sidecar:
             return Facts(sidecar["digest"], 0, sidecar["largest_id"], False)
-        return Facts(**remembered(self.path, f"ids {self.dtype} {self.offset}", lambda: vars(self._find_out())))
+        return Facts(**remembered(self.path, f"ids {self.dtype} {self.offset}", lambda: vars(self._read_facts())))
 
     def check(self, vocab_size: int) -> str:
-        """The digest of the ids. ValueError naming the first that is not below `vocab_size`, and for ids of another width."""
+        """The digest of the ids. ValueError for ids of a wider type, or not below `vocab_size`: it names the first of them."""
         facts = self.facts
         if facts.largest_id >= vocab_size or facts.smallest_id < 0:
             found = next(self._outside(vocab_size), None)
@@ -126,16 +126,16 @@ class TokenFile:
             )
         return facts.digest
 
-    def _find_out(self) -> Facts:
-        def one(start: int) -> tuple[bytes, int, int, bool]:
+    def _read_facts(self) -> Facts:
+        def of_chunk(start: int) -> tuple[bytes, int, int, bool]:
             ids = self._chunk(start)
             narrow = ids.astype(np.uint16 if ids.max() < 2**16 and ids.min() >= 0 else np.uint32, copy=False)
             return hashlib.sha256(narrow.data).digest(), int(ids.min()), int(ids.max()), not ids[(1 - start) % 2 :: 2].any()
 
-        # Reading, hashing and numpy's sums let other threads run. More would not be faster than a disk, and need more memory.
+        # Reading, hashing and numpy's sums release the GIL. More threads would only need more memory: the disk is the limit.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(min(16, cores)) as readers:
-            digests, smallest, largest, zeros = zip(*readers.map(one, range(0, self.count, CHUNK_IDS)), strict=True)
+            digests, smallest, largest, zeros = zip(*readers.map(of_chunk, range(0, self.count, CHUNK_IDS)), strict=True)
         return Facts(hashlib.sha256(b"".join(digests)).hexdigest(), min(smallest), max(largest), all(zeros))
 
     def _chunk(self, start: int) -> np.ndarray:
@@ -149,13 +149,13 @@ class TokenFile:
                 yield start + int(place), int(ids[place])
 
 
-@functools.lru_cache(maxsize=256)  # of a set of many shards
+@functools.lru_cache(maxsize=256)  # open files: a set may have many shards
 def _opened(path: Path) -> io.FileIO:
     return io.FileIO(path)
 
 
 class ChunkDigest:
-    """The digest of ids that are written piece by piece, and their largest."""
+    """`Facts.digest` and the largest of ids that are written piece by piece."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype, self.waiting, self.digests, self.largest = np.dtype(dtype), bytearray(), hashlib.sha256(), 0
@@ -175,7 +175,7 @@ class ChunkDigest:
         self.digests.update(hashlib.sha256(narrow.data).digest())
 
     def facts(self) -> dict[str, Any]:
-        """What belongs into the .json beside the file, once all ids are there."""
+        """Entries of the .json beside the file. Call it once, after the last `update`."""
         if self.waiting:
             self._chunk(bytes(self.waiting))
             self.waiting.clear()
@@ -183,7 +183,7 @@ class ChunkDigest:
 
 
 def out_of_range(name: str, token: int, position: int, vocab_size: int) -> ValueError:
-    """What is said of an id that no embedding has a row for."""
+    """The error for an id that the embedding has no row for."""
     return ValueError(
         f"{name}: token id {token} at position {position} is not below vocab_size {vocab_size}; "
         "give the --vocab_size of the tokenizer that made it"
@@ -191,13 +191,13 @@ def out_of_range(name: str, token: int, position: int, vocab_size: int) -> Value
 
 
 def ids_among(names: Iterable[str]) -> list[str]:
-    """What a pattern or a folder has, but for the .json beside a file of ids."""
+    """The names, sorted, without the .json that stand beside a file of ids."""
     found = set(names)
     return sorted(name for name in found if name.removesuffix(".json") not in found - {name})
 
 
 def default_dtype(vocab_size: int) -> str:
-    """Of ids of which nothing else is said."""
+    """The type of the ids in a headerless file without a .json."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -230,7 +230,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def parsed_sidecar(name: str, content: bytes) -> dict[str, Any]:
-    """What stands in NAME.json. ValueError in one line."""
+    """NAME.json, from its content. ValueError, in one line, if that is not what prepare_text writes."""
     try:
         sidecar = json.loads(content)
     except ValueError as error:
@@ -246,18 +246,18 @@ def parsed_sidecar(name: str, content: bytes) -> dict[str, Any]:
 
 
 def head_of(path: Path) -> bytes:
-    """The beginning of a file."""
+    """The first HEAD_BYTES of a file."""
     with path.open("rb") as file:
         return file.read(HEAD_BYTES)
 
 
 def holds_numbers(head: bytes) -> bool:
-    """Whether the beginning of a file is numbers, written as text."""
+    """Whether a file that begins so holds numbers written as text."""
     return bool(re.fullmatch(rb"[\s\[]*\d[\s,\d.eE+\[\]]*", head))
 
 
 def _check_head(name: str, head: bytes, dtype: str) -> None:
-    """ValueError if a file without a .json begins like something else than ids."""
+    """ValueError if a file without a .json begins like an array, numbers written as text, or text."""
     path = Path(name)
     if head.startswith(b"\x93NUMPY"):
         if path.suffix == ".npy":
@@ -278,9 +278,9 @@ def _check_head(name: str, head: bytes, dtype: str) -> None:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether the beginning of a file reads as text: UTF-8 (its last character perhaps cut off) without control characters.
+    """Whether a file that begins so holds text: UTF-8 (the last character may be cut off) without control characters.
 
-    16-bit ids below 256 have a zero in every second byte; above, they are not UTF-8 for long.
+    16-bit ids do not look so: those below 256 have a zero in every second byte, and larger ones are soon no valid UTF-8.
     """
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)

@@ -20,13 +20,13 @@ class TokenBlocks:
     """The stream cut into blocks of `max_length` inputs; every token but the first is predicted exactly once.
 
     Block i has inputs ids[i S : i S + T] and, as labels, the ids one further, where T is `max_length` and S the `stride`
-    (None: T). With a smaller stride blocks overlap, and only labels that the block before did not have are kept, so that
-    each is predicted from at least T - S tokens. The last block may be short: there inputs are filled with end-of-text
-    and labels with IGNORED. `by_document`: batches have the position of each input in its document too, and no label is the
-    first token of one.
+    (None: T). With a smaller stride blocks overlap, and a block keeps only the labels that the block before it lacks, so
+    that each is predicted from at least T - S tokens. The last block may be short: its inputs are padded with end-of-text,
+    its labels with IGNORED. `by_document`: batches also have the position of each input in its document, and the first
+    token of a document is no label.
     """
 
-    truncated = 0  # no row is cut off: the next block goes on with it
+    truncated = 0  # rows are never cut off: the next block continues them
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ def _gather(
     import torch
 
     steps = np.arange(time + 1)
-    # The last windows are read from further ahead, and moved back.
+    # Windows that reach past the end are read from an earlier start, and shifted.
     first = np.maximum(0, np.minimum(starts, len(ids) - time - 1))
     places = np.minimum(starts[:, None] + steps, len(ids) - 1) - first[:, None]
     window = np.take_along_axis(windows_of(ids, min(time + 1, len(ids)), first), places, axis=1).astype(np.int64)
@@ -107,7 +107,7 @@ def _gather(
 
 
 def by_document(batch: dict[str, "torch.Tensor"], end_of_text: int | None) -> dict[str, "torch.Tensor"]:
-    """The batch; with an `end_of_text` also the position of each input in its document, and no label for the first of one."""
+    """The batch; with an `end_of_text` also "positions", of inputs in their documents, and no label that begins a document."""
     if end_of_text is None:
         return batch
     ended = batch["input_ids"] == end_of_text
@@ -116,7 +116,7 @@ def by_document(batch: dict[str, "torch.Tensor"], end_of_text: int | None) -> di
 
 
 def positions_in_documents(tokens: "torch.Tensor", end_of_text: int) -> "torch.Tensor":
-    """The position of each of tokens [batch, time] in its document, from 0 on, int32: end-of-text is the last token of one."""
+    """The position of each token in its document, from 0, int32 [batch, time]. A document ends with its end-of-text."""
     import torch
 
     places = torch.arange(tokens.shape[1], dtype=torch.int32)

@@ -52,7 +52,7 @@ class TokenSet:
                 tokens[chosen] = self.files[number].windows(length, starts[chosen] - self._begin(number))
             for row in np.flatnonzero(~whole):
                 tokens[row] = self._across(length, int(starts[row]), int(numbers[row]))
-        # What is said of a file beside it may be old.
+        # The .json beside a file may be out of date, so the ids themselves are checked.
         ids = tokens.view(np.uint32)
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
@@ -65,7 +65,7 @@ class TokenSet:
         return int(self.ends[number]) - self.files[number].count
 
     def _across(self, length: int, start: int, number: int) -> np.ndarray:
-        """A window that goes on in the next files."""
+        """The window at `start`, in file `number`, that reaches into the next files."""
         parts: list[np.ndarray] = []
         while length:
             file, place = self.files[number], start - self._begin(number)
@@ -94,8 +94,8 @@ class TokenSet:
         return self.digest()
 
     def digest(self) -> str:
-        """The digest of the ids, whatever their width; the same ids cut into other files have another one, as that takes no
-        reading of files that are known. ValueError as of `TokenFile.check`.
+        """A digest of the digests of the files, so that known files are not read again: the same ids in other files have
+        another one. ValueError as of `TokenFile.check`.
         """
         digests = [f"{file.count} {file.check(self.vocab_size)}" for file in self.files]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -107,7 +107,7 @@ Weighted = tuple[str, float | None]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sets of ids, each with the share of the samples that it is to give."""
+    """Sets of ids, each with its share of the samples."""
 
     sets: tuple[TokenSet, ...]
     shares: tuple[float, ...]
@@ -115,7 +115,7 @@ class Mixture:
 
     @classmethod
     def of(cls, sets: Sequence[TokenSet], sources: Sequence[Weighted]) -> Mixture:
-        """Of sets with the weights of the sources, 1 where there is none. ValueError for one of 0."""
+        """A mixture of sets by the weights of their sources (default 1). ValueError for a weight of 0."""
         weights = [1.0 if weight is None else weight for _, weight in sources]
         for (path, _), weight in zip(sources, weights, strict=True):
             if weight <= 0:
@@ -129,29 +129,29 @@ class Mixture:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A short name of each set, for metrics: the last part of its path that is no pattern and more than a split's name."""
+        """A short name of each set, for metrics: the last part of its path that is neither a pattern nor a split's name."""
         labels: list[str] = []
         for part in self.sets:
             parts = [re.sub(r"\.(ids|bin|npy)$", "", name) for name in reversed(Path(part.name).parts)]
-            said = (name for name in parts if "*" not in name and name.lower() not in chain(*SPLIT_NAMES.values()))
-            label = re.sub(r"\W+", "_", next(said, "ids"))
+            telling = (name for name in parts if "*" not in name and name.lower() not in chain(*SPLIT_NAMES.values()))
+            label = re.sub(r"\W+", "_", next(telling, "ids"))
             numbered = (f"{label}_{number}" for number in count(len(labels) + 1))
             labels.append(label if label not in labels else next(name for name in numbered if name not in labels))
         return tuple(labels)
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of more than one set."""
+        """The note on the shares of several sets."""
         shares = ", ".join(f"{label} {share:.2%}" for label, share in zip(self.labels, self.shares, strict=True))
         return [f"Samples are drawn from {shares}"] if len(self.sets) > 1 else []
 
     def digests(self, longer_than: int) -> list[str]:
-        """Of each set, with its share. ValueError as of `TokenSet.check`."""
+        """The digest of each set, with its share. ValueError as of `TokenSet.check`."""
         return [f"{part.check(longer_than)} {share:.9g}" for part, share in zip(self.sets, self.shares, strict=True)]
 
     @property
     def whole(self) -> TokenSet:
-        """All ids, of each set once."""
+        """The ids of all sets, end to end."""
         files = tuple(file for part in self.sets for file in part.files)
         return TokenSet(", ".join(part.name for part in self.sets), files, self.sets[0].vocab_size)
 
@@ -183,7 +183,7 @@ def windows_of(ids: TokenSet | np.ndarray, length: int, starts: np.ndarray) -> n
 
 
 def check_tokenizer(tokenizer: str, content: str, files: Sequence[TokenFile]) -> None:
-    """ValueError, if what stands beside one of the files says that another tokenizer than `content` (JSON) made it."""
+    """ValueError if the .json beside one of the files says that another tokenizer than `content` (JSON) made it."""
     digest = hashlib.sha256(content.encode()).hexdigest()
     for file in files:
         if file.sidecar.get("tokenizer_sha256", digest) != digest:
@@ -192,7 +192,7 @@ def check_tokenizer(tokenizer: str, content: str, files: Sequence[TokenFile]) ->
 
 
 def overlap(train: TokenSet, validation: TokenSet) -> list[str]:
-    """What is to be said of files with the same ids in both, the first few of them."""
+    """Notes on the first few files whose ids are in both sets."""
     trained_on = {file.facts.digest: file.name for file in train.files}
     same = [(file.name, name) for file in validation.files if (name := trained_on.get(file.facts.digest))]
     return [f"{name} holds the ids of {other}: the validation loss is that of training text" for name, other in same[:3]]

@@ -1,4 +1,4 @@
-"""What a language model of windows is trained on and measured with: sets of ids, or text that is made into ids here."""
+"""Training and validation ids of a language model on windows: from files of ids, or from text that is tokenized here."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from recipes.data.token_sets import Mixture, TokenSet, Weighted, check_tokenizer
 from recipes.data.tokenizer import existing_tokenizer, vocabulary_size
 
 EMBEDDED = "embedded"
-PADDED_TO = 128  # a network's entries are often rounded up to a multiple of it; more than that are unused
+PADDED_TO = 128  # vocab_size is often rounded up to a multiple of it; only more unused entries are worth a note
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The ids that a language model is trained on and measured with, and their tokenizer."""
+    """Training and validation ids, and their tokenizer."""
 
     train: Mixture
     validation: Mixture
     tokenizer_json: str | None
     fingerprint: str
-    """hex; of the ids of each file, whatever their width, and of the shares"""
+    """hex; of the ids of each file, however they are stored, and of the shares"""
     notes: tuple[str, ...]
-    """what the user should know of them"""
+    """for the user"""
 
     def end_of_text(self) -> int:
-        """The id that ends a document. ValueError without a tokenizer, which alone knows it."""
+        """The id that ends a document. ValueError if there is no tokenizer to ask for it."""
         if self.tokenizer_json is None:
             raise ValueError("document_mask needs the id of <|endoftext|>; give the --tokenizer that made the ids")
         return Text.without_data(self.tokenizer_json).end_of_text
@@ -48,11 +48,11 @@ def open_streams(
 ) -> Streams:
     """Open and check all ids, for windows of `length` inputs.
 
-    Sets with weights are a mixture; several without are one set, end to end. Text is made into ids and kept in the cache; of
-    `embedded`, the text that comes with Python, and of other text without `validation`, a part is for validation.
+    Sets with weights are a mixture; several without are one set, end to end. Ids of text are kept in the cache; text without
+    `validation`, and `embedded` (the text that comes with Python), is split into both parts.
 
-    `tokenizer`: a folder or tokenizer.json; None: the one beside the first ids of `train`, if there is one; of text one that
-    is trained on it. ValueError or OSError, in one line.
+    `tokenizer`: a folder or tokenizer.json; None: the one beside the first ids of `train`, if there is one; for text, one
+    that is trained on it. ValueError or OSError, in one line.
     """
     if not train:
         raise ValueError(
@@ -78,7 +78,7 @@ def open_streams(
 
 
 def _is_text(path: str) -> bool:
-    """Whether a path is of text; numbers that are written as text are refused later, as ids."""
+    """Whether a path is of text. Numbers written as text count as ids, and are refused as such later."""
     return is_text(path) and not (Path(path).is_file() and holds_numbers(head_of(Path(path))))
 
 
@@ -100,7 +100,7 @@ def _of_text(paths: list[str], others: list[str], tokenizer: str | None, vocab_s
 
 
 def _mixture(sources: Sequence[Weighted], vocab_size: int, one_set: bool) -> Mixture:
-    """Of the sets; `one_set`: several without any weight are one, as a shell makes several of a pattern that is not quoted."""
+    """The sets of the sources as a mixture. `one_set`: if none has a weight they are one set, as an unquoted pattern gives."""
     sets = tuple(find_files(path, vocab_size) for path, _ in sources)
     if one_set and all(weight is None for _, weight in sources):
         return Mixture((Mixture(sets, (1.0,)).whole,), (1.0,))
@@ -120,7 +120,7 @@ def _checked(
 
 
 def _tokenizer(tokenizer: str | None, files: Sequence[TokenFile], vocab_size: int) -> str | None:
-    """The tokenizer of ids: the given one, or the one beside the first file. ValueError if it is another than theirs."""
+    """The tokenizer of ids: the given one, or the one beside the first file. ValueError if another one made the ids."""
     if tokenizer is None:
         tokenizer = _tokenizer_beside(files[0])
     if tokenizer is None:
@@ -134,7 +134,7 @@ def _tokenizer(tokenizer: str | None, files: Sequence[TokenFile], vocab_size: in
 
 
 def _tokenizer_beside(file: TokenFile) -> str | None:
-    """tokenizer.json in the folder of a file; or in the one above, where shards have it, if the .json of the file names it."""
+    """tokenizer.json in the folder of a file; or in the folder above, as for shards, if the file's .json has its hash."""
     if is_url(file.name):
         return None
     beside, above = (folder / "tokenizer.json" for folder in list(file.path.absolute().parents)[:2])

@@ -1,9 +1,7 @@
 """Windows of token ids, to train a language model on and to measure it with.
 
-Of a mixture batches have the set of each sample: "source", int64 [batch].
-
-With an `end_of_text`, the last id of a document, batches have the position of each id in its own: "positions", int32
-[batch, length + 1].
+Batches of a mixture have "source", the set of each sample, int64 [batch]. With an `end_of_text`, the last id of every document,
+they have "positions", that of each id in its document, int32 [batch, length + 1].
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ if TYPE_CHECKING:
 class TokenWindows:
     """Windows of `length` inputs and the id after each, end to end: every id but the first is predicted once.
 
-    The last one may be short. Windows are numbered so that the first n of them, for any n, lie evenly spread over the
-    ids: an evaluation of a part of them still covers them all. `limit` keeps only so many.
+    The last window may be short. Windows are numbered so that the first n, for any n, are spread evenly over the ids: an
+    evaluation of some of them is one of the whole text. `limit` keeps only so many.
     """
 
     def __init__(self, ids: TokenSet, length: int, limit: int | None = None, end_of_text: int | None = None) -> None:
@@ -50,10 +48,10 @@ class TokenWindows:
 
 
 class RandomWindows:
-    """An endless stream of windows: the set of the mixture that sample s is of, and its start there, are hashes of (seed, s).
+    """An endless stream of windows. The set that sample s is drawn from, and its start there, are hashes of (seed, s).
 
-    Every set is as likely as its share says, and every start in it equally likely. The hashes are output s of SplitMix64
-    (Steele, Lea & Flood 2014, figure 17) started from the mixed seed.
+    Sets are drawn by their shares, starts with equal probability. A hash is output s of a SplitMix64 generator (Steele, Lea &
+    Flood 2014, figure 17).
     """
 
     def __init__(self, mixture: Mixture, length: int, seed: int, end_of_text: int | None = None) -> None:
@@ -67,7 +65,7 @@ class RandomWindows:
         return _batch(tokens, self.end_of_text) | source
 
     def drawn(self, numbers: Sequence[int]) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """(the ids of each sample, int32 [batch, length + 1]; which set of several it is of)."""
+        """(the ids of each sample, int32 [batch, length + 1]; {"source": its set}, or {} if there is only one)."""
         import torch
 
         sets, starts = self.places(numbers)
@@ -84,7 +82,7 @@ class RandomWindows:
         steps = np.asarray(numbers, dtype=np.uint64) * GOLDEN
         counts = np.array([part.count - self.length for part in self.mixture.sets], dtype=np.uint64)
         sets = self.sets(numbers)
-        # 64 random bits modulo at most 2^40 starts: no start is likelier than another by more than one in 2^24.
+        # 64 random bits modulo at most 2^40 starts: probabilities of starts differ by less than one part in 2^24.
         return sets, (_mix(self.state + steps) % counts[sets]).astype(np.int64)
 
     def sets(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -94,7 +92,7 @@ class RandomWindows:
 
 
 class FixedWindows(RandomWindows):
-    """The first `limit` samples of such a stream, to measure with what a mixture is trained on."""
+    """The first `limit` samples of such a stream, to evaluate on the training sets of a mixture."""
 
     def __init__(self, mixture: Mixture, length: int, seed: int, limit: int, end_of_text: int | None = None) -> None:
         super().__init__(mixture, length, seed, end_of_text)
@@ -105,10 +103,10 @@ class FixedWindows(RandomWindows):
 
 
 class RandomBlocks(RandomWindows):
-    """Such windows as batches of `TokenBlocks`."""
+    """Random windows, in batches of the same form as `TokenBlocks`."""
 
     def __init__(self, mixture: Mixture, length: int, seed: int, end_of_text: int | None = None) -> None:
-        """ValueError for a set that is too short for a window, and as of `TokenFile.check`."""
+        """ValueError for a set without a whole window, and as of `TokenFile.check`."""
         super().__init__(mixture, length, seed, end_of_text)
         mixture.digests(length + 1)
 
@@ -122,14 +120,14 @@ class RandomBlocks(RandomWindows):
 
 
 class SharesSoFar:
-    """How many of the samples so far each set of a mixture gave: follows from their numbers, so a resumed run knows it."""
+    """The share of the samples so far that each set of a mixture gave. It follows from their numbers: no state to save."""
 
     def __init__(self, windows: RandomWindows) -> None:
         self.windows, self.samples = windows, 0
         self.counts = np.zeros(len(windows.mixture.sets), dtype=np.int64)
 
     def at(self, samples: int) -> dict[str, float]:
-        """By the label of each set, after so many samples."""
+        """{label of a set: its share} of the first `samples` samples."""
         if samples < self.samples:
             self.samples, self.counts = 0, np.zeros_like(self.counts)
         for start in range(self.samples, samples, 1 << 16):
@@ -157,8 +155,9 @@ def _batch(tokens: np.ndarray, end_of_text: int | None) -> dict[str, torch.Tenso
 
 
 def _spreading_stride(count: int) -> int:
-    """A step that shares no factor with `count`, so that its multiples visit all, and whose ratio to it has the smallest
-    largest partial quotient near the golden ratio, so that at any time they lie evenly (Niederreiter 1992, section 3.1)."""
+    """A step whose multiples modulo `count` visit every window, and at any time are spread evenly: it has no factor in common
+    with `count`, and, of those near count / golden ratio, the smallest largest partial quotient of step / count (Niederreiter
+    1992, section 3.1)."""
     near = round(count * 0.6180339887498949)
     candidates = [step for step in range(max(1, near - 100), min(near + 101, count)) if math.gcd(step, count) == 1]
     return min(candidates, key=lambda step: (_largest_quotient(step, count), abs(step - near)), default=1)

@@ -20,7 +20,7 @@ from recipes.data.compilation import compiled
 EVEN, ODD, PADDING = 0, 1, 2
 WORDS = 3  # 64-bit words of a number in an array, lowest first
 BITS = 8  # shortcut steps taken at once
-TAIL_WORDS = 2  # no number below 2^BITS takes more than 127 steps
+TAIL_WORDS = 2  # 64-bit words for the parities of a number below 2^BITS, none of which takes more than 127 steps
 
 
 def parity_vectors(numbers: Sequence[int], max_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def from_words(words: np.ndarray) -> list[int]:
 
 
 def _fill(row: np.ndarray, n: int) -> int:
-    """Write the parity vector of `n` over a row of tokens; its steps."""
+    """Write the parity vector of `n` into a row of tokens; returns its steps."""
     parities, steps = trajectory(n, len(row))
     row[: len(parities)] = np.frombuffer(parities, np.uint8)
     row[len(parities) :] = PADDING
@@ -81,7 +81,7 @@ def trajectory(n: int, max_len: int | None = None) -> tuple[bytes, int]:
 
 
 def _jumps() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """By low bits: 3^odd, addend, parities (first step in the lowest bit), number of steps. uint64 [2^BITS] each."""
+    """The table over the low bits: 3^odd, addend, parities (first step in the lowest bit), steps. uint64 [2^BITS] each."""
     rows = []
     for low in range(1 << BITS):
         value, power, parities, steps = low, 1, 0, 0

@@ -47,10 +47,10 @@ class Job:
 def environments(
     parallel: bool, gpus: int | None, available_gpus: int, jobs: int, environ: Mapping[str, str] = os.environ
 ) -> list[dict[str, str]]:
-    """The environment variables of each queue: one of the `available_gpus`, or a share of the cores where there is none.
+    """The environment variables of each queue, which give it one of the `available_gpus`, or without GPUs a share of the cores.
 
-    Without `parallel` there is one queue; with it `gpus` of them (None: one for each available GPU; without GPUs one for each
-    core, but no more than jobs). UserError for a number of `gpus` that is not available.
+    Without `parallel` there is one queue; with it there are `gpus` (None: one for each available GPU, or without GPUs one for
+    each core, but no more than jobs). UserError for a number of `gpus` that is not available.
     """
     if gpus is not None and not parallel:
         raise UserError(f"gpus {gpus} needs --parallel; without it jobs run one after the other")
@@ -84,7 +84,7 @@ def run(
     log: Callable[[str], None],
     on_done: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, State]:
-    """Run `jobs` in `queues` (the environment of each); their final states, by name. Call it in the main thread.
+    """Run `jobs` in `queues` (the environment of each). Returns {job: its final state}. Call it in the main thread.
 
     `on_done` is called for every job that is done, at once if it was done before. A signal is passed on to the running jobs as
     SIGTERM, nothing is started after it, and their end is awaited; a second Ctrl-C kills them and raises UserError (exit 130).
@@ -138,7 +138,7 @@ def run(
 def _collect_signals() -> Iterator[list[int]]:
     """A list to which every stop signal is appended. A SIGHUP that is ignored already (nohup) stays ignored."""
     received: list[int] = []
-    wakeup_fd = signal.set_wakeup_fd(-1)  # of `main`, which would exit at once: the jobs have to be stopped first
+    wakeup_fd = signal.set_wakeup_fd(-1)  # `main` watches it and would exit at once, before the jobs are stopped
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if handlers[number] != signal.SIG_IGN:

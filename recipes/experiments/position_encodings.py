@@ -80,7 +80,7 @@ def compare(recipe: Recipe, flags: Compare, launch: Launch, log: Log) -> None:
 
 
 def _train(recipe: Recipe, flags: Compare, launch: Launch, variant: str, seed: int, path: Path) -> str | None:
-    """Train one run; why it was stopped, if it was, before its end."""
+    """Train one run. Returns None if it is finished, otherwise why it was stopped."""
     from trainer.command_line import config
     from trainer.main import train
     from trainer.reporting.console import Console
@@ -119,7 +119,7 @@ def accuracy_table(curves: Mapping[str, Sequence[Curve]]) -> list[str]:
 
 
 def plot_curves(curves: Mapping[str, Sequence[Curve]], out: Path, title: str) -> None:
-    """Left: accuracy during training, mean over seeds within a band from lowest to highest. Right: final accuracy by run."""
+    """Plot accuracy during training on the left, as mean and range over seeds; final accuracy of each run on the right."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(10, 4.6)

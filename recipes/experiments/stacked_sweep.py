@@ -1,7 +1,7 @@
-"""All models of a sweep that differ only in their tasks, trained as one network, then each put into its own run directory.
+"""Models of a sweep that differ only in their tasks, trained as one network, and then split into run directories of their own.
 
 A stacked run is an ordinary run of the recipe (`train --stack 4 16 64`), stopped and resumed like any other. The run
-directories that `unstack` makes of it are like those of runs of one model each.
+directories that `unstack` makes of it are like those of models that were trained alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Row = dict[str, Any]  # a line of metrics.jsonl
 def train_stacked(
     recipe: Recipe, models: Sequence[SweepModel], queues: Sequence[Mapping[str, str]], log: Log
 ) -> dict[str, job_queue.State]:
-    """Train the models that have no run directory yet, one stack for each task size; final states of the stacks, by name."""
+    """Train the models without a run directory, in one stack for each task size. Returns {stack: its final state}."""
     jobs: list[Job] = []
     unfinished: dict[str, list[SweepModel]] = {}
     for size, group in itertools.groupby(models, key=lambda model: model.config.data.task_size):
@@ -45,7 +45,7 @@ def train_stacked(
         digest = hashlib.sha256(repr(sorted(by_pool)).encode()).hexdigest()[:6]
         folder = models[0].directory.parent / f"stack{len(by_pool)}-size{size}-{digest}"
         new_pools = [pool for pool, model in by_pool.items() if not model.directory.exists()]
-        pools = _stacked_pools(folder) or new_pools  # those it was begun with
+        pools = _stacked_pools(folder) or new_pools  # a stack that was begun keeps its pools
         missing = [by_pool[pool] for pool in pools if not by_pool[pool].directory.exists()]
         if not missing or len(pools) == 1:  # one model needs no stack: the sweep trains it as it is
             continue
@@ -71,7 +71,7 @@ def _stacked_pools(folder: Path) -> list[int]:
 
 
 def unstack(recipe: Recipe, stacked: Path, config: Any, target: Path) -> None:
-    """Make the run directory `target` of the model of `config` from a finished stacked run; whole or not at all."""
+    """Make the run directory `target` of the model with settings `config` from a finished stacked run; whole or not at all."""
     source = RunDirectory(stacked)
     index = _stacked_pools(stacked).index(config.data.num_tasks)
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
@@ -94,7 +94,7 @@ def unstack(recipe: Recipe, stacked: Path, config: Any, target: Path) -> None:
 
 
 def _metrics_of_model(rows: Sequence[Row], index: int) -> list[Row]:
-    """metrics.jsonl as the model alone would have written it; what belongs to the stack as a whole is left out."""
+    """metrics.jsonl as the model alone would have written it: metrics of the whole stack are left out."""
     suffix = f"_model_{index + 1}"
     shared = ("step", "time", "train/learning_rate", "train/epoch")
     of_model: list[Row] = []
@@ -141,7 +141,7 @@ def _tensors_of_model(stacked: Checkpoint, index: int) -> dict[str, list[TensorE
 
 
 def _trainer_state(state: Row, index: int, rows: Sequence[Row], step: int, best: tuple[float | None, int]) -> Row:
-    """trainer_state.json of the model: its own sums and losses, and the best of its evaluations that has a checkpoint."""
+    """trainer_state.json of the model: its own sums and losses, and `best`, its best evaluation that has a checkpoint."""
     of_stack = state["train_state"]
     losses = [row["train/loss"] for row in rows if row["step"] <= step and "train/loss" in row]
     evaluated = [row["eval/val_loss"] for row in rows if row["step"] == of_stack["evaluated_step"] and "eval/val_loss" in row]

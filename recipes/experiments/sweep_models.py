@@ -51,7 +51,7 @@ class SweepModel:
             return False
 
     def job(self) -> Job:
-        """What is left to do for it: training, which ends with the evaluation, or the evaluation alone."""
+        """The job left to do: training, which ends with the evaluation, or the evaluation alone."""
         recipe = [sys.executable, str(RECIPE_FILE)]
         command = [*recipe, "train", *self.arguments, "--output_dir", str(self.directory)]
         if self.is_trained():

@@ -86,7 +86,7 @@ class Plot:
 
 
 def plot(recipe: Recipe, flags: Plot, launch: Launch, log: Log) -> None:
-    """The `plot` sub-command: on rank 0."""
+    """The `plot` sub-command; rank 0 does the work."""
 
     def on_main() -> None:
         _check_out(flags.out)
@@ -109,7 +109,7 @@ def sweep(recipe: Recipe, flags: Sweep, launch: Launch, log: Log) -> None:
     models = plan(recipe, flags)
     folder = models[0].directory.parent
     job_number = _job_number(flags, len(models))
-    one_job = job_number is not None  # it needs one device, whatever a preset sets for the whole sweep
+    one_job = job_number is not None  # one job needs one device, whatever a preset sets for the whole sweep
     available = torch.cuda.device_count() if launch.device.type == "cuda" else 0
     queues = job_queue.environments(
         parallel=flags.parallel and not one_job,
@@ -150,7 +150,7 @@ def _check_out(out: str) -> None:
 
 
 def _all_done(states: dict[str, job_queue.State], log: Log) -> bool:
-    """Whether all jobs are done; logs which are not. UserError (exit 1) if some have failed."""
+    """Whether all jobs are done; if not, logs which. UserError (exit 1) if some have failed."""
     not_done = job_queue.summary(states)
     if not_done and "failed" in states.values():
         raise UserError(f"{not_done}; the same command goes on with what is not done", exit_code=1)
@@ -231,7 +231,7 @@ def collect_results(path: Path) -> list[Results]:
 
 
 def plot_results(rows: Sequence[Results], out: Path, log: Log) -> None:
-    """The plot, and the thresholds estimated from it. UserError if it cannot be written."""
+    """Plot the results, and log the thresholds estimated from them. UserError if the plot cannot be written."""
     from recipes.experiments.task_diversity_plot import plot_experiment
 
     try:

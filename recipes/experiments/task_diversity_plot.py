@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 PREDICTORS = {"model": ("transformer", "#1f77b4"), "dmmse": ("dMMSE", "#d62728"), "ridge": ("ridge", "#2ca02c")}
 STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker of a task size
-THRESHOLD_LABEL = "M*"  # of the vertical lines, which are no curves
-CERTAIN = 2.0  # standard errors by which the model must be nearer to one baseline than to the other
+THRESHOLD_LABEL = "M*"  # labels vertical lines, to tell them from curves
+CERTAIN = 2.0  # standard errors by which the distances from both baselines must differ
 
 
 def plot_experiment(rows: Sequence[Results], out: Path) -> dict[int, float | None]:
@@ -100,7 +100,7 @@ def _draw_curve(
     distribution, metric, predictor = keys
     available = [row for row in rows if predictor in row[distribution][metric]]
     points = [(x_of[row["num_tasks"]], row[distribution][metric][predictor]) for row in available]
-    # The point at infinity is not connected: between the largest pool and it nothing was measured.
+    # The point at infinity is not connected: nothing was measured between it and the largest pool.
     infinite = [point for point in points if 0 in x_of and point[0] == x_of[0]]
     for part, line in (([point for point in points if point not in infinite], style[0]), (infinite, "none")):
         if part:
@@ -131,7 +131,7 @@ def _finish_axis(axis: Axes, ylabel: str, title: str, x_of: dict[int, float]) ->
 
 
 def _legend(styles: dict[int, tuple[Any, str]], thresholds: dict[int, float | None]) -> list[Any]:
-    """Colours of the predictors, lines of the task sizes, and the thresholds."""
+    """Handles for the colours of predictors, the lines of task sizes, and the thresholds."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, linewidth=2, label=text) for text, colour in PREDICTORS.values()]
