@@ -153,7 +153,9 @@ def test_refusals_are_one_line_and_leave_nothing(stories: Path, prepared: Path, 
         ([stories, "--out", prepared], "is there already"),
         ([stories, "--valid", os.path.relpath(stories, ROOT), "--out", out], "is both training and validation text"),
     ):
-        assert problem in run(*arguments, expect=2)
+        text = run(*arguments, expect=2)
+        assert problem in text
+        assert "cannot write" not in text
     assert list(out.iterdir()) == []
     assert set(contents(prepared)) == {"tokenizer.json", "train.ids", "train.ids.json", "valid.ids", "valid.ids.json"}
 
