@@ -45,7 +45,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network, and what of it is trained."""
+    """The network, and which part of it is trained."""
 
     architecture: str = ""
     """text of the config.json of the network (default: that of --init_from)"""

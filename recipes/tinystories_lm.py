@@ -70,7 +70,7 @@ class DataConfig:
     """.ids, .bin or .npy, a 'pattern' or folder of shards, several as one; a mixture: PATH=WEIGHT (in YAML also {path: PATH,
     weight: WEIGHT}). Or text, of which ids are made here: files, a folder, OWNER/NAME of the hub, or `embedded`"""
     val_data_path: Annotated[tuple[str, ...], Weighted] = ()
-    """likewise; of several each is measured by itself too"""
+    """likewise; each of several sets is also measured by itself"""
     column: str = "text"
     """of the text in JSONL, parquet and data sets"""
     tokenizer: Annotated[str | None, Tokenizer] = None
@@ -78,7 +78,7 @@ class DataConfig:
     sampling: Literal["random", "sequential"] = "random"
     """windows at random starts, or every window once an epoch"""
     document_mask: bool = False
-    """attention stays within what <|endoftext|> ends, where positions count from 0, and whose first token is not predicted"""
+    """attention stays within a document, up to <|endoftext|>, and positions count from 0 in it; its first token has no loss"""
 
 
 @dataclass(frozen=True)

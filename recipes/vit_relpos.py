@@ -51,7 +51,7 @@ class ModelConfig:
     patch_size: Annotated[int | None, Positive] = None
     """pixels along a side of a patch (default: 16; digits 2, cifar10 4)"""
     window_size: Annotated[tuple[int, int] | None, Positive] = None
-    """patches down and across, which is the whole image (default: what image_size gives)"""
+    """patches of an image, down and across (default: what image_size gives)"""
     sequence_length: Annotated[int | None, Positive] = None
     """patches of an image: the product of the window"""
     absolute_position: Annotated[bool, arg(aliases=("--use_absolute_position",))] = True

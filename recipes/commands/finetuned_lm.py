@@ -21,7 +21,7 @@ BIGRAM_TOKENS = 20_000_000  # a bigram of more than this takes longer to count t
 
 @dataclass(frozen=True)
 class Evaluate(SplitEvaluation):
-    """Measure a trained model: loss and perplexity on what it is to say."""
+    """Measure a trained model: loss and perplexity on completions and answers."""
 
 
 @dataclass(frozen=True)

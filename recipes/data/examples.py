@@ -87,7 +87,7 @@ def encode_rows(corpus: Corpus, tokenizer: Any, column: str) -> tuple[dict[str, 
 
 def passed_over(count: int) -> str:
     """The note about rows without anything to learn."""
-    return f"{count:,} row{'s'[: count > 1]} without text or answer passed over"
+    return f"{count:,} {'rows' if count > 1 else 'row'} without text or answer passed over"
 
 
 def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> dict[str, Any]:
@@ -103,7 +103,8 @@ def _write(corpus: Corpus, tokenizer: Any, column: str, entry: CacheEntry) -> di
                 found = list(_examples_of(row, tokenizer, column)) if row.strip() else []
             except ValueError as error:
                 raise ValueError(f"{place_of(row, corpus.sources)}: {error}") from error
-            empty_rows["blank"] += not found and bool(row.strip())
+            if row.strip() and not found:
+                empty_rows["blank"] += 1
             yield from ((split, example) for example in found)
 
     stream = examples()

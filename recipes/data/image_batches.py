@@ -37,8 +37,8 @@ class Augmentation:
 class ImageBatches:
     """Samples of a map-style set by number: s is item s % len, and every random choice about it comes from (seed, s).
 
-    mixup (Zhang et al. 2018): sample s is mixed with any other item of the set, drawn, like the weight, from (seed, s). An item
-    of its own batch might be read by another process. `labels` are those of the image with the larger weight.
+    mixup (Zhang et al. 2018): sample s is mixed with an item of the whole set, drawn, like the weight, from (seed, s); not with
+    one of its batch, which another process might read. `labels` are those of the image with the larger weight.
     """
 
     def __init__(

@@ -143,8 +143,9 @@ def _texts(source: Source, reading: Reading, empty_rows: Counter[str], piece: in
         documents = units([source], reading.column or "text", piece=piece, empty_rows=empty_rows)
         yield from ((unit.text, unit.ends) for unit in documents)
         return
-    for row in _plain_rows(Path(source.name)) if source.is_plain else rows(source, reading.column, no_progress, empty_rows):
-        yield from _cut(_json(row.rstrip()) if reading.column is None and source.is_plain else row.rstrip(), piece)
+    texts = _plain_rows(Path(source.name)) if source.is_plain else rows(source, reading.column, no_progress, empty_rows)
+    for row in map(str.rstrip, texts):
+        yield from _cut(_json(row) if reading.column is None and source.is_plain else row, piece)
 
 
 def _cut(row: str, piece: int | None) -> Iterator[tuple[str, bool]]:

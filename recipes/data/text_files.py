@@ -43,7 +43,8 @@ def rows(source: Source, column: str | None, on_read: OnRead, empty_rows: Counte
 def _rows(source: Source, column: str | None, on_read: OnRead) -> Iterator[Row]:
     if source.split:
         return _data_set_rows(source, column)
-    return (_json_rows if source.kind == "json" else _parquet_rows)(Path(source.name), column, on_read)
+    read_rows = _json_rows if source.kind == "json" else _parquet_rows
+    return read_rows(Path(source.name), column, on_read)
 
 
 def place_of(row: str, sources: Iterable[Source]) -> str:
@@ -54,7 +55,7 @@ def place_of(row: str, sources: Iterable[Source]) -> str:
         for place, text, _ in _rows(source, None, no_progress):
             if text == row:
                 return place
-    return "a row"  # of text that no source holds: it is made here
+    return "a row"  # embedded rows have no source
 
 
 Row = tuple[str, Any, Collection[str]]

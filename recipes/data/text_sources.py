@@ -113,13 +113,13 @@ def is_text(name: str) -> bool:
 
 
 def _matched(name: str) -> list[Path]:
-    """A path that is there, or what a pattern matches, in order."""
+    """The path of that name if it exists; otherwise the paths that match it as a pattern, sorted."""
     path = Path(name).expanduser()
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
 
 
 def _in_folder(folder: Path, split: str | None) -> list[Source]:
-    """The text files of a folder and below, in order; or of data sets that were saved there, `split` (None: every one)."""
+    """The text files in a folder and below, in order, and `split` (None: every one) of data sets that were saved there."""
     found = _below(folder, split)
     if not found:
         raise ValueError(f"{folder} holds no text: none of its files ends in {', '.join(ENDINGS)}, compressed or not")

@@ -164,7 +164,7 @@ def _spreading_stride(count: int) -> int:
 
 
 def _largest_quotient(step: int, count: int) -> int:
-    """Of the continued fraction of step / count."""
+    """The largest partial quotient of the continued fraction of step / count."""
     largest = 0
     while step:
         largest = max(largest, count // step)

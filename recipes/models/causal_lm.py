@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ALL_ROWS = slice(None)
 BASE = ".base_layer"
-"""what peft puts into the name of a weight that it adds an adapter to"""
+"""peft inserts this into the name of a weight that has an adapter"""
 
 
 def config_of(architecture: str) -> PretrainedConfig:
