@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from trainer.checkpoints.init_from import own_checkpoint
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import stream
 from trainer.data.bad_samples import first_batch
@@ -79,3 +82,14 @@ def first_sample(config: Any, data: Data) -> Batch:
             f"sample {first[0] + samples} of the train set is item {first[0]}, epoch 1: take number % len"
         ) from error
     return batch
+
+
+def warn_of_other_tokenizer(init_from: str, tokenizer_json: str, log: Log) -> None:
+    """Say so where the weights of `--init_from` come with a tokenizer of other entries than this run's, if as many."""
+    try:
+        path = (own_checkpoint(init_from) or Path(init_from)) / "tokenizer.json"
+        theirs, ours = (json.loads(text)["model"]["vocab"] for text in (path.read_text(encoding="utf-8"), tokenizer_json))
+    except (OSError, ValueError, LookupError, TypeError):  # it brings none, or none of this form
+        return
+    if theirs != ours:
+        log(f"WARNING: {path} is another tokenizer than this run's, whose ids mean other text to these weights")

@@ -20,7 +20,7 @@ from trainer.backends.tensors import TensorForm
 from trainer.checkpoints.checkpoint import STATE, Checkpoint
 from trainer.checkpoints.network import build_empty_network, differences, first_weights, optimizer_fits
 from trainer.checkpoints.resume import LaunchPlan
-from trainer.checks import check_batch_norm, check_data, check_same_everywhere, first_sample
+from trainer.checks import check_batch_norm, check_data, check_same_everywhere, first_sample, warn_of_other_tokenizer
 from trainer.data import loader, stream
 from trainer.distributed.launch import Launch, resolve_precision
 from trainer.errors import UserError, one_line
@@ -95,6 +95,8 @@ def set_up(recipe: Recipe, plan: LaunchPlan, launch: Launch, log: Log) -> Sessio
     sample = first_sample(config, data)
     loss_weights = objective_weights(recipe, config, recipe.items(sample))
     extra_files = recipe.checkpoint_files(config, network, data)
+    if config.optimisation.init_from and not plan.checkpoint and "tokenizer.json" in extra_files:
+        warn_of_other_tokenizer(config.optimisation.init_from, str(extra_files["tokenizer.json"]), log)
 
     if kernels := attention_kernels(network, recipe, sample, launch.device, backend.precision):
         log(f"Attention: {kernels}")

@@ -54,6 +54,14 @@ ENDINGS = r"\.(pth?|safetensors)$"
 """file name endings that are ignored in the path of a checkpoint, which is a folder here"""
 
 
+def refuse_run_directory(folder: Path) -> None:
+    """UserError for the folder of a run, where one of its checkpoints is meant."""
+    if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} is the directory of a run; give one of its checkpoints, in {folder / 'checkpoints'}", CHECKPOINT
+        )
+
+
 class Checkpoint:
     """A committed checkpoint folder. The constructor checks the form of the manifest, `verify` every byte."""
 
@@ -92,6 +100,7 @@ class Checkpoint:
                 raise self.damaged(file, "is not a regular file")
             yield path
         except FileNotFoundError:
+            refuse_run_directory(self.path)
             raise self.damaged(file, "is missing") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "no such name can be"

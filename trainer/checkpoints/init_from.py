@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.checkpoint import CONFIG, ENDINGS, MANIFEST, STATE, Checkpoint
+from trainer.checkpoints.checkpoint import CONFIG, ENDINGS, MANIFEST, STATE, Checkpoint, refuse_run_directory
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
 from trainer.command_line.flags import SECTIONS
@@ -20,6 +20,7 @@ def own_checkpoint(init_from: str) -> Path | None:
     """The folder, if it is a checkpoint of this package (even one whose manifest is lost, which must not pass for another
     format); else None."""
     folder = Path(re.sub(ENDINGS, "", init_from))
+    refuse_run_directory(folder)
     return folder if any((folder / file).exists() for file in (MANIFEST, STATE)) else None
 
 
