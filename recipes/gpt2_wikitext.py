@@ -125,8 +125,6 @@ class Gpt2Report(MixtureReport):
         text, length = data.extra["text"], config.model.max_length
         loss = read_metrics(run.metrics)[-1]["final/val_loss"]
         samples = config.run.eval_iters * config.optimisation.effective_batch_size
-        if loss is None:
-            return log("validation: the loss is not finite; lower --learning_rate")
         if 0 < samples < len(data.evaluation["val"]):
             log(f"validation: {loss:.4f} nats per token over the first {samples:,} samples (eval_iters) only")
         else:

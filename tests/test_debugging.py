@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,34 @@ def test_a_profile_has_the_steps_after_the_first_ones(tmp_path: Path, capsys: py
     with gzip.open(tmp_path / "profile" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "flags", "last"),
+    [("5", (), None), ("6", (), 8), ("1", ("--stop_at_step", "4"), None), ("2", ("--stop_at_step", "4"), 4)],
+)
+def test_a_profile_that_the_run_is_too_short_for_is_announced(
+    steps: str, flags: tuple[str, ...], last: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "--profile", steps, *flags)
+    text = capsys.readouterr().out
+    assert (tmp_path / "profile" / "trace.json.gz").exists() == (last is None)
+    assert ("will write nothing" in text) == (last is not None)
+    assert (
+        last is None
+        or f"--profile {steps} will write nothing: it takes 3 steps more than that, and step {last} is the last" in text
+    )
+    ending = "Without --stop_at_step the same command continues this run."
+    assert (ending in text) == bool(flags)
+
+
+def test_a_run_that_ends_with_nan_says_so_in_the_place_of_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        ToyRecipe, "measure", lambda self, network, batch: dict.fromkeys(("token", "value"), (torch.tensor(math.nan), 1))
+    )
+    run(tmp_path)
+    text = capsys.readouterr().out
+    assert "No report: eval/val_loss is not finite; lower --learning_rate, or look at the data" in text
+    assert "WARNING: the report" not in text

@@ -153,6 +153,7 @@ class LaunchedRun:
             if last - state.step < WARM_UP_STEPS + config.run.profile:
                 steps = f"it takes {WARM_UP_STEPS} steps more than that, and step {last:,} is the last"
                 log(f"--profile {config.run.profile} will write nothing: {steps}")
+                return
             folder = self.plan.directory.path / "profile"
             training.logger.profiler = StepProfiler(config.run.profile, folder, self.launch.device, self.console)
 

@@ -68,6 +68,10 @@ def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path
     session, console = logger.session, logger.console
     if not (session.config.run.eval_every or session.config.run.eval_epochs):
         return console.log("Never evaluated, so no comparison with baselines; `evaluate` makes one")
+    if session.data.evaluation and logger.state.evaluated_metric is None:
+        return console.log(
+            f"No report: eval/{logger.recipe.best_metric} is not finite; lower --learning_rate, or look at the data"
+        )
     weights, free = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors")), virtual_memory().available
     if weights > MOST_OF_MEMORY * free:  # the system would end this process for it, and the launch with it
         sizes = f"the model's {weights / 2**30:,.1f} GiB in one process, and {free / 2**30:,.1f} GiB are free here"
