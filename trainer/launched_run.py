@@ -54,17 +54,16 @@ class LaunchedRun:
         failing.clear()
         terminating.clear()
         left = slurm_seconds_left(os.environ) if self.launch.is_main else None
-        run = self.plan.config.run
-        # From here on a signal is a request to stop. Before the first step and after the last one it is obeyed at once.
+        # From here on a signal is a request to stop; before the first step and after the last one it is obeyed at once.
         with StopRequests(
-            limit_hours=run.max_training_hours,
-            started=process_start_monotonic(),
-            run=self.plan.directory if self.launch.is_main else None,
-            status=lambda: self.training.logger.status() if self.training else "starting",
-            log=self.console.log,
-            slurm_end=None if left is None else time.monotonic() + left,
-            exit_seconds=EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
-            stop_when=run.stop_when if self.launch.local_rank == 0 else None,
+            self.plan.config.run.max_training_hours,
+            process_start_monotonic(),
+            self.plan.directory if self.launch.is_main else None,
+            lambda: self.training.logger.status() if self.training else "starting",
+            self.console.log,
+            None if left is None else time.monotonic() + left,
+            EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
+            self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
             # Inside `stops`, so that signals are caught on failure too: once one process has exited, the launcher sends them.
             try:
