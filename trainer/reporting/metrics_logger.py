@@ -1,4 +1,4 @@
-"""The log interval: loss sums on the device, item counts and times on the host, and the metrics and lines made of them."""
+"""Metrics of training: loss sums on the device, item counts and times on the host, and what is logged of them at intervals."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from trainer.reporting.profiling import StepProfiler
     from trainer.setup import Session
 
-WARNING_LINES, WARNING_CHARACTERS = 10, 300  # of each process: an evaluation may find fault with every sample
+WARNING_LINES, WARNING_CHARACTERS = 10, 300  # at most from each process: an evaluation may warn of every sample
 
 
 class MetricsLogger:
     """Accumulates the metrics of a run and reports them. Called on every process; rank 0 prints and writes.
 
-    It reads `state`, which the loop changes.
+    It reads `state`, which the loop updates. `trackers` is None on the other ranks.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MetricsLogger:
         self.launch, self.recipe = session.launch, session.recipe
         self.terms = list(session.loss_weights)
         zeros = [0.0] * len(self.terms)
-        # The sums of a checkpoint are over all ranks: rank 0 alone carries them on.
+        # The sums in a checkpoint are over all ranks, so only rank 0 starts from them.
         resumed = [math.nan if s is None else s for s in state.loss_sums] or zeros
         mine = resumed if self.launch.is_main else zeros
         self.loss_sums = torch.tensor(mine, dtype=sum_dtype(self.launch.device), device=self.launch.device)
@@ -61,20 +61,23 @@ class MetricsLogger:
             self.loss_sums += loss_sums.detach()
 
     def add_items(self, item_counts: Sequence[float]) -> None:
-        """Add a step's items over all ranks, by term."""
+        """Add a step's items over all ranks, [terms]."""
         self.item_counts = [a + b for a, b in zip(self.item_counts, item_counts, strict=True)]
         self.timed_counts = [a + b for a, b in zip(self.timed_counts, item_counts, strict=True)]
 
     def add_data_seconds(self, seconds: float) -> None:
-        """Add a wait for data."""
+        """Add the seconds of a wait for data."""
         self.data_seconds += seconds
 
     def exclude_from_timing(self, seconds: float) -> None:
-        """Leave these seconds, of an evaluation or a save, out of the interval's times."""
+        """Leave these seconds, of an evaluation or a save, out of the interval's duration."""
         self.untimed_seconds += seconds
 
     def unlogged(self) -> tuple[list[float | None], list[float]]:
-        """(loss sums over all ranks, item counts) since the last log line, for a checkpoint. Collective."""
+        """(loss sums, item counts), [terms] each and over all ranks, since the last log line, for a checkpoint. Collective.
+
+        None stands for a sum that is not finite.
+        """
         sums = self.launch.control.sum(self.loss_sums.tolist()).wait()
         return [s if math.isfinite(s) else None for s in sums], self.item_counts
 
@@ -88,30 +91,14 @@ class MetricsLogger:
         bad_steps: int,
         seconds_left: float,
     ) -> float | None:
-        """Log the interval: means over its items, rates, memory. Returns its training loss, None if that is not finite.
+        """Log the interval that ends with this step. Returns its training loss, None if that is not finite.
 
-        Here the host reads the device. Collective.
+        Here the host waits for the device. Collective.
         """
         step = self.state.step
-        sums = self.launch.control.sum(self.loss_sums.tolist()).wait()
-        measured = zip(self.terms, sums, self.item_counts, strict=True)
-        means = {t: s / max(n, 1.0) for t, s, n in measured if n or t not in self.recipe.monitored}
-        elapsed = max(time.monotonic() - self.interval_start - self.untimed_seconds, 1e-9)
-        steps = max(1, step - self.interval_start_step)
-        counted = steps * self.session.config.optimisation.effective_batch_size
-        if self.counted_term:
-            counted = self.timed_counts[self.terms.index(self.counted_term)]
-        self.per_second, self.seconds_per_step = counted / elapsed, elapsed / steps
-        metrics = {f"train/{key}": v for key, v in summarise(self.recipe, means, self.session.loss_weights).items()}
-        metrics |= {
-            "train/learning_rate": learning_rate,
-            "train/grad_norm": float(grad_norm),
-            "train/iter_time_ms": 1000 * self.seconds_per_step,
-            "train/interval_seconds": elapsed,
-            f"train/{self.unit}_per_sec": self.per_second,
-            "train/data_wait_fraction": min(1.0, self.data_seconds / elapsed),
-            "train/bad_steps": float(bad_steps),
-        }
+        metrics = self._losses() | {"train/learning_rate": learning_rate, "train/grad_norm": float(grad_norm)}
+        metrics |= self._rates()
+        metrics["train/bad_steps"] = float(bad_steps)
         if self.state.replaced_samples:
             metrics["train/replaced_samples"] = float(self.state.replaced_samples)
         metrics |= {f"train/grad_norm/{layer}": float(norm) for layer, norm in layer_norms.items()}
@@ -133,6 +120,28 @@ class MetricsLogger:
             self.console.log(f"Elapsed: {self.hours():.2f}h | Remaining: {max(0.0, seconds_left) / 3600:.2f}h")
         return metrics["train/loss"] if math.isfinite(metrics["train/loss"]) else None
 
+    def _losses(self) -> dict[str, float]:
+        """The loss terms' means over the items of the interval, and what derives from them. Reads the device. Collective."""
+        sums = self.launch.control.sum(self.loss_sums.tolist()).wait()
+        measured = zip(self.terms, sums, self.item_counts, strict=True)
+        means = {t: s / max(n, 1.0) for t, s, n in measured if n or t not in self.recipe.monitored}
+        return {f"train/{key}": v for key, v in summarise(self.recipe, means, self.session.loss_weights).items()}
+
+    def _rates(self) -> dict[str, float]:
+        """The interval's times and throughput, of its steps in this launch. `_losses` has waited for the device before."""
+        elapsed = max(time.monotonic() - self.interval_start - self.untimed_seconds, 1e-9)
+        steps = max(1, self.state.step - self.interval_start_step)
+        counted = steps * self.session.config.optimisation.effective_batch_size
+        if self.counted_term:
+            counted = self.timed_counts[self.terms.index(self.counted_term)]
+        self.per_second, self.seconds_per_step = counted / elapsed, elapsed / steps
+        return {
+            "train/iter_time_ms": 1000 * self.seconds_per_step,
+            "train/interval_seconds": elapsed,
+            f"train/{self.unit}_per_sec": self.per_second,
+            "train/data_wait_fraction": min(1.0, self.data_seconds / elapsed),
+        }
+
     def _start_interval(self) -> None:
         self.loss_sums.zero_()
         zeros = [0.0] * len(self.terms)
@@ -141,7 +150,10 @@ class MetricsLogger:
         self.data_seconds, self.untimed_seconds = 0.0, 0.0
 
     def log_evaluation(self, metrics: Mapping[str, float], replaced: Sequence[str]) -> None:
-        """Log what an evaluation measured, the recipe's warnings, and the samples that were replaced. Collective."""
+        """Log an evaluation's metrics, the recipe's warnings, and the samples that were replaced in it. Collective.
+
+        `replaced`: a line for each of these samples on this process.
+        """
         self.write(metrics)
         self.console.log(self.recipe.report.evaluation_line(self.state.step, metrics))
         lines = self._of_all_ranks([*self.recipe.report.warnings(), *(f"could not be read, replaced: {r}" for r in replaced)])
@@ -149,19 +161,20 @@ class MetricsLogger:
             self.announce("noticed", "\n".join([f"Noticed at step {self.state.step:,}:", *lines]))
 
     def log_replaced(self, mine: Sequence[str], number: int) -> None:
-        """Name the samples of this step that could not be read, on this process and on all others. Collective."""
+        """Log the unreadable samples of this step that others replace: `mine` (a line each) of this process, `number` over all
+        ranks. Collective."""
         lines, total = self._of_all_ranks(mine), self.state.replaced_samples
         what = f"WARNING: step {self.state.step + 1:,} takes the next readable sample instead of these"
         text = "\n".join([f"{what} ({total:,} replaced so far in this run):", *lines])
-        if total == number:  # the first ones of the run: an alert as well
+        if total == number:  # the first ones of the run: send an alert too
             self.announce("bad samples", text)
         else:
             self.console.log(text)
 
     def _of_all_ranks(self, mine: Sequence[str]) -> list[str]:
-        """On rank 0 the first lines of every process, and one that says how many more there are. Collective."""
+        """The first lines of every process, and one that says how many more there are, on rank 0. Collective."""
         gathered = self.launch.control.gather([len(mine), [line[:WARNING_CHARACTERS] for line in mine[:WARNING_LINES]]])
-        # A sample that fills up the last batch of a process is a sample of another one too.
+        # Without duplicates: the samples that fill up a process's last batch are another one's.
         lines = list(dict.fromkeys(line for _, lines in gathered for line in lines))
         more = sum(number for number, _ in gathered) - sum(len(lines) for _, lines in gathered)
         return [*lines, f"... and {more} more"] if more else lines
@@ -172,7 +185,7 @@ class MetricsLogger:
             self.trackers.log(self.state.step if step is None else step, metrics)
 
     def announce(self, event: str, text: str) -> None:
-        """Print something out of the ordinary, and send it as an alert."""
+        """Print `text`, and send it as an alert."""
         self.console.log(text)
         self.alerts.send(event, text, step=self.state.step)
 
@@ -187,7 +200,8 @@ class MetricsLogger:
         return (self.session.total_steps - self.state.step) * self.seconds_per_step
 
     def show_progress(self) -> None:
-        """The progress bar, on a terminal; every `alert_every` steps an alert. Both show the last log line's figures."""
+        """After each step: the profiler's next step, the progress bar, and every `alert_every` steps an alert. The bar and the
+        alert show the figures of the last log line."""
         if self.profiler is not None:
             self.profiler.step()
         step, total, eta = self.state.step, self.session.total_steps, self.eta_seconds()
@@ -207,7 +221,7 @@ class MetricsLogger:
             )  # fmt: skip
 
     def status(self) -> str:
-        """The answer to `status`."""
+        """The answer to a request for `status`, in one line."""
         eta = self.eta_seconds()
         left = f"about {format_duration(eta)} to go" if math.isfinite(eta) else "no estimate of the rest yet"
         return (
