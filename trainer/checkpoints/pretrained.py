@@ -1,4 +1,4 @@
-"""Weights that somebody else has written: a folder, or a name of the hub, of which a process reads what it will hold."""
+"""Reads weights that other programs wrote, from a folder or the Hugging Face hub; each process only those that it will hold."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ WAY_OUT = "give a folder, or OWNER/NAME of the hub"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file, which `read` reads."""
 
     shape: tuple[int, ...]
     read: Callable[[slice], Tensor]
-    """some rows of it (places in its first dimension), or all for `ALL_ROWS`, in memory of their own on the host"""
+    """returns some rows (indices of the first dimension) or ALL_ROWS, on the host, in memory of their own"""
 
 
 def stored_config(name: str) -> dict[str, Any]:
-    """The config.json of a folder, or of a model of the hub. OSError if there is none, ValueError if it is no JSON object."""
+    """The config.json of a folder, or of a model on the hub.
+
+    ValueError if there is none, or it is no JSON object; OSError if the hub refuses.
+    """
     path = _file(name, CONFIG)
     if path is None and not Path(name).is_dir():
-        raise ValueError(
-            f"there is no such folder, and the hub gives no {CONFIG} of it; give a folder, or OWNER/NAME of the hub"
-        )
+        raise ValueError(f"there is no such folder, and the hub gives no {CONFIG} of it; {WAY_OUT}")
     if path is None:
         raise ValueError(f"holds no {CONFIG}, which says what network its weights are of; put the one of its model there")
     with open(path, encoding="utf-8") as content:
@@ -50,8 +51,10 @@ def stored_config(name: str) -> dict[str, Any]:
 
 
 def weight_files(name: str) -> list[str]:
-    """The safetensors of a folder that `save_pretrained` wrote, or of a model of the hub. OSError or ValueError if there are
-    none."""
+    """Paths of the safetensors files of a folder that `save_pretrained` wrote, or of a model on the hub.
+
+    ValueError if there are none; OSError if the hub refuses.
+    """
     single, index = _file(name, SINGLE), _file(name, INDEX)
     if single:
         return [single]
@@ -69,8 +72,10 @@ def weight_files(name: str) -> list[str]:
 
 
 def _file(name: str, file: str) -> str | None:
-    """Where a file of a folder, or of a model of the hub, lies on this machine; None if there is none. ValueError for a path
-    that leads nowhere, OSError where the hub refuses."""
+    """The path of a file of a folder, or of a model on the hub, which is downloaded; None if it has no such file.
+
+    ValueError if `name` is neither a folder nor a possible name on the hub; OSError if the hub refuses.
+    """
     from transformers.utils import cached_file
 
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -79,20 +84,20 @@ def _file(name: str, file: str) -> str | None:
 
 
 def stored_tensors(name: str) -> dict[str, StoredTensor]:
-    """The tensors of such a folder or model, by their names there. OSError or ValueError if it is no safetensors."""
+    """{name in the files: tensor} of such a folder or model. Errors: those of `weight_files`; ValueError for a damaged file."""
     found: dict[str, StoredTensor] = {}
     for path in weight_files(name):
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file ({one_line(error)})") from error
-        for key in file.keys():  # noqa: SIM118  (no mapping)
+        for key in file.keys():  # noqa: SIM118  (`file` cannot be iterated over)
             found[key] = StoredTensor(tuple(file.get_slice(key).get_shape()), partial(_read, file, path, key))
     return found
 
 
 def rows_in(file: Any, name: str, rows: slice) -> Tensor:
-    """Rows of a tensor in an open safetensors file: in memory of their own, as the file may be deleted any time."""
+    """Rows of a tensor in an open safetensors file, copied out of the mapped file, which may be deleted at any time."""
     return (file.get_tensor(name) if rows == ALL_ROWS else file.get_slice(name)[rows]).clone()
 
 

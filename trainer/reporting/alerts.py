@@ -1,7 +1,7 @@
-"""Messages to a person far away, by webhook: start, stop, progress, what went wrong.
+"""Alerts by webhook: start, progress, trouble, stop.
 
-They leave from a thread of their own: a webhook that is slow, dead or full of errors costs the sender microseconds, and
-nothing else. Its URL is a secret, and in no text that leaves this module.
+A thread of their own sends them, so a webhook that is slow, dead or full of errors costs training only microseconds. Its URL is
+a secret, which no text of this module contains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.command_line.secrets import redact_text
 from trainer.command_line.webhook import Fact, Webhook
 
 REQUEST_SECONDS = 5.0  # how long the server may be silent
-CLOSE_SECONDS = 5.0  # how long the end of a launch waits for what is still to be sent; part of --max_training_hours
+CLOSE_SECONDS = 5.0  # how long the end of a launch waits for alerts that are not sent yet; --max_training_hours includes it
 ATTEMPTS, FIRST_PAUSE_SECONDS = 4, 1.0  # the pause doubles, unless the server asks for another
 RETRY_AFTER_MAX_SECONDS = 600.0
 WAITING_ALERTS = 50
@@ -31,17 +31,17 @@ class Alerts:
     """Alerts that go nowhere: no webhook was given, or this is not rank 0."""
 
     exit_seconds = 0.0
-    """how long `close` may take"""
+    """the most seconds that `close` takes"""
 
     def send(self, event: str, text: str, **facts: Fact) -> None:
-        """Have `text` sent, at once and without waiting. `event` and `facts` go where the webhook takes any JSON."""
+        """Queue `text` to be sent; does not wait. A webhook that takes any JSON gets `event` and `facts` too."""
 
     def close(self) -> None:
-        """Give what waits a last chance, for at most `exit_seconds`; once."""
+        """Wait until all alerts are sent, for at most `exit_seconds`. A second call does nothing."""
 
 
 class WebhookAlerts(Alerts):
-    """Alerts to one webhook. `title` opens each, so that many runs may share a channel; `log` hears of trouble, once."""
+    """Alerts to one webhook. Each begins with `title`, as runs may share a channel. `log` gets each kind of trouble once."""
 
     exit_seconds = CLOSE_SECONDS
 
@@ -54,17 +54,15 @@ class WebhookAlerts(Alerts):
         self._thread.start()
 
     def send(self, event: str, text: str, **facts: Fact) -> None:
-        """Put an alert into the queue; from a full one the oldest is dropped, for what happened last matters most."""
-        text = redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()  # no half characters of odd paths
+        """See `Alerts`. If the queue is full the oldest alert is dropped, as the latest matters most."""
+        text = redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()  # no surrogates, as of odd paths
         text = text if len(text) <= TEXT_CHARACTERS else text[: TEXT_CHARACTERS - 4] + " ..."
         self._last = self._webhook.body(text, {"event": event, "run": self._title, **facts})
         self._put(self._last)
 
     def close(self) -> None:
-        """Wait until all is sent, for at most `exit_seconds`; once. The thread is a daemon: it ends with the process.
-
-        If the webhook is in trouble, only what happened last is tried, once more.
-        """
+        """See `Alerts`. If the webhook is in trouble, only the latest alert is tried once more. The thread is a daemon: it ends
+        with the process."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -90,7 +88,7 @@ class WebhookAlerts(Alerts):
 
     def _work(self) -> None:
         opener = urllib.request.build_opener(_NoRedirect)  # the proxies of the environment are obeyed
-        hurried = False
+        hurried = False  # whether `close` has cut short a pause before another try
         while (body := self._waiting.get()) is not None:
             if hurried and body is not self._last:
                 continue
@@ -108,19 +106,20 @@ class WebhookAlerts(Alerts):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the secret, and the message, to another place."""
+    """Follows no redirect: it would carry the secret, and the message, to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def _post(opener: urllib.request.OpenerDirector, url: str, body: bytes) -> tuple[str | None, float | None]:
-    """(None, None) once it is sent; otherwise (what went wrong, seconds to wait before the next try: 0 our own, None never).
+    """(None, None) if the alert was sent, else (what went wrong, seconds to wait before the next try).
 
-    The texts of urllib's errors repeat the URL: only their numbers and names are reported.
+    The seconds are 0 if the server names none, None if there should be no other try.
+    The texts of urllib's errors repeat the URL, so only their numbers and names are reported.
     """
     try:
-        # Discord turns urllib's own name away.
+        # Discord refuses urllib's default user agent.
         headers = {"Content-Type": "application/json", "User-Agent": "samecurve"}
         request = urllib.request.Request(url, body, headers, method="POST")
         opener.open(request, timeout=REQUEST_SECONDS).close()
@@ -130,7 +129,7 @@ def _post(opener: urllib.request.OpenerDirector, url: str, body: bytes) -> tuple
         again = error.code in (408, 429) or error.code >= 500
         redirect = ", a redirect, which is not followed" if 300 <= error.code < 400 else ""
         return f"the webhook answers HTTP {error.code}{redirect}", _retry_after(error.headers) if again else None
-    except Exception as error:  # whatever it is: no alert may end the thread
+    except Exception as error:  # whatever it is, it must not end the thread
         reason = getattr(error, "reason", error)
         why = reason.strerror if isinstance(reason, OSError) and reason.strerror else type(reason).__name__
         return f"the webhook cannot be reached ({why})", 0.0
@@ -149,5 +148,5 @@ def _retry_after(headers: Any) -> float:
 
 
 def open_alerts(webhook: Webhook | None, title: str, log: Callable[[str], None]) -> Alerts:
-    """Alerts to this webhook, if there is one. Close them."""
+    """Alerts to `webhook`; with None, alerts that go nowhere. The caller closes them."""
     return Alerts() if webhook is None else WebhookAlerts(webhook, title, log)

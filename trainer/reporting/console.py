@@ -1,7 +1,7 @@
-"""What a person sees of a run: lines on stdout and in train.log, and on a terminal a progress bar below them.
+"""The console: lines on stdout and in train.log, and on a terminal a progress bar below them.
 
-Nothing here may end training, or hold it up: not a closed pipe (`| head`), not a full one whose reader sleeps, not a full
-disk, not a terminal that went away.
+No failure here ends training or delays it for long: a closed pipe (`| head`), a full one that nobody reads, a full disk, a
+terminal that is gone.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from trainer.distributed.signals import writable
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-READER_SECONDS = 1.0  # how long a reader may keep us waiting, until it reads again
+READER_SECONDS = 1.0  # how long to wait for a reader of a full pipe; after that not at all, until it reads again
 
 
 class Console:
     """Prints on rank 0 (`is_main`) and nothing on the others. Never prints a URL that holds a secret.
 
-    `log_path` may be unknown at first: lines before `open_log` are kept and written then. Once it has them all, a line that
-    nobody reads is not waited for.
+    `log_path` may be unknown at first: `open_log` writes the lines so far. Without a log file every line waits until stdout
+    takes it; with one, a line that nobody reads within READER_SECONDS is only in the file.
     """
 
     def __init__(self, log_path: Path | None, is_main: bool) -> None:
@@ -40,15 +40,15 @@ class Console:
         self._log_failed = False
         self._unread_lines = 0
         self._bar: tqdm | None = None
-        self._logging = threading.Lock()  # threads of the trackers and of alerts have their say too
+        self._logging = threading.Lock()  # threads of trackers and alerts log too
 
     def open_log(self, path: Path) -> None:
-        """Appends to `path` from now on, beginning with the lines so far."""
+        """Appends all lines to `path`: first those so far, then every new one."""
         self._log_path = path
         self._append("")
 
     def close_log(self) -> None:
-        """Appends to no file any more."""
+        """Appends no further lines to the file."""
         self._log_path = None
 
     def log(self, text: str) -> None:
@@ -59,9 +59,9 @@ class Console:
             self._append(text + "\n")
 
     def error(self, text: str, on_any_rank: bool = False, log_only: bool = False) -> None:
-        """Prints `text` on stderr, and appends it to train.log; `on_any_rank`: not on rank 0 alone, for what befell only one.
+        """Prints `text` on stderr, and appends it to train.log, on rank 0.
 
-        `log_only`: to train.log only.
+        `on_any_rank`: prints it on this rank whichever it is, for an error of one rank. `log_only`: does not print it.
         """
         text = redact_text(text)
         if self._is_main:
@@ -71,9 +71,9 @@ class Console:
                 self._write(sys.stderr, f"error: {text}\n")
 
     def log_traceback(self, exc: BaseException, on_stderr: bool = False) -> None:
-        """Writes the traceback of `exc` to train.log only; the person gets one line, from whoever caught it.
+        """Writes the traceback of `exc` to train.log; what the user reads of it is up to the caller.
 
-        `on_stderr`: there too, on any rank: it is a bug.
+        `on_stderr`: prints it too, on any rank, as for a bug.
         """
         text = redact_text("".join(traceback.format_exception(exc)))
         if self._is_main:
@@ -83,9 +83,9 @@ class Console:
                 self._write(sys.stderr, text)
 
     def progress(self, step: int, total_steps: int, loss: float, units_per_sec: float, unit: str, eta_seconds: float) -> None:
-        """Shows the bar at `step` of `total_steps`, with rate (`unit` is what is counted: "tokens") and remaining time.
+        """Shows the bar at `step` of `total_steps`, with the loss, the rate in `unit` (such as "tokens") and the time to go.
 
-        Only where stderr is a terminal: in a pipe or a file a bar is a thousand lines of noise.
+        On rank 0, and only if stderr is a terminal: in a pipe or a file a bar is a thousand lines of noise.
         """
         if not (self._is_main and sys.stderr and not sys.stderr.closed and sys.stderr.isatty()):
             return
@@ -95,7 +95,7 @@ class Console:
 
         def draw() -> None:
             if self._bar is None:
-                tqdm.set_lock(threading.RLock())  # its own lock would be a semaphore shared with the data workers
+                tqdm.set_lock(threading.RLock())  # tqdm's default lock includes a semaphore between processes
                 self._bar = tqdm(
                     total=total_steps,
                     initial=step,
@@ -111,7 +111,7 @@ class Console:
         self._try_bar(draw)
 
     def close(self) -> None:
-        """Takes the progress bar away. The console can still be used afterwards."""
+        """Removes the progress bar. The console can still be used afterwards."""
         if self._bar is not None:
             self._try_bar(self._bar.close)
         self._bar = None
@@ -129,17 +129,17 @@ class Console:
                 self._unread_lines = 0
             if not self._write(stdout, text + "\n"):
                 self._unread_lines += 1
-        except (OSError, ValueError):  # nobody reads the pipe any more, the disk is full; the file is closed
-            # A print of some library would now raise, or fail in the last flush and turn the exit status into 120: give
-            # it a place to go (Python's documentation of `signal`, "Note on SIGPIPE").
+        except (OSError, ValueError):  # a pipe without a reader, a full disk; a closed file
+            # A library's print would now raise, or the flush at exit would fail and turn the exit status into 120: redirect
+            # stdout to nowhere (Python's documentation of `signal`, "Note on SIGPIPE").
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stdout.fileno())
         if self._bar is not None:
             self._try_bar(self._bar.refresh)
 
     def _write(self, stream: Any, text: str) -> bool:
-        """Whether all of it was written: a full pipe, or a terminal after Ctrl-S, keeps the rest from it."""
-        for start in range(0, len(text), select.PIPE_BUF // 4):  # a character has four bytes at most
+        """Writes `text`; returns False if a full pipe, or a terminal after Ctrl-S, did not take all of it."""
+        for start in range(0, len(text), select.PIPE_BUF // 4):  # a character takes at most four bytes
             seconds = 0.0 if self._unread_lines else READER_SECONDS
             if self._log_path is not None and not _writable(stream, seconds):
                 return False
@@ -147,7 +147,7 @@ class Console:
         return True
 
     def _try_bar(self, draw: Callable[[], object]) -> None:
-        """A terminal that went away takes the bar with it, nothing else; one that is stopped is not waited for."""
+        """Calls `draw` if the terminal accepts output at once. If the terminal is gone, so is the bar, but nothing else."""
         try:
             if _writable(sys.stderr, 0.0):
                 draw()
@@ -160,7 +160,7 @@ class Console:
             if self._log_path is None or not self._unwritten:
                 return
             try:
-                # Opened for each line: nothing is buffered when the process is killed, and a full disk may get space again.
+                # Opened for each line: nothing is lost in a buffer if the process is killed, and a full disk may get space.
                 with open(self._log_path, "a", encoding="utf-8", errors="replace") as file:
                     file.write(self._unwritten)
             except OSError as error:
@@ -173,12 +173,12 @@ class Console:
 def _writable(stream: Any, seconds: float) -> bool:
     try:
         return writable(stream.fileno(), seconds)
-    except (OSError, ValueError, AttributeError):  # no file: it keeps what it is given, or says itself what is wrong
+    except (OSError, ValueError, AttributeError):  # no descriptor (StringIO), or closed: writing works or raises
         return True
 
 
 def format_duration(seconds: float) -> str:
-    """`42s`, `7m 05s`, `3h 20m` or `2d 04h`; `?` for what is not a duration."""
+    """`42s`, `7m 05s`, `3h 20m` or `2d 04h`; `?` for a negative number, NaN or infinity."""
     if not (math.isfinite(seconds) and seconds >= 0):
         return "?"
     minutes, secs = divmod(round(seconds), 60)

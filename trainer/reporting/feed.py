@@ -1,4 +1,4 @@
-"""Rows on their way to a tracker that may stall: a server that is gone must not hold up a training step."""
+"""Hands rows of metrics to a tracker in a thread of its own: a server that stalls must not delay a training step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from trainer.recipe import Log
 
 Row = dict[str, float]
 """metrics, and `step`"""
-FINISH_SECONDS = 10.0  # how long the last upload may take: it counts against --max_training_hours
-EXIT_SECONDS = 15.0  # that, and what its thread may take on top
+FINISH_SECONDS = 10.0  # how long a tracker's last upload may take; --max_training_hours includes it
+EXIT_SECONDS = 15.0  # FINISH_SECONDS, and what else the thread may take
 
 
 class Feed:
-    """Hands rows to `send`, which takes them one by one in a thread of its own and returns once they are where they belong.
+    """Calls `send` in a thread, with an iterator over the rows that `put` adds. `send` returns once all of them are delivered.
 
-    An error of it is named once, and what comes later is left out.
+    If it raises, the error is logged, and later rows are dropped.
     """
 
     def __init__(self, name: str, send: Callable[[Iterator[Row]], None], log: Log) -> None:
@@ -32,7 +32,7 @@ class Feed:
             self._rows.put({"step": step, **values})
 
     def end(self) -> bool:
-        """No row follows; whether all were sent within `EXIT_SECONDS`."""
+        """End the iterator. Returns whether `send` came to its end within EXIT_SECONDS."""
         self._rows.put(None)
         self._thread.join(EXIT_SECONDS)
         return not self._thread.is_alive()

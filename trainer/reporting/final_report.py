@@ -1,4 +1,4 @@
-"""After the loop: what is printed and written of a launch that ended well. Rank 0 only."""
+"""What is printed, written and drawn after the loop of a launch that did not fail. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.run_directory import RunDirectory, write_text_atomic
 
 MOST_OF_MEMORY = 0.8
-"""of what is free on the host, that the model of the report may take"""
+"""the largest part of the host's free memory that the report's model may take"""
 
 
 def report_end(
     logger: MetricsLogger, directory: RunDirectory, reason: StopReason, checkpoint: Path | None, stays_rolled_back: bool
 ) -> None:
-    """status.json, a line and an alert: how the launch ended, and how to go on."""
+    """Say how the launch ended in status.json, a line and an alert, and print how to go on.
+
+    `stays_rolled_back`: the launch went back to an earlier checkpoint of its own run, and would do so again.
+    """
     log, step = logger.console.log, logger.state.step
     state: Literal["finished", "stopped"] = "finished" if reason.finished else "stopped"
     directory.write_status(state, reason, step, checkpoint)
@@ -36,7 +39,7 @@ def report_end(
 
 
 def log_final_metrics(logger: MetricsLogger, last_evaluation: Mapping[str, float]) -> None:
-    """The last evaluation and training loss as `final/...`."""
+    """Write the metrics of the last evaluation, and the training loss, as `final/...`."""
     final = {key.replace("eval/", "final/"): value for key, value in last_evaluation.items()}
     if logger.state.train_loss is not None:
         final.setdefault("final/train_loss", logger.state.train_loss)
@@ -44,7 +47,7 @@ def log_final_metrics(logger: MetricsLogger, last_evaluation: Mapping[str, float
 
 
 def draw_loss(logger: MetricsLogger, directory: RunDirectory, with_baseline: bool) -> None:
-    """plots/loss.png, which cannot fail the run; the baseline takes reading the data. Without a logged loss, nothing."""
+    """Draw plots/loss.png; `with_baseline`: with the recipe's baseline, which reads the data. A failure is only logged."""
     session, console, report = logger.session, logger.console, logger.recipe.report
     try:
         from trainer.reporting.plot import plot_loss
@@ -63,7 +66,10 @@ def draw_loss(logger: MetricsLogger, directory: RunDirectory, with_baseline: boo
 
 
 def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path) -> None:
-    """The loss plot, and the recipe's own report, of a finished run, which neither can fail; they may be cut short."""
+    """Draw the loss plot and make the recipe's own report of a finished run. A failure is only logged.
+
+    The process may be ended at any moment of it.
+    """
     draw_loss(logger, directory, with_baseline=True)
     session, console = logger.session, logger.console
     if not (session.config.run.eval_every or session.config.run.eval_epochs):
@@ -73,7 +79,7 @@ def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path
             f"No report: eval/{logger.recipe.best_metric} is not finite; lower --learning_rate, or look at the data"
         )
     weights, free = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors")), virtual_memory().available
-    if weights > MOST_OF_MEMORY * free:  # the system would end this process for it, and the launch with it
+    if weights > MOST_OF_MEMORY * free:  # the system would kill this process, and the launch with it
         sizes = f"the model's {weights / 2**30:,.1f} GiB in one process, and {free / 2**30:,.1f} GiB are free here"
         return console.log(
             f"No report: it would take {sizes}; `evaluate` measures under any launch, in shares under FSDP and ZeRO"

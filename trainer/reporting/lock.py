@@ -18,7 +18,7 @@ from trainer.errors import CHECKPOINT, UserError
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 120.0  # a holder on another machine is dead after this long without a heartbeat
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 0.5  # between looks for a heartbeat
 
 
 def now_iso() -> str:
@@ -29,13 +29,13 @@ def now_iso() -> str:
 class Lock:
     """Keeps a second run out of a directory, by a file `.lock` in it.
 
-    On one machine the kernel decides: a POSIX record lock is not inherited by forked DataLoader workers and ends with
-    its process, however that ends. Between machines, whose file system may not share locks, the heartbeat in the file
-    decides. A POSIX lock is dropped when its process closes *any* descriptor of the file: it is opened once.
+    On one machine the kernel decides: forked DataLoader workers do not inherit a POSIX record lock, and it ends with its
+    process, however that ends. Between machines, whose file system may not share locks, a heartbeat in the file decides.
+    A process loses its POSIX lock when it closes *any* descriptor of the file, so it opens it only once.
     """
 
     NAME: ClassVar[str] = ".lock"
-    _held: ClassVar[set[str]] = set()  # the kernel does not keep a process out of its own lock
+    _held: ClassVar[set[str]] = set()  # real paths: the kernel grants a process its own lock again
 
     def __init__(self, directory: Path, log: Callable[[str], None] = print) -> None:
         self.path = directory / self.NAME
@@ -46,10 +46,9 @@ class Lock:
         self._content: dict[str, Any] = {}
 
     def acquire(self) -> None:
-        """Take the lock and start the heartbeat. Raises UserError: exit 2 if it is held, 5 if the file is no good."""
-        if (
-            os.path.realpath(self.path) in Lock._held
-        ):  # checked before opening: closing a second descriptor would drop the first
+        """Take the lock and start the heartbeat. UserError: exit code 2 if another holds it, 5 if the file cannot be used."""
+        # Before the file is opened: to close a second descriptor would drop the lock.
+        if os.path.realpath(self.path) in Lock._held:
             raise self._in_use({"host": socket.gethostname(), "pid": os.getpid()})
         with ExitStack() as undo:
             descriptor = self._open()
@@ -57,7 +56,7 @@ class Lock:
             kernel, holder = _record_lock(descriptor), _read_holder(descriptor)
             if kernel == "held" or (_may_live(holder, kernel) and self._lives(descriptor, holder)):
                 raise self._in_use(_read_holder(descriptor))
-            if os.fstat(descriptor).st_nlink == 0:  # a refused start has removed it
+            if os.fstat(descriptor).st_nlink == 0:  # another start, which was refused, has removed the file
                 raise self._unusable("removed in this moment; try again")
             if holder:
                 self._log(f"taking over {self.path.parent} from {_name(holder)}, which ended without releasing it")
@@ -74,9 +73,9 @@ class Lock:
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
 
     def _lives(self, descriptor: int, holder: dict[str, Any]) -> bool:
-        """Whether a holder on another machine does: its heartbeat moves, before none could be as silent for so long.
+        """Whether a holder on another machine is alive: waits for its heartbeat, until it has been silent for STALE_SECONDS.
 
-        A run whose machine died may be started on another one at once. What its clock said proves nothing.
+        The time in the file proves nothing: the machine may have died since then, and its clock may be wrong.
         """
         seconds = STALE_SECONDS - max(0.0, time.time() - holder["heartbeat"])
         self._log(f"Waiting, {seconds:.0f} s at most, for a sign of life of {_name(holder)}, which holds {self.path.parent}")
@@ -87,11 +86,11 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether we have it."""
+        """Whether this object holds the lock."""
         return self._descriptor >= 0
 
     def release(self) -> None:
-        """Empty the file and give the lock up, if held. The file stays: to remove it could let two runs in."""
+        """Empty the file and give up the lock, if it is held. The file stays: removing it could let two runs in."""
         self._released.set()
         with self._writing:
             if self._descriptor < 0:
@@ -109,7 +108,7 @@ class Lock:
         except OSError as error:
             raise self._unusable(error.strerror) from None  # a link: "Too many levels of symbolic links"
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # a hard link would write into another's file
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # a hard link's other name is some other file
             os.close(descriptor)
             raise self._unusable("not an ordinary file of its own")
         return descriptor
@@ -125,7 +124,7 @@ class Lock:
         content = json.dumps({**self._content, "heartbeat": int(time.time())}).encode() + b"\n"
         os.pwrite(descriptor, content, 0)
         os.ftruncate(descriptor, len(content))
-        os.fsync(descriptor)  # other machines see what reached the server
+        os.fsync(descriptor)  # other machines see only what has reached the file server
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
@@ -135,13 +134,13 @@ class Lock:
 
 
 def was_killed(directory: Path) -> bool:
-    """Whether the run that held a directory is gone, and did not release it. For a process that holds no lock, as closing the
-    file drops it."""
+    """Whether the run that held a directory ended without releasing it. Call it in a process that does not hold the lock, which
+    closing the file would drop."""
     try:
         with open(directory / Lock.NAME, "rb") as file:
             kernel, holder = _record_lock(file.fileno(), fcntl.LOCK_SH), _read_holder(file.fileno())
             return kernel != "held" and bool(holder) and not _may_live(holder, kernel)
-    except OSError:  # none, or not ours to read
+    except OSError:  # no such file, or no permission
         return False
 
 
@@ -163,14 +162,14 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
 
 
 def _may_live(holder: dict[str, Any], kernel: str) -> bool:
-    """Whether a holder that the kernel did not report may still be running, as far as its heartbeat tells."""
+    """Whether a holder may still be running although the kernel does not report its lock (`kernel`: see `_record_lock`)."""
     if not holder or (kernel == "ours" and holder.get("machine") == _machine()):
         return False
     return time.time() - holder["heartbeat"] < STALE_SECONDS
 
 
 def _machine() -> str:
-    """Names the running kernel: containers on one machine differ in host name but share their locks."""
+    """An id of the running kernel: containers on one machine have different host names, but share locks."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = tuple[list[float], list[float]]
-"""places along the bottom, values; nan where a value was not finite"""
+"""(x, y), two lists of equal length; y is NaN where a value was not finite"""
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d62728"
-SHARES = ("accuracy", "fraction", "mfu")  # metrics between 0 and 1 that are read on a linear scale
-START_FRACTION = 0.02  # of a run, whose losses may be far above all others
-LOG_SPAN = 3  # ratio of largest and smallest value above which a scale is logarithmic
-MANY_POINTS = 200  # with more, a noisy curve is drawn pale under its running mean
+SHARES = ("accuracy", "fraction", "mfu")  # endings of metrics between 0 and 1, drawn on a linear scale
+START_FRACTION = 0.02  # the first part of a run, where losses may be far above all later ones
+LOG_SPAN = 3  # ratio of largest and smallest value above which the scale is logarithmic
+MANY_POINTS = 200  # a curve with more points is drawn pale, under its running mean
 TITLE_CHARACTERS, LABEL_CHARACTERS, LEGEND_ROW_INCHES = 80, 90, 0.2
 BOTTOMS = {"step": "optimizer step", "hours": "hours of training", "items": "{unit} trained on"}
-"""what may lie along the bottom, and its label"""
+"""{x axis: its label}"""
 
 
 def plot_loss(
@@ -38,11 +38,10 @@ def plot_loss(
     unit: str = "nats per token",
     along: str = "step",
 ) -> None:
-    """Draws train/loss and eval/val_loss over train/learning_rate, `along` one of `BOTTOMS`.
+    """Draws train/loss and eval/val_loss, and below them train/learning_rate; `along`, one of BOTTOMS, is the x axis.
 
-    `baseline` is the name and loss of a horizontal line, `unit` that of the loss. The format is that of `out`'s ending.
-    The picture is complete or absent. Raises UserError if there is no loss to draw, OSError, and ValueError for an ending
-    that matplotlib does not know.
+    `baseline`: (name, loss) of a horizontal line. `unit`: that of the loss. The ending of `out` names the format. The picture
+    is complete or absent. UserError if there is no loss to draw; OSError; ValueError for a format that matplotlib lacks.
     """
     rows = read_metrics(metrics_path)
     train, validation = curve(rows, "train/loss", along), curve(rows, "eval/val_loss", along)
@@ -79,10 +78,9 @@ def draw_runs(
     baseline: tuple[str, float] | None = None,
     along: str = "step",
 ) -> Figure:
-    """One metric of several runs in one panel; `runs` maps a label to a metrics.jsonl.
+    """One metric of several runs in one panel; `runs`: {label: its metrics.jsonl}.
 
-    Beside a share of one run as `eval/val_accuracy` its `train/accuracy` is drawn too, where it has one. UserError if a run
-    lacks the metric.
+    For one run, `train/X` is drawn together with the metric `eval/val_X`, if there is one. UserError if a run lacks the metric.
     """
     from matplotlib import colormaps
 
@@ -119,7 +117,7 @@ def draw_runs(
 
 
 def plot_learning_rate(rates: Sequence[float], out: Path, title: str) -> None:
-    """Draws the learning rate of each step, from the first on. Raises OSError."""
+    """Draws `rates`, the learning rates of steps 1, 2, ... Raises OSError."""
     figure = new_figure(8, 3)
     axis = figure.subplots()
     every = max(1, len(rates) // 2000)
@@ -134,7 +132,7 @@ def plot_learning_rate(rates: Sequence[float], out: Path, title: str) -> None:
 
 
 def in_words(metric: str) -> str:
-    """`eval/val_accuracy` as `validation accuracy`."""
+    """The name of a metric in words: `validation accuracy` for `eval/val_accuracy`."""
     for prefix, word in {"train/": "training ", "eval/val_": "validation ", "eval/": ""}.items():
         if metric.startswith(prefix):
             rest = metric.removeprefix(prefix).replace("_", " ")
@@ -143,14 +141,14 @@ def in_words(metric: str) -> str:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], metric: str, along: str = "step") -> Curve:
-    """Where the rows have `metric`, and its values there: nan where the row has null (it was not finite)."""
+    """The curve of `metric` over the rows that have it, with NaN for null, which stands for a value that was not finite."""
     places = _places(rows, along)
     points = [(place, row[metric]) for place, row in zip(places, rows, strict=True) if metric in row]
     return [place for place, _ in points], [math.nan if value is None else value for _, value in points]
 
 
 def _places(rows: Sequence[Mapping[str, Any]], along: str) -> list[float]:
-    """Of each row: its step, or the hours trained or items trained on up to it."""
+    """The x of each row: its step, or the hours trained (`hours`) or items trained on (`items`) up to it."""
     if along == "step":
         return [row["step"] for row in rows]
     rate = _rate_of(rows)
@@ -172,11 +170,11 @@ def _bottom(rows: Sequence[Mapping[str, Any]], along: str) -> str:
 
 
 def _whole_numbers_below(axis: Axes) -> None:
-    """No half steps, where there are few."""
+    """Only whole numbers as ticks of the x axis, also for a few steps."""
     from matplotlib.ticker import MaxNLocator
 
     left, right = axis.get_xlim()
-    if right - left > 1:  # hours may be fewer
+    if right - left > 1:  # less than an hour needs fractions
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
@@ -195,11 +193,11 @@ def _draw_baseline(axis: Axes, baseline: tuple[str, float]) -> None:
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """The mean of each value and its neighbours, `window` in all (fewer at the ends), without those not finite."""
+    """The mean of each value and its neighbours, `window` in all (fewer at the ends), without values that are not finite."""
     import numpy as np
 
     finite = np.isfinite(values)
-    weights = np.ones(window // 2 * 2 + 1)  # odd, so that it is centred: a mean of the past lags behind a falling curve
+    weights = np.ones(window // 2 * 2 + 1)  # odd, so that it is centred: a mean of past values only would lag behind
     sums, counts = (np.convolve(part, weights, "same") for part in (np.where(finite, values, 0.0), finite))
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).tolist()
 
@@ -209,21 +207,21 @@ def _last(points: Curve) -> str:
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
-    """An empty figure that is only ever saved."""
+    """An empty figure, to be saved, not shown."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: no display is asked for, and nothing global stays behind in a training process.
+    # Without pyplot, which may want a display, and keeps global state in the training process.
     figure = Figure(figsize=(width_inches, height_inches), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
-    """Names and grids a panel, so that the first steps do not take all the height and make a flat line of the rest.
+    """Sets label, grid, limits and scale of the y axis, so that high first losses do not make a flat line of the rest.
 
-    Where all but the start of the run spans less than a fifth of the values, the start runs out of the panel at the top. Unless
-    `linear`, the scale is logarithmic if what is shown spans more than a factor of 3.
+    If the whole curve spans more than five times what it spans without its start, the start is cut off at the top. The scale is
+    logarithmic if what is shown spans more than a factor of LOG_SPAN. Neither happens if `linear`.
     """
     points = [
         (x, y)
@@ -246,7 +244,7 @@ def _finish_axis(axis: Axes, label: str, linear: bool = False) -> None:
 
 
 def _finish_figure(figure: Figure, title: str) -> None:
-    """A title, and below the panels a legend: a row for each curve, several for long names; the figure grows with them."""
+    """Adds the title, and a legend below the panels with a row (several for a long name) per curve, and makes room for both."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     labels = [textwrap.fill(label, LABEL_CHARACTERS) for label in labels]
     title = textwrap.fill(title, TITLE_CHARACTERS)
@@ -259,7 +257,7 @@ def _finish_figure(figure: Figure, title: str) -> None:
 
 
 def log_scale(axis: Axes, span: float) -> None:
-    """A logarithmic y axis with ticks that read as numbers; `span` is the ratio of its largest and smallest values."""
+    """A logarithmic y axis with plain numbers at its ticks; `span`: the ratio of the largest and smallest value shown."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -269,7 +267,7 @@ def log_scale(axis: Axes, span: float) -> None:
 
 
 def check_picture(out: Path) -> None:
-    """OSError or ValueError if a picture could not be written to `out`; makes its folder."""
+    """OSError or ValueError if no picture can be written to `out`. Makes its folder."""
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError("a picture is .png, .pdf or .svg")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +276,7 @@ def check_picture(out: Path) -> None:
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Writes the picture, complete or not at all, in the format of `out`'s ending; makes its folder. OSError, ValueError."""
+    """Writes the picture, complete or not at all, in the format that `out` ends with. Makes its folder. OSError, ValueError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""`--profile N`: a trace of some steps, the operations that take the time, and on a GPU what lies in its memory."""
+"""`--profile N`: a trace of N steps, a table of the slowest operations, and a snapshot of GPU memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROWS = 10
 
 
 class StepProfiler:
-    """Records steps WARM_UP_STEPS + 1 to WARM_UP_STEPS + `steps` of this launch into `folder`. Called after every step."""
+    """Records `steps` steps of this launch, after WARM_UP_STEPS others, into `folder`. Recording begins at once."""
 
     def __init__(self, steps: int, folder: Path, device: torch.device, console: Console) -> None:
         self.steps, self.folder, self.on_gpu, self.console = steps, folder, device.type == "cuda", console
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's library would write on the terminal that it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps kineto from printing that it starts and stops
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         timing = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=steps, repeat=1)
         self.profiler = profile(activities=activities, schedule=timing, on_trace_ready=self._write, record_shapes=True)
@@ -30,7 +30,7 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
 
     def step(self) -> None:
-        """One more step is done."""
+        """Call it after each step."""
         self.profiler.step()
 
     def _write(self, profiler: Any) -> None:

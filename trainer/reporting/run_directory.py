@@ -17,17 +17,18 @@ from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.lock import Lock, now_iso
 
 MAX_STANDSTILLS = 3
+"""how many launches in a row may save nothing before a restart is refused"""
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "safetensors")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) so that a reader, or a crash at any moment, sees the old file or the new one.
+    """Replace `path` by `text` (UTF-8), so that a reader sees the old file or the new one, also after a crash at any moment.
 
-    Raises OSError (disk full, no permission), and then leaves the old file and no temporary one.
+    On an OSError (disk full, no permission) the old file stays, and no temporary one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with suppress(FileNotFoundError):
-        temporary.unlink()  # left by a killed process that had our number
+        temporary.unlink()  # of a killed process with the same pid
     try:
         # Mode 0666 cut by the umask, as open() gives; tempfile would make it 0600, unreadable for the group.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
@@ -44,7 +45,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory last. Some network file systems cannot; what was renamed is in place anyway."""
+    """Make new and renamed entries of a directory survive a crash of the machine, where the file system can: not all can."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(OSError):
         os.fsync(descriptor)
@@ -65,14 +66,15 @@ class RunDirectory:
         self.status = path / "status.json"
         self.plots = path / "plots"
         self.tensorboard = path / "tensorboard"
-        self.stop_file = path / "stop"  # made by the user: `touch stop`
-        self.status_file = path / "status"
+        self.stop_file = path / "stop"  # the user makes it, by `touch stop`, to stop the run
+        self.status_file = path / "status"  # likewise, to have the run print its status
         self._began: dict[str, int] = {}
         self._made: list[Path] = []
         self._locks: list[Lock] = []
 
     def prepare(self) -> None:
-        """Make the folders and write into them: a full or read-only disk shows now. Raises UserError (exit 5)."""
+        """Make the folders, and try to write into them. UserError (exit code 5) if that fails, or if a pipe or folder has the
+        name of one of the run's files."""
         for folder in (self.path, self.checkpoints):
             flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
             try:
@@ -88,7 +90,7 @@ class RunDirectory:
                 probe = folder / f".writable.{os.getpid()}"
                 write_text_atomic(probe, "x")
                 probe.unlink()
-            except UnicodeEncodeError:  # safetensors would write there, and not read it again
+            except UnicodeEncodeError:  # safetensors writes to such a path, but cannot read from it
                 message = f"{str(folder)!a} is not UTF-8; choose another folder with {flag}"
                 raise UserError(message, CHECKPOINT) from None
             except OSError as error:
@@ -96,23 +98,23 @@ class RunDirectory:
                 message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
                 raise UserError(message, CHECKPOINT) from None
         for file in (self.config, self.command, self.environment, self.metrics, self.log, self.status):
-            if file.is_fifo() or file.is_socket() or file.is_dir():  # to open a pipe may take for ever
+            if file.is_fifo() or file.is_socket() or file.is_dir():  # opening a pipe may block for ever
                 raise UserError(f"{file} is not an ordinary file; remove it, or choose another --output_dir", CHECKPOINT)
 
     def lock(self, log: Callable[[str], None]) -> None:
-        """Keep other runs out of both folders: another run's `--checkpoint_dir` may point into this one. Raises UserError."""
+        """Keep other runs out of both folders: another run's `--checkpoint_dir` may be the same. UserError if one is in use."""
         self._locks = [Lock(folder, log) for folder in dict.fromkeys(f.resolve() for f in (self.path, self.checkpoints))]
         for lock in self._locks:
             lock.acquire()
 
     def release(self, used: bool = True) -> None:
-        """Let others in. If nothing was written (not `used`), remove the folders that `prepare` made: a typing error
-        must not leave a run behind."""
+        """Release the locks. If nothing was written (not `used`), first remove the folders that `prepare` has made, so that a
+        typing error leaves no run behind."""
         locks = {lock.path for lock in self._locks if lock.held}
-        # Without the locks the folders are another run's, even if we made them; it may not have locked the inner one yet.
+        # Without both locks another run may use the folders, even if this one has made them.
         removable = self._made if not used and all(lock.held for lock in self._locks) else ()
         for folder in sorted(removable, key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # not empty, so somebody's
+            with suppress(OSError):  # not empty: it holds files of another run
                 if locks.issuperset(folder.iterdir()):
                     (folder / Lock.NAME).unlink(missing_ok=True)
                 folder.rmdir()
@@ -120,7 +122,8 @@ class RunDirectory:
             lock.release()
 
     def begin(self, step: int, restarted: bool) -> None:
-        """Count the launches in a row that went no further than `step`, where this one begins; a person's starts anew.
+        """Count the launches in a row that saved nothing after `step`, where this one begins. A launch that is no automatic
+        restart (`restarted` False) counts anew.
 
         UserError for a restart after MAX_STANDSTILLS of them, with what ended the last one.
         """
@@ -128,7 +131,7 @@ class RunDirectory:
             before = json.loads(self.status.read_text(encoding="utf-8"))
             standstills = before["standstills"] + 1 if restarted and before["began_at"] == step else 0
             ended = before["reason"] or "it was killed"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no status.json, or not one of this package
             standstills = 0
         self._began = {"began_at": step, "standstills": standstills}
         if standstills >= MAX_STANDSTILLS:
@@ -143,7 +146,7 @@ class RunDirectory:
         step: int | None = None,
         checkpoint: str | Path | None = None,
     ) -> bool:
-        """Replace status.json. False where the disk refuses: a status must never hide what it reports."""
+        """Replace status.json. Returns False if that fails: an error here must not hide the one that it reports."""
         status: dict[str, Any] = {"state": state, "reason": reason and redact_text(reason), "step": step}
         status |= {"checkpoint": checkpoint and str(checkpoint), "time": now_iso()}
         status |= {"pid": os.getpid(), "host": socket.gethostname()} | self._began
@@ -172,14 +175,14 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, ending in `-dirty` where files were changed; None where git does not track it."""
+    """The commit of this code, with `-dirty` if files were changed; None if git does not track it."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]
         return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
 
-    try:  # an installed package may lie inside somebody else's repository: that commit says nothing about this code
+    try:  # first whether git tracks this file: an installed package may lie inside some other repository
         git("ls-files", "--error-unmatch", here.name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,6 @@
-"""Where the numbers of a run go: always metrics.jsonl; by flag TensorBoard, Weights & Biases, and the trackers of Accelerate.
+"""Sends the metrics of a run to metrics.jsonl, and by flag to TensorBoard, Weights & Biases and the trackers of Accelerate.
 
-No tracker may end or stall training: one that fails is named once and then left alone.
+No tracker may end or stall training: the first error of one is logged, and it is not used again.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from trainer.reporting.feed import Feed, Row
 from trainer.reporting.wandb_run import WandbRun, WandbSettings
 
 SAVE_SECONDS = "checkpoint/seconds"
-"""what a save took; its row comes when that has ended, after those of later steps"""
+"""how long a save took; its row is written when the save has ended, after the rows of later steps"""
 BY_METRIC = {
     "train/loss": "Loss/train",
     "eval/val_loss": "Loss/val",
     "train/accuracy": "Accuracy/train",
     "eval/val_accuracy": "Accuracy/val",
 }
-"""the tags that `--tensorboard_tags by_metric` changes; others stay"""
+"""{metric: tag} of `--tensorboard_tags by_metric`; other metrics keep their names"""
 RUN_NAME = {"mlflow": "run_name", "clearml": "task_name", "swanlab": "experiment_name", "trackio": "name"}
-"""what Accelerate's trackers call the name of a run, those that have one beside that of the project"""
+"""{tracker of Accelerate: its argument for the name of a run}, for those that have one beside the project's name"""
 
 
 class Trackers:
-    """Sends each row of numbers to every tracker; made on rank 0 only.
+    """Sends each row of metrics to every tracker. On rank 0 only.
 
-    `tensorboard_tags` are the tags of metrics that TensorBoard calls by another name than metrics.jsonl does.
-    `others` are names of Accelerate's trackers: a run of theirs for every launch, called `run_name`, in `project`.
-    `resumed_step` is the step of the checkpoint this run continues from: rows after it are dropped, for they will be
-    written again. With None the run is new and the file starts empty. `config` must already be free of secrets.
-    Raises UserError if `metrics_path` cannot be written at the start or a tracker that was asked for is not installed.
+    `tensorboard_tags`: {metric: tag}, where TensorBoard's differs from the name. `others`: names of Accelerate's trackers, each
+    of which gets a run `run_name` in `project` for every launch. `resumed_step`: the step of the checkpoint that this launch
+    resumes; later rows are dropped, as they will be written again. None: a new run, whose file starts empty. `config` must
+    be free of secrets.
+
+    UserError if `metrics_path` cannot be written, or a tracker that was asked for is not installed.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Trackers:
             self._trackers[name] = _AccelerateTracker(name, project, run_name, metrics_path.parent, config, log)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Records `values` at optimizer step `step`; a NaN or infinity, which JSON lacks, is null in metrics.jsonl."""
+        """Records `values` of optimizer step `step`. NaN and infinity, which JSON lacks, are null in metrics.jsonl."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._surviving(self._path.name):
             _append_row(self._path, {"step": step, "time": round(time.time(), 3), **finite})
@@ -88,7 +89,7 @@ class Trackers:
                 tracker.log(step, values)
 
     def close(self, exit_code: int = 0) -> None:
-        """Flushes every tracker, those with a feed within its `EXIT_SECONDS`; `exit_code` becomes the state of the W&B run."""
+        """Flushes every tracker, those with a `Feed` for at most its EXIT_SECONDS. `exit_code` decides the state of a W&B run."""
         for name, tracker in list(self._trackers.items()):
             with self._surviving(name):
                 tracker.close(exit_code)
@@ -97,7 +98,7 @@ class Trackers:
     def _surviving(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a tracker raises, training goes on
+        except Exception as error:  # whatever it is, training goes on
             self._trackers.pop(name, None)
             if name not in self._failed:
                 self._log(f"{name}: {error}; training goes on without it")
@@ -109,7 +110,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._tags = tags
-        # TensorBoard hides what an earlier launch wrote at `purge_step` and after.
+        # TensorBoard hides what earlier launches wrote from `purge_step` on.
         purge_step = 0 if resumed_step is None else resumed_step + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```", purge_step)
@@ -123,7 +124,7 @@ class _TensorBoard:
 
 
 class _AccelerateTracker:
-    """One of `accelerate.tracking`, by name, used from one thread of its own: whichever server it talks to."""
+    """The tracker of `accelerate.tracking` called `name`. Only a thread of its own uses it, as its server may stall."""
 
     def __init__(self, name: str, project: str, run_name: str, directory: Path, config: Mapping[str, object], log: Log) -> None:
         self.name, self.project, self.run_name, self.directory, self.config = name, project, run_name, directory, config
@@ -150,12 +151,12 @@ class _AccelerateTracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, oldest first; a half-written line is left out. Raises OSError."""
+    """The rows of a metrics.jsonl, oldest first, without lines that are no rows, such as half-written ones. Raises OSError."""
     return [row for line in path.read_bytes().splitlines() if (row := _parse_row(line))]
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):  # half a row, or bytes that are no text
+    with suppress(ValueError, RecursionError):  # half a row, or bytes that are not UTF-8
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
@@ -163,16 +164,18 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _start_file(path: Path, resumed_step: int | None) -> None:
-    """Empties the file, or cuts it before the first row after `resumed_step`. Steps grow in it (but for the row of a save,
-    which comes when that has ended), so what has to go is its end, and one truncate cannot be interrupted half-way and needs
-    no space on a full disk."""
+    """Empties the file, or cuts it before the first row after `resumed_step`.
+
+    Steps increase along the file, except in rows of saves (SAVE_SECONDS), so the rows to drop are at its end. A truncation
+    cannot be interrupted half-way, and needs no space on a full disk.
+    """
     with open(path, "ab+") as file:
         file.truncate(0 if resumed_step is None else _end_of_rows(file, resumed_step))
 
 
 def _end_of_rows(file: BinaryIO, last_step: int) -> int:
-    """Where the first row begins whose step is after `last_step`; looked for from the end: a long run has a million rows."""
-    if not file.seek(0, os.SEEK_END):  # nothing that could be mapped
+    """The offset, in bytes, of the first row after `last_step`. Searched from the end, as a long run has a million rows."""
+    if not file.seek(0, os.SEEK_END):  # an empty file cannot be mapped
         return 0
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as rows:
         kept = end = rows.rfind(b"\n") + 1
@@ -187,8 +190,8 @@ def _end_of_rows(file: BinaryIO, last_step: int) -> int:
 
 
 def _append_row(path: Path, row: dict[str, float | None]) -> None:
-    """Writes one whole line or nothing: on a full disk the next row must not be glued to half of this one."""
-    line = json.dumps(row, allow_nan=False, default=float).encode() + b"\n"  # float: for the scalars of numpy and torch
+    """Appends one whole line, or nothing and OSError: on a full disk the next row must not follow half of this one."""
+    line = json.dumps(row, allow_nan=False, default=float).encode() + b"\n"  # float: converts scalars of numpy and torch
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
         if file.write(line) != len(line):
@@ -197,8 +200,9 @@ def _append_row(path: Path, row: dict[str, float | None]) -> None:
 
 
 def _require(wanted: object, module: str, name: str, package: str) -> None:
+    """UserError if `wanted` and `module` has no `name`, because `package` is not installed."""
     try:
-        # The name too: a folder called `wandb` in the working directory, which W&B itself makes, imports as well.
+        # `name` too: a folder `wandb` in the working directory, which W&B itself makes, can be imported as well.
         if wanted:
             getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""A run of Weights & Biases, which asks nothing and waits for no server."""
+"""A run of Weights & Biases, which never asks for a login on the terminal, or waits long for a server."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from urllib.parse import urlsplit
 from trainer.recipe import Log
 from trainer.reporting.feed import FINISH_SECONDS, Feed, Row
 
-REACHABLE_SECONDS = 2.0  # how long the W&B server may take to answer before the run goes offline
+REACHABLE_SECONDS = 2.0  # how long the W&B server may take to answer; after that the run is offline
 INIT_SECONDS = 20.0  # how long `wandb.init` may take: the other processes wait for it
 
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """Where a W&B run lives; `id_file` keeps its id, so that a resumed run continues the same W&B run."""
+    """What identifies a W&B run. `id_file` keeps its id, so that a resumed run continues the same W&B run."""
 
     project: str
     group: str | None
-    """under which W&B shows runs together"""
+    """W&B shows the runs of a group together"""
     run_name: str | None
     id_file: Path
     directory: Path
 
 
 class WandbRun:
-    """A W&B run, offline where there is no key or no server; fed from a thread of its own."""
+    """A W&B run, offline if there is no key or no server. A thread of its own sends it rows."""
 
     def __init__(self, where: WandbSettings, config: dict[str, object], resumed: bool, log: Log) -> None:
         import wandb
 
-        where.directory.mkdir(parents=True, exist_ok=True)  # otherwise W&B silently moves to the temporary folder
+        where.directory.mkdir(parents=True, exist_ok=True)  # else W&B silently writes to the temporary folder
         run_id = where.id_file.read_text().strip() if resumed and where.id_file.exists() else ""
         if not run_id:
             run_id = secrets.token_hex(4)
             where.id_file.write_text(run_id)
-        # `console="off"`: train.log has the console, and W&B's capture would stand between us and the terminal.
+        # `console="off"`: W&B leaves stdout and stderr alone, whose lines are in train.log.
         start = functools.partial(
             wandb.init, project=where.project, group=where.group, name=where.run_name, id=run_id, resume="allow",
             dir=str(where.directory), config=config, allow_val_change=True,
@@ -58,16 +58,16 @@ class WandbRun:
             if mode != "online":
                 raise
             log(f"W&B: {error}; writing an offline run instead")
-            wandb.teardown()  # its process still holds the id of the failed run
+            wandb.teardown()  # W&B's process still knows the failed run under this id
             self._run = start(mode="offline")
-        # Our step is a column, not W&B's counter, which only grows and drops what a resumed run writes a second time.
+        # `step` is a column of its own: W&B's counter only grows, and drops rows that a resumed run writes again.
         self._run.define_metric("*", step_metric="step")
         self._log, self._exit_code, self._teardown = log, 0, wandb.teardown
         self._feed = Feed("W&B", self._send, log)
         self.log = self._feed.put
 
     def close(self, exit_code: int) -> None:
-        """The last rows within `FINISH_SECONDS`; `exit_code` becomes the state of the run."""
+        """Send the last rows and finish the W&B run, whose state `exit_code` decides. Waits for at most `feed.EXIT_SECONDS`."""
         self._exit_code = exit_code
         if not self._feed.end():
             self._log(f"W&B did not finish in time; upload the rest with: wandb sync {Path(self._run.dir).parent}")
@@ -76,12 +76,14 @@ class WandbRun:
         for row in rows:
             self._run.log(row)
         self._run.finish(exit_code=self._exit_code)
-        self._teardown()  # W&B's process ends now: no hook of its own is left to wait at the exit of ours
+        self._teardown()  # ends W&B's process now, so that no exit hook waits for it
 
 
 def _wandb_mode(settings: Any, log: Log) -> Literal["online", "offline", "disabled", "shared"]:
-    """What WANDB_MODE (or `wandb offline`) says; otherwise online if there are a key and a server, else offline.
-    Decided before `wandb.init`, which would ask for a key on the terminal, or let every process wait for the server."""
+    """What WANDB_MODE (or `wandb offline`) says; else online if there are a key and a server, otherwise offline.
+
+    Decided before `wandb.init`, which would ask for a key on the terminal, or have every process wait for the server.
+    """
     if os.environ.get("WANDB_MODE") or settings.mode != "online":
         return settings.mode
     has_key = bool(settings.api_key or settings.identity_token_file)
@@ -96,7 +98,7 @@ def _wandb_mode(settings: Any, log: Log) -> Literal["online", "offline", "disabl
 
 
 def _answers(url: str) -> bool:
-    """Whether an HTTP server answers at `url` (proxies obeyed). In a thread: a name look-up knows no time-out."""
+    """Whether an HTTP server answers at `url` (by a proxy, if one is set). Asks in a thread: name look-ups have no time-out."""
     answered = threading.Event()
 
     def ask() -> None:
