@@ -93,14 +93,10 @@ def draw_runs(
         if not points[0]:
             names = sorted({name for row in rows for name in row} - {"step", "time"})
             raise UserError(f"{path} holds no {metric}; it has {', '.join(names) or 'no metric yet'}")
-        in_training = curve(rows, metric.replace("eval/val_", "train/"), along) if len(runs) == 1 else ([], [])
+        train_metric = metric.replace("eval/val_", "train/")
+        in_training = curve(rows, train_metric, along) if len(runs) == 1 else ([], [])
         if metric.startswith("eval/val_") and in_training[0]:
-            _draw(
-                axis,
-                in_training,
-                f"{in_words(metric.replace('eval/val_', 'train/'))} (last {_last(in_training)})",
-                TRAIN_COLOUR,
-            )
+            _draw(axis, in_training, f"{in_words(train_metric)} (last {_last(in_training)})", TRAIN_COLOUR)
             label = in_words(metric)
         _draw(axis, points, f"{label} (last {_last(points)})", VALIDATION_COLOUR if in_training[0] else palette(number))
     if baseline:

@@ -79,11 +79,7 @@ class RunDirectory:
             flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
             try:
                 str(folder).encode()
-                for link in (folder, *folder.parents):
-                    if link.is_symlink() and not link.exists():
-                        way_out = f"mount or make that, or choose another with {flag}"
-                        target = os.readlink(link)
-                        raise UserError(f"{link} is a link to {target}, which does not exist; {way_out}", CHECKPOINT)
+                _check_links(folder, flag)
                 missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
                 self._made += missing
@@ -166,6 +162,14 @@ class RunDirectory:
         facts |= {"cpu_count": os.cpu_count(), "git_commit": _git_commit(), "python": platform.python_version()}
         facts |= {package: _version(package) for package in PACKAGES} | extra
         write_text_atomic(self.environment, redact_text(json.dumps(facts, indent=2, default=str)) + "\n")
+
+
+def _check_links(folder: Path, flag: str) -> None:
+    """UserError if `folder`, or a folder above it, is a link to something that does not exist."""
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and not link.exists():
+            way_out = f"mount or make that, or choose another with {flag}"
+            raise UserError(f"{link} is a link to {os.readlink(link)}, which does not exist; {way_out}", CHECKPOINT)
 
 
 def _version(package: str) -> str | None:

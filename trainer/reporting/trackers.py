@@ -89,7 +89,7 @@ class Trackers:
                 tracker.log(step, values)
 
     def close(self, exit_code: int = 0) -> None:
-        """Flushes every tracker, those with a `Feed` for at most its EXIT_SECONDS. `exit_code` decides the state of a W&B run."""
+        """Flushes every tracker, those with a `Feed` for at most its EXIT_SECONDS. `exit_code` is the state of the W&B run."""
         for name, tracker in list(self._trackers.items()):
             with self._surviving(name):
                 tracker.close(exit_code)
