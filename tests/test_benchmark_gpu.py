@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import gpu
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, OwnLoop, interleave
+from benchmarks.gpu_pieces.contenders import Contender, Steps, interleave
 from benchmarks.gpu_pieces.results import TITLES, Result, ResultFile, table
 from launching import ROOT, environment
 
@@ -133,7 +133,7 @@ def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
         taken.append(name)
         threads[name].add(threading.get_ident())
 
-    class Loop(OwnLoop):
+    class Loop(Contender):
         def __init__(self) -> None:
             super().__init__(self.train)
 
@@ -151,14 +151,13 @@ def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
 
     makers: dict[str, Callable[[], Contender]] = {
         "ours": Loop,
-        "peer": lambda: BareSteps(lambda: note("peer")),
-        "broken": lambda: BareSteps(broken),
+        "peer": lambda: Steps(lambda: note("peer")),
+        "broken": lambda: Steps(broken),
         "missing": missing,
     }
     measured = interleave(makers, CPU, rounds=2, steps=2, warmup=1, required="ours")
     assert taken == ["ours", "peer", *["ours"] * 2, *["peer"] * 4, *["ours"] * 2]  # each in turn, then the other way round
-    assert threads["peer"] == {threading.get_ident()}
-    assert len(threads["ours"]) == 1
+    assert len(threads["ours"] | threads["peer"] | {threading.get_ident()}) == 3  # each in a thread of its own
     assert {name: len(values) for name, values in measured.seconds.items()} == {"ours": 2, "peer": 2}
     assert measured.notes() == ["missing: needs lost, which is not installed", "broken: RuntimeError: out of memory"]
 
@@ -168,7 +167,7 @@ def test_what_a_loop_raises_reaches_who_waits_for_it() -> None:
         raise ValueError("no such batch")
 
     with pytest.raises(ValueError, match="no such batch"):
-        interleave({"ours": lambda: OwnLoop(loop)}, CPU, rounds=1, steps=1, warmup=1, required="ours")
+        interleave({"ours": lambda: Contender(loop)}, CPU, rounds=1, steps=1, warmup=1, required="ours")
 
 
 def test_what_is_missing_or_has_failed_is_measured_until_the_time_is_over(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_pieces.contenders import BareSteps
+from benchmarks.gpu_pieces.contenders import Steps
 
 PADDED_VOCABULARY = 50_304
 
@@ -71,7 +71,7 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device, learning_rate: float = 6e-4) -> BareSteps:
+def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device, learning_rate: float = 6e-4) -> Steps:
     """A step of it."""
     torch.manual_seed(0)
     model = Gpt(shape).to(device)
@@ -104,4 +104,4 @@ def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return BareSteps(step)
+    return Steps(step)

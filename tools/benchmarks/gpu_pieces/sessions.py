@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, OwnLoop
+from benchmarks.gpu_pieces.contenders import Contender, Steps
 from benchmarks.gpu_pieces.results import ResultFile
 from trainer.backends import backend_of
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ class StepWatch(StopRequests):
         self._step_done()
 
 
-class OurLoop(OwnLoop):
+class OurLoop(Contender):
     """`trainer.loop.Training`, set up by `trainer.setup.set_up` as for any run; no evaluation, nothing printed."""
 
     def __init__(self, recipe: Recipe, config: Any, launch: Launch, folder: Path, checkpoint: Path | None = None) -> None:
@@ -165,7 +165,7 @@ def bare_loop(recipe: Recipe, config: Any, launch: Launch, compile_mode: str | N
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return BareSteps(step)
+    return Steps(step)
 
 
 def random_ids(path: Path, count: int, vocab_size: int) -> Path:
