@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import gpu
-from benchmarks.gpu_pieces.contenders import Contender, Steps, interleave
+from benchmarks.gpu_pieces.contenders import Contender, Steps, StepsHere, interleave
 from benchmarks.gpu_pieces.results import TITLES, Result, ResultFile, table
 from launching import ROOT, environment
 
@@ -127,7 +127,7 @@ def test_ended_in_the_middle_it_ends_what_it_has_started(tmp_path: Path) -> None
 
 def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
     taken: list[str] = []
-    threads: dict[str, set[int]] = {"ours": set(), "peer": set()}
+    threads: dict[str, set[int]] = {"ours": set(), "peer": set(), "peer here": set()}
 
     def note(name: str) -> None:
         taken.append(name)
@@ -152,13 +152,18 @@ def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
     makers: dict[str, Callable[[], Contender]] = {
         "ours": Loop,
         "peer": lambda: Steps(lambda: note("peer")),
+        "peer here": lambda: StepsHere(lambda: note("peer here")),
         "broken": lambda: Steps(broken),
         "missing": missing,
     }
     measured = interleave(makers, CPU, rounds=2, steps=2, warmup=1, required="ours")
-    assert taken == ["ours", "peer", *["ours"] * 2, *["peer"] * 4, *["ours"] * 2]  # each in turn, then the other way round
-    assert len(threads["ours"] | threads["peer"] | {threading.get_ident()}) == 3  # each in a thread of its own
-    assert {name: len(values) for name, values in measured.seconds.items()} == {"ours": 2, "peer": 2}
+    names = ["ours", "peer", "peer here"]
+    turns = [name for name in [*names, *reversed(names)] for _ in range(2)]
+    assert taken == [*names, *turns]  # to warm up, then in turn, then the other way round
+    assert threads["peer here"] == {threading.get_ident()}
+    assert [len(ids) for ids in threads.values()] == [1, 1, 1]
+    assert len(set.union(*threads.values())) == 3
+    assert {name: len(values) for name, values in measured.seconds.items()} == dict.fromkeys(names, 2)
     assert measured.notes() == ["missing: needs lost, which is not installed", "broken: RuntimeError: out of memory"]
 
 

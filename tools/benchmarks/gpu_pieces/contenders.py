@@ -98,6 +98,17 @@ class Steps(Contender):
         super().__init__(loop)
 
 
+class StepsHere(Contender):
+    """The same in the thread that orders the steps, for CUDA graphs: torch keeps them for one thread alone."""
+
+    def run(self, steps: int, within: Within = nullcontext) -> None:
+        """Take so many steps; `loop` is one of them."""
+        assert self.loop is not None
+        with within():
+            for _ in range(steps):
+                self.loop()
+
+
 @dataclass
 class Rounds:
     """What `interleave` has measured."""

@@ -29,7 +29,7 @@ def pfn(place: Place, models: int = 0, **values: Any) -> tuple[PFNRaventos, Any]
 
 def piece_d(place: Place) -> Result:
     """Sixteen models as one network, beside one of them, compiled; both with CUDA graphs too, in a bare loop."""
-    # CUDA graphs are kept for the thread that imports this: let it be the one that the bare loops run in.
+    # CUDA graphs are kept for the thread that imports this: let it be the one that takes the steps of `StepsHere`.
     importlib.import_module("torch._inductor.cudagraph_trees")
     result, models = Result(), place.size(16, 3)
     one, stacked = pfn(place), pfn(place, models)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.gpu_pieces.contenders import Contender, Steps
+from benchmarks.gpu_pieces.contenders import Contender, Steps, StepsHere
 from benchmarks.gpu_pieces.results import ResultFile
 from trainer.backends import backend_of
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -165,7 +165,7 @@ def bare_loop(recipe: Recipe, config: Any, launch: Launch, compile_mode: str | N
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Steps(step)
+    return StepsHere(step) if compile_mode == "reduce-overhead" else Steps(step)
 
 
 def random_ids(path: Path, count: int, vocab_size: int) -> Path:
