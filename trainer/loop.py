@@ -58,7 +58,7 @@ class Training:
         console: Console,
         alerts: Alerts,
     ) -> None:
-        self.session, self.stops = session, stops
+        self.session, self.stops, self.time_limit = session, stops, stops.time_limit
         self.recipe, self.launch, self.backend = session.recipe, session.launch, session.backend
         self.run_config, self.optimisation = session.config.run, session.config.optimisation
         self.terms = list(session.loss_weights)
@@ -71,7 +71,7 @@ class Training:
         self.bad_steps = BadSteps(self.state.bad_steps, self.state.bad_steps_in_a_row)
         self.warned_of_bad_step = False
         self.logger = MetricsLogger(session, self.state, trackers, console, alerts)
-        self.saver = Saver(session, plan, self.state, self.logger, stops)
+        self.saver = Saver(session, plan, self.state, self.logger, self.time_limit)
         self.last_evaluation: dict[str, float] = {}
         self.previous_best: tuple[float | None, int] = (None, 0)
 
@@ -138,9 +138,9 @@ class Training:
             self.logger.add_items(votes.item_counts)
             next_step = self.read_ahead()
             if log_due:
-                seconds_left, bad_steps = self.stops.seconds_left(), self.bad_steps.total
+                seconds_left, bad_steps = self.time_limit.seconds_left(), self.bad_steps.total
                 state.train_loss = self.logger.log_step(learning_rate, grad_norm, layer_norms, bad_steps, seconds_left)
-            self.stops.record_step(time.monotonic() - started)
+            self.time_limit.record_step(time.monotonic() - started)
             self.logger.show_progress()
 
     def split_further(self, error: Exception) -> NextStep:

@@ -109,8 +109,9 @@ def print_plan(recipe: Recipe, flags: Any, argv: Sequence[str], planned: PlanFla
 def leaving_at_the_time_limit(hours: float | None, console: Console) -> AbstractContextManager[None]:
     """Leave the process at the time limit, while the launch is still starting: the limit counts from the process's start."""
     from trainer.distributed.stopping import StopRequests
+    from trainer.distributed.time_limit import TimeLimit
 
-    stops = StopRequests(hours, process_start_monotonic(), None, str, console.log)
+    stops = StopRequests(TimeLimit(hours, process_start_monotonic()), None, str, console.log)
 
     def act(reason: StopReason) -> None:
         console.log(stops.before_the_first_step(reason))

@@ -18,7 +18,8 @@ from trainer.checkpoints.network import is_kept
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.checkpoints.writing import RankWriter, WriteReport, commit
 from trainer.command_line.config import to_yaml
-from trainer.distributed.stopping import StopReason, StopRequests
+from trainer.distributed.stopping import StopReason
+from trainer.distributed.time_limit import TimeLimit
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.trackers import SAVE_SECONDS
@@ -77,9 +78,9 @@ class Saver:
     """
 
     def __init__(
-        self, session: Session, plan: LaunchPlan, state: TrainState, logger: MetricsLogger, stops: StopRequests
+        self, session: Session, plan: LaunchPlan, state: TrainState, logger: MetricsLogger, time_limit: TimeLimit
     ) -> None:
-        self.session, self.state, self.logger, self.stops = session, state, logger, stops
+        self.session, self.state, self.logger, self.time_limit = session, state, logger, time_limit
         self.recipe, self.run, self.launch = session.recipe, session.config.run, session.launch
         self.directory, self.folder = plan.directory, plan.directory.checkpoints
         self.saved_step = state.step if plan.checkpoint and plan.same_run else None
@@ -87,7 +88,7 @@ class Saver:
         self.writer, self.thread = RankWriter(self.launch), ThreadPoolExecutor(1, "checkpoint")
         self.in_flight: SaveInFlight | None = None
         size_bytes = sum(entry.size_bytes for entry in self._model_tensors())
-        stops.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
+        time_limit.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
 
     def due(self) -> bool:
         """Whether to save this step: every `save_every` steps and `save_epochs` epochs, unless it is saved already."""
@@ -164,7 +165,7 @@ class Saver:
             self.logger.announce("save", warning)
         if save.writes:  # a link alone says nothing of what a save takes
             self.saved_step = save.step
-            self.stops.record_save(save.seconds)
+            self.time_limit.record_save(save.seconds)
             row = {SAVE_SECONDS: save.seconds, "checkpoint/stall_seconds": save.stall_seconds}
             self.logger.write(row, save.step)
             if self.launch.is_main and not save.last:
