@@ -23,12 +23,12 @@ from recipes.data.text import TokenSplit
 from recipes.data.text_corpus import Corpus, Reading, find_corpus
 from recipes.data.text_files import place_of
 from recipes.data.text_sources import SPLITS
+from recipes.data.token_samples import IGNORED
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # a label that is not predicted: the default ignore_index of torch's cross entropy
 ENCODED_TOGETHER = 1000  # examples
 TRAINED_ENTRIES = 512  # of a tokenizer that is trained on the rows themselves
 Example = tuple[str, str, bool]
