@@ -20,7 +20,7 @@ from trainer.distributed.peers import explained
 from trainer.distributed.signals import failing, leave, process_start_monotonic, terminating
 from trainer.distributed.stopping import StopReason, StopRequests
 from trainer.distributed.time_limit import EXIT_SECONDS, TimeLimit, slurm_seconds_left
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of, text_of
 from trainer.loop import Training
 from trainer.recipe import Recipe
 from trainer.reporting.alerts import Alerts
@@ -249,8 +249,3 @@ class LaunchedRun:
         if saved_step is not None:
             return self.plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{saved_step}"
         return self.plan.checkpoint.path if self.plan.checkpoint else None
-
-
-def text_of(error: BaseException) -> str:
-    """An error as text, for status.json and alerts."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
