@@ -52,7 +52,7 @@ def check_deepspeed_file(environ: Mapping[str, str]) -> None:
             raise UserError(f"{shown}: not an ordinary file; give a JSON file")
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twice)
     except OSError as error:
-        raise UserError(f"{shown}: {error.strerror}; give an existing file as deepspeed_config_file") from None
+        raise UserError(f"{shown}: {error.strerror}; give the path of a JSON file") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a key twice; nested too deeply
         raise UserError(f"{shown} is no JSON: {one_line(error, 200)}") from None
     if not isinstance(config, dict):
