@@ -18,8 +18,9 @@ from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
 from trainer.distributed.signals import failing, leave, process_start_monotonic, terminating
-from trainer.distributed.stopping import EXIT_SECONDS, StopReason, StopRequests, slurm_seconds_left
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of
+from trainer.distributed.stopping import StopReason, StopRequests
+from trainer.distributed.time_limit import EXIT_SECONDS, TimeLimit, slurm_seconds_left
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of, text_of
 from trainer.loop import Training
 from trainer.recipe import Recipe
 from trainer.reporting.alerts import Alerts
@@ -51,16 +52,18 @@ class LaunchedRun:
         """Set up, train, report. Returns why training ended."""
         failing.clear()
         terminating.clear()
-        left = slurm_seconds_left(os.environ) if self.launch.is_main else None
-        # From here on a signal is a request to stop; before the first step and after the last one it is obeyed at once.
-        with StopRequests(
+        time_limit = TimeLimit(
             self.plan.config.run.max_training_hours,
             process_start_monotonic(),
+            slurm_seconds_left(os.environ) if self.launch.is_main else None,
+            EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
+        )
+        # From here on a signal is a request to stop; before the first step and after the last one it is obeyed at once.
+        with StopRequests(
+            time_limit,
             self.plan.directory if self.launch.is_main else None,
             lambda: self.training.logger.status() if self.training else "starting",
             self.console.log,
-            None if left is None else time.monotonic() + left,
-            EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
             self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
             # Inside `stops`, so that signals stay caught on failure too: the launcher sends them once one process has ended.
@@ -100,11 +103,11 @@ class LaunchedRun:
                 log(line)
             at = f"at step {step:,} of {session.total_steps:,} on {socket.gethostname()}"
             self.alerts.send("started", f"Started {at}. {description[0]}", step=step)
-            stops.unsaved = True
+            stops.signals.unsaved = True
             gc.collect()
             gc.freeze()  # what exists now stays for the whole run
             reason = self.training.run()
-            stops.unsaved = False
+            stops.signals.unsaved = False
             launch.control.barrier()  # the last collective: the other ranks do not wait for the report of rank 0
             checkpoint = self.training.saver.saved_as()
             if launch.is_main:
@@ -246,8 +249,3 @@ class LaunchedRun:
         if saved_step is not None:
             return self.plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{saved_step}"
         return self.plan.checkpoint.path if self.plan.checkpoint else None
-
-
-def text_of(error: BaseException) -> str:
-    """An error as text, for status.json and alerts."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

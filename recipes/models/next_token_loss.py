@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from recipes.data.token_samples import IGNORED
+
 CHUNK_LOGITS = 2**28
 """logits computed at a time outside a compiled graph: 1 GiB in fp32"""
 

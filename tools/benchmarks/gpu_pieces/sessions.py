@@ -24,6 +24,7 @@ from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import loader, stream
 from trainer.distributed.launch import Launch, connect, resolve_precision
 from trainer.distributed.stopping import StopRequests
+from trainer.distributed.time_limit import TimeLimit
 from trainer.evaluation.objective import Objective, objective_weights
 from trainer.loop import Training
 from trainer.recipe import Recipe
@@ -96,11 +97,11 @@ def configured(recipe: Recipe, **values: Any) -> Any:
     return config.resolved() if hasattr(config, "resolved") else config
 
 
-class StepWatch(StopRequests):
-    """No request to stop; the loop tells it of every step."""
+class StepWatch(TimeLimit):
+    """No limit; the loop tells it of every step."""
 
     def __init__(self, step_done: Callable[[], None]) -> None:
-        super().__init__(None, time.monotonic(), None, str, lambda _: None)
+        super().__init__(None, time.monotonic())
         self._step_done = step_done
 
     def record_step(self, seconds: float) -> None:
@@ -119,7 +120,8 @@ class OurLoop(Contender):
         session = set_up(recipe, plan, launch, self.messages.append)
         session.data.evaluation.clear()
         console = Console(None, is_main=False)
-        self.training: Training | None = Training(session, plan, StepWatch(self.step_done), None, console, Alerts())
+        stops = StopRequests(StepWatch(self.step_done), None, str, console.log)
+        self.training: Training | None = Training(session, plan, stops, None, console, Alerts())
         super().__init__(self.training.run)
 
     @property
