@@ -1,8 +1,8 @@
-"""What is compared: training steps on call, in interleaved rounds (A B B A ...), so that a slow moment meets all alike.
+"""Contenders, which take training steps on demand, and rounds of them in turn (A B B A ...), so that a slow moment affects all.
 
-Our loop, and the Trainer of transformers, call steps themselves. So every contender lives in a thread of its own, which stands
-still between its rounds: never do two threads work at once. A bare loop does too, though it need not: the main thread's memory
-comes from another arena of malloc, from which the same loop takes some 30 us a step longer on a CPU.
+Our loop and transformers' Trainer call their own steps. Each contender therefore runs in a thread of its own, which is blocked
+between its rounds; two threads never work at the same time. So does a bare loop, although it could do without: in the main
+thread, whose memory comes from another arena of malloc, the same step takes some 30 us longer on a CPU.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import torch
 
 from benchmarks.gpu_pieces.results import reason
 
-LAST_SECONDS = 15.0  # what a piece does after its rounds
+LAST_SECONDS = 15.0  # left for what a piece does after its rounds
 Within = Callable[[], AbstractContextManager[Any]]
 
 
 class Closed(BaseException):
-    """Raised inside a loop to end it: nothing that catches errors catches this."""
+    """Raised inside a loop to end it. No Exception, so that nothing in the loop catches it."""
 
 
 class Contender:
-    """A training loop in a thread of its own, which stands still between orders. The loop calls `step_done` after each step."""
+    """A training loop in a thread of its own, blocked between orders. The loop must call `step_done` after each step."""
 
     def __init__(self, loop: Callable[[], object]) -> None:
         self.loop: Callable[[], object] | None = loop
@@ -51,14 +51,14 @@ class Contender:
             raise error
 
     def close(self) -> None:
-        """End the loop where it stands, and let go of everything."""
+        """End the loop at the step where it waits, and release it with what it holds: model, optimizer, data."""
         self._orders.put((0, nullcontext))
         if self._thread.ident:
             self._thread.join(60)
         self.loop = None
 
     def step_done(self) -> None:
-        """A step is over: go on, or stand still until the next order."""
+        """Called by the loop after each step. Blocks after the last step of an order until the next one."""
         self.on_step()
         self._left -= 1
         if self._left == 0:
@@ -67,6 +67,7 @@ class Contender:
             self._wait()
 
     def _wait(self) -> None:
+        """Wait for the next order and enter its context. Raises Closed if it is to end."""
         self._left, within = self._orders.get()
         if self._left == 0:
             raise Closed
@@ -111,30 +112,30 @@ class StepsHere(Contender):
 
 @dataclass
 class Rounds:
-    """What `interleave` has measured."""
+    """The measurements of `interleave`, by name of the contender."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """of a step, by contender, a number for each round"""
+    """seconds per step in each round"""
     peak_gib: dict[str, float] = field(default_factory=dict)
-    """GPU memory at its highest, what the other contenders hold left out"""
+    """peak GPU memory, without that of the other contenders"""
     failed: dict[str, str] = field(default_factory=dict)
-    """why in one line: an error itself would keep the tensors of its traceback"""
+    """the reason in one line; the error itself would keep the tensors of its traceback alive"""
 
     def median(self, name: str) -> float:
-        """Seconds of a step."""
+        """Median seconds per step."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, beside: str) -> float:
-        """How many times as long a step of `beside` takes: the median over pairs of the same round."""
+        """Seconds of a step of `beside` over those of `name`: the median over the rounds."""
         pairs = zip(self.seconds[name], self.seconds[beside], strict=True)
         return statistics.median(other / own for own, other in pairs)
 
     def notes(self) -> list[str]:
-        """Who is missing, and why."""
+        """A line for each contender that has failed."""
         return [f"{name}: {why}" for name, why in self.failed.items()]
 
     def spread(self) -> dict[str, list[float]]:
-        """{contender: [fastest, median, slowest] in ms}."""
+        """{contender: [fastest, median, slowest] in ms per step}."""
         return {
             name: [1000 * min(values), 1000 * statistics.median(values), 1000 * max(values)]
             for name, values in self.seconds.items()
@@ -150,11 +151,11 @@ def interleave(
     required: str = "",
     until: float = math.inf,
 ) -> Rounds:
-    """Make each contender and let it warm up (and compile); then rounds of `steps` steps of each in turn.
+    """Make each contender and let it warm up (and compile) for `warmup` steps; then `rounds` rounds of `steps` steps of each.
 
-    One that fails is left out of the rest, unless it is the `required` one, whose error is raised. `until`: the end on the
-    monotonic clock, before which fewer contenders, or fewer rounds, are what can still be had. On a CPU, which others may want
-    too, seconds are those of this process on it.
+    A contender that fails is left out of the rest, unless it is the `required` one, whose error is raised. `until`: a time on
+    the monotonic clock; to end before it, contenders that are made late and the last rounds are left out. On a CPU, seconds are
+    CPU time of this process, because other processes may use the cores too.
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     no_more_contenders = until - 0.4 * (until - time.monotonic())
@@ -200,7 +201,7 @@ def interleave(
         for number in range(rounds):
             if time.monotonic() > until - LAST_SECONDS and all(measured.seconds.values()):
                 break
-            for name in list(contenders)[:: -1 if number % 2 else 1]:  # so that none always follows the same one
+            for name in list(contenders)[:: -1 if number % 2 else 1]:  # turn round, so that none always follows the same one
                 attempt(name, lambda name=name: take_round(name))  # type: ignore[misc]
     finally:
         for contender in contenders.values():
@@ -211,7 +212,7 @@ def interleave(
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all its work."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -222,7 +223,7 @@ def allocated(device: torch.device) -> int:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Free GPU memory that nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
