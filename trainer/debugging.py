@@ -55,8 +55,7 @@ class Watch:
             raise self._error(f"the gradient of the output of {name} is not finite, the first one in the backward pass")
 
     def _error(self, what: str) -> UserError:
-        way_on = "the newest checkpoint before it is kept: the same command replays the step"
-        return UserError(f"step {self.step():,}: {what} ({way_on})", NOT_FINITE)
+        return UserError(f"step {self.step():,}: {what}; the same command comes to this step again", NOT_FINITE)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

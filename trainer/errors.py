@@ -57,6 +57,11 @@ def user_error(error: BaseException) -> UserError | None:
     return None
 
 
+def text_of(error: BaseException) -> str:
+    """An error in words: the message of a UserError, and before any other its type."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def one_line(error: BaseException, characters: int | None = None) -> str:
     """The text of an error in one line, cut to so many characters (None: uncut)."""
     return " ".join(str(error).split())[:characters]

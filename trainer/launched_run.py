@@ -18,8 +18,9 @@ from trainer.data.bad_samples import first_batch
 from trainer.distributed.launch import Launch
 from trainer.distributed.peers import explained
 from trainer.distributed.signals import failing, leave, process_start_monotonic, terminating
-from trainer.distributed.stopping import EXIT_SECONDS, StopReason, StopRequests, slurm_seconds_left
-from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of
+from trainer.distributed.stopping import StopReason, StopRequests
+from trainer.distributed.time_limit import EXIT_SECONDS, TimeLimit, slurm_seconds_left
+from trainer.errors import CHECKPOINT, FINISHED, INTERRUPTED, UserError, path_of, text_of
 from trainer.loop import Training
 from trainer.recipe import Recipe
 from trainer.reporting.alerts import Alerts
@@ -53,16 +54,18 @@ class LaunchedRun:
         """Set up, train, report. Returns why training ended. On an error, records it and raises it again. Collective."""
         failing.clear()
         terminating.clear()
-        left = slurm_seconds_left(os.environ) if self.launch.is_main else None
-        # From here on a signal is a request to stop; before the first step and after the last one it is obeyed at once.
-        with StopRequests(
+        time_limit = TimeLimit(
             self.plan.config.run.max_training_hours,
             process_start_monotonic(),
+            slurm_seconds_left(os.environ) if self.launch.is_main else None,
+            EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
+        )
+        # From here on a signal is a request to stop; before the first step and after the last one it is obeyed at once.
+        with StopRequests(
+            time_limit,
             self.plan.directory if self.launch.is_main else None,
             lambda: self.training.logger.status() if self.training else "starting",
             self.console.log,
-            None if left is None else time.monotonic() + left,
-            EXIT_SECONDS + self.alerts.exit_seconds + self._trackers_exit_seconds(),
             self.plan.config.run.stop_when if self.launch.local_rank == 0 else None,
         ) as stops:
             # Inside `stops`, so that signals are caught on failure too: once one process has exited, the launcher sends them.
@@ -88,11 +91,11 @@ class LaunchedRun:
         try:
             self.training = Training(session, self.plan, stops, trackers, self.console, self.alerts)
             self._begin(session, self.training)
-            stops.unsaved = True
+            stops.signals.unsaved = True
             gc.collect()
             gc.freeze()  # what exists now lives as long as the run
             reason = self.training.run()
-            stops.unsaved = False
+            stops.signals.unsaved = False
             self.launch.control.barrier()  # the last collective: the other ranks do not wait for rank 0's report
             if self.launch.is_main:
                 self._report(self.training, reason)
@@ -273,8 +276,3 @@ class LaunchedRun:
         if saved_step is not None:
             return self.plan.directory.checkpoints / f"{self.recipe.checkpoint_prefix}{saved_step}"
         return self.plan.checkpoint.path if self.plan.checkpoint else None
-
-
-def text_of(error: BaseException) -> str:
-    """An error as text, for status.json and alerts."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

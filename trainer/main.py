@@ -21,7 +21,7 @@ from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, without_urls
 from trainer.distributed.ranks import adopt_ranks, without_local_rank
 from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
-from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, user_error
+from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, text_of, user_error
 from trainer.evaluate import Evaluate, evaluate
 from trainer.planning.flags import PLAN_HELP, PlanFlags, take_plan_flags
 from trainer.recipe import Command, Recipe
@@ -116,8 +116,9 @@ def print_plan(recipe: Recipe, flags: Any, argv: Sequence[str], planned: PlanFla
 def leaving_at_the_time_limit(hours: float | None, console: Console) -> AbstractContextManager[None]:
     """Context of the start of a launch: the process exits once it is `hours` old (None: no limit), whatever it is doing."""
     from trainer.distributed.stopping import StopRequests
+    from trainer.distributed.time_limit import TimeLimit
 
-    stops = StopRequests(hours, process_start_monotonic(), None, str, console.log)
+    stops = StopRequests(TimeLimit(hours, process_start_monotonic()), None, str, console.log)
 
     def act(reason: StopReason) -> None:
         console.log(stops.before_the_first_step(reason))
@@ -224,7 +225,7 @@ def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, c
     """Train for one launch, while rank 0 holds the lock of the run directory. Returns why it ended. Collective."""
     from trainer.checkpoints.resume import default_directory, plan_launch
     from trainer.distributed.peers import explained
-    from trainer.launched_run import LaunchedRun, text_of
+    from trainer.launched_run import LaunchedRun
     from trainer.reporting.alerts import open_alerts
 
     title = f"{recipe.name}/{default_directory(recipe, parsed).name}"

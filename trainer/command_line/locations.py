@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-import re
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ Tokenizer = Location(words=("gpt2", "train"))
 
 def path_and_weight(text: str) -> tuple[str, float | None]:
     """(path, weight) of `PATH=WEIGHT`. The weight is None if there is none, or if `text` as a whole exists (`year=2024`)."""
-    match = None if os.path.exists(os.path.expanduser(text)) else re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
-    return (match[1], float(match[2])) if match else (text, None)
+    path, _, weight = text.rpartition("=")
+    if path and not os.path.exists(os.path.expanduser(text)):
+        with suppress(ValueError):
+            return path, float(weight)
+    return text, None
 
 
 def argument_path(text: str) -> Path:
