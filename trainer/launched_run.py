@@ -109,7 +109,7 @@ class LaunchedRun:
         return reason
 
     def _set_up(self, stops: StopRequests) -> Session | None:
-        """All that the loop needs, or None, and a line that says so, if the run is finished already. Collective."""
+        """Everything that the loop works with; None, after a line that says so, if the run is finished already. Collective."""
         plan, launch, log = self.plan, self.launch, self.console.log
 
         def leave_now(reason: StopReason) -> None:
@@ -174,7 +174,7 @@ class LaunchedRun:
             log_final_metrics(training.logger, training.last_evaluation)
 
     def _draw(self, training: Training, reason: StopReason, stops: StopRequests) -> None:
-        """The report of a finished run, or the plot for a person who has stopped one. Rank 0 only."""
+        """Draw the report of a finished run, or the loss plot of one that a person has stopped. Rank 0 only."""
         checkpoint = training.saver.saved_as()
         if reason.finished and checkpoint is not None:
             with stops.acted_on_at_once(self._cut_report_short):

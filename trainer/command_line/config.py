@@ -40,7 +40,7 @@ class Parsed:
     unresolved: Any
     """`config` before its `resolved()` was called"""
     without_flags: Any
-    """what `unresolved` would be without the flags on the command line; where the two differ names the run"""
+    """what `unresolved` would be without the flags on the command line; the differences name the run"""
     typed: frozenset[str]
     """names of the fields that were given: by a flag, in the YAML file or in the preset"""
     webhook: Webhook | None = None
@@ -127,20 +127,20 @@ def refuse_unused(config: Any, given: frozenset[str]) -> None:
 
 
 def _length_flags(by_source: Sequence[frozenset[str]]) -> frozenset[str]:
-    """Which of max_steps and max_epochs the last source (preset, YAML file, flags) gives that gives either; else none."""
+    """Which of max_steps and max_epochs the last of preset, YAML file and flags to give either of them gives."""
     lengths = [given & {"max_steps", "max_epochs"} for given in by_source]
     return next((names for names in reversed(lengths) if names), frozenset())
 
 
 def _epochs_win(config: Any, by_source: Sequence[frozenset[str]]) -> Any:
-    """`config` with `max_steps` 0, which would otherwise decide, if the last source that gives a length gives only epochs."""
+    """`config` with `max_steps` 0 if only max_epochs is in `_length_flags`: otherwise max_steps would decide."""
     if _length_flags(by_source) != {"max_epochs"} or not config.optimisation.max_epochs:
         return config
     return dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, max_steps=0))
 
 
 def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
-    """An instance of a flat dataclass, from the command line of a sub-command. UserError for whatever the user can mend."""
+    """A flat dataclass, filled from the command line of a sub-command. UserError for whatever the user can mend."""
     leading = _preset(config_class, presets, argv) if presets else []
     flags = with_homes(cli(config_class, [*leading, *argv], prog, None))
     check(flags)

@@ -81,7 +81,7 @@ def cli(config_class: type, argv: Sequence[str], prog: str, default: Any) -> Any
         if not end.code:
             raise
     safe = [without_urls(word) for word in argv]
-    if safe != list(argv):  # tyro wraps its message inside words, where no URL can be found: let it explain the safe words
+    if safe != list(argv):  # tyro breaks words at line ends, so no URL can be found in its message: let it explain safe words
         cli(config_class, safe, prog, default)
         raise UserError("the command line cannot be read; --help all lists every flag")
     raise UserError(_one_line(printed.getvalue(), config_class))
