@@ -192,7 +192,15 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
         f"python {file} --run_name other --init_from {best} --seed 1",
         *(f"python {file} {name} --model_path {best}" for name in commands if help.takes(known[name].flags, "model_path")),
     ]
-    return help.text(recipe.config_class, f"python {file}", recipe.presets, commands, examples, everything, PLAN_HELP)
+    return help.text(
+        recipe.config_class,
+        f"python {file}",
+        recipe.presets,
+        commands=commands,
+        examples=examples,
+        beside=PLAN_HELP,
+        everything=everything,
+    )
 
 
 def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: Console) -> None:

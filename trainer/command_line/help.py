@@ -38,10 +38,11 @@ def text(
     config_class: type,
     prog: str,
     presets: Mapping[str, Any],
+    *,
     commands: Mapping[str, str] | None = None,
     examples: Sequence[str] = (),
-    everything: bool = True,
     beside: Mapping[str, str] | None = None,
+    everything: bool = True,
 ) -> str:
     """The help text for a config class in sections, or for a flat dataclass of flags.
 
