@@ -79,11 +79,11 @@ def parse(
     names, config_file = flag_names(config_class), peek(argv, "config")
     if config_file == "":
         raise UserError("--config is empty; give a YAML file, or leave it out")
-    leading = _preset(config_class, presets, argv)
+    from_preset = _preset(config_class, presets, argv)
     from_file = arguments(read_yaml(Path(config_file).expanduser(), config_class)) if config_file else []
-    by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
+    by_source = [frozenset(names[n] for n in typed(words, names)) for words in (from_preset, from_file, argv)]
     given = frozenset().union(*by_source)
-    before_flags = [*leading, *from_file]
+    before_flags = [*from_preset, *from_file]
     try:
         base = _epochs_win(cli(config_class, before_flags, prog, default) if before_flags else default, by_source[:2])
     except UserError as error:
@@ -94,6 +94,7 @@ def parse(
         ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"
         raise UserError(f"max_steps {steps} and max_epochs {epochs:g} were given together; add {ways_out}")
     webhook = find_webhook(config.run.alert_webhook, {} if "alert_webhook" in given else os.environ)
+    # The webhook's URL is a secret, so no config keeps it.
     base, config = (
         with_homes(dataclasses.replace(c, run=dataclasses.replace(c.run, alert_webhook=None))) for c in (base, config)
     )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,13 +81,7 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
     o = config.optimisation
     measured = measure(recipe, config, data, own, precision, on_gpu)
     sizes = {strategy: memory_of(strategy, measured.net) for strategy in (own, *others(own, measured))}
-    directory = default_directory(recipe, parsed)
-    picture = directory.with_name(f"{directory.name}_learning_rate.png")
-    drawn = f"drawn in {picture}"
-    try:
-        plot_learning_rate([recipe.scheduled_rate(step, steps, config) for step in range(1, steps + 1)], picture, recipe.name)
-    except OSError as error:
-        drawn = f"not drawn in {picture} ({error.strerror or error})"
+    drawn = draw_learning_rate(recipe, config, steps, default_directory(recipe, parsed))
     step_flops = measured.flops * o.gradient_accumulation_steps
     hours = hours_of(step_flops * steps, place, precision, flags.mfu)
     trained, parameters = (size // FP32_BYTES for size in (measured.net.trained, measured.net.weights))
@@ -104,6 +99,16 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
         advice(sizes, own, place, processes, bool(config.run.recompute_every))
         + (", and activations" if measured.notes else ""),
     ]
+
+
+def draw_learning_rate(recipe: Recipe, config: Any, steps: int, directory: Path) -> str:
+    """Draw the learning rate of each step into a picture beside a run directory. Returns a text that says where, or why not."""
+    picture = directory.with_name(f"{directory.name}_learning_rate.png")
+    try:
+        plot_learning_rate([recipe.scheduled_rate(step, steps, config) for step in range(1, steps + 1)], picture, recipe.name)
+    except OSError as error:
+        return f"not drawn in {picture} ({error.strerror or error})"
+    return f"drawn in {picture}"
 
 
 def measure(recipe: Recipe, config: Any, data: Data, own: Strategy, precision: str, on_gpu: bool) -> Measured:
