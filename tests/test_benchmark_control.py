@@ -9,7 +9,7 @@ from trainer.distributed import peers
 
 
 def test_it_measures_every_kind_of_talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(peers, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 2.0)
     control.main(["--processes", "2", "--simulated", "8"])
     lines = capsys.readouterr().out.splitlines()
     numbers = [float(word.replace(",", "")) for word in lines[2].replace("/", " ").split()]

@@ -20,9 +20,8 @@ from recipes.tinystories_lm import TinyStoriesLM
 from trainer.command_line import config as configuration
 from trainer.command_line import sections
 from trainer.command_line.config import Parsed
-from trainer.command_line.flags import SECTIONS
 from trainer.command_line.locations import argument_path, locations, path_and_weight, with_absolute_paths
-from trainer.command_line.sections import Optimisation, Run
+from trainer.command_line.sections import SECTIONS, Optimisation, Run
 from trainer.errors import BAD_INPUT, UserError
 from trainer.recipe import Recipe
 

@@ -58,7 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def export(checkpoint_path: str, out: Path, tokenizer: str | None = None, adapter: bool = False) -> None:
-    """Write the folder, completely or not at all. Raises UserError, OSError or ValueError."""
+    """Write the folder `out`, completely or not at all. Raises UserError, OSError or ValueError.
+
+    `tokenizer`: a folder or tokenizer.json in place of the checkpoint's. `adapter`: write the LoRA adapters alone.
+    """
     checkpoint, out = Checkpoint(resolve(checkpoint_path, {})), out.resolve()
     checkpoint.verify()
     recipe, config = checkpoint.state["recipe"], checkpoint.config
@@ -91,7 +94,7 @@ def export(checkpoint_path: str, out: Path, tokenizer: str | None = None, adapte
 
 
 def check_hub(name: str) -> None:
-    """UserError where nothing can be uploaded: before an hour of export, not after."""
+    """UserError if an upload to `name` cannot work. Called first, because an export may take an hour."""
     from huggingface_hub import get_token
 
     if "/" not in name:
@@ -103,7 +106,7 @@ def check_hub(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload an exported folder, as a private model where there is none of that name; its address. UserError if refused."""
+    """Upload an exported folder, to a new private model if there is none. Returns its URL. UserError on failure."""
     from huggingface_hub import HfApi
 
     try:
@@ -117,6 +120,7 @@ def push(folder: Path, name: str) -> str:
 
 
 def _tokenizer(checkpoint: Checkpoint, path: str | None) -> str:
+    """The text of tokenizer.json: of `path` if given, else of the checkpoint. UserError if there is none."""
     from recipes.data.tokenizer import existing_tokenizer
 
     if path:
@@ -131,13 +135,14 @@ def _check_entries(checkpoint: Checkpoint, tokenizer_json: str) -> None:
     from tokenizers import Tokenizer
 
     name = "token_embeddings.weight" if checkpoint.state["recipe"] == "tinystories_lm" else "transformer.wte.weight"
-    entries, rows = vocabulary_size(Tokenizer.from_str(tokenizer_json)), checkpoint.form("model", name)[0][0]
+    (rows, _), _ = checkpoint.form("model", name)
+    entries = vocabulary_size(Tokenizer.from_str(tokenizer_json))
     if entries > rows:
         raise UserError(f"the tokenizer has {entries} entries, {checkpoint.path} {rows}; give the one it was trained with")
 
 
 def _write_tokenizer(folder: Path, tokenizer_json: str, length: int) -> int:
-    """tokenizer.json and tokenizer_config.json; the id of END_OF_TEXT."""
+    """Write tokenizer.json and tokenizer_config.json; `length`: most tokens of a sequence. Returns the id of END_OF_TEXT."""
     from tokenizers import Tokenizer
 
     tokenizer_config = {
@@ -153,8 +158,8 @@ def _write_tokenizer(folder: Path, tokenizer_json: str, length: int) -> int:
 
 
 def _write_llama(folder: Path, checkpoint: Checkpoint, model: dict[str, Any], end_of_text: int) -> None:
-    """config.json, generation_config.json and model.safetensors of a LlamaForCausalLM, or, with norms on queries and keys, of a
-    Qwen3ForCausalLM, that has the same logits."""
+    """Write config.json, generation_config.json and model.safetensors of a LlamaForCausalLM that has the same logits; of a
+    Qwen3ForCausalLM if the model norms queries and keys. UserError if neither can express the model."""
     from transformers import GenerationConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
     for key, supported, flag in (
@@ -197,7 +202,7 @@ def _write_llama(folder: Path, checkpoint: Checkpoint, model: dict[str, Any], en
 
 
 def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> None:
-    """What `save_pretrained` writes of the network, adapters merged into it; or what peft's writes of the adapters."""
+    """Write the network with adapters merged into it, as `save_pretrained` does; with `adapter`, the adapters as peft does."""
     recipe = FinetuneLM()
     config = configuration.from_mapping(recipe.config_class, checkpoint.config, str(checkpoint.path))
     network = load_network(recipe, checkpoint, config, Data(None, {}), torch.device("cpu"))
@@ -212,7 +217,7 @@ def _write_finetuned(folder: Path, checkpoint: Checkpoint, adapter: bool) -> Non
 
 
 def _copy_gpt2(folder: Path, checkpoint: Checkpoint) -> None:
-    """The files of a GPT-2 checkpoint that transformers reads, byte for byte; but for weights that have an average."""
+    """Copy the files that transformers reads; of a run with `--ema`, write the averaged weights instead of the weights."""
     for name in checkpoint.files:
         if name in ("config.json", "generation_config.json") or (name.startswith("model") and not checkpoint.averaged):
             shutil.copyfile(checkpoint.path / name, folder / name)
@@ -221,7 +226,7 @@ def _copy_gpt2(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """By name; the average of a run with `--ema`."""
+    """{name: weight}; the averaged weights of a run with `--ema`."""
     averaged = checkpoint.averaged
     return {
         name: checkpoint.tensor("optimizer", averaged[name]) if name in averaged else checkpoint.tensor("model", name)

@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 MARK = "SAMECURVE_STARTED_AS"
 GUARD = f"SAMECURVE_GUARDED_BY_{uuid.uuid4().hex}"  # unique, because guarded processes may guard others
 COPYING = "copying"
-"""the mark of `marked_run.py` in a run directory"""
+"""the file in a run directory by which `marked_run.py` shows a copy"""
 POLL_SECONDS = 0.0002  # a save of a tiny model takes a few milliseconds
-FAMILY_SECONDS = 1.0
+FAMILY_SECONDS = 1.0  # between searches for new processes of a launch
 
 
 def free_port() -> int:
@@ -39,13 +39,13 @@ def free_port() -> int:
 
 
 def processes_of(kind: str) -> int:
-    """How many processes a launch of this kind has: `fsdp` two, `fsdp:3` three, `hsdp` two groups of two."""
+    """Number of processes of a launch: 1 for `one`, 2 for `fsdp` and others, 3 for `fsdp:3`, 4 for `hsdp` (2 x 2)."""
     name, _, number = kind.partition(":")
     return int(number or {"one": 1, "hsdp": 4}.get(name, 2))
 
 
 def command(kind: str, script: Path, *arguments: str) -> list[str]:
-    """`python` for "one", else `accelerate launch` with accelerate_configs/{kind}.yaml on `processes_of(kind)`."""
+    """The command line of a launch: `python` for kind `one`, else `accelerate launch` with accelerate_configs/{kind}.yaml."""
     if kind == "one":
         return [sys.executable, str(script), *arguments]
     name = kind.partition(":")[0]
@@ -57,9 +57,9 @@ def command(kind: str, script: Path, *arguments: str) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without the variables of an outer launcher.
+    """This process's environment without the variables of an outer launcher, with `extra` ones.
 
-    One thread each: with more, tiny steps mostly wait for threads that are not scheduled.
+    OMP_NUM_THREADS is 1: with more threads, tiny steps mostly wait for threads that are not scheduled.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "PET_", "WANDB_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -82,7 +82,7 @@ def guard() -> None:
 
 
 def watch(mark: str, guarded: int) -> None:
-    """The watchdog: wait for the end of `guarded`, its parent; then SIGKILL every process that has the mark."""
+    """The watchdog: wait until the process `guarded`, its parent, has ended; then SIGKILL every process with the mark."""
     while os.getppid() == guarded:
         time.sleep(0.2)
     while remaining := [pid for pid, values in _environments() if f"{mark}=1".encode() in values]:
@@ -93,8 +93,8 @@ def watch(mark: str, guarded: int) -> None:
 class Started(subprocess.Popen[bytes]):
     """A running command in a new session, and its family: all processes that have its mark in their environment.
 
-    Launchers give each rank its own session, and data workers come from a fork server: neither the process group nor the
-    command line identifies them all. None of them outlives the process that started the command.
+    The mark is needed because launchers give each rank a session of its own, and data workers are children of a fork server:
+    neither the process group nor the command line identifies them all. `guard` ends the family with this process.
     """
 
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None, **options: object) -> None:
@@ -108,11 +108,11 @@ class Started(subprocess.Popen[bytes]):
             )
 
     def family(self) -> list[int]:
-        """Living processes: launcher, ranks, data workers, and whatever else was started."""
+        """Process ids of the living members: launcher, ranks, data workers, and whatever else was started."""
         return [pid for pid, values in _environments() if f"{MARK}={self.mark}".encode() in values]
 
     def rank(self, number: int) -> int | None:
-        """The process of a rank, or None: the oldest with that number (its data workers inherit the number)."""
+        """The process id of a rank, or None: the oldest process with that RANK, which data workers inherit."""
         marks = {f"{MARK}={self.mark}".encode(), f"RANK={number}".encode()}
         return min((pid for pid, values in _environments() if marks <= set(values)), key=_start_ticks, default=None)
 
@@ -130,6 +130,7 @@ class Started(subprocess.Popen[bytes]):
 
 
 def _environments() -> list[tuple[int, list[bytes]]]:
+    """(process id, [b"NAME=value"]) of all processes whose environment this one may read."""
     environments = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -139,7 +140,7 @@ def _environments() -> list[tuple[int, list[bytes]]]:
 
 
 def _start_ticks(pid: int) -> float:
-    """When a process started. Its pid does not show it: pids are reused."""
+    """When a process started, in clock ticks since boot; infinity if it has ended. Pids, which are reused, give no order."""
     with contextlib.suppress(OSError):
         return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return float("inf")  # gone meanwhile
@@ -152,11 +153,11 @@ def send(pids: Sequence[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-# Moments
+# Moments at which to kill
 
 
 def rows(directory: Path, since: float = 0.0) -> list[dict[str, float]]:
-    """The complete lines of metrics.jsonl, written at or after `since`."""
+    """The complete lines of a run's metrics.jsonl that were written at or after `since` (seconds of time.time())."""
     try:
         lines = (directory / "metrics.jsonl").read_text().split("\n")[:-1]
     except OSError:
@@ -169,22 +170,22 @@ Moment = Callable[[Path, float], bool]
 
 
 def after(seconds: float) -> Moment:
-    """`seconds` after its start."""
+    """`seconds` after the launch has started."""
     return lambda directory, since: time.time() >= since + seconds
 
 
 def before_the_first_step(seconds: float) -> Moment:
-    """`seconds` after its start, if no step is logged yet."""
+    """`seconds` after the launch has started, if it has not logged a step yet."""
     return lambda directory, since: time.time() >= since + seconds and not rows(directory, since)
 
 
 def reached(step: int) -> Moment:
-    """This launch has logged `step`."""
+    """Once this launch has logged `step`."""
     return lambda directory, since: any(row["step"] >= step for row in rows(directory, since))
 
 
 def inside_the_copy(directory: Path, since: float) -> bool:
-    """While `marked_run.py`, with the mark COPYING, says that rank 0 copies what is to be saved."""
+    """While rank 0 copies a state to be saved; needs `marked_run.py` with the mark COPYING."""
     try:
         return (directory / COPYING).stat().st_mtime >= since
     except FileNotFoundError:
@@ -192,7 +193,7 @@ def inside_the_copy(directory: Path, since: float) -> bool:
 
 
 def between_commit_and_links(directory: Path, since: float) -> bool:
-    """The newest checkpoint has its name, and not yet the link `best_model`, which it has earned."""
+    """While the newest checkpoint is committed and the best, but the link `best_model` does not point to it yet."""
     folder = directory / "checkpoints"
     with contextlib.suppress(OSError, ValueError):  # not there yet, or gone meanwhile
         steps = [entry for entry in os.scandir(folder) if re.search(r"^[^.].*_\d+$", entry.name) and not entry.is_symlink()]
@@ -205,7 +206,7 @@ def between_commit_and_links(directory: Path, since: float) -> bool:
 
 
 def inside_a_save(directory: Path, since: float) -> bool:
-    """While a checkpoint is written: between the creation of the temporary folder and its renaming."""
+    """While a checkpoint is written: from the creation of its temporary folder until that is renamed."""
     try:
         entries = list(os.scandir(directory / "checkpoints"))
         names = (e for e in entries if e.name.startswith(".unfinished-") and not e.name.endswith(".link"))
@@ -215,7 +216,7 @@ def inside_a_save(directory: Path, since: float) -> bool:
 
 
 def inside_an_evaluation(every: int) -> Moment:
-    """Steps divisible by `every` are evaluated: this one has been logged, and its evaluation not yet."""
+    """While a step divisible by `every` is evaluated: its training loss has been logged, its evaluation has not."""
 
     def inside(directory: Path, since: float) -> bool:
         last = next(reversed(rows(directory, since)), {"step": 1})
@@ -225,20 +226,20 @@ def inside_an_evaluation(every: int) -> Moment:
 
 
 def both(first: Moment, second: Moment) -> Moment:
-    """Both conditions hold."""
+    """When both conditions hold."""
     return lambda directory, since: first(directory, since) and second(directory, since)
 
 
 def kill_at_moment(process: Started, directory: Path, moment: Moment, seconds: float, rank: int | None = None) -> bool:
-    """SIGKILL the family (or one rank) at `moment`; False if the command ended by itself before.
+    """SIGKILL the family, or only `rank`, at `moment`. Returns False if the command ended by itself before.
 
-    All processes are stopped first and the condition is checked again, so that the kill falls inside it or is not sent.
-    Raises TimeoutError, after killing all, if neither the moment nor the end comes within `seconds`.
+    All processes are suspended first and the condition is checked again, so that no kill falls outside the moment. Raises
+    TimeoutError, after killing all, if neither the moment nor the end of the command comes within `seconds`.
     """
     end = time.monotonic() + seconds
     family, known_until = [process.pid], 0.0
     while process.poll() is None:
-        if time.monotonic() > known_until:  # to look for them takes longer than some moments last
+        if time.monotonic() > known_until:  # not each time: the search takes longer than some moments last
             family, known_until = process.family(), time.monotonic() + FAMILY_SECONDS
         if time.monotonic() > end:
             process.kill_all()
@@ -262,7 +263,7 @@ def kill_at_moment(process: Started, directory: Path, moment: Moment, seconds: f
 
 
 def different_tensors(checkpoint: Path, expected: Path) -> list[str]:
-    """Names of the weights and moments of two checkpoints (in one file each) that differ, or are in one of them only."""
+    """Names of tensors that differ between two unsharded checkpoints, or are in one of them only."""
     different = []
     for file in ("model.safetensors", "optimizer.safetensors"):
         with safe_open(checkpoint / file, "pt") as ours, safe_open(expected / file, "pt") as theirs:
@@ -273,7 +274,7 @@ def different_tensors(checkpoint: Path, expected: Path) -> list[str]:
 
 
 def curve(directory: Path) -> dict[str, dict[float, float]]:
-    """{metric: {step: value}} of training and evaluation. ValueError for a step that is logged twice."""
+    """{metric: {step: value}} of training loss, gradient norm and evaluations. ValueError for a step that is logged twice."""
     curves: dict[str, dict[float, float]] = {}
     for row in rows(directory):
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""How soon a run under torchrun that is killed at random is back, and what share of its time made progress."""
+"""Kills ranks of a run under torchrun at random, and measures how soon it trains again and how much of its time is lost."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ FLAGS = "--log_every 1 --eval_every 0 --keep_last 2 --device cpu --no_use_tensor
 
 @dataclass(frozen=True)
 class Recovery:
-    """Of one kill. Seconds from it."""
+    """What follows one kill. Times are in seconds from it."""
 
     found: float
-    """the other process has written down why it ends, or has gone"""
+    """until the other process has written to status.json that the run failed, or has ended"""
     stopped: float
-    """no process of before is left"""
+    """until all processes of the old launch have ended"""
     started: float
-    """the first process of after is there"""
+    """until the new rank 0 exists"""
     resumed: float
-    """the first step after it, if only one that was done before"""
+    """until the first step is logged, which may repeat one of before the kill"""
     new_step: float
-    """the first step that was never done before"""
+    """until the first step that was not logged before the kill"""
     twice: int
-    """steps done twice"""
+    """steps that were done twice"""
 
 
 def measure(script: Path, flags: Sequence[str], folder: Path, kills: int, seed: int) -> int:
-    """Train twice, killed and not, and print how they compare; the exit status, 1 where anything was lost."""
+    """Train once undisturbed and once with `kills`, and print how the runs compare.
+
+    Returns the exit status: 1 if a run failed or hung, the final tensors differ, or nothing was killed.
+    """
     whole, killed = folder / "uninterrupted", folder / "killed"
     if start(script, flags, whole).wait() != 0:
         print(f"goodput: the uninterrupted run failed: {whole.with_suffix('.log')}")
@@ -73,7 +76,7 @@ def measure(script: Path, flags: Sequence[str], folder: Path, kills: int, seed: 
 
 
 def start(script: Path, flags: Sequence[str], directory: Path) -> Started:
-    """Two processes under torchrun, which starts them again."""
+    """Start the run on two processes under torchrun, which restarts them when one fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1000"]
     argv = [*launcher, "--master_port", str(free_port()), str(script), *flags, *FLAGS.split(), "--output_dir", str(directory)]
     env = environment(SAMECURVE_CACHE=str(directory.parent / "cache"), PYTHONPATH=str(ROOT))
@@ -81,7 +84,7 @@ def start(script: Path, flags: Sequence[str], directory: Path) -> Started:
 
 
 def until(holds: Callable[[], bool], run: Started, what: str) -> float:
-    """Wait for it; the time then. TimeoutError."""
+    """Wait until `holds()`; returns the time. TimeoutError, naming `what`, after LIMIT_SECONDS or if the run has ended."""
     end = time.monotonic() + LIMIT_SECONDS
     while not holds():
         if time.monotonic() > end or run.poll() is not None:
@@ -91,7 +94,7 @@ def until(holds: Callable[[], bool], run: Started, what: str) -> float:
 
 
 def kill_one(run: Started, directory: Path, rank: int) -> Recovery | None:
-    """SIGKILL a rank, and watch the launch come back; None if it is at its end."""
+    """SIGKILL a rank and watch the launch recover. None, without a kill, if the run is about to end."""
     before = [pid for pid in (run.rank(number) for number in (0, 1)) if pid is not None]
     if len(before) < 2 or (directory / "checkpoints" / "checkpoint_final").is_dir():
         return None
@@ -107,7 +110,7 @@ def kill_one(run: Started, directory: Path, rank: int) -> Recovery | None:
     others = [pid for pid in before if pid != victim]
     found = until(lambda: state() == "failed" or not any(map(alive, others)), run, "end of the other process")
     stopped = until(lambda: not any(map(alive, before)), run, "end of all processes")
-    done = int(max(row["step"] for row in rows(directory)))  # but for what a killed rank 0 had not written yet
+    done = int(max(row["step"] for row in rows(directory)))  # a killed rank 0 may have done a step that it had not logged yet
     began = time.time()
     started = until(lambda: run.rank(0) is not None, run, "new process")
     resumed = until(lambda: bool(rows(directory, began)), run, "step after it")
@@ -118,14 +121,14 @@ def kill_one(run: Started, directory: Path, rank: int) -> Recovery | None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Whether a process exists and is not a zombie."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 
 
 def report(recoveries: Sequence[Recovery], seconds: float) -> str:
-    """What is printed at the end."""
+    """The table that is printed at the end; `seconds`: duration of the run with kills."""
     lines = [
         f"{len(recoveries)} kills of one of two processes in {seconds:.0f} s on {os.cpu_count()} cores; seconds from the kill:"
     ]

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """The whole search: resume, cover, report. Raises UserError."""
+    """Resume or begin the search, cover the range, print the report. Raises UserError."""
     config, beside_training = config_from_options(options), options.from_training is not None
     workers = options.workers if options.workers is not None else 1 if beside_training else cores()
     for name, value, low, high in (("workers", workers, 1, 1024), ("sieve_bits", options.sieve_bits, 8, MAX_BITS)):
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         log = bar.above(console.log)
         record = Record.read(state, config)
         if not record.complete:
-            for path in (state, options.report):  # fails before the search, not after it
+            for path in (state, options.report):  # so that an unwritable file fails now, not after the search
                 if path:
                     record.write(path)
             log(f"{config.rule} from {config.start}, {config.count:,} numbers; workers: {workers}; state: {state}")
@@ -150,7 +150,7 @@ def config_from_options(options: argparse.Namespace) -> SearchConfig:
 
 
 def default_state(config: SearchConfig) -> Path:
-    """The state file of a search without --state."""
+    """The state file if --state is not given: named after the search."""
     limits = "" if (config.max_steps, config.max_bits) == (100_000, 256) else f"_{config.max_steps}_{config.max_bits}"
     return Path("runs", "loop_search", f"{config.rule}_from_{config.start}_count_{config.count}{limits}.json")
 
@@ -169,7 +169,7 @@ def integer(text: str) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without URLs: a webhook's may follow a mistyped flag."""
+        """Remove URLs from the message: a mistyped flag may be followed by that of a webhook, which is a secret."""
         super().error(without_urls(message))
 
 
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _lock(state: Path) -> Iterator[None]:
-    """Exclude a second search from this state. The kernel releases the lock, however this process ends."""
+    """Lock the state against a second search; the kernel releases the lock however this process ends. UserError if locked."""
     path = state.with_name(f".{state.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _stop_signals() -> Iterator[Callable[[], str | None]]:
 
 
 class _Bar:
-    """A progress bar with numbers/s, where stderr is a terminal."""
+    """A progress bar with numbers/s; shown only if stderr is a terminal."""
 
     def __init__(self, total: int, shown: bool) -> None:
         self._total, self._shown = total, shown
@@ -262,7 +262,7 @@ class _Bar:
             self._bar.close()
 
     def show(self, record: Record) -> None:
-        """Update the bar to the progress of the record. The rate is that of this launch."""
+        """Set the bar to the progress of the record. Its rate counts this launch only."""
         from tqdm import tqdm
 
         covered = record.tally.covered

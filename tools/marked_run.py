@@ -1,8 +1,8 @@
-"""Runs a recipe as its own command does, and leaves a file there while rank 0 copies a state, which nothing else shows.
+"""Runs a recipe as its own command does; while rank 0 copies a state to be saved, a file MARK exists.
 
     python tools/marked_run.py MARK recipes/NAME.py ...
 
-Used by tools/torture.py, to kill a run inside the copy.
+tools/torture.py uses it to kill a run inside the copy, of which no other file tells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.checkpoints import writing
 
 
 def mark_copies(mark: Path) -> None:
-    """From now on `mark` exists during each copy."""
+    """Patch the copy of a state in this process, so that the file `mark` exists while it lasts."""
     copy = writing.RankWriter.copy
 
     def marked(share: writing.RankWriter, tensors: writing.Tensors) -> None:

@@ -1,4 +1,4 @@
-"""The model card of an export: what was measured, beside what, on which text, and the command that trained it."""
+"""The model card of an export: training data and settings, losses, and the command that trained the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.reporting.trackers import read_metrics
 
 
 def model_card(checkpoint: Checkpoint) -> str:
-    """The README.md of the folder. It holds no path of the machine: of each the last part."""
+    """The text of the export's README.md. Of paths it holds the last part only, so that it tells nothing about the machine."""
     recipe, config = checkpoint.state["recipe"], checkpoint.config
     step, o = checkpoint.state["train_state"]["step"], config["optimisation"]
     samples = o["batch_size"] * o["gradient_accumulation_steps"]
@@ -44,27 +44,30 @@ def model_card(checkpoint: Checkpoint) -> str:
 
 
 def _beside(checkpoint: Checkpoint, name: str) -> Path | None:
-    """A file of the run that the checkpoint lies in, if it lies in one."""
+    """A file of the run directory that the checkpoint is in; None if there is no such file."""
     places = (checkpoint.path.parent.parent / name, checkpoint.path.parent / name)
     return next((path for path in places if path.is_file()), None)
 
 
 def _trained_on(data: dict[str, Any]) -> str:
+    """The names of the training data, from the data section of the configuration."""
     given = data.get("train_data_path") or data.get("data_dir") or data["dataset"]
     paths = [given] if isinstance(given, str) else given
     return ", ".join(f"`{Path(path).name}`" for path in paths)
 
 
 def _measured(checkpoint: Checkpoint) -> dict[str, float]:
-    """Losses of this very step, from the run's metrics.jsonl, and of the baseline; without it, those in the checkpoint."""
+    """{description: loss}: the evaluation of the checkpoint's step, from metrics.jsonl or else the checkpoint itself; the run's
+    baseline; and the training loss."""
     progress = checkpoint.state["train_state"]
     step = progress["step"]
     measured: dict[str, float] = {}
     metrics, baseline = _beside(checkpoint, "metrics.jsonl"), _beside(checkpoint, "plots/baseline.json")
     rows = [row for row in read_metrics(metrics) if row["step"] == step] if metrics else []
     for key, name in (("eval/val_loss", "validation loss"), ("eval/train_loss", "training loss, in evaluation")):
-        values = [value for row in rows if (value := row.get(key)) is not None]
-        measured |= {name: values[-1]} if values else {}
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            measured[name] = values[-1]
     if not measured and progress["evaluated_step"] == step and progress["evaluated_metric"] is not None:
         measured["validation loss"] = progress["evaluated_metric"]
     if baseline is not None:

@@ -28,21 +28,22 @@ FAILED = 1  # exit code of pytest
 
 @dataclass(frozen=True)
 class Mutant:
-    """One breakage."""
+    """A change of one place in the code that some test should notice."""
 
     name: str
     what: str
-    """what is wrong then"""
+    """the fault that it causes, in words"""
     file: str
     old: str
-    """is in the file once"""
+    """text that occurs exactly once in the file"""
     new: str
+    """what replaces it"""
     tests: tuple[str, ...]
     """pytest arguments: files or node ids"""
 
 
 def read_mutants() -> tuple[Mutant, ...]:
-    """Those of mutants.yaml, where tests are named without their folder."""
+    """The mutants of mutants.yaml, in which tests are named without the folder tests/."""
     entries = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return tuple(
         Mutant(name, **{**entry, "tests": tuple(f"tests/{test}" for test in entry["tests"])}) for name, entry in entries.items()
@@ -54,14 +55,15 @@ MUTANTS = read_mutants()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant."""
+    """Whether a mutant was killed: a test noticed it."""
 
     killed: bool
     how: str
+    """the test that failed; or why the mutant could not be tried; empty if it survived"""
 
 
 class Copy:
-    """A copy of the repository in a folder of its own, with caches of its own: what is tried there spoils nothing."""
+    """A copy of the repository with its own caches, so that mutants never touch the repository itself."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "repository"
@@ -73,7 +75,7 @@ class Copy:
         )
 
     def test(self, tests: Sequence[str], seconds: float) -> int | None:
-        """The exit code of pytest, which stops at the first failure; None if it took too long."""
+        """Run pytest up to the first failure. Returns its exit code; None if it takes longer than `seconds`."""
         self.log.unlink(missing_ok=True)
         words = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider", "-rfE", *tests]
         process = Started(words, self.log, self.environment, cwd=self.root)
@@ -85,12 +87,12 @@ class Copy:
             process.kill_all()
 
     def said(self) -> str:
-        """The end of what the last tests printed."""
+        """The end of the output of the last tests."""
         return self.log.read_text(errors="replace")[-3000:]
 
 
 def mutated(mutant: Mutant, root: Path) -> str:
-    """The text of its file with the mutant in it. ValueError if that does not say one place."""
+    """The text of the mutant's file with the mutant in place. ValueError unless `old` occurs exactly once."""
     text = (root / mutant.file).read_text(encoding="utf-8")
     found = text.count(mutant.old)
     if found != 1:
@@ -99,7 +101,7 @@ def mutated(mutant: Mutant, root: Path) -> str:
 
 
 def attempt(mutant: Mutant, copy: Copy, seconds: float) -> Outcome:
-    """Run the tests of a mutant with it in place, which is restored."""
+    """Run the tests of a mutant with it in place, then restore the file."""
     path = copy.root / mutant.file
     try:
         text = mutated(mutant, copy.root)
@@ -115,7 +117,7 @@ def attempt(mutant: Mutant, copy: Copy, seconds: float) -> Outcome:
         return Outcome(True, f"hung for {seconds:g} s")
     if code == 0:
         return Outcome(False, "")
-    # In a test, or in what it is given: a mutant that cannot even be imported says nothing of the tests.
+    # A failure in a test or its fixtures, which "::" shows: that a mutant cannot even be imported says nothing about the tests.
     failed = [line for line in copy.said().splitlines() if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
     if code != FAILED or not failed:
         return Outcome(False, f"pytest ended with {code}:\n{copy.said()}")
@@ -123,7 +125,7 @@ def attempt(mutant: Mutant, copy: Copy, seconds: float) -> Outcome:
 
 
 def run(chosen: Sequence[Mutant], seconds: float) -> int:
-    """Try each; the number of those that were not killed."""
+    """Try the chosen mutants and print each outcome. Returns how many were not killed."""
     bad = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy, healthy = Copy(Path(folder)), {}
@@ -143,7 +145,7 @@ def run(chosen: Sequence[Mutant], seconds: float) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code."""
+    """Try mutants or list them, as the command line says. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Breaks the product on purpose and looks whether a test notices.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="mutants to try (default: all)")
     parser.add_argument("--list", action="store_true", help="names and descriptions, and try none")

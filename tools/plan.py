@@ -23,7 +23,7 @@ from unittest import mock
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Leave with the exit code of the recipe's plan, or 2 and one line where Accelerate cannot read the launch."""
+    """Print the plan. Exits with the code of the recipe's `--plan`, or 2 and one line if Accelerate cannot read the launch."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
@@ -31,14 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
     import torch.distributed.run
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    # No port is wanted, and no launcher that connects to other machines.
+    # Neither claim a port nor connect to other machines.
     quiet = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):
             options = launch_command_parser().parse_args([*quiet, *argv])
     except SystemExit as left:
-        if not left.code:  # for --help
+        if not left.code:  # the launcher's --help
             raise
         reason = usage.getvalue().strip().rpartition("error: ")[2]
         fail(f"{reason}; give the launcher's flags, a recipe's file, and behind it the recipe's flags, --gpu and --mfu")
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     def one_process(command: list[str], env: dict[str, str]) -> Any:
         print_plan(env, 1, 1)
 
-    # Where Accelerate would start processes, in the environment that it would give them.
+    # In place of the processes that Accelerate would start, with the environment that it would give them.
     with mock.patch.object(torch.distributed.run, "run", torchrun), mock.patch.object(subprocess, "Popen", one_process):
         try:
             launch_command(options)
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fail(reason: str) -> NoReturn:
-    """End with one line."""
+    """Print one line to stderr and exit with 2."""
     print(f"plan: {reason}", file=sys.stderr)
     sys.exit(2)
 

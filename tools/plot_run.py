@@ -40,9 +40,9 @@ def draw(
     unit: str = "",
     baseline: tuple[str, float] | None = None,
 ) -> Path:
-    """Draws the picture and returns its path.
+    """Draw the losses of one run, or one metric of all `run_dirs`; returns the path of the picture.
 
-    Raises UserError if a folder is no run or lacks the metric, OSError, and ValueError for an unknown picture format.
+    Raises UserError if a folder is not a run directory or lacks the metric, OSError, and ValueError for an unknown format.
     """
     for run_dir in run_dirs:
         if not (run_dir / "metrics.jsonl").is_file():
@@ -69,7 +69,7 @@ def named_value(text: str) -> tuple[str, float]:
 
 
 def _label(run_dir: Path) -> str:
-    """`RECIPE/NAME`: two recipes may both have a run called `quick`."""
+    """`RECIPE/NAME`, because two recipes may both have a run called `quick`."""
     return "/".join(run_dir.resolve().parts[-2:])
 
 

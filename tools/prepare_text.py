@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Task = list[Part]
+"""what a worker encodes at once"""
 TASK_CHARACTERS = 1 << 20
 
 
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(options)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a file that was being written
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # from a write
             reason = f"cannot write to {options.out} ({error.strerror or reason}); make room, then {_way_on(options)}"
         parser.exit(2, f"prepare_text: {reason}\n")
     except BrokenProcessPool:
@@ -84,14 +85,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _way_on(options: argparse.Namespace) -> str:
+    """What the user can do after an interruption."""
     return "the same command goes on" if (options.out / PROGRESS).exists() else "start it again"
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Prepare all files. Raises ValueError or OSError with one line."""
+    """Write the files that the options ask for. Raises ValueError or OSError with one line."""
     if not (0 < options.valid_percent <= 50 and options.sample_mb > 0 and options.workers > 0 and options.shard_mb >= 0):
         raise ValueError("it takes 0 < valid_percent <= 50, sample_mb > 0, workers > 0 and shard_mb >= 0")
-    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # what the tokenizer's training runs on
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # for the training of the tokenizer
     sources, validation_sources = _find(options)
     trained_on = {source.identity for source in sources}
     if both := [source.name for source in validation_sources if source.identity in trained_on]:
@@ -102,7 +104,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
-    """What to train on, and what to validate on: nothing, where a part of the first is to be held out."""
+    """(training sources, validation sources); the latter are empty if a part of the training text is to be held out."""
     splits, notes = find_splits(options.inputs, options.valid, test=False)
     for note in notes:
         print(note)
@@ -112,14 +114,14 @@ def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
 def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
     progress = options.out / PROGRESS
     results = ("train", "train.ids", "valid", "valid.ids")
-    # A file valid.ids alone is left by a call that was killed just before its end.
+    # Without --shard_mb, valid.ids does not count: a call that was killed just before its end has left it alone.
     there = [options.out / name for name in results[: 4 if options.shard_mb else 3] if (options.out / name).exists()]
     if there and not options.overwrite and not (options.shard_mb and progress.exists()):
         raise ValueError(f"{there[0]} is there already; choose another --out, or add --overwrite")
     empty_rows: Counter[str] = Counter()
 
     def parts(on_read: OnRead = no_progress) -> Iterator[Part]:
-        """All parts of the text, in order."""
+        """All parts of the text, in order; the same ones at each call."""
         empty_rows.clear()
         share = 0.0 if validation_sources else options.valid_percent / 100
         piece = piece_size(_total(sources), share)
@@ -166,7 +168,7 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
 
 
 def _settings(options: argparse.Namespace, train: list[Source], validation: list[Source], tokenizer_json: str) -> str:
-    """Hash of all that decides which text is in which shard."""
+    """Hash of everything that decides which ids are in which shard: sources, tokenizer and options."""
     sources = (*train, *validation)
     files = [[[[path.name, *signature(path)] for path in one.files], one.name, one.split] for one in sources]
     commits = [open_data_set(one.name).commit for one in sources if one.split and not one.files]
@@ -175,13 +177,13 @@ def _settings(options: argparse.Namespace, train: list[Source], validation: list
 
 
 def _total(sources: list[Source]) -> int | None:
-    """Bytes of all sources; None if one is at the hub."""
+    """Bytes of all sources; None if one of them is on the hub."""
     sizes = [source.size_bytes for source in sources]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callable[..., Iterator[Part]]) -> Tokenizer:
-    """The one of --tokenizer, or one trained on a part of the training text that fits into memory."""
+    """The tokenizer of --tokenizer, or one trained on at most --sample_mb of the training text."""
     if options.tokenizer != "train":
         return existing_tokenizer(options.tokenizer)
     limit, size = options.sample_mb * 1e6, _total(sources)
@@ -204,7 +206,7 @@ def _tokenizer(options: argparse.Namespace, sources: list[Source], parts: Callab
 
 
 def _tasks(stream: Iterable[Part]) -> Iterator[Task]:
-    """Groups of parts, a megabyte each: the same ones for any number of workers."""
+    """Group the parts into tasks of about TASK_CHARACTERS, the same for any number of workers."""
     task: Task = []
     size = 0
     for part in stream:
@@ -217,7 +219,7 @@ def _tasks(stream: Iterable[Part]) -> Iterator[Task]:
 
 
 def _encoded(tasks: Iterator[Task], tokenizer_json: str, dtype: str, workers: int) -> Encoded:
-    """(training ids, validation ids) of each task, in order; only a few tasks are held at a time."""
+    """(training ids, validation ids) of each task, in order. At most 2 x `workers` + 1 tasks are in memory."""
     if workers == 1:
         encoder = Encoder(tokenizer_json, dtype)
         yield from (encode(encoder, task) for task in tasks)
@@ -241,7 +243,7 @@ _encoder: Encoder
 
 
 def _start_worker(tokenizer_json: str, dtype: str) -> None:
-    """Set up a worker: it ends with the parent process, ignores Ctrl-C, and has its own encoder."""
+    """Set up a worker process with an encoder of its own. It ignores Ctrl-C and ends with its parent."""
     from trainer.distributed.signals import die_with_parent
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -256,7 +258,7 @@ def _encode_in_worker(task: Task) -> tuple[bytes, bytes]:
 
 
 def encode(encoder: Encoder, task: Task) -> tuple[bytes, bytes]:
-    """(training ids, validation ids) of a group of parts."""
+    """(training ids, validation ids) of a task, in the encoder's dtype, with end-of-text ids between documents."""
     train: list[bytes] = []
     valid: list[bytes] = []
     for part, ids in zip(task, encoder([part.text for part in task]), strict=True):

@@ -1,4 +1,4 @@
-"""The files that prepare_text writes: whole or not at all, each with what is known of it beside it; or shard by shard."""
+"""Writes the files of prepare_text: two whole files, or shards. Each appears complete or not at all, with a .json beside it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from recipes.data.unfinished_shards import PROGRESS, SHARD_FOLDERS, read_progres
 Encoded = Iterator[tuple[bytes, bytes]]
 """(training ids, validation ids) of each task"""
 Facts = dict[str, Any]
-"""what every .json has in common: dtype, end_of_text, and more"""
+"""contents that all .json files share: dtype, end_of_text, and more"""
 
 
 def write_files(folder: Path, facts: Facts, encoded: Encoded, tokenizer_json: str) -> dict[Path, int]:
-    """Write train.ids and valid.ids; their numbers of ids."""
+    """Write train.ids, valid.ids and tokenizer.json. Returns {path: number of ids}. ValueError if one would be empty."""
     files = [Output(folder / "train.ids", facts), Output(folder / "valid.ids", facts)]
     try:
         for pair in encoded:
             for file, ids in zip(files, pair, strict=True):
                 file.write(ids)
         _check_counts({file.path.stem: file.count for file in files})
-        _remove(files[0].path)  # so that nothing new stands beside an old one
+        _remove(files[0].path)  # first, so that new files never stand beside an old train.ids
         _replace(folder / "tokenizer.json", tokenizer_json.encode())
         _remove_shards(folder, 0)
         (folder / PROGRESS).unlink(missing_ok=True)
-        for file in reversed(files):  # train.ids last: if it exists, all of them do
+        for file in reversed(files):  # train.ids last: if it exists, all files do
             file.commit()
     finally:
         for file in files:
@@ -51,10 +51,11 @@ def write_shards(
     tasks: int,
     overwrite: bool,
 ) -> dict[Path, int]:
-    """Write files of so many `tasks` each into train/ and valid/; their numbers of ids. Goes on behind those that are there.
+    """Write shards of `tasks` tasks each into train/ and valid/, after those that an interrupted call has written.
 
-    `encoded(n)` gives all tasks but the first n; `begun`: the settings that all is "made_from", and the "command". ValueError
-    if a part of something else is there, unless that is to be overwritten.
+    `encoded(n)` yields all tasks but the first n. `begun`: "made_from", a hash of the settings, and the "command". Returns
+    {folder: number of ids}. ValueError if one would be empty, or if the folder has shards of other settings and `overwrite` is
+    not set.
     """
     progress = folder / PROGRESS
     done: dict[str, Any] = {**begun, "shards": 0, "train": 0, "valid": 0}
@@ -97,7 +98,7 @@ def write_shards(
 
 
 def _remove_shards(folder: Path, first: int) -> None:
-    """Remove the shards of an earlier preparation, from a number on."""
+    """Remove the shards with numbers from `first` on."""
     for name in SHARD_FOLDERS:
         for path in (folder / name).glob("*.ids"):
             if path.stem.isdecimal() and int(path.stem) >= first:
@@ -105,12 +106,13 @@ def _remove_shards(folder: Path, first: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file of ids, and before it the .json beside it: a kill between the two leaves what the next call finds."""
+    """Remove a file of ids, after the .json beside it: a kill between the two leaves the file for the next call to find."""
     path.with_name(f"{path.name}.json").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def _check_counts(counts: dict[str, int]) -> None:
+    """ValueError if one of train and valid has no ids."""
     for name, ids in counts.items():
         if not ids:
             raise ValueError(f"there is no text for {name}: give more documents, or --valid INPUT")
@@ -118,7 +120,7 @@ def _check_counts(counts: dict[str, int]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder against other processes; ValueError if one holds it. However this process ends, the kernel unlocks it."""
+    """Lock the folder against other calls; the kernel unlocks it however this process ends. ValueError if another holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +133,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Output:
-    """A file of ids under a temporary name, until `commit`."""
+    """A file of ids that is written under a temporary name and renamed by `commit`."""
 
     def __init__(self, path: Path, facts: Facts) -> None:
         self.path, self.facts = path, facts
@@ -143,7 +145,7 @@ class Output:
         self.known = ChunkDigest(self.dtype.name)
 
     def write(self, ids: bytes) -> None:
-        """Append."""
+        """Append ids, as bytes of the dtype."""
         self.file.write(ids)
         self.known.update(ids)
         tokens = np.frombuffer(ids, self.dtype)
@@ -151,7 +153,7 @@ class Output:
         self.documents += int(np.count_nonzero(tokens == self.facts["end_of_text"]))
 
     def commit(self) -> None:
-        """Rename it to its final name once it is on disk, after the .json beside it."""
+        """Sync the file to disk, write the .json beside it, then rename the file to its final name."""
         self.file.flush()
         os.fsync(self.file.fileno())
         facts = {**self.facts, "count": self.count, "documents": self.documents, **self.known.facts()}
@@ -159,13 +161,13 @@ class Output:
         os.replace(self.temporary, self.path)
 
     def discard(self) -> None:
-        """Remove what was not committed."""
+        """Close the file, and remove it if it was not committed."""
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a small file atomically."""
+    """Write a small file atomically, and sync it."""
     temporary = path.with_name(f".{path.name}.unfinished")
     with temporary.open("wb") as file:
         file.write(content)

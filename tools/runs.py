@@ -28,7 +28,7 @@ COLUMNS = ("run", "state", "step", "best val", "last loss", "per second", "flags
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is told of a run."""
+    """One row of the table."""
 
     name: str
     """RECIPE/NAME"""
@@ -37,13 +37,16 @@ class RunSummary:
     best: float
     """lowest eval/val_loss; nan without one"""
     last: float
-    """last train/loss"""
+    """last train/loss; nan without one"""
     per_second: str
+    """the last rate and its unit, as in `1,200 tokens`"""
     flags: Mapping[str, Any]
+    """the settings of the run, without its `run` section"""
     metrics: Path
+    """metrics.jsonl"""
 
     def cells(self, differing: Sequence[str]) -> list[str]:
-        """As `COLUMNS` name them."""
+        """The texts for COLUMNS; `differing`: flags for the last one."""
         flags = " ".join(f"{name}={self.flags.get(name)}" for name in differing if name in self.flags)
         numbers = ["" if math.isnan(value) else f"{value:.4f}" for value in (self.best, self.last)]
         return [self.name, self.state, f"{self.step:,}", *numbers, self.per_second, flags]
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
-    """The runs in some folders and below them, the one that was written to last first. UserError if there are none."""
+    """The runs in and below the folders, the most recently written first. UserError if there are none."""
     found = {path.parent for folder in folders for path in folder.glob("**/metrics.jsonl")}
     if not found:
         raise UserError(f"no run below {', '.join(map(str, folders))}; give a folder that holds RECIPE/NAME/metrics.jsonl")
@@ -78,7 +81,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
 
 
 def summary_of(path: Path) -> RunSummary:
-    """Of one run directory, whatever is missing there."""
+    """The summary of a run directory, in which files other than metrics.jsonl may be missing or damaged."""
     rows = read_metrics(path / "metrics.jsonl")
     status, config = (_mapping(path / name) for name in ("status.json", "config.yaml"))
     state = str(status.get("state", "running or killed"))
@@ -98,7 +101,7 @@ def summary_of(path: Path) -> RunSummary:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """What a file of YAML or JSON holds; nothing where it is missing or damaged, as a kill can leave it."""
+    """The mapping in a YAML or JSON file; empty if the file is missing or damaged, as after a kill."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -107,7 +110,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def by_recipe(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    """The runs of each recipe."""
+    """{recipe: its runs}."""
     groups: dict[str, list[RunSummary]] = {}
     for run in runs:
         groups.setdefault(run.name.partition("/")[0], []).append(run)
@@ -115,13 +118,13 @@ def by_recipe(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
 
 
 def differing_flags(runs: Sequence[RunSummary]) -> list[str]:
-    """The flags that not all of the runs that have them have alike."""
+    """Flags that have different values in the runs that have them."""
     names = dict.fromkeys(name for run in runs for name in run.flags)
     return [name for name in names if len({repr(run.flags[name]) for run in runs if name in run.flags}) > 1]
 
 
 def table(runs: Sequence[RunSummary]) -> str:
-    """Columns of text, recipe by recipe."""
+    """The table as aligned text, recipe by recipe."""
     groups = by_recipe(runs).values()
     rows = [[*COLUMNS], *(run.cells(differing_flags(own)) for own in groups for run in own)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
@@ -129,13 +132,13 @@ def table(runs: Sequence[RunSummary]) -> str:
 
 
 def page(runs: Sequence[RunSummary]) -> str:
-    """One page of HTML that needs no other file: for each recipe its curves, and a table of all runs."""
+    """A self-contained HTML page: for each recipe a table of its runs, and their curves."""
     parts = []
     for recipe, own in by_recipe(runs).items():
         pictures: list[str] = []
         for metric in ("eval/val_loss", "train/loss"):
             drawn = {run.name: run.metrics for run in own if curve(read_metrics(run.metrics), metric)[0]}
-            if drawn and (len(own) > 1 or not pictures):  # that of a single run's validation loss shows both
+            if drawn and (len(own) > 1 or not pictures):  # for a single run the first picture shows both losses
                 picture = io.StringIO()
                 draw_runs(drawn, metric).savefig(picture, format="svg")
                 pictures.append(picture.getvalue()[picture.getvalue().index("<svg") :])

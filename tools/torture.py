@@ -62,21 +62,22 @@ SAVING: dict[str, Moment] = {
     "while it is written": inside_a_save,
     "before its links": between_commit_and_links,
 }
-"""the phases of a save"""
+"""phases of a save, as the report names them"""
 PHASES = ("start-up", "step", *SAVING, "inside an evaluation", "after the last step")
+NEVER = after(float("inf"))
 ORPHAN_SECONDS, HANG_SECONDS = 15.0, 90.0
 
 
 @dataclass
 class Tally:
-    """Kills injected, and problems found."""
+    """Counts of a campaign, and the problems found, each described in a line."""
 
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(phase, who): how many"""
+    """number of kills by (phase, "everyone" or "one rank")"""
     launches: int = 0
     runs: int = 0
     resumed: list[int] = field(default_factory=list)
-    """steps that launches went on from"""
+    """steps that launches resumed from"""
     lost: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
@@ -85,7 +86,7 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """Kills injected."""
+        """Number of kills."""
         return sum(self.kills.values())
 
     def has_problems(self) -> bool:
@@ -108,7 +109,7 @@ class Tally:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a campaign; the exit status."""
+    """Run the campaign of the command line. Returns the exit status."""
     separator = argv.index("--") if "--" in argv else len(argv)
     recipe_flags = argv[separator + 1 :]
     parser = argparse.ArgumentParser(prog="torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +166,7 @@ class Campaign:
         return Started(command(self.kind, ROOT / "tools" / "marked_run.py", *marked), directory.with_suffix(".log"), env)
 
     def run(self, kills: int) -> None:
-        """The uninterrupted run, whose duration bounds the moments of the kills, and then the campaign."""
+        """Do the uninterrupted run, whose duration bounds the moments of the kills; then runs until there are enough kills."""
         started = time.monotonic()
         if self.start(self.reference).wait() != 0:
             self.tally.failed.append(f"the uninterrupted run: {_tail(self.reference)}")
@@ -177,35 +178,17 @@ class Campaign:
             print(f"run {self.tally.runs}: {self.tally.total} of {kills} kills so far", file=sys.stderr)
 
     def run_with_kills(self, directory: Path, kills: int) -> None:
-        """One run, killed and restarted until it finishes."""
+        """One run, killed and restarted until it finishes; after each launch the checkpoints are checked."""
         committed: dict[int, str] = {}
         saved_in_all = 0
-        while True:
+        killed, code = True, 0
+        while killed:
             resumes_before = len(_resumed(directory))
-            process = self.start(directory)
-            moment, rank = self.choose() if self.tally.total < kills else (after(float("inf")), None)
-            phases: list[str] = []
-
-            def observed_moment(place: Path, since: float, moment: Moment = moment, phases: list[str] = phases) -> bool:
-                reached = moment(place, since)
-                if reached:
-                    phases.append(phase(place, since))  # the last check is made while all processes are stopped
-                return reached
-
             try:
-                killed = kill_at_moment(process, directory, observed_moment, self.seconds + HANG_SECONDS, rank)
-                code = process.wait(timeout=HANG_SECONDS)
+                killed, code = self.launch(directory, *(self.choose() if self.tally.total < kills else (NEVER, None)))
             except (TimeoutError, subprocess.TimeoutExpired) as error:
-                process.kill_all()
                 self.tally.hung.append(f"{directory.name}: {type(error).__name__}: {_tail(directory)}")
                 return
-            orphans = process.orphans(ORPHAN_SECONDS)
-            self.tally.orphans += [f"{directory.name}: process {pid}" for pid in orphans]
-            process.kill_all()
-            if killed:
-                self.tally.kills[phases[-1], "everyone" if rank is None else "one rank"] += 1
-                if code == 0:
-                    self.tally.failed.append(f"{directory.name}: killed, and yet it ended with 0")
             resumed = _resumed(directory)[resumes_before:]
             self.tally.resumed += resumed
             if resumed and committed and resumed[0] != max(committed):
@@ -218,20 +201,41 @@ class Campaign:
             if len(checkpoints) < min(saved_in_all, KEEP_LAST):
                 self.tally.lost.append(f"{directory.name}: {len(checkpoints)} checkpoints left of {saved_in_all}")
             committed = checkpoints
-            if not killed:
-                self.compare(directory, code)
-                return
+        self.compare(directory, code)
+
+    def launch(self, directory: Path, moment: Moment, rank: int | None) -> tuple[bool, int]:
+        """One launch, of which `rank` (None: all) is killed at `moment`. Returns (whether it was, exit code); TimeoutError or
+        TimeoutExpired, once all are killed, if it hangs."""
+        process, phases = self.start(directory), list[str]()
+
+        def observed_moment(place: Path, since: float) -> bool:
+            if not moment(place, since):
+                return False
+            phases.append(phase(place, since))  # the last check is made while all processes are suspended
+            return True
+
+        try:
+            killed = kill_at_moment(process, directory, observed_moment, self.seconds + HANG_SECONDS, rank)
+            code = process.wait(timeout=HANG_SECONDS)
+            self.tally.orphans += [f"{directory.name}: process {pid}" for pid in process.orphans(ORPHAN_SECONDS)]
+        finally:
+            process.kill_all()
+        if killed:
+            self.tally.kills[phases[-1], "everyone" if rank is None else "one rank"] += 1
+            if code == 0:
+                self.tally.failed.append(f"{directory.name}: killed, and yet it ended with 0")
+        return killed, code
 
     def choose(self) -> tuple[Moment, int | None]:
-        """(when to kill, the rank to kill or None for all). Uniform over the time of a run; in most cases the next phase of a
-        save, or the next evaluation, after it; with two processes, in a third of the cases one rank alone."""
+        """(when to kill, the rank to kill or None for all): a time uniform over the duration of a run; in 70 % of the cases not
+        before the next evaluation or phase of a save. With two processes, a third of the kills hit one rank alone."""
         moment = after(self.random.uniform(0, self.seconds))
         inside = self.random.choices([None, *SAVING.values(), inside_an_evaluation(EVAL_EVERY)], [30, 20, 20, 20, 10])[0]
         alone = self.kind != "one" and self.random.random() < 1 / 3
         return (both(moment, inside) if inside else moment), (self.random.randrange(2) if alone else None)
 
     def compare(self, directory: Path, code: int) -> None:
-        """Compare a run that has ended by itself with the uninterrupted one."""
+        """Compare the final tensors and the curves of a run that has ended by itself with those of the uninterrupted run."""
         final = Path("checkpoints", "checkpoint_final")
         if code != 0 or not (directory / final).is_dir():
             self.tally.failed.append(f"{directory.name}: exit {code}: {_tail(directory)}")
@@ -248,7 +252,7 @@ class Campaign:
 
 
 def phase(directory: Path, since: float) -> str:
-    """What a launch is doing, derived from its files."""
+    """The phase, one of PHASES, that a launch is in according to its files."""
     for name, inside in SAVING.items():
         if inside(directory, since):
             return name
@@ -261,7 +265,7 @@ def phase(directory: Path, since: float) -> str:
 
 
 def inspect_checkpoints(directory: Path) -> tuple[dict[int, str], list[str]]:
-    """({step: digest of its manifest} of the committed checkpoints, problems of checkpoints and links)."""
+    """Verify all checkpoints of a run. Returns ({step: digest of its manifest} of the good ones, problems)."""
     folder = directory / "checkpoints"
     good: dict[int, str] = {}
     problems: list[str] = []
@@ -281,6 +285,7 @@ def inspect_checkpoints(directory: Path) -> tuple[dict[int, str], list[str]]:
 
 
 def _resumed(directory: Path) -> list[int]:
+    """Steps that the launches of a run have resumed from, according to its log."""
     log = directory.with_suffix(".log")
     steps = re.findall(r"^Resumed from step (\d+)$", log.read_text(errors="replace") if log.exists() else "", re.MULTILINE)
     return [int(step) for step in steps]

@@ -208,10 +208,11 @@ class Training:
 
     def evaluation_due(self) -> bool:
         """Every `eval_every` steps, every `eval_epochs` epochs, and at the end of the run; once. Never if both are 0."""
-        state, every, reason = self.state, self.run_config.eval_every, self.end_reason()
+        state, every = self.state, self.run_config.eval_every
         epochs, every_epochs = self.session.epochs, self.run_config.eval_epochs
         if not self.session.data.evaluation or not (every or every_epochs):
             return False
+        reason = self.end_reason()
         if reason is not None and reason.finished:
             # Its metrics go into the final report; a launch that was killed since the evaluation has taken them with it.
             return state.evaluated_step != state.step or not self.last_evaluation

@@ -46,13 +46,15 @@ def _is_held_out(w0, w1, w2):  # noqa: ANN001, ANN202 - uint64 each -> bool
 
 
 @compiled
-def _plus(words, low):  # noqa: ANN001, ANN202
-    """Add a uint64 to a number of three words, in place."""
-    words[0] += low
-    carry = _1 if words[0] < low else _0
-    words[1] += carry
-    if carry and words[1] == _0:
-        words[2] += _1
+def _add(words, low, total):  # noqa: ANN001, ANN202
+    """total = words + low, for numbers of three words and a uint64.
+
+    Word by word: for the assignment of whole arrays numba would compile, in 1.5 s, a message about shapes that do not fit.
+    """
+    total[0] = words[0] + low
+    carry = _1 if total[0] < low else _0
+    total[1] = words[1] + carry
+    total[2] = words[2] + (_1 if total[1] < carry else _0)
 
 
 @compiled
@@ -94,9 +96,7 @@ def _draw_training(numbers, key, start, hard_fraction, ramp, words, kinds):  # n
         attempt = _0
         while attempt == _0 or _is_held_out(words[row, 0], words[row, 1], words[row, 2]):
             if kinds[row] == NORMAL:
-                words[row] = start
-                _plus(words[row], number)
-                _plus(words[row], attempt)
+                _add(start, number + attempt, words[row])
             else:
                 _hard(_mix(state + attempt), kinds[row], words[row])
             attempt += _1
@@ -113,10 +113,9 @@ def _draw_held_out(key, start, span, words, kinds):  # noqa: ANN001, ANN202
             if kinds[row] != NORMAL:
                 _hard(_mix(state + attempt), kinds[row], words[row])
             elif attempt == _0:
-                words[row] = start
-                _plus(words[row], np.uint64(span ** _unit(_mix(state))))
+                _add(start, np.uint64(span ** _unit(_mix(state))), words[row])
             else:
-                _plus(words[row], _1)
+                _add(words[row], _1, words[row])
             attempt += _1
 
 

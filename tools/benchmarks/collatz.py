@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
 
         return batches
 
-    # {name: (what is timed, numbers of it)}
+    # {name: (work, how many Collatz numbers it handles)}
     timed: dict[str, tuple[Callable[[], object], int]] = {
         name: (generate(stream), 100 * flags.batch_size) for name, stream in streams.items()
     }

@@ -15,21 +15,23 @@ import json
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from fault_injector import free_port
+
 TIMES = 200
 TIMEOUT = timedelta(minutes=5)
-CONNECTIONS = 64  # that simulated ranks share
+CONNECTIONS = 64  # to the store, shared by the simulated ranks
 COLUMNS = ("start", "sum sent off", "sum", "agree", "barrier")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each number of processes, and for each simulated one."""
+    """Print a line for each number of processes, and for each number of simulated ones."""
     parser = argparse.ArgumentParser(prog="benchmark control", description=__doc__)
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--simulated", type=int, nargs="*", default=[64, 1024])
@@ -49,11 +51,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(processes: int) -> dict[str, tuple[float, float]]:
-    """{column: milliseconds of the clock, of the processor over all processes}."""
-    importlib.import_module("trainer.distributed.peers")  # with torch, once, before the fork
+    """{column: (milliseconds of the clock in the slowest process, of the processor over all processes)}."""
+    importlib.import_module("trainer.distributed.peers")  # before the fork, so that torch is imported once
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         children = [context.Process(target=_rank, args=(r, processes, port, Path(folder))) for r in range(processes)]
         for child in children:
             child.start()
@@ -64,10 +66,11 @@ def measure(processes: int) -> dict[str, tuple[float, float]]:
 
 
 def _rank(rank: int, processes: int, port: int, folder: Path) -> None:
+    """One process of `measure`; writes {column: (milliseconds of the clock, of the processor)} to `folder`."""
     import torch.distributed as dist
 
     from trainer.distributed import peers, rendezvous
-    from trainer.distributed.control import Control
+    from trainer.distributed.control import Control, PendingSum
 
     environ = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     results: dict[str, tuple[float, float]] = {}
@@ -89,8 +92,8 @@ def _rank(rank: int, processes: int, port: int, folder: Path) -> None:
     control = timed("start", start)
     control.barrier()
     votes = [0.0] * 14
-    pending = timed("sum sent off", lambda: [control.sum(votes) for _ in range(TIMES)])
-    results["sum sent off"] = (results["sum sent off"][0] / TIMES, results["sum sent off"][1] / TIMES)
+    pending: list[PendingSum] = []
+    timed("sum sent off", lambda: pending.append(control.sum(votes)), TIMES)
     for each in pending:
         each.wait()
     timed("sum", lambda: control.sum(votes).wait(), TIMES)
@@ -98,17 +101,21 @@ def _rank(rank: int, processes: int, port: int, folder: Path) -> None:
     timed("barrier", control.barrier, TIMES // 10)
     (folder / f"{rank}.json").write_text(json.dumps(results))
     control.barrier()
-    os._exit(0)  # gloo may abort where the interpreter ends
+    os._exit(0)  # gloo may abort at the interpreter's exit
 
 
 def simulate(ranks: int) -> tuple[float, float, int]:
-    """(seconds until all have met, seconds until all know who was lost, requests for that of the busiest rank but one)."""
+    """Ranks as threads over one store, the last of which is lost after the start.
+
+    Returns (seconds until all have met, seconds until all others know who was lost, requests to the store for that by the
+    second busiest rank; the busiest is the one that checks all others).
+    """
     import torch.distributed as dist
 
     from trainer.distributed import peers
     from trainer.distributed.rendezvous import Rendezvous
 
-    port = _free_port()
+    port = free_port()
     server = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     clients = [dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False) for _ in range(CONNECTIONS)]
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
@@ -126,15 +133,16 @@ def simulate(ranks: int) -> tuple[float, float, int]:
         named[rank] = time.perf_counter()
 
     began = time.perf_counter()
-    _in_threads(meet, ranks)
-    lost = time.perf_counter()
-    _in_threads(look, ranks - 1)
+    with ThreadPoolExecutor(ranks) as threads:
+        list(threads.map(meet, range(ranks)))
+        lost = time.perf_counter()
+        list(threads.map(look, range(ranks - 1)))
     del server
     return max(at for _, at in met.values()) - began, max(named.values()) - lost, sorted(counts)[-2]
 
 
 class _Counting:
-    """A store that counts a rank's requests."""
+    """A store that counts the requests of a rank in `counts`."""
 
     def __init__(self, store: Any, counts: list[int], rank: int) -> None:
         self._store, self._counts, self._rank = store, counts, rank
@@ -142,17 +150,3 @@ class _Counting:
     def __getattr__(self, name: str) -> Any:
         self._counts[self._rank] += 1
         return getattr(self._store, name)
-
-
-def _in_threads(action: Callable[[int], None], number: int) -> None:
-    threads = [threading.Thread(target=action, args=(rank,)) for rank in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def _free_port() -> int:
-    from fault_injector import free_port
-
-    return free_port()

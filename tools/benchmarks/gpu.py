@@ -43,21 +43,20 @@ MODULES = {
     "j": "overhead",
 }
 LIMIT_SECONDS = {"a": 330.0, "h": 240.0}
-"""of a piece; LIMIT for the others"""
+"""time-out of a piece; LIMIT for the others"""
 LIMIT = 150.0
 REHEARSAL_LIMIT = 240.0
 LEAST_SECONDS = 45.0
-"""a piece is not begun with less than this left"""
+"""no piece is begun if less time is left"""
 TYRO = {
     "__init__.py": "from tyro import conf\n",
     "conf.py": "class Positional:\n    def __class_getitem__(cls, of): return of\n\n\ndef arg(**_): return None\n",
 }
-"""in place of the library that reads command lines, where it is not installed: the recipes' fields name it, and here no command
-line is read"""
+"""a stand-in where tyro is not installed: the recipes' fields refer to it, but no command line is read here"""
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what is missing in the JSON file, and print the table of all of it. Exit status 1 if a piece has failed."""
+    """Measure the pieces that the JSON file lacks, and print the table of all. Exit status 1 if a piece has failed."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,13 +86,13 @@ def main(arguments: list[str]) -> None:
 
 
 def run_all(only: list[str] | None, results: ResultFile, rehearse: bool, minutes: float) -> int:
-    """All pieces that are to be measured, each in its process; the exit status."""
+    """Measure `only` these pieces, or all that are missing or have failed, each in a process. Returns the exit status."""
     if not rehearse and not _sees_a_gpu():
         print("benchmark gpu: torch sees no GPU here; --rehearse runs every piece small on a CPU", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * minutes
     there = results.read()
-    # A result without figures lacked a package, which may be there by now.
+    # A result without figures lacked a package, which may be installed by now.
     done = {piece for piece, result in there.items() if result["figures"] and not result["error"]}
     wanted = only or [piece for piece in TITLES if piece not in done]
     for piece in wanted:
@@ -123,7 +122,7 @@ def _sees_a_gpu() -> bool:
 
 
 def environment_of_pieces(folder: Path, rehearse: bool) -> dict[str, str]:
-    """Of every process: this source tree and no other, one cache of what is compiled, and no network."""
+    """The environment of every piece: this source tree on PYTHONPATH, one cache of compiled code, and no network."""
     paths = [str(ROOT), str(ROOT / "tools")]
     if find_spec("tyro") is None:
         stand_in = folder / "stand_in" / "tyro"
@@ -143,9 +142,9 @@ def environment_of_pieces(folder: Path, rehearse: bool) -> dict[str, str]:
     if rehearse:
         # torch.compile is called and does nothing: compiling alone would take minutes.
         return environment | {"TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    # Pieces that compile the same model, and a second call, find it compiled.
+    # A cache outside `folder`, so that other pieces and later calls find a model compiled.
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "benchmark_gpu_compiled")))
-    # One GPU: the Trainer of transformers would take all that it sees.
+    # One GPU only: transformers' Trainer would use all that it sees.
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return environment | {"CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_CACHE_DIR": cache}
 
@@ -153,7 +152,7 @@ def environment_of_pieces(folder: Path, rehearse: bool) -> dict[str, str]:
 def run_process(
     pieces: list[str], results: ResultFile, rehearse: bool, limit_seconds: float, environment: dict[str, str]
 ) -> None:
-    """Run pieces in a process; one that left no result, killed or hanging, gets one that says so."""
+    """Run pieces in one process. A piece without a result, since the process was killed or hung, gets one with that error."""
     started = time.monotonic()
     for piece in pieces:
         print(f"({piece}) {TITLES[piece]} ...", flush=True)
@@ -163,7 +162,7 @@ def run_process(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("a+", encoding="utf-8", errors="replace") as log:
         begin = log.tell()
-        # In a session of its own, so that its data workers and launches can be ended with it.
+        # In a new session, so that its data workers and launches can be killed with it.
         process = subprocess.Popen(
             [*command, "--piece", *pieces],
             env=environment,
@@ -188,6 +187,7 @@ def run_process(
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL the process and all others of its session's first group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -196,7 +196,7 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
 
 
 def run_pieces(pieces: list[str], results: ResultFile, rehearse: bool, seconds: float) -> None:
-    """What a process does: each piece, whose result it writes, error and all. It is ended after so many seconds."""
+    """In the process of `run_process`: run each piece and write its result, or its error. `seconds`: the process's time-out."""
     until = time.monotonic() + seconds
     import torch
 
@@ -220,7 +220,7 @@ def run_pieces(pieces: list[str], results: ResultFile, rehearse: bool, seconds: 
 
 
 def run_piece(piece: str, results: ResultFile, rehearse: bool, until: float) -> Result:
-    """One piece, in a folder that is removed afterwards."""
+    """Run a piece in a temporary folder."""
     module = importlib.import_module(f"benchmarks.gpu_pieces.{MODULES[piece]}")
     sessions = importlib.import_module("benchmarks.gpu_pieces.sessions")
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 1800.0
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the largest difference from one process's losses, by launch, and draw the curves."""
+    """Print for each launch the largest relative difference from the losses of one process, and draw the curves."""
     parser = argparse.ArgumentParser(prog="benchmark launches", description=__doc__)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("launches.png"))
@@ -44,21 +44,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train(kind: str, steps: int, directory: Path) -> list[float]:
-    """The training loss of every step; one launch is killed halfway, and given again."""
-    argv = [
-        "--preset",
-        "quick",
-        "--device",
-        "cpu",
-        "--batch_size",
-        "12",
-        "--max_steps",
-        str(steps),
-        "--output_dir",
-        str(directory),
-    ]
-    argv += ["--d_model", "64", "--num_layers", "2", "--log_every", "1", "--save_every", str(steps // 8), "--eval_epochs", "0"]
-    argv += ["--eval_every", "0", "--no_use_tensorboard"]
+    """The training loss of every step. The launch KILLED is killed halfway, and its command given again."""
+    argv = ["--preset", "quick", "--device", "cpu", "--d_model", "64", "--num_layers", "2", "--batch_size", "12"]
+    argv += ["--max_steps", str(steps), "--save_every", str(steps // 8), "--eval_every", "0", "--eval_epochs", "0"]
+    argv += ["--log_every", "1", "--no_use_tensorboard", "--output_dir", str(directory)]
     launch, log = command(kind, ROOT / "recipes" / "gpt2_wikitext.py", *argv), directory.with_suffix(".log")
     if kind == KILLED:
         process = Started(launch, log, environment())
@@ -75,7 +64,7 @@ def train(kind: str, steps: int, directory: Path) -> list[float]:
 
 
 def draw(losses: dict[str, list[float]], out: Path) -> None:
-    """Wide and pale below, narrow and dark above, so that each line shows beside the one on top of it."""
+    """Draw the curves on top of each other, each narrower than the one below, so that all can be seen where they coincide."""
     from matplotlib import colormaps
 
     figure = new_figure(8, 4.5)

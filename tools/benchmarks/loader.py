@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure_known(path: Path, options: argparse.Namespace) -> None:
-    """Start and memory with files of 20 and 200 GB that are holes."""
+    """CPU time of opening, bytes read and memory, for sparse files of 20 and 200 GB whose .json says all that is checked."""
     for gigabytes in (20, 200):
         with path.open("wb") as file:
             file.truncate(gigabytes * 10**9)
@@ -78,17 +78,17 @@ def measure_known(path: Path, options: argparse.Namespace) -> None:
 
 
 def resident_mb() -> float:
-    """Memory of this process."""
+    """Resident memory of this process, in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
 def bytes_read() -> int:
-    """By this process so far, from files or their cache."""
+    """Bytes that this process has read so far, from files or their cache."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def measure_order() -> None:
-    """Nanoseconds an item, in the blocks that training reads."""
+    """CPU nanoseconds per item of the order of an epoch, computed in the blocks that training uses, beside numpy's."""
     for length in (10**7, 10**12):
         started = time.process_time()
         for start in range(0, 200 * stream.BLOCK, stream.BLOCK):
@@ -102,7 +102,7 @@ def measure_order() -> None:
 
 
 def measure_images(root: Path, rounds: int) -> None:
-    """64 JPEGs of 500 x 375 pixels, scaled and cropped to 224: CPU time of an image and bytes of a batch."""
+    """CPU time per image, and size of a batch, for 64 JPEGs of 500 x 375 pixels that are scaled and cropped to 224 x 224."""
     random = np.random.RandomState(0)
     for i in range(64):
         path = root / "ab"[i % 2] / f"{i}.jpg"
@@ -127,7 +127,7 @@ def measure_images(root: Path, rounds: int) -> None:
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
-    """Each way in turn, round after round, so that a slow minute of the machine affects them all."""
+    """Tokens per CPU second of each way to draw batches. They take turns, so that a slow minute of the machine affects all."""
     size, length = options.batch_size, options.context_length
     windows = RandomWindows(Mixture((find_files(str(path), 10_000),), (1.0,)), length, seed=0)
     mapped = np.memmap(path, np.uint16, "r")
@@ -155,7 +155,7 @@ def measure(path: Path, options: argparse.Namespace) -> None:
 
 
 def sliced_and_stacked(ids: np.ndarray, batch_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(inputs, labels), int64 [batch, length] each."""
+    """(inputs, labels), int64 [batch, length] each, at random starts; as many small training scripts draw them."""
     starts = torch.randint(len(ids) - length, (batch_size,)).tolist()
     inputs = torch.stack([torch.from_numpy(ids[s : s + length].astype(np.int64)) for s in starts])
     labels = torch.stack([torch.from_numpy(ids[s + 1 : s + 1 + length].astype(np.int64)) for s in starts])

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, interleave
+from benchmarks.gpu_pieces.contenders import Contender, Steps, interleave
 from benchmarks.gpu_pieces.hf_trainer import HfTrainerLoop
 from benchmarks.gpu_pieces.language import gpt2
 from benchmarks.gpu_pieces.overhead import profiled
@@ -35,7 +35,7 @@ COUNTED_STEPS = 10
 
 
 def main(arguments: list[str]) -> None:
-    """Print a table: milliseconds of a step, what is above the bare loop, operations and calls."""
+    """Print a table: microseconds of a step, how many of them above the bare loop, operations and Python calls."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
 
 def contenders(place: Place) -> dict[str, Callable[[], Contender]]:
-    """By name, how each is made."""
+    """{name: function that makes the contender}."""
     recipe, config = gpt2(place, batch_size=2, compile="no")
 
     def hf_trainer() -> Contender:
@@ -77,19 +77,19 @@ def contenders(place: Place) -> dict[str, Callable[[], Contender]]:
 
 
 class AnswersWithALoss(nn.Module):
-    """A network of ours as transformers' Trainer calls one."""
+    """A GPT-2 of ours with the interface that transformers' Trainer expects."""
 
     def __init__(self, network: nn.Module, length: int) -> None:
         super().__init__()
         self.network, self.length = network, length
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean loss."""
+        """{"loss": mean cross entropy} of ids and labels, [batch, time] each."""
         return {"loss": self.network(input_ids, labels) / labels.numel()}
 
 
 def parts(recipe: Any, config: Any) -> tuple[nn.Module, Any, Iterator[Any]]:
-    """(network, optimizer, batches) of a run."""
+    """(network, optimizer, batches on the CPU) of a run."""
     data = recipe.build_data(config)
     network = build_network(recipe, config, data).train()
     order = stream.TrainingOrder(config.optimisation.batch_size, 0, 1, 0, stream.length_of(data.train), first_micro_batch=0)
@@ -97,7 +97,7 @@ def parts(recipe: Any, config: Any) -> tuple[nn.Module, Any, Iterator[Any]]:
 
 
 def accelerate_loop(recipe: Any, config: Any) -> Contender:
-    """As Accelerate's examples are written."""
+    """A loop written like Accelerate's examples."""
     from accelerate import Accelerator
 
     network, optimizer, batches = parts(recipe, config)
@@ -114,11 +114,11 @@ def accelerate_loop(recipe: Any, config: Any) -> Contender:
             wrapped.step()
             wrapped.zero_grad()
 
-    return BareSteps(step)
+    return Steps(step)
 
 
 def fabric_loop(recipe: Any, config: Any) -> Contender:
-    """As Fabric's examples are written. ModuleNotFoundError without it."""
+    """A loop written like Fabric's examples. ModuleNotFoundError if it is not installed."""
     network, optimizer, batches = parts(recipe, config)
     fabric = importlib.import_module("lightning_fabric").Fabric(accelerator="cpu", devices=1)
     model, wrapped = fabric.setup(network, optimizer)
@@ -131,22 +131,22 @@ def fabric_loop(recipe: Any, config: Any) -> Contender:
         wrapped.step()
         wrapped.zero_grad()
 
-    return BareSteps(step)
+    return Steps(step)
 
 
 class Counts(NamedTuple):
-    """Of a step."""
+    """Counts per step."""
 
     operations: float
-    """of torch"""
+    """operations of torch (aten)"""
     reads: float
-    """of a tensor's value by the host"""
+    """tensor values that the host reads"""
     calls: float
-    """of Python functions"""
+    """calls of Python functions"""
 
 
 def counted(contender: Contender) -> Counts:
-    """What a step of it does; the contender is closed."""
+    """Count what a step of the contender does, then close it."""
     contender.run(5)
     averages = profiled(contender, torch.device("cpu"), COUNTED_STEPS)
     calls = itertools.count()
@@ -161,7 +161,7 @@ def counted(contender: Contender) -> Counts:
 
 
 class _CountingCalls:
-    """Counts the calls of Python functions in this thread."""
+    """Advances `calls` at each call of a Python function in this thread."""
 
     def __init__(self, calls: Iterator[int]) -> None:
         self.calls = calls

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         "Python's integers, no sieve": lambda: _in_python(20_000),
     }
     for covers in rows.values():
-        covers()  # compiled, and the sieve in memory
+        covers()  # compiles, and builds the sieve
     rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
     for _ in range(options.rounds):
         for name, covers in rows.items():

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {100: (768, 12, 2048), 300: (1024, 22, 2816)}
-"""millions of parameters: width, layers, width of the feed-forward layers"""
+"""{millions of parameters: (d_model, layers, d_ff)}"""
 VOCABULARY, CONTEXT = 10_000, 16
 PHASES = ("start", "save", "resume")
 SETTLED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""has the C library give back what is freed"""
+"""makes the C library return freed memory to the system"""
 SAMPLE_SECONDS = 0.002
 TIMEOUT_SECONDS = 900
 
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(kind: str, argv: Sequence[str], folder: Path) -> dict[str, list[float]]:
-    """Peaks in MB by phase, of every process; `model`: the weights in fp32. `training`: of a resumed run, in steps 2 to 5."""
+    """{phase: peak in MB of every process}. `training` is that of the resumed run, in steps 2 to 5; `model` has one number, the
+    size of the weights in fp32. RuntimeError if a launch fails."""
     from fault_injector import ROOT, command, environment
 
     peaks: dict[str, list[float]] = defaultdict(list)
@@ -73,7 +74,7 @@ def measure(kind: str, argv: Sequence[str], folder: Path) -> dict[str, list[floa
 
 
 def arguments_of(size: int, context: int, folder: Path) -> list[str]:
-    """The run of a model of so many million parameters, whose ids lie in `folder`."""
+    """The command line of a run with a model of `size` million parameters; writes its ids to `folder`."""
     ids = array("H", (number % VOCABULARY for number in range(20 * context + 2000)))
     for name in ("train", "valid"):
         (folder / f"{name}.ids").write_bytes(ids.tobytes())
@@ -86,7 +87,7 @@ def arguments_of(size: int, context: int, folder: Path) -> list[str]:
 
 
 def train_and_watch(folder: Path, argv: list[str]) -> None:
-    """In each process of a launch: train, and write down the peak of each phase."""
+    """In each process of a launch: train, and write {phase: peak in MB above that of the imports} to `folder`."""
     import os
 
     from recipes.tinystories_lm import TinyStoriesLM
@@ -131,7 +132,7 @@ def train_and_watch(folder: Path, argv: list[str]) -> None:
 
 
 def anonymous_megabytes() -> float:
-    """What this process holds beside files."""
+    """Anonymous memory of this process (not backed by files), in MB."""
     match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) / 1000

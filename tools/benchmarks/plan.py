@@ -19,7 +19,7 @@ NAMES = {"one": "one process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each launch: megabytes planned, and of the process that took the most."""
+    """Print a line for each launch: the planned MB of a process, and those measured in the process that took the most."""
     parser = argparse.ArgumentParser(prog="benchmark plan", description=__doc__)
     parser.add_argument("--parameters", type=int, default=100, choices=SIZES, help="in millions")
     parser.add_argument("--context", type=int, default=512, help="tokens of a sample")
@@ -36,16 +36,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def planned(kind: str, argv: Sequence[str]) -> tuple[float, float]:
-    """(memory of a process on its device, activations in it), in MB."""
+    """(planned memory of a process on its device, the part of it that is activations), in MB."""
     from fault_injector import processes_of
 
     from recipes.tinystories_lm import TinyStoriesLM
     from trainer.command_line import config as configuration
-    from trainer.planning.memory import memory_of, ways
+    from trainer.planning.memory import memory_of, strategies
     from trainer.planning.plan import measure as measure_shapes
 
     recipe = TinyStoriesLM()
     config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
-    way = next(way for way in ways(processes_of(kind)) if way.name == NAMES[kind])
-    memory = memory_of(way, measure_shapes(recipe, config, recipe.build_data(config), way, "no", on_gpu=False).net)
+    strategy = next(s for s in strategies(processes_of(kind)) if s.name == NAMES[kind])
+    memory = memory_of(strategy, measure_shapes(recipe, config, recipe.build_data(config), strategy, "no", on_gpu=False).net)
     return memory.device / 1e6, memory.activations / 1e6

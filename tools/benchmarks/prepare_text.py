@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(documents: list[str], tokenizer: Tokenizer, folder: Path, rounds: int) -> None:
-    """Each way in turn, round after round."""
+    """Print MB per CPU second of each way to encode, which take turns, and in how many documents the ids differ."""
     (folder / "text.txt").write_text(END_OF_TEXT.join(documents), encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     tool = [str(folder / "text.txt"), "--out", str(folder / "out"), "--tokenizer", str(folder / "tokenizer.json")]
@@ -85,7 +85,7 @@ def measure(documents: list[str], tokenizer: Tokenizer, folder: Path, rounds: in
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Any] = {}
     for _ in range(rounds):
-        cold[:] = [Encoder(tokenizer.to_str(), dtype)]  # it has met no word; as the peers', its making is not timed
+        cold[:] = [Encoder(tokenizer.to_str(), dtype)]  # it remembers no word yet; making it is not timed, as for the peers
         for name, way in ways.items():
             started = time.process_time()
             results[name] = way()
@@ -100,11 +100,11 @@ def measure(documents: list[str], tokenizer: Tokenizer, folder: Path, rounds: in
 
 
 def tiktoken_of(tokenizer: Tokenizer) -> Any:
-    """GPT-2's encoding in tiktoken, made of its vocabulary; None, with a line, where it cannot be compared."""
+    """tiktoken's encoding made of the vocabulary of GPT-2's `tokenizer`. Prints why and returns None if that is impossible."""
     if importlib.util.find_spec("tiktoken") is None or tokenizer.get_vocab_size() != GPT2_VOCAB_SIZE:
         print("without tiktoken: it is not installed, or the tokenizer is not GPT-2's (--tokenizer)")
         return None
-    # A printable Latin byte stands for itself in a piece of a byte-level vocabulary; the others are 256 and on.
+    # In a byte-level vocabulary a printable Latin byte is its own character; the others are the characters from 256 on.
     themselves = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in themselves]
     byte_of = {chr(byte): byte for byte in themselves} | {chr(256 + n): byte for n, byte in enumerate(others)}

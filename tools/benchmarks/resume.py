@@ -28,7 +28,7 @@ TIMEOUT = timedelta(minutes=10)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each number of processes: median seconds of the slowest process, each way."""
+    """Print a line for each number of processes: for each way the median seconds until the last process is done."""
     parser = argparse.ArgumentParser(prog="benchmark resume", description=__doc__)
     parser.add_argument("--parameters", type=int, default=100_000_000, help="fp32 numbers in the checkpoint: 0.4 GB by default")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_checkpoints(folder: Path, tensors: int) -> None:
-    """The same tensors in our format and in that of torch.distributed.checkpoint."""
+    """Write the same tensors in our format and in that of torch.distributed.checkpoint."""
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -61,7 +61,7 @@ def write_checkpoints(folder: Path, tensors: int) -> None:
 
 
 def slowest(way: str, processes: int, folder: Path) -> float:
-    """Seconds of one restoration, until the last process has its tensors."""
+    """Seconds of one restoration until the last process has its tensors."""
     context = multiprocessing.get_context("spawn")
     (folder / "store").unlink(missing_ok=True)
     children = [context.Process(target=restore, args=(way, rank, processes, folder)) for rank in range(processes)]
@@ -73,7 +73,7 @@ def slowest(way: str, processes: int, folder: Path) -> float:
 
 
 def restore(way: str, rank: int, processes: int, folder: Path) -> None:
-    """What each process does; writes down its seconds."""
+    """In each process: restore once, and write the seconds to `folder`."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint
@@ -87,7 +87,7 @@ def restore(way: str, rank: int, processes: int, folder: Path) -> None:
     WAYS[way](folder, control)
     (folder / f"rank{rank}.json").write_text(json.dumps(time.monotonic() - started))
     dist.barrier()
-    os._exit(0)  # gloo may abort where the interpreter ends
+    os._exit(0)  # gloo may abort at the interpreter's exit
 
 
 def in_shares(folder: Path, control: Control) -> None:
@@ -107,7 +107,7 @@ def all_of_it(folder: Path, control: Control) -> None:
 
 
 def distributed_checkpoint(folder: Path, control: Control) -> None:
-    """torch's own, into DTensors that are cut alike."""
+    """torch.distributed.checkpoint, into DTensors sharded by rows in the same way."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.device_mesh import init_device_mesh

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
 
     Way = Callable[[Path], Callable[[], object]]
-    """begins a save, and gives what waits for its end"""
+    """begins a save to a folder, and returns a function that waits for its end"""
 
 ROWS, COLUMNS = 1024, 1024
 """of a tensor: 4 MiB"""
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(megabytes: int, rounds: int, folder: Path) -> None:
-    """What each process of a launch does; rank 0 prints."""
+    """In each process of a launch: save `rounds` times in each way; rank 0 prints the figures."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
@@ -82,17 +82,9 @@ def measure(megabytes: int, rounds: int, folder: Path) -> None:
     ways = ways_to_save(weights, launch)
     for _ in range(rounds):
         for name, begin in ways.items():
-            launch.control.barrier()
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            before, started, cpu_started = peak_megabytes(), time.perf_counter(), time.process_time()
-            wait = begin(folder / "checkpoint")
-            stall, cpu_stall = time.perf_counter() - started, time.process_time() - cpu_started
-            wait()
-            cpu = time.process_time() - cpu_started
-            launch.control.barrier()
-            of_all = launch.control.gather([stall, time.perf_counter() - started, peak_megabytes() - before, cpu_stall, cpu])
+            reports = one_save(begin, folder / "checkpoint", launch)
             if launch.is_main:
-                stalls, seconds, memory, cpu_stalls, cpus = zip(*of_all, strict=True)
+                stalls, seconds, memory, cpu_stalls, cpus = zip(*reports, strict=True)
                 figures = [max(stalls), max(seconds), max(memory), sum(cpu_stalls), sum(cpus)]
                 found.setdefault(name, []).append(figures)
                 shutil.rmtree(folder / "checkpoint")
@@ -107,8 +99,22 @@ def measure(megabytes: int, rounds: int, folder: Path) -> None:
     leave(0)
 
 
+def one_save(begin: Way, folder: Path, launch: Launch) -> list[list[float]]:
+    """Do one save. Returns on rank 0, by rank: [seconds of the stall, seconds in all, MB at the peak above those before, CPU
+    seconds of the stall, CPU seconds in all]; an empty list elsewhere."""
+    launch.control.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, started, cpu_started = peak_megabytes(), time.perf_counter(), time.process_time()
+    wait = begin(folder)
+    stall, cpu_stall = time.perf_counter() - started, time.process_time() - cpu_started
+    wait()
+    cpu = time.process_time() - cpu_started
+    launch.control.barrier()
+    return launch.control.gather([stall, time.perf_counter() - started, peak_megabytes() - before, cpu_stall, cpu])
+
+
 def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way]:
-    """By name, each with what it keeps from save to save."""
+    """{name: way}; each way keeps its buffers from save to save."""
     import torch.distributed.checkpoint as dcp
     from safetensors.torch import save_file
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -152,7 +158,7 @@ def ways_to_save(weights: Mapping[str, Tensor], launch: Launch) -> dict[str, Way
 
 
 def peak_megabytes() -> float:
-    """Of this process, since it was last forgotten."""
+    """Peak resident memory of this process since the last reset, in MB."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) / 1000

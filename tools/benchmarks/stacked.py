@@ -32,7 +32,7 @@ NO_KERNEL = ("detach", "_unsafe_view", "lift_fresh", "empty", "new_empty", "empt
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched while it is on, backward included."""
+    """Counts the operations dispatched while it is active, including those of the backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Operations(TorchDispatchMode):
 
 
 def stepper(argv: list[str], launch: Launch, bf16: bool, compiled: bool) -> Callable[[int], None]:
-    """A function that takes one training step of the recipe with these flags, on the sequences of that step."""
+    """A function that takes the training step of a number, on its sequences, of a run with the flags `argv`."""
     recipe = PFNRaventos()
     config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
     data = recipe.build_data(config)
@@ -73,7 +73,7 @@ def stepper(argv: list[str], launch: Launch, bf16: bool, compiled: bool) -> Call
 
 
 def count_operations(step: Callable[[int], None]) -> Operations:
-    """The operations of a step that is not the first."""
+    """The operations of the second step, since the first may do more."""
     step(0)
     with Operations() as operations:
         step(1)

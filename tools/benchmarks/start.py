@@ -50,6 +50,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _of_children() -> float:
-    """CPU seconds of the processes that have been waited for."""
+    """CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

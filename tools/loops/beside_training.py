@@ -1,4 +1,4 @@
-"""Searching at the lowest priority for as long as a training run lasts."""
+"""Keeps a search at the lowest priority, and ends it with a training run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_SECONDS = 120.0  # a training started by the same script takes a while unt
 
 
 def lower_priority() -> None:
-    """Take the lowest priority: this process, and the threads that it starts, run when no other does."""
+    """Give this process, and the threads that it starts, the lowest priority."""
     os.nice(19)
 
 
@@ -47,7 +47,7 @@ def training_ended(run_dir: Path, wait_seconds: float = START_SECONDS) -> Callab
 
 
 def _state(status_file: Path) -> str:
-    """`running`, or another state."""
+    """The state in a status.json; `killed` if it says running and the process is gone, `not there` without a readable file."""
     status = None
     with suppress(OSError, ValueError):
         status = json.loads(status_file.read_text(encoding="utf-8"))
@@ -59,12 +59,13 @@ def _state(status_file: Path) -> str:
 
 
 def _gone(pid: object) -> bool:
+    """Whether there is no process of this number on this machine."""
     if not isinstance(pid, int) or pid <= 0:
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it exists, and is another user's
+    except OSError:  # it exists, but belongs to another user
         return False
     return False

@@ -1,7 +1,7 @@
-"""What numba compiles for the loop search: 128-bit arithmetic, and the two loops that follow numbers.
+"""The part of the loop search that numba compiles: 128-bit arithmetic, and the two loops that follow numbers.
 
-All of it is in this one file, because numba's cache on disk is invalidated only by a change to the file of the cached function.
-A 128-bit number is a pair (low, high) of uint64. No step wraps: each is taken only after a check that it fits.
+All of it is in one file, because numba's cache on disk notices only changes to the file of the cached function. A 128-bit
+number is a pair (low, high) of uint64. No step overflows: each is taken only after a check that its result fits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recipes.data.compilation import compiled
 
 BOUND_BITS = 112  # both loops take numbers n with |n| < 2^112
 JUMP_BITS = 11  # steps of `follow_block` taken at once; 10 and 12 are slower
-_FULL = 1 << 57  # from this high half on, 2^121, a value may not jump: below it, 2^(121 - 11) x 3^11 < 2^127.5
+_FULL = 1 << 57  # a value with this high half, 2^121, or a larger one may not jump; below, 2^(121 - 11) x 3^11 < 2^127.5
 
 CYCLE, TOO_LONG, OVERFLOW = 0, 1, 2  # how `find_cycles` ends for a number
 
@@ -26,22 +26,24 @@ _WIDE, _WORD = ir.IntType(128), ir.IntType(64)
 
 
 def _operation(generator: Callable[..., Any]) -> Any:
-    """numba's `intrinsic`. It is called without the first argument of its generator, which its annotations do not express."""
+    """numba's `intrinsic`, typed as Any: one is called without the first parameter of its generator, to mypy an error."""
     return intrinsic(generator)
 
 
 def _join(builder: Any, low: Any, high: Any) -> Any:
+    """The 128-bit LLVM value of two halves."""
     shifted = builder.shl(builder.zext(high, _WIDE), ir.Constant(_WIDE, 64))
     return builder.or_(shifted, builder.zext(low, _WIDE))
 
 
 def _split(context: Any, builder: Any, value: Any) -> list[Any]:
+    """The inverse of `_join`."""
     return [builder.trunc(value, _WORD), builder.trunc(builder.lshr(value, ir.Constant(_WIDE, 64)), _WORD)]
 
 
 @_operation
 def _affine(_: Any, low: Any, high: Any, factor: Any, addend: Any) -> Any:
-    """x * factor + addend for unsigned x, mod 2^128: three multiplications of the machine."""
+    """x * factor + addend for unsigned x, mod 2^128; LLVM makes three 64-bit multiplications of it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low, high, factor, addend = arguments
@@ -97,12 +99,12 @@ def follow_block(
 ) -> tuple[int, int, int]:
     """Follow the numbers n = block * 2^sieve_bits + residue of one block, first <= residue < stop, until they fall below n.
 
-    residues, images, groups: see `sieve.Sieve`; factors, addends: `sieve.jump_table(JUMP_BITS)`. A number whose class mod 9
-    is marked in `skipped_mod_9` is not followed. The residues of numbers that would overflow 128 bits, or do not fall in
-    `max_jumps` jumps, are written to `given_up`, which has room for all. Needs block >= 1, n < 2^BOUND_BITS and
+    residues, images, groups: see `sieve.Sieve`; factors, addends: `sieve.jump_table(JUMP_BITS)`. Numbers whose residue mod 9 is
+    marked in `skipped_mod_9`, bool [9], are not followed. The residues of numbers that would overflow 128 bits, or have not
+    fallen after `max_jumps` jumps, are written to `given_up`, uint32 with room for all. Needs block >= 1, n < 2^BOUND_BITS and
     sieve_bits <= `sieve.MAX_BITS`.
 
-    Returns how many were followed, skipped mod 9, and given up.
+    Returns how many numbers were followed, skipped by their residue mod 9, and given up (of those followed).
     """
     start_low, start_high = _affine(block_low, block_high, uint64(1) << uint64(sieve_bits), uint64(0))
     start_mod_9 = ((start_high % uint64(9)) * uint64(7) + start_low % uint64(9)) % uint64(9)  # 2^64 = 7 mod 9
@@ -143,11 +145,11 @@ def follow_block(
 def find_cycles(
     low: int, high: int, multiplier: int, addend: int, max_steps: int, ends: Any, members_low: Any, members_high: Any
 ) -> None:
-    """Follow n, n + 1, ... (n signed, one for each entry of `ends`) to the cycle each enters, by Brent's algorithm.
+    """Follow n, n + 1, ... (n is signed; one number per entry of `ends`) to the cycles they enter, by Brent's algorithm.
 
-    R. P. Brent, An improved Monte Carlo factorization algorithm, BIT 20 (1980). `ends` becomes CYCLE, TOO_LONG or
-    OVERFLOW; for a CYCLE, members_low and members_high become one number on it, odd or 0. Steps are those of the plain
-    map. Needs |n| < 2^BOUND_BITS, an even multiplier + addend, |multiplier| < 2^32, |addend| < 2^62.
+    R. P. Brent, An improved Monte Carlo factorization algorithm, BIT 20 (1980). Writes CYCLE, TOO_LONG (more than `max_steps`
+    steps of the plain map) or OVERFLOW to `ends`, uint8; and for a CYCLE one number on it, odd or 0, to members_low and
+    members_high, uint64. Needs |n| < 2^BOUND_BITS, an even multiplier + addend, |multiplier| < 2^32, |addend| < 2^62.
     """
     bound = int64(1 << 62) // abs(multiplier)  # |high| below it: |x * multiplier| < 2^127 - 2^62
     for i in range(len(ends)):

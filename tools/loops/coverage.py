@@ -35,7 +35,7 @@ _WORD = (1 << 64) - 1
 
 
 class Coverage:
-    """Covers stretches of one search. Many threads may share it; compiled code releases the GIL."""
+    """Covers stretches of one search. Threads may share it: compiled code releases the GIL."""
 
     def __init__(self, config: SearchConfig, sieve_bits: int, cancelled: threading.Event | None = None) -> None:
         self.config, self.sieve_bits = config, sieve_bits
@@ -48,11 +48,11 @@ class Coverage:
             self._sieve = sieve.build(sieve_bits)
             self._factors, self._addends = sieve.jump_table(compiled.JUMP_BITS)
             self._skipped_mod_9 = np.array([config.rests_on_verified and (n % 3 == 2 or n == 4) for n in range(9)])
-            # The first sieve_bits steps and each jump count twice: all could be odd. Within the limit none needs a check.
+            # A step of T may be two of the plain map. All could be: so this many jumps never exceed max_steps.
             self._max_jumps = (config.max_steps // 2 - sieve_bits) // compiled.JUMP_BITS
 
     def zone(self, n: int) -> tuple[Method, int]:
-        """The method for `n`, and where it ends: the first number for another, or the end of the range."""
+        """(method for `n`, the first number after `n` that needs another one, or the end of the range)."""
         stop = self.config.stop
         for end, method in self._zones:
             if end is None or n < end:
@@ -60,7 +60,8 @@ class Coverage:
         raise AssertionError("the last zone has no end")
 
     def cover(self, first: int, stop: int) -> Tally | None:
-        """The tally of first <= n < stop, all in one zone; None if cancelled. Raises RuntimeError if the counts disagree."""
+        """Cover first <= n < stop, which must be in one zone. Returns the tally; None if cancelled. RuntimeError if the counts
+        disagree."""
         method, end = self.zone(first)
         assert first < stop <= end
         tally = Tally()
@@ -78,7 +79,7 @@ class Coverage:
         return tally
 
     def _by_sieve(self, first: int, stop: int, tally: Tally) -> None:
-        """Within one block of 2^sieve_bits."""
+        """Follow what the sieve leaves of numbers in one block of 2^sieve_bits, until they fall."""
         block = first >> self.sieve_bits
         offset = block << self.sieve_bits
         surviving = self._sieve.survivors(first - offset, stop - offset)
@@ -107,6 +108,7 @@ class Coverage:
             self._redo(offset + residue, tally)
 
     def _by_cycles(self, first: int, stop: int, tally: Tally) -> None:
+        """Follow all numbers into a cycle, in compiled code."""
         rule = self.config.rule
         ends = np.empty(stop - first, np.uint8)
         low, high = np.empty(stop - first, np.uint64), np.empty(stop - first, np.uint64)
@@ -125,6 +127,7 @@ class Coverage:
                 self._redo(first + i, tally)
 
     def _by_exact(self, first: int, stop: int, tally: Tally) -> None:
+        """Follow all numbers in Python's integers."""
         for n in range(first, stop):
             tally.followed += 1
             self._redo(n, tally)
@@ -141,6 +144,7 @@ class Coverage:
             tally.give_up(n, outcome)
 
     def _cycle(self, member: int) -> exact.Cycle:
+        """The cycle that `member`, odd or 0, is on."""
         if member not in self._cycles:
             cycle = exact.cycle_through(self.config.rule, member)
             self._cycles.update({n: cycle for n in exact.cycle_numbers(self.config.rule, member) if n % 2 or n == 0})
@@ -148,10 +152,11 @@ class Coverage:
 
 
 def _pair(n: int) -> tuple[np.uint64, np.uint64]:
-    """`n` as two's complement: low and high half."""
+    """`n` in two's complement, as (low, high)."""
     return np.uint64(n & _WORD), np.uint64(n >> 64 & _WORD)
 
 
 def _signed(low: int, high: int) -> int:
+    """The inverse of `_pair`."""
     value = high << 64 | low
     return value - (1 << 128) if high >> 63 else value

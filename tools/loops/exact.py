@@ -1,4 +1,4 @@
-"""The map and its cycles in Python's integers: for numbers of any size, and the reference for the compiled loops."""
+"""The map and its cycles in Python's integers: for numbers of any size, and as the reference for the compiled loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Outcome = Literal["cycle", "fell", "too many steps", "too many bits"]
 
 @dataclass(frozen=True)
 class Map:
-    """n -> n/2 if n is even, multiplier x n + addend if it is odd. The two sum to an even number: no odd number stays odd."""
+    """n -> n/2 if n is even, multiplier x n + addend if it is odd; multiplier + addend is even, so that odd becomes even."""
 
     multiplier: int
     addend: int
@@ -25,22 +25,22 @@ class Map:
 
     @property
     def is_collatz(self) -> bool:
-        """Whether this is 3n+1, of which more is known."""
+        """Whether this is 3n+1, for which the sieve and the verified numbers hold."""
         return (self.multiplier, self.addend) == (3, 1)
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """A cycle by its number closest to 0, the positive one of two."""
+    """A cycle, identified by its number closest to 0 (the positive one if there are two)."""
 
     smallest: int
-    length: int  # all steps of the map
+    length: int  # in steps of the map
     odd_steps: int  # those that start from an odd number
-    trivial: bool  # 0 alone, or the cycle of 1 in 3n+1, in 7n+1, and, times the addend, in 3n+5: known without a search
+    trivial: bool  # known without a search: that of 0, or, if multiplier + 1 is a power of 2, that of the addend (1 in 3n+1)
 
 
 def cycle_numbers(rule: Map, member: int) -> Iterator[int]:
-    """The numbers of the cycle that `member` is on, from it on. Endless if it is on none."""
+    """The numbers of the cycle that `member` is on, starting with it. Endless if it is on none."""
     yield member
     n = rule(member)
     while n != member:
@@ -58,10 +58,10 @@ def cycle_through(rule: Map, member: int) -> Cycle:
 
 
 def follow(rule: Map, n: int, max_steps: int, max_bits: int, below: int = 0) -> tuple[Outcome, int]:
-    """Follow `n` to a cycle, by Brent's algorithm over the odd numbers it meets; the outcome, and the last of these.
+    """Follow `n` to a cycle, by Brent's algorithm over the odd numbers on its path. Returns (outcome, last number).
 
-    After "cycle" that is a number on the cycle (or 0). "fell": its absolute value is below `below`. "too many steps": of
-    the plain map, more than `max_steps`. "too many bits": a number had more than `max_bits`.
+    "cycle": the last number is on the cycle, and odd or 0. "fell": its absolute value is below `below`. "too many steps": more
+    than `max_steps` of the plain map. "too many bits": it has more than `max_bits`.
     """
     if n == 0:
         return "cycle", 0
@@ -88,6 +88,6 @@ def follow(rule: Map, n: int, max_steps: int, max_bits: int, below: int = 0) -> 
 
 
 def _make_odd(n: int) -> tuple[int, int]:
-    """`n`, not 0, halved until it is odd; how often."""
+    """(`n` halved until it is odd, number of halvings). `n` must not be 0."""
     halvings = (n & -n).bit_length() - 1
     return n >> halvings, halvings

@@ -13,13 +13,13 @@ from loops.exact import Cycle, Map
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.run_directory import write_text_atomic
 
-VERIFIED_BITS = 71  # D. Barina, J. Supercomputing 81 (2025), doi 10.1007/s11227-025-07337-0: below 2^71 all reach 1
-LISTED = 1000  # numbers listed one by one in a report; all are counted
+VERIFIED_BITS = 71  # all numbers below 2^71 reach 1: D. Barina, J. Supercomputing 81 (2025), doi 10.1007/s11227-025-07337-0
+LISTED = 1000  # a report lists so many unresolved numbers, and counts all
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The numbers start <= n < start + count of a map, and the limits within which each is followed."""
+    """A map, the numbers start <= n < start + count to cover, and the limits within which each is followed."""
 
     rule: Map
     start: int
@@ -34,20 +34,20 @@ class SearchConfig:
 
     @property
     def rests_on_verified(self) -> bool:
-        """Whether all positive numbers below the range are known to reach 1, so that a smaller number of its path decides n."""
+        """Whether all positive numbers below the range are known to reach 1, so that a number is decided once it falls."""
         return self.rule.is_collatz and self.start <= 1 << VERIFIED_BITS
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers of the map as text: few readers of JSON keep 71 bits."""
+        """The fields as JSON; start and count as text, because few readers of JSON keep integers of 71 bits."""
         limits = {"max_steps": self.max_steps, "max_bits": self.max_bits}
         return {"map": str(self.rule), "start": str(self.start), "count": str(self.count), **limits}
 
 
 @dataclass
 class Tally:
-    """Counts for a stretch of numbers. covered = by_sieve + by_predecessor + followed, each number once.
+    """Counts for a stretch of numbers: covered = by_sieve + by_predecessor + followed, each number once.
 
-    redone_exactly: of those followed, the ones that outgrew 128 bits and were followed again in Python's integers.
+    redone_exactly: those that were followed in Python's integers, because they do not fit, or have outgrown, 128 bits.
     """
 
     covered: int = 0
@@ -79,7 +79,7 @@ class Tally:
 
 @dataclass
 class Record:
-    """The results for the numbers up to `next`; `seconds` over all launches."""
+    """The results of a search so far; `seconds`: over all launches."""
 
     config: SearchConfig
     tally: Tally = field(default_factory=Tally)
@@ -96,7 +96,7 @@ class Record:
         return self.tally.covered == self.config.count
 
     def conclusion(self) -> str:
-        """What the search has shown, and under which assumptions."""
+        """What the search has shown, and under which assumptions, in words."""
         config, tally = self.config, self.tally
         numbers = "every number of the range" if self.complete else f"every number from {config.start} to {self.next - 1}"
         unresolved = tally.unresolved.total()
@@ -121,7 +121,7 @@ class Record:
         return f"{numbers} reaches 1{unless}, as all below the start do (verified below 2^{VERIFIED_BITS}: Barina 2025)"
 
     def to_json(self) -> dict[str, Any]:
-        """The state and the report."""
+        """The contents of the file that is both state and report."""
         tally = self.tally
         counts = {name: getattr(tally, name) for name in _COUNTS}
         cycles = sorted(tally.reached.items(), key=lambda item: (abs(item[0].smallest), -item[0].smallest))
@@ -175,6 +175,7 @@ _COUNTS = ("covered", "by_sieve", "by_predecessor", "followed", "redone_exactly"
 
 
 def _tally(saved: Mapping[str, Any]) -> Tally:
+    """The tally in the contents of a state file."""
     reached: Counter[Cycle] = Counter()
     for row in saved["cycles"]:
         reached[Cycle(int(row["smallest"]), row["length"], row["odd_steps"], row["trivial"])] = row["reached_by"]

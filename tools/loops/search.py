@@ -1,4 +1,4 @@
-"""Distributes stretches of the range to threads and merges their tallies in order, so that one number is the cursor."""
+"""Distributes stretches of the range to threads and merges their tallies in order, so that one number says what is covered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loops.exact import Cycle
 from loops.record import Record, Tally
 
 STRETCH_SECONDS = 0.25  # long enough that scheduling costs nothing, short enough to stop soon
-SAVE_SECONDS = 0.5  # the work that SIGKILL can lose, besides stretches in progress
+SAVE_SECONDS = 0.5  # between saves: what a SIGKILL can lose, besides stretches in progress
 POLL_SECONDS = 0.2
 
 
@@ -35,11 +35,11 @@ def search(
     on_progress: Callable[[Record], None] = lambda _: None,
     save: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Cover the rest of the record's range; the reason given by `stopped` if it ended early, None when complete.
+    """Cover the rest of the record's range. Returns the reason from `stopped` if that ended it early, None when complete.
 
-    The stretches are cut in this thread only, each begins where the one before ends, and a tally enters the record only
-    after all before it: the record counts exactly the numbers below its cursor, whenever it is saved. `on_find` is called for
-    each non-trivial cycle when it is first entered, and for a positive number of 3n+1 that does not fall.
+    This thread alone cuts the stretches, each from the end of the one before, and adds their tallies in the same order: so
+    whenever the record is saved, it counts exactly the numbers below its cursor. `on_find` is called with a line for each
+    non-trivial cycle when a number first enters it, and for the first positive number of 3n+1 that does not fall.
     """
     cancelled = threading.Event()
     coverage = Coverage(record.config, sieve_bits, cancelled)
@@ -84,11 +84,13 @@ def search(
 
 
 def _timed(coverage: Coverage, first: int, stop: int) -> tuple[Tally | None, float]:
+    """(tally of a stretch, seconds it took)."""
     started = time.perf_counter()
     return coverage.cover(first, stop), time.perf_counter() - started
 
 
 def _report(record: Record, tally: Tally, method: Method, on_find: Callable[[str], None]) -> None:
+    """Call `on_find` for what `tally` has found and `record` does not have yet."""
     rule = record.config.rule
     for cycle in tally.reached:
         if not cycle.trivial and cycle not in record.tally.reached:

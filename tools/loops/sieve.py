@@ -1,8 +1,8 @@
-"""Which numbers of 3n+1 need not be followed: residues mod 2^bits that are known to fall, computed once for all numbers.
+"""The sieve for 3n+1: residues mod 2^bits whose numbers all fall below themselves, so that they need not be followed.
 
 T(n) = n/2 or (3n+1)/2 is the map with each odd step joined to the halving after it. The parities of the first j steps of
-T depend on n mod 2^j alone, and with c odd ones among them T^j(2^j a + r) = 3^c a + T^j(r). As soon as 3^c < 2^j this is
-below 2^j a + r, for every a or from some small a on: the class r mod 2^j falls, and need not be followed.
+T depend on n mod 2^j alone, and with c odd steps among them T^j(2^j a + r) = 3^c a + T^j(r). If 3^c < 2^j, this is below
+2^j a + r for every a, or from some small a on: the class r mod 2^j falls, and need not be followed.
 (R. Terras, A stopping time problem on the positive integers, Acta Arithmetica 30, 1976.)
 """
 
@@ -20,8 +20,8 @@ POWERS_OF_3 = np.array([3**c for c in range(41)], np.uint64)
 class Sieve:
     """The residues mod 2^bits that do not fall within `bits` steps of T, sorted by residue mod 9, then by odd steps.
 
-    residues [survivors] uint32, images [survivors] uint64: T^bits of the residue. groups [9, bits + 2]: residues of class
-    m mod 9 with c odd steps are those from groups[m, c] up to groups[m, c + 1]. ascending: the residues in order.
+    residues: uint32 [survivors]. images: uint64 [survivors], T^bits of each residue. groups: int64 [9, bits + 2]; the residues
+    that are m mod 9 and have c odd steps are those at groups[m, c] up to groups[m, c + 1]. ascending: the residues in order.
     """
 
     bits: int
@@ -37,7 +37,7 @@ class Sieve:
 
 
 def build(bits: int) -> Sieve:
-    """The sieve mod 2^bits, 1 to MAX_BITS, for numbers of at least 2^bits."""
+    """The sieve mod 2^bits, for numbers of at least 2^bits; bits: 1 to MAX_BITS."""
     residues, images, odd_steps = np.zeros(1, np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.int64)
     for j in range(bits):
         residues = np.concatenate([residues, residues + np.uint64(1 << j)])
@@ -58,7 +58,7 @@ def build(bits: int) -> Sieve:
 
 
 def jump_table(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """`bits` steps of T at once, [2^bits] uint64 each: T^bits(2^bits h + r) = factors[r] h + addends[r]."""
+    """(factors, addends), uint64 [2^bits], for `bits` steps of T at once: T^bits(2^bits h + r) = factors[r] h + addends[r]."""
     addends, odd_steps = np.arange(1 << bits, dtype=np.uint64), np.zeros(1 << bits, np.int64)
     for _ in range(bits):
         addends, odd_steps = _step(addends, odd_steps)
@@ -66,6 +66,6 @@ def jump_table(bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _step(values: np.ndarray, odd_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """T of each value, and the count of odd steps with this one."""
+    """(T of each value, number of odd steps including this one)."""
     odd = values & np.uint64(1)
     return (values + odd * (np.uint64(2) * values + np.uint64(1))) >> np.uint64(1), odd_steps + odd.astype(np.int64)

@@ -13,7 +13,7 @@ from trainer.errors import BAD_INPUT, UserError, one_line
 
 REPLACED = "replaced samples"
 """key of a batch: a line for each unreadable sample that another one replaces"""
-MOST_IN_A_ROW = 100  # more unreadable samples than this are no bad samples: a disk or folder is gone
+MOST_IN_A_ROW = 100  # if more consecutive samples are unreadable, the cause is a missing disk or folder, not the samples
 # Errors of the process or the server, not of the sample: another attempt may succeed, so replacing it would change the curve.
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT)
 
@@ -33,9 +33,9 @@ def reason_of(error: Exception) -> str:
 
 
 def reading_failed(error: Exception, rank: int, saved_step: int | None, run: Run) -> UserError:
-    """The error that ends a run whose data cannot be read, with what to do; `saved_step`: the current step, if it is saved."""
+    """The error that ends a run whose data cannot be read, with what to do. `saved_step`: the current step if it is saved."""
     ways = [] if saved_step is None else [f"Step {saved_step:,} is saved"]
-    if isinstance(error, UserError):  # which says the way on itself
+    if isinstance(error, UserError):  # it says itself what to do
         what, code = one_line(error, 600), error.exit_code
     else:
         what, code = reason_of(error), BAD_INPUT
@@ -48,7 +48,7 @@ def reading_failed(error: Exception, rank: int, saved_step: int | None, run: Run
 
 
 def guarded(dataset: Any, run: Run) -> Any:
-    """`dataset`, with `--bad_samples skip` wrapped so that unreadable samples are replaced."""
+    """`dataset`; with `--bad_samples skip` in a wrapper that replaces unreadable samples."""
     if run.bad_samples == "stop" or getattr(dataset, "on_device", False):
         return dataset
     return NextReadable(dataset)
@@ -80,12 +80,15 @@ class NextReadable:
                 raise
             lines: list[str] = []
             readable = [self._readable(int(number), lines) for number in numbers]
-            if not lines:  # each sample can be read by itself: the fault is in the batch
+            if not lines:  # each sample can be read alone: it is the batch that cannot be made
                 raise
         return {**self.dataset.__getitems__(readable), REPLACED: lines}
 
     def _readable(self, number: int, lines: list[str]) -> int:
-        """`number`, or the number of the sample that replaces it; then adds a line to `lines`."""
+        """`number` if it can be read, else the number of the sample that replaces it, for which a line is added to `lines`.
+
+        OSError if none of the next MOST_IN_A_ROW samples, or none of the epoch, can be read.
+        """
         candidate = number
         first_error: Exception | None = None
         for _ in range(min(MOST_IN_A_ROW, self.length or MOST_IN_A_ROW)):

@@ -1,4 +1,4 @@
-"""Reads this process's part of the stream, batch by batch."""
+"""Reads this process's batches, with or without worker processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.recipe import Batch
 
 GRACE_SECONDS = 1.0  # for workers to end by themselves
-POLL_SECONDS = 0.5  # how soon a stop request, or the death of a worker, is noticed while a batch is waited for
+POLL_SECONDS = 0.5  # how often the wait for a batch looks for a stop request or a dead worker
 
 
 class StopWaiting(Exception):  # noqa: N818 - not an error
@@ -47,9 +47,10 @@ def identity(batch: Any) -> Any:
 def read(
     dataset: Any, order: Any, run: Run, device: torch.device, stop_requested: Callable[[], bool] = lambda: False
 ) -> Iterator[Batch]:
-    """Batches of `dataset` in `order`; through a DataLoader only for worker processes or page-locked memory.
+    """Batches of `dataset` in `order` (a batch sampler), on the CPU unless the data set generates on the device.
 
-    While it waits for a worker it raises StopWaiting once `stop_requested()`, and UserError if the worker was killed or hangs.
+    A DataLoader is used only for worker processes or page-locked memory. With workers, waiting for a batch raises StopWaiting
+    once `stop_requested()`, and UserError if a worker was killed or hangs.
     """
     dataset = guarded(dataset, run)
     pinned, on_device = run.pin_memory and device.type == "cuda", getattr(dataset, "on_device", False)
@@ -74,7 +75,7 @@ def read(
 
 
 def _worker_context() -> BaseContext:
-    """Workers are forked from a clean server process, `trainer.data.worker_server`; so data sets have to be picklable."""
+    """Start workers as forks of a clean server process, `trainer.data.worker_server`. Data sets must therefore be picklable."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "trainer.data.worker_server"])
     return context
@@ -83,14 +84,14 @@ def _worker_context() -> BaseContext:
 class _FromWorkers(Iterator["Batch"]):
     """The batches of a DataLoader with workers, fetched by a thread, so that a hanging worker cannot hang the training process.
 
-    The DataLoader's own time-out is not enough: to receive a batch it asks the worker for file descriptors of its tensors, and
-    waits for ever if that worker has been stopped meanwhile.
+    The DataLoader's own time-out is not enough: to receive a batch it asks the worker for the file descriptors of its tensors,
+    and if the worker has been suspended it waits for ever.
     """
 
     def __init__(self, loader: DataLoader[Any], run: Run, device: torch.device, stop_requested: Callable[[], bool]) -> None:
         self._iterator: Any = iter(loader)
         self._device, self._stop_requested = device, stop_requested
-        # Shorter than the other processes wait for this one, so that they learn the reason.
+        # Less than the other processes wait for this one, so that it can still tell them the reason.
         self._limit_seconds = 0.9 * 60 * run.timeout_minutes
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._fetched: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
@@ -135,7 +136,7 @@ class _FromWorkers(Iterator["Batch"]):
             try:
                 return next(self._iterator)
             except (RuntimeError, OSError, EOFError) as error:
-                text = str(error)  # "Caught ..." where a worker raised it; a dead one leaves a broken connection
+                text = str(error)  # "Caught ..." if a worker raised it; a dead worker is seen as a broken connection
                 if text.startswith("DataLoader timed out"):
                     continue
                 if text.startswith("DataLoader worker") or (isinstance(error, OSError | EOFError) and "Caught" not in text):
@@ -147,14 +148,14 @@ class _FromWorkers(Iterator["Batch"]):
                 raise
 
     def close(self) -> None:
-        """End the workers. Those that have not ended within GRACE_SECONDS are killed; at once if a batch is still awaited."""
+        """End the workers; kill those that have not ended within GRACE_SECONDS, or at once while a batch is still awaited."""
         self._wanted.put(False)
         ending = threading.Thread(target=self._end, name="ending workers", daemon=True)
         ending.start()
         ending.join(0 if self._waiting else GRACE_SECONDS)
         for worker in self._iterator._workers:
             worker.kill()
-        ending.join(10 * POLL_SECONDS)  # no longer: one may hang where the kernel cannot kill it
+        ending.join(10 * POLL_SECONDS)  # not for ever: a worker may hang in the kernel, where it cannot be killed
 
     def _end(self) -> None:
         self._thread.join()

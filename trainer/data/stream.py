@@ -16,8 +16,8 @@ import numpy as np
 from trainer.data.seeding import hash32
 from trainer.errors import UserError
 
-BLOCK = 1024  # positions whose sample numbers are computed at once: fewer cost more each, many would hold up a step
-ROUNDS = 4  # after which no pair of places is likelier than another, in sets of five items too
+BLOCK = 1024  # positions whose sample numbers are computed at once: with fewer each costs more, many would delay a step
+ROUNDS = 4  # enough that a chi-squared test finds no preferred place or successor of an item, even in a set of five
 
 
 def shuffled(places: np.ndarray, keys: np.ndarray, length: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int
 
 
 def share(batch_size: int, rank: int, processes: int) -> range:
-    """Which of a micro-batch's places, 0 .. batch_size - 1, a process reads: all have equally many, give or take one.
+    """The places of a micro-batch, of 0 .. batch_size - 1, that a process reads; numbers of places differ by at most one.
 
     Losses are divided by counts over all processes, so the split changes no curve. UserError for more processes than samples.
     """
@@ -82,8 +82,8 @@ def share(batch_size: int, rank: int, processes: int) -> range:
 class TrainingOrder:
     """Batch sampler: the sample numbers of this process's part of every micro-batch from `first_micro_batch` on, for ever.
 
-    `length`: items of a finite set, None for a generated one. `repeated`: read only the first so many micro-batches of the
-    stream, again and again (0: off).
+    `length`: number of items of a finite set, None for a generated one. `repeated`: if not 0, read only the first `repeated`
+    micro-batches of the stream, again and again.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """Batch sampler: samples 0 .. length - 1, each on one process, in equally many batches on all processes.
+    """Batch sampler: samples 0 .. length - 1, each on one process. All processes have the same number of batches, since under
+    ZeRO-3 every rank has to take part in every forward.
 
-    (ZeRO-3 needs every rank in every forward.) A process without samples for a batch reads sample 0, which is not to be
-    counted: `counts` has 0 for that batch.
+    A process without samples left for a batch reads sample 0 as a spare, which must not count: `counts` is 0 for that batch.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, processes: int) -> None:
@@ -128,7 +128,7 @@ class EvaluationOrder:
 
     @property
     def counts(self) -> Iterator[int]:
-        """How many samples of each batch are to be counted on this process."""
+        """The number of samples of this process that count, batch by batch."""
         return map(len, self._own())
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -144,7 +144,7 @@ def length_of(dataset: Any) -> int | None:
 
 
 def describe(batch_size: int, accumulation: int, processes: int, total_steps: int, samples: int | None) -> Sequence[str]:
-    """The batch arithmetic, as lines printed at start."""
+    """Lines for the start of a run: the batch arithmetic, and the planned steps, samples and epochs."""
     effective = batch_size * accumulation
     least, most = (len(share(batch_size, rank, processes)) for rank in (0, processes - 1))
     each = str(least) if least == most else f"{least} or {most}"

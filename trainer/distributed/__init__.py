@@ -1,1 +1,1 @@
-"""Processes: the launch, what they tell each other, hosts, signals, stopping, and what happens when one fails."""
+"""The processes of a launch: how they join, what they tell each other, how they stop, and what happens when one fails."""

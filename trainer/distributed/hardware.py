@@ -1,4 +1,4 @@
-"""What the machine can do: cores, the peak of its GPU, and memory in use."""
+"""Facts about the machine: CPU cores, the GPU's peak FLOP/s, and the memory in use."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class Card(NamedTuple):
-    """A GPU."""
+    """A model of GPU."""
 
     memory_gb: float
     flops: float | None
-    """peak FLOP/s in bf16, or fp16 where it has no bf16, dense; None: not known"""
+    """peak dense FLOP/s in bf16 (fp16 on cards without bf16); None: not known"""
     has_bf16: bool = True
 
 
-# NVIDIA's data sheets: memory, and tensor cores without sparsity. Of cards that come in two sizes, the larger memory.
+# From NVIDIA's data sheets: FLOP/s of the tensor cores without sparsity, and the larger memory where a card comes in two sizes.
 CARDS = {
     "H200": Card(141, 989e12),
     "H100 PCIe": Card(80, 756e12),
@@ -37,18 +37,18 @@ CARDS = {
 
 
 def card_named(text: str) -> str | None:
-    """Which of CARDS a driver's or a user's name for a GPU means; None: none of them. Whole words count: an L40 is no L4."""
+    """The key of CARDS that a driver's or a user's name for a GPU means, or None. Compares whole words: an L40 is not an L4."""
     words = set(re.split(r"[^a-z0-9]+", text.lower()))
     return next((name for name in CARDS if set(name.lower().split()) - {"rtx"} <= words), None)
 
 
 def cores() -> int:
-    """CPU cores that this process may use (macOS does not tell: all there are)."""
+    """Number of CPU cores that this process may use; on macOS, which has no affinity, of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of one GPU in the precision trained in; None where it is not known (CPUs, fp32, other cards)."""
+    """Peak FLOP/s of a GPU for training in bf16 or fp16; None for CPUs, fp32 and cards that CARDS lacks."""
     if device.type != "cuda" or precision == "no":
         return None
     import torch
@@ -58,14 +58,14 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What sums over many batches are kept in on a device: float64, which Apple's GPUs lack."""
+    """The dtype for sums over many batches: float64, or float32 on Apple's GPUs, which have no float64."""
     import torch
 
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
-    """GiB of the GPU's memory: in tensors now and at most so far, and reserved for them. Empty without a GPU."""
+    """GiB of GPU memory: `allocated` to tensors now, the `peak` of that, and `reserved` by torch. Empty for other devices."""
     if device.type != "cuda":
         return {}
     import torch
@@ -79,7 +79,7 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
 
 
 def memory_text(device: torch.device) -> str:
-    """Memory in use and at its highest, in GiB: of the GPU, or of this process."""
+    """Memory in GiB, as text: of the GPU now and at its peak, or the peak of this process."""
     memory = gpu_memory(device)
     if memory:
         return f"GPU memory {memory['allocated']:.2f} GiB, peak {memory['peak']:.2f} GiB"

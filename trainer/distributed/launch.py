@@ -1,4 +1,4 @@
-"""Joining the processes of a launch, under any launcher."""
+"""Joins the processes of a launch, whatever started them, and settles device and precision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DDP = "accelerate_configs/ddp.yaml"
 
 @dataclass(frozen=True)
 class Launch:
-    """Who and where this process is."""
+    """This process in its launch: rank, device, and the ways to reach the other processes."""
 
     rank: int
     processes: int
@@ -35,9 +35,9 @@ class Launch:
     device: torch.device
     control: Control
     store: Any = None
-    """what all processes of the launch can write to and read; None for a process alone"""
+    """the key-value store of the launch; None for a single process"""
     restarted: bool = False
-    """whether a launcher or scheduler, not a person, has started this command again; rank 0 knows"""
+    """whether a launcher or scheduler, not a person, has started this command again; reliable on rank 0 only"""
 
     @property
     def is_main(self) -> bool:
@@ -46,15 +46,16 @@ class Launch:
 
 
 def alone() -> Launch:
-    """A process by itself, on the CPU, whatever launch it is part of."""
+    """A launch of one process, on the CPU, even if this process belongs to a larger one."""
     return Launch(0, 1, 0, torch.device("cpu"), Control(0, 1, timedelta()))
 
 
 def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool], None] = lambda on_cpu: None) -> Launch:
-    """Join the other processes of this launch, on GPUs if there are some and `device` allows; else on CPUs with gloo.
+    """Join the other processes of this launch: on GPUs if there are any and `device` allows it, else on CPUs with gloo.
 
-    `before_connect(on_cpu)` is the backend's, called before the process group is made. Raises UserError where the launcher
-    started several processes that do not know of each other, or one of them is not there within `timeout_minutes`.
+    `before_connect(on_cpu)` is the backend's; it is called before the process group is made. Raises UserError if `device` is
+    not there, if a process has not started within `timeout_minutes`, or if processes that the launcher started together do not
+    form one group.
     """
     timeout = timedelta(minutes=timeout_minutes)
     meeting = meet(os.environ, timeout)
@@ -67,24 +68,16 @@ def connect(device: str, timeout_minutes: float, before_connect: Callable[[bool]
 
 
 def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None], meeting: Rendezvous | None) -> Launch:
-    """`connect`, once the store of the launch is open."""
+    """Choose the device and make the process group, over the store of `meeting` (None: a single process)."""
     from accelerate import PartialState
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: torch sees no GPU here; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps: torch sees no Apple GPU here; use --device cpu")
-    if device == "mps" and meeting is not None:
-        raise UserError("device mps is for one process that python starts: Apple's GPUs have no collectives; use --device cpu")
-    launcher_uses_cpu = switched_on(os.environ, "ACCELERATE_USE_CPU")
-    has_gpu = torch.cuda.is_available() or (meeting is None and torch.backends.mps.is_available())
-    on_cpu = device == "cpu" or (device == "auto" and launcher_uses_cpu) or not has_gpu
-    # torch 2.13 has renamed it; Accelerate's keyword is the one that torch 2.11 knows too.
+    on_cpu = _is_cpu(device, one_process=meeting is None)
+    # torch 2.13 deprecates this argument of DDP; torch 2.11 knows no other name for it, and Accelerate passes it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
-    # Where `srun` or `mpirun` started us, which set no number; what it comes to is printed with the launch.
+    # `srun` and `mpirun` do not set it; the number of threads is printed with the launch.
     warnings.filterwarnings("ignore", category=UserWarning, message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     if not on_cpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches of other sizes leave no holes
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches of varying size would fragment the memory
     before_connect(on_cpu)
     choose_interface(os.environ)
     if meeting is not None:
@@ -97,7 +90,7 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     if on_cpu:
         _use_all_cores(state.num_processes)
     control = Control(state.process_index, state.num_processes, timeout)
-    # torchrun counts on each host for itself: of several processes only the store knows it all.
+    # torchrun counts restarts per host, so that rank 0 may not see another host's: the store shows them all.
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     restarted = any(int(os.environ.get(name) or 0) > 0 for name in counts) or (meeting is not None and meeting.restarted)
     store = meeting.store if meeting is not None else None
@@ -105,17 +98,32 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     return Launch(*place, control, store, restarted)
 
 
+def _is_cpu(device: str, one_process: bool) -> bool:
+    """Whether `--device` means the CPU here. UserError for a GPU that is not there, or not for several processes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no GPU here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps: torch sees no Apple GPU here; use --device cpu")
+    if device == "mps" and not one_process:
+        raise UserError("device mps is for one process that python starts: Apple's GPUs have no collectives; use --device cpu")
+    if device == "auto":
+        has_gpu = torch.cuda.is_available() or (one_process and torch.backends.mps.is_available())
+        return switched_on(os.environ, "ACCELERATE_USE_CPU") or not has_gpu
+    return device == "cpu"
+
+
 def switched_on(environ: Mapping[str, str], name: str) -> bool:
-    """Whether a launcher, or a user, has set this variable to yes."""
+    """Whether a variable of the environment is set to true, 1 or yes."""
     return environ.get(name, "").lower() in ("true", "1", "yes")
 
 
 def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: bool) -> None:
-    """Refuse N copies that each think they are alone, and a group on another backend than the one asked for."""
+    """UserError if the launcher's variables disagree with the process group (as where N processes each train alone), or if
+    processes on CPUs do not use gloo."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         copies = int(environ.get(name) or 0)
         if name == "SLURM_STEP_NUM_TASKS" and "WORLD_SIZE" in environ:
-            continue  # one task a node, each starting the launcher
+            continue  # each task is a launcher, one per node, and not a rank
         if copies > 1 and copies != processes:
             raise UserError(
                 f"{name}={copies} but this process is rank {rank} of {processes}: {copies} copies would train side by side "
@@ -130,21 +138,24 @@ def _check_world(environ: Mapping[str, str], rank: int, processes: int, on_cpu: 
 
 
 def _use_all_cores(processes: int) -> None:
-    """Launchers set OMP_NUM_THREADS=1 where the user set nothing; share the cores between the processes of this host."""
+    """Share this host's cores between its processes, where OMP_NUM_THREADS=1 is the launcher's default and not the user's."""
     if launched(os.environ) and os.environ.get("OMP_NUM_THREADS") == "1" and not _had_threads_from_user(os.getppid()):
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
         torch.set_num_threads(max(1, cores() // local))
 
 
 def _had_threads_from_user(launcher: int) -> bool:
-    """Whether a launcher was started with OMP_NUM_THREADS set, as far as the system tells."""
+    """Whether the process `launcher` was started with OMP_NUM_THREADS set; False where /proc does not tell."""
     with contextlib.suppress(OSError):
         return b"\0OMP_NUM_THREADS=" in b"\0" + Path("/proc", str(launcher), "environ").read_bytes()
     return False
 
 
 def requested_precision(flag: str) -> str:
-    """no, bf16 or fp16: the value of `--mixed_precision`, else what the launcher set; auto where neither says."""
+    """The value of `--mixed_precision` (`flag`) or, if that is auto, the launcher's bf16 or fp16; auto if neither is set.
+
+    UserError if the launcher asks for another precision, such as fp8.
+    """
     from_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if flag == "auto" and from_launcher not in ("no", "bf16", "fp16"):
         raise UserError(f"the launcher asks for mixed_precision {from_launcher}; use no, bf16 or fp16")
@@ -152,14 +163,14 @@ def requested_precision(flag: str) -> str:
 
 
 def resolve_precision(flag: str, launch: Launch) -> str:
-    """no, bf16 or fp16: what was requested, else the best this device has; on Apple's fp32, as bf16 asks for macOS 14."""
+    """The precision to train in: no, bf16 or fp16. See `precision_on`."""
     on_gpu = launch.device.type == "cuda"
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision_on(requested_precision(flag), on_gpu, has_bf16)
 
 
 def precision_on(requested: str, on_gpu: bool, has_bf16: bool) -> str:
-    """no, bf16 or fp16 on such a device. UserError for fp16 without a GPU."""
+    """Resolve auto: bf16 on a CUDA GPU that has it, fp16 on others, no (fp32) elsewhere. UserError for fp16 without a GPU."""
     if requested == "fp16" and not on_gpu:
         raise UserError("mixed_precision fp16 needs a CUDA GPU (elsewhere it would silently train in fp32); use bf16 or no")
     if requested == "auto":

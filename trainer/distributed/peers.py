@@ -1,8 +1,8 @@
-"""When one process of a launch fails or falls silent, all end with the same message and status, and the cause is named.
+"""When one process of a launch fails or hangs, all end with the same exit code and a message that names the cause.
 
-The first process to fail leaves a note in the launch's key-value store (torchrun's own outlives any rank; that of ranks
-started by hand ends with rank 0). The others meet a broken or timed-out collective, and find the note. Where there is none,
-whoever does not answer has died or hangs.
+The first process to fail leaves a note in the launch's key-value store (torchrun's outlives all ranks; the one that rank 0
+serves ends with it). For the others a collective then breaks or times out, and they look for the note. If there is none, the
+cause is the ranks that do not answer: they have died or hang.
 """
 
 from __future__ import annotations
@@ -28,59 +28,70 @@ from trainer.errors import LOST, OUT_OF_MEMORY, UserError, one_line, text_of, us
 if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
 
-ANSWER_SECONDS = 10.0  # a process that meets the same broken collective gets to its answer well within this
+ANSWER_SECONDS = 10.0  # a process for which the same collective is broken answers well within this
 POLL_SECONDS, MAX_PAUSE_SECONDS = 0.1, 1.0
 PAUSES_SECONDS = (0.05, 0.1, 0.25, 0.6)
-SIGNALLED_SECONDS = 1.0  # where a launcher that has seen one end signals the others
-CALL, ANSWER, LIST = "samecurve/call", "{}/answer/{}", "{}/list"
-FAILURE, WAITING, ANSWERS, NAMING = "failure", "waiting/{}", "answers", "naming"
-# What gloo, NCCL and torch's store say where the other end is gone.
+SIGNALLED_SECONDS = 1.0  # for the note, once the launcher signals all because one process has ended
+CALL, ANSWER, LIST = "samecurve/call", "{}/answer/{}", "{}/list"  # keys of the store: when processes start,
+FAILURE, WAITING, ANSWERS, NAMING = "failure", "waiting/{}", "answers", "naming"  # and when one has failed
+# Words of gloo, NCCL and torch's store for a peer that is gone.
 _BROKEN = re.compile(
     r"gloo|nccl|monitored ?barrier|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE
 )
 
 
 def wait_for_all(meeting: Rendezvous, timeout: timedelta) -> Rendezvous:
-    """Until every process of the launch has started; with a part of the store that is this start's alone.
+    """Wait until every process of the launch has started. Returns the meeting with a store that this start alone uses.
 
-    torchrun's store outlives restarts, which every host counts for itself. So rank 0 calls under a name that is new, the others
-    answer with names of their own, and a call is ours if its list of answers, which rank 0 makes, has our name in it.
+    torchrun's store keeps the keys of earlier starts, and the hosts do not agree on the number of restarts. So rank 0 sets a
+    call with a new random name, the others answer it with random names of their own, and rank 0 lists the names it has got. A
+    rank whose name is not in the list has answered an earlier start's call, and waits for the new one.
 
-    UserError on all, naming those that have not answered within `timeout`.
+    UserError on all processes, with the ranks that have not answered within `timeout`.
     """
-    store, rank, own = meeting.store, meeting.rank, uuid.uuid4().hex
-    end, call, restarted = time.monotonic() + timeout.total_seconds(), own, rank == 0 and store.check([CALL])
-    listed: list[str] = []
-    if rank == 0:
-        store.set(CALL, own)
-        answers = [ANSWER.format(own, other) for other in range(1, meeting.processes)]
-        while not (complete := _wait(store, answers)) and time.monotonic() < end:
-            pass
-        silent = [] if complete else [other + 1 for other, key in enumerate(answers) if not store.check([key])]
-        listed = [] if silent else [own, *(name.decode() for name in store.multi_get(answers))]
-        store.set(LIST.format(own), json.dumps([silent, listed]))
-    else:
-        silent = [0]
-        while own not in listed and time.monotonic() < end + 2 * sum(PAUSES_SECONDS):  # rank 0 finds out who is missing
-            if _wait(store, [CALL]):
-                call = store.get(CALL).decode()
-                store.set(ANSWER.format(call, rank), own)
-            if call != own and _wait(store, [LIST.format(call)]):
-                silent, listed = json.loads(store.get(LIST.format(call)))
-                if silent:
-                    break
-                if own not in listed and "TORCHELASTIC_RUN_ID" not in os.environ:  # else it is the call of an earlier start
-                    raise UserError(f"RANK={rank} was given to two processes of this launch; give each its own, from 0 on")
-    if own not in listed:
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    restarted = meeting.rank == 0 and meeting.store.check([CALL])
+    call, silent = _call(meeting, own, end) if meeting.rank == 0 else _answer(meeting, own, end)
+    if silent:
         late = TimeoutError(f"not started within --timeout_minutes {timeout.total_seconds() / 60:g}")
         error = _lost(_silence(silent, meeting.processes), late)
         error.known_to_all = 0 not in silent
         raise error
-    return Rendezvous(rank, meeting.processes, dist.PrefixStore(call, store), restarted)
+    return Rendezvous(meeting.rank, meeting.processes, dist.PrefixStore(call, meeting.store), restarted)
+
+
+def _call(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
+    """Rank 0: set the call `own`, and a list of the answers. Returns (call, ranks without an answer at the time `end`)."""
+    store = meeting.store
+    store.set(CALL, own)
+    answers = {rank: ANSWER.format(own, rank) for rank in range(1, meeting.processes)}
+    keys = list(answers.values())
+    while not (complete := _wait(store, keys)) and time.monotonic() < end:
+        pass
+    silent = [] if complete else [rank for rank, key in answers.items() if not store.check([key])]
+    names = [] if silent else [name.decode() for name in store.multi_get(keys)]
+    store.set(LIST.format(own), json.dumps([silent, names]))
+    return own, silent
+
+
+def _answer(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
+    """Other ranks: answer calls with `own` until a list has that name. Returns (call, silent ranks: of the list, or rank 0)."""
+    store, rank, call = meeting.store, meeting.rank, ""
+    while time.monotonic() < end + 2 * sum(PAUSES_SECONDS):  # a little longer than rank 0, which lists the missing at `end`
+        if _wait(store, [CALL]):
+            call = store.get(CALL).decode()
+            store.set(ANSWER.format(call, rank), own)
+        if call and _wait(store, [LIST.format(call)]):
+            silent, names = json.loads(store.get(LIST.format(call)))
+            if silent or own in names:
+                return call, silent
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # without torchrun no earlier start has left this list
+                raise UserError(f"RANK={rank} was given to two processes of this launch; give each its own, from 0 on")
+    return call, [0]
 
 
 def _wait(store: Any, keys: Sequence[str]) -> bool:
-    """Whether all keys are there within a second. Asked for a few times: the store's own wait hears no Ctrl-C."""
+    """Whether all keys are set within a second. It polls, because Ctrl-C does not interrupt the store's own wait."""
     for pause in PAUSES_SECONDS:
         if store.check(keys):
             return True
@@ -89,13 +100,13 @@ def _wait(store: Any, keys: Sequence[str]) -> bool:
 
 
 def root_cause(error: Exception, rank: int, processes: int, store: Any) -> Exception:
-    """What this process should report: `error`; or, if that is only what another one's failure looks like from here, that.
+    """The error to report: the failure of the process that failed first. That is `error` itself if this process was first.
 
-    One process prints it: the others get a UserError with `printed_by_other_rank`.
+    On the other processes it is a UserError with `printed_by_other_rank`, so that one process alone prints it.
     """
     if store is None or (isinstance(error, UserError) and error.known_to_all):
         return error
-    # The store lives on the first host. Behind a link that is down its calls wait for longer than anybody should.
+    # In a thread: if the link to the host of the store is down, its calls block for far longer than this.
     causes: list[Exception] = []
     asking = threading.Thread(target=lambda: causes.append(_cause_by_store(error, rank, processes, store)), daemon=True)
     asking.start()
@@ -106,7 +117,7 @@ def root_cause(error: Exception, rank: int, processes: int, store: Any) -> Excep
 
 
 def _cause_by_store(error: Exception, rank: int, processes: int, store: Any) -> Exception:
-    """`root_cause`, by the key-value store of the launch."""
+    """`root_cause` by way of the store; may block."""
     try:
         if _is_broken(error):
             error = _await_note(error, store, rank, processes)
@@ -120,24 +131,27 @@ def _cause_by_store(error: Exception, rank: int, processes: int, store: Any) -> 
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether this is how a collective ends that another process has left."""
+    """Whether this is an error of a collective, or of the store, whose peer is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
 
 
 def _lost(what: str, error: Exception) -> UserError:
+    """`what` has happened to the launch, and how to go on; `error`: how this process noticed."""
     return UserError(f"{what}; the same command goes on from the newest checkpoint ({one_line(error, 300)})", LOST)
 
 
 def _silence(silent: Sequence[int], processes: int) -> str:
+    """The ranks that do not answer, in words."""
     names = f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))}"
     return f"{names} of {processes} gave no answer: killed, or hung"
 
 
 def _await_note(error: Exception, store: Any, rank: int, processes: int) -> Exception:
-    """Wait for the note of the process that failed; else a UserError with the ranks that do not answer.
+    """Wait until the process that failed has left its note. Returns the error to note if there is none: the silent ranks.
 
-    A rank asks for one key at a time, and one of them alone looks for all the others: of a thousand, each asking for each, the
-    store would take longer than they wait. Where the launcher signals, it has seen a process end: the rest answers at once.
+    Each rank polls a single key, and only one of them, the first to set NAMING, checks the keys of all others: a thousand ranks
+    that each check a thousand keys would keep the store busy for longer than they wait. A signal from the launcher means that
+    it has seen a process end; then the wait is cut to SIGNALLED_SECONDS.
     """
     store.set(WAITING.format(rank), "1")
     if store.add(ANSWERS, 1) == processes:
@@ -157,7 +171,10 @@ def _await_note(error: Exception, store: Any, rank: int, processes: int) -> Exce
 
 @contextlib.contextmanager
 def explained(launch: Launch | Rendezvous, optimisation: Any = None) -> Iterator[None]:
-    """Turns an error into what a person can do about it, and one that came from another process into that process's."""
+    """Replaces an error by its `root_cause` in the launch, and one that users can act on by a UserError that says how.
+
+    `optimisation`: the section of the configuration, for the batch size in a message about memory.
+    """
     try:
         yield
     except Exception as error:
@@ -170,14 +187,14 @@ def explained(launch: Launch | Rendezvous, optimisation: Any = None) -> Iterator
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether the device, or the host, had no memory left."""
+    """Whether an error means that the GPU or the host ran out of memory."""
     signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
     says_so = not isinstance(error, UserError) and any(sign in str(error).lower() for sign in signs)
     return says_so or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _out_of_memory(error: Exception, optimisation: Any) -> UserError | None:
-    """One message with the resolved batch arithmetic and the remedies in order; None for any other error."""
+    """A message with the batch size and the remedies to try; None if `error` is not about memory."""
     if not ran_out_of_memory(error):
         return None
     batch = ""

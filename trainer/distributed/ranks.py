@@ -1,4 +1,4 @@
-"""Ranks in torch's variables, where what started the processes has its own: `srun`, OpenMPI's `mpirun`, `deepspeed`."""
+"""Translates the variables of `srun`, OpenMPI's `mpirun` and `deepspeed` into those of torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from trainer.distributed.signals import launched
 
 
 def adopt_ranks(environ: MutableMapping[str, str]) -> None:
-    """Set what is missing of RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as far as they are missing.
 
-    Nothing for a process alone, and nothing where a launcher that `srun` or `mpirun` started has set its own. OpenMPI does not
-    say where rank 0 is: on several hosts MASTER_ADDR has to be given.
+    Does nothing for a single process, nor where torchrun or another launcher, which `srun` or `mpirun` may have started, has
+    set them. OpenMPI does not say where rank 0 is: on several hosts the user has to set MASTER_ADDR.
     """
-    if "CROSS_RANK" in environ:
+    if "CROSS_RANK" in environ:  # started by `deepspeed`, which sets all but this one
         given = {"LOCAL_WORLD_SIZE": environ["LOCAL_SIZE"]}
     elif launched(environ) or "WORLD_SIZE" in environ:
         return
@@ -30,11 +30,12 @@ def adopt_ranks(environ: MutableMapping[str, str]) -> None:
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """A command line without the `--local_rank=N` that `deepspeed` puts in front: LOCAL_RANK says it too."""
+    """A command line without the `--local_rank=N` that `deepspeed` puts in front; LOCAL_RANK has the number too."""
     return [word for word in argv if not re.fullmatch(r"--local[_-]rank=\d+", word)]
 
 
 def _of_open_mpi(environ: Mapping[str, str]) -> dict[str, str]:
+    """torch's variables for a process that `mpirun` started; on several hosts without MASTER_ADDR."""
     names = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
     given = {ours: environ[f"OMPI_COMM_WORLD_{theirs}"] for ours, theirs in names.items()}
     given["MASTER_PORT"] = _port(environ.get("PMIX_NAMESPACE", ""))
@@ -44,7 +45,7 @@ def _of_open_mpi(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _of_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    """`srun` with a task for each process. Nodes are written as `a[1-3,7],b`, tasks on each as `2(x4),1`."""
+    """torch's variables for a task that `srun` started. Slurm writes nodes as `a[1-3,7],b`, and their tasks as `2(x4),1`."""
     first = re.sub(r"\[(\d+)[^]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).partition(",")[0]
     tasks: list[str] = []
     for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
@@ -61,5 +62,6 @@ def _of_slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _port(job: str) -> str:
-    """The same in every process of a job, most likely another one than other jobs', and below those that connections get."""
+    """A port number from a hash of the job, so that all its processes have the same one and other jobs most likely another. It
+    is below the range that systems give to outgoing connections."""
     return str(10000 + zlib.crc32(job.encode()) % 20000)

@@ -1,4 +1,4 @@
-"""Where the processes of a launch find each other: torch's key-value store, and how it is opened."""
+"""Opens torch's key-value store, over which the processes of a launch find each other."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.distributed.hosts import address_of_first
+from trainer.distributed.hosts import literal_address
 from trainer.errors import LOST, UserError, one_line
 
 POLL_SECONDS = 0.2
-BACKLOG = 4096  # as many ranks may connect at once
+BACKLOG = 4096  # ranks that may connect at the same moment
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """This process's place in its launch, and the store that all processes of it share."""
+    """This process's rank in its launch, and the key-value store that all its processes share."""
 
     rank: int
     processes: int
     store: Any
     restarted: bool = False
-    """whether the launcher has started processes before; rank 0 knows"""
+    """whether the launcher has started these processes before; only rank 0 knows, False elsewhere"""
 
 
 def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
-    """Open the store that the launcher holds, or, where ranks were started by hand, rank 0; None for a process alone.
+    """Open the launch's store, which torchrun's agent serves, or rank 0 where nobody else does. None for a single process.
 
-    UserError where it cannot be reached within `timeout`.
+    UserError for wrong variables of the launch, or if the store cannot be reached within `timeout`.
     """
     processes = _number(environ, "WORLD_SIZE", "1", 1)
     if processes == 1:
@@ -44,16 +44,16 @@ def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
         raise UserError(
             "MASTER_ADDR is not set: the address of rank 0; set it (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
         )
-    holds_it = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    listening = _listen(host, port) if holds_it else None
+    serves = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listening = _listen(host, port) if serves else None
     end = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            # Tried first: torch's own attempts exceed a short time-out, and print a C++ stack each.
+            # A plain connection first: torch's own attempts overrun a short time-out, and each prints a C++ stack.
             socket.create_connection((host, port), max(1.0, end - time.monotonic())).close()
             break
         except OSError as error:
-            if holds_it or time.monotonic() > end:
+            if serves or time.monotonic() > end:
                 raise UserError(
                     f"rank {rank}: no answer from {host}:{port}, where rank 0 or its launcher listens, within "
                     f"--timeout_minutes {timeout.total_seconds() / 60:g}; start it, and let this host connect to it "
@@ -61,15 +61,16 @@ def meet(environ: Mapping[str, str], timeout: timedelta) -> Rendezvous | None:
                     LOST,
                 ) from None
             time.sleep(POLL_SECONDS)
-    store = dist.TCPStore(host, port, None, holds_it, timeout, wait_for_workers=False, master_listen_fd=listening)
+    store = dist.TCPStore(host, port, None, serves, timeout, wait_for_workers=False, master_listen_fd=listening)
     return Rendezvous(rank, processes, store)
 
 
 def _listen(host: str, port: int) -> int:
-    """A socket for rank 0's store: on the given address alone, or, if that is a name, on all interfaces, as torch does."""
-    address = address_of_first(host)
+    """The descriptor of a listening socket for rank 0's store: on `host` alone if that is an address of this machine, else on
+    all interfaces, as torch does. UserError if the port is taken."""
+    address = literal_address(host)
     try:
-        if address is None or not _is_ours(address):  # a name, or an address that something in between translates
+        if address is None or not _is_ours(address):  # a name, or an address that a router translates to ours
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
             return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=BACKLOG).detach()
@@ -80,7 +81,7 @@ def _listen(host: str, port: int) -> int:
 
 
 def _is_ours(address: str) -> bool:
-    """Whether a socket can listen on it."""
+    """Whether a socket of this machine can be bound to the address."""
     with suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.bind((address, 0))
         return True
@@ -88,6 +89,7 @@ def _is_ours(address: str) -> bool:
 
 
 def _number(environ: Mapping[str, str], name: str, default: str, least: int, most: int | None = None) -> int:
+    """A variable as a whole number from `least` to `most`; UserError for anything else, or if it is missing with no default."""
     text = environ.get(name) or default
     number = int(text) if text.isdecimal() else -1
     if number < least or (most is not None and number > most):

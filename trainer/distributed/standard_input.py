@@ -1,4 +1,4 @@
-"""What is typed, or piped in, while a run trains: lines from standard input, where reading it takes nothing from anybody."""
+"""Commands that are typed or piped into a run while it trains. Standard input is read only if no other program wants it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from trainer.distributed.signals import launched, stat_fields
 
 
 class StandardInput:
-    """Standard input, if people or programs type into it."""
+    """Reads lines from standard input, if it is a pipe, a socket, or the terminal of which we are the foreground job."""
 
     def __init__(self) -> None:
         self._kind, self._received = _kind(), b""
 
     def commands(self) -> set[str]:
-        """The lines waiting, in lower case. Polled, not read by a thread, which would steal a debugger's input."""
+        """The complete lines that have arrived since the last call, in lower case. Never blocks.
+
+        Called now and then, because a thread that waits for input would take it from a debugger.
+        """
         if self._kind is None or (self._kind == "terminal" and not _owns_terminal()):
             return set()
-        # Should the shell take the terminal back right now, a blocked SIGTTIN makes the read fail, not suspend us.
+        # If the shell takes the terminal back just now, the read fails; without the block, SIGTTIN would suspend us.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTIN})
         received = None
         with suppress(OSError):
@@ -31,14 +34,14 @@ class StandardInput:
         if received is None:
             return set()
         if not received:
-            self._kind, received = None, b"\n"  # a last line may lack its end
+            self._kind, received = None, b"\n"  # the end of the input also ends its last line
         *lines, self._received = (self._received[-100:] + received).split(b"\n")
         return {line.strip().lower().decode(errors="replace") for line in lines} - {""}
 
 
 def _kind() -> str | None:
-    """`pipe`, `terminal`, or None for what nobody types into: /dev/null, a file, a closed stdin."""
-    if sys.stdin is None:  # closed when Python started: by now descriptor 0 may be any other file
+    """`pipe` (or socket), `terminal`, or None where no commands can come from: /dev/null, a file, a closed stdin."""
+    if sys.stdin is None:  # closed when Python started; descriptor 0 may be any other file by now
         return None
     with suppress(OSError):
         mode = os.fstat(0).st_mode
@@ -50,10 +53,10 @@ def _kind() -> str | None:
 
 
 def _owns_terminal() -> bool:
-    """Whether we are the foreground job of the terminal on stdin: a read in the background suspends the job."""
+    """Whether we are the foreground job of the terminal on stdin; reading it from the background would suspend the job."""
     with suppress(OSError):
         return os.tcgetpgrp(0) == os.getpgrp()
-    # torchrun gives each process a session of its own, outside the terminal's: then its own job must be the foreground.
+    # torchrun puts each process into a session without a terminal: then torchrun itself must be the foreground job.
     with suppress(OSError, ValueError, IndexError):
         _, _, group, _, terminal, foreground = stat_fields(os.getppid())[:6]
         return launched(os.environ) and group == foreground and int(terminal) == os.fstat(0).st_rdev

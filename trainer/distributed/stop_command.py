@@ -1,4 +1,4 @@
-"""`--stop_when COMMAND`: what a cloud announces of its machine, such as that it takes it away, asked for by a command."""
+"""`--stop_when COMMAND`: polls a command, such as one that asks a cloud whether it is about to take this machine away."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 POLL_SECONDS = 5.0
-LIMIT_SECONDS = 30.0  # for one answer
-NOT_RUN = (126, 127)  # the shell's exit status for what it cannot run
+LIMIT_SECONDS = 30.0  # for one run of the command
+NOT_RUN = (126, 127)  # the shell's exit statuses for a command that it cannot run
 
 
 class StopCommand:
-    """Runs a shell command every few seconds, in a thread, until it exits with 0: then `says_stop`."""
+    """Runs a shell command every POLL_SECONDS, in a thread, until it exits with 0. Then `says_stop` is True."""
 
     def __init__(self, command: str, log: Callable[[str], None]) -> None:
         self._command, self._log, self._over = command, log, threading.Event()
@@ -22,20 +22,20 @@ class StopCommand:
         self._thread.start()
 
     def close(self) -> None:
-        """Ask no more."""
+        """Run the command no more."""
         self._over.set()
 
     def _ask(self) -> None:
-        told = False
+        warned = False
         nothing = subprocess.DEVNULL
         while not self.says_stop and not self._over.is_set():
             status: int | None = None
-            with suppress(subprocess.TimeoutExpired):  # no answer is none
+            with suppress(subprocess.TimeoutExpired):  # which does not mean: stop
                 status = subprocess.run(
                     self._command, shell=True, timeout=LIMIT_SECONDS, stdin=nothing, stdout=nothing, stderr=nothing
                 ).returncode
-            if status in NOT_RUN and not told:
-                told = True
+            if status in NOT_RUN and not warned:
+                warned = True
                 self._log(f"WARNING: --stop_when: the shell cannot run {self._command!r} (exit {status}); mend the command")
             self.says_stop = status == 0
             self._over.wait(POLL_SECONDS)

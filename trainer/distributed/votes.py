@@ -10,7 +10,7 @@ from trainer.distributed.control import Control
 from trainer.distributed.stopping import REQUESTS, StopReason, StopRequests
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepVotes:
     """The votes on one training step: one rank's, or their sum over all ranks."""
 
@@ -23,9 +23,9 @@ class StepVotes:
     read_failed: float
     """ranks that could not read their micro-batches"""
     replaced: float
-    """unreadable samples that others replace"""
+    """unreadable samples that another sample replaces"""
     saved: float
-    """ranks that have done their part of the save in flight"""
+    """ranks that have written their part of the save in flight"""
 
     def pack(self) -> list[float]:
         """As a list of numbers, to be summed over the ranks."""
@@ -61,7 +61,7 @@ class EvaluationVotes:
         self._pending = self._control.sum([*self._stops.votes(), float(error is not None)])
 
     def interrupted(self) -> bool:
-        """Whether a rank wants to stop. UserError if one could not read its batch."""
+        """Wait for all votes: whether a rank wants to stop. UserError if one could not read its batch."""
         *requests, failed = self._pending.wait()
         if failed:
             self._end_without_data(self._error)

@@ -1,1 +1,1 @@
-"""Exact evaluation: every sample once."""
+"""The objective (network and loss as one module), and evaluation in which every sample counts once."""

@@ -1,7 +1,8 @@
-"""What is compared: training steps on call, in interleaved rounds (A B B A ...), so that a slow moment meets all alike.
+"""Contenders, which take training steps on demand, and rounds of them in turn (A B B A ...), so that a slow moment affects all.
 
-Our loop, and the Trainer of transformers, call steps themselves. Each therefore lives in a thread of its own that stands still
-between its rounds; never do two threads work at once.
+Our loop and transformers' Trainer call their own steps. Each contender therefore runs in a thread of its own, which is blocked
+between its rounds; two threads never work at the same time. So does a bare loop, although it could do without: in the main
+thread, whose memory comes from another arena of malloc, the same step takes some 30 us longer on a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import queue
 import statistics
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,46 +22,16 @@ import torch
 
 from benchmarks.gpu_pieces.results import reason
 
-LAST_SECONDS = 15.0  # what a piece does after its rounds
+LAST_SECONDS = 15.0  # left for what a piece does after its rounds
 Within = Callable[[], AbstractContextManager[Any]]
 
 
-class Contender(ABC):
-    """Takes training steps when it is told to."""
-
-    @abstractmethod
-    def run(self, steps: int, within: Within = nullcontext) -> None:
-        """Take so many steps, inside the context that `within` makes (a profiler), in the thread that takes them."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of everything."""
-
-
-class BareSteps(Contender):
-    """A function that takes one step."""
-
-    def __init__(self, step: Callable[[], object]) -> None:
-        self.step: Callable[[], object] | None = step
-
-    def run(self, steps: int, within: Within = nullcontext) -> None:
-        """In this thread."""
-        assert self.step is not None
-        with within():
-            for _ in range(steps):
-                self.step()
-
-    def close(self) -> None:
-        """The step holds its model."""
-        self.step = None
-
-
 class Closed(BaseException):
-    """Raised inside a loop to end it: nothing that catches errors catches this."""
+    """Raised inside a loop to end it. No Exception, so that nothing in the loop catches it."""
 
 
-class OwnLoop(Contender):
-    """A loop that calls its own steps, in a thread. It has to call `step_done` after each of them."""
+class Contender:
+    """A training loop in a thread of its own, blocked between orders. The loop must call `step_done` after each step."""
 
     def __init__(self, loop: Callable[[], object]) -> None:
         self.loop: Callable[[], object] | None = loop
@@ -72,7 +42,7 @@ class OwnLoop(Contender):
         self.on_step: Callable[[], None] = lambda: None
 
     def run(self, steps: int, within: Within = nullcontext) -> None:
-        """Let the loop go on for so many steps. Raises what it raises."""
+        """Let the loop take so many steps, inside the context that `within` makes (a profiler). Raises what the loop raises."""
         self._orders.put((steps, within))
         if not self._thread.ident:
             self._thread.start()
@@ -81,14 +51,14 @@ class OwnLoop(Contender):
             raise error
 
     def close(self) -> None:
-        """End the loop where it stands."""
+        """End the loop at the step where it waits, and release it with what it holds: model, optimizer, data."""
         self._orders.put((0, nullcontext))
         if self._thread.ident:
             self._thread.join(60)
         self.loop = None
 
     def step_done(self) -> None:
-        """A step is over: go on, or stand still until the next order."""
+        """Called by the loop after each step. Blocks after the last step of an order until the next one."""
         self.on_step()
         self._left -= 1
         if self._left == 0:
@@ -97,6 +67,7 @@ class OwnLoop(Contender):
             self._wait()
 
     def _wait(self) -> None:
+        """Wait for the next order and enter its context. Raises Closed if it is to end."""
         self._left, within = self._orders.get()
         if self._left == 0:
             raise Closed
@@ -116,32 +87,55 @@ class OwnLoop(Contender):
         self._answers.put(error)
 
 
+class Steps(Contender):
+    """A loop that does nothing but call `step`."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        def loop() -> None:
+            while True:
+                step()
+                self.step_done()
+
+        super().__init__(loop)
+
+
+class StepsHere(Contender):
+    """The same in the thread that orders the steps, for CUDA graphs: torch keeps them for one thread alone."""
+
+    def run(self, steps: int, within: Within = nullcontext) -> None:
+        """Take so many steps; `loop` is one of them."""
+        assert self.loop is not None
+        with within():
+            for _ in range(steps):
+                self.loop()
+
+
 @dataclass
 class Rounds:
-    """What `interleave` has measured."""
+    """The measurements of `interleave`, by name of the contender."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """of a step, by contender, a number for each round"""
+    """seconds per step in each round"""
     peak_gib: dict[str, float] = field(default_factory=dict)
-    """GPU memory at its highest, what the other contenders hold left out"""
+    """peak GPU memory, without that of the other contenders"""
     failed: dict[str, str] = field(default_factory=dict)
-    """why in one line: an error itself would keep the tensors of its traceback"""
+    """the reason in one line; the error itself would keep the tensors of its traceback alive"""
 
     def median(self, name: str) -> float:
-        """Seconds of a step."""
+        """Median seconds per step."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, beside: str) -> float:
-        """How many times as long a step of `beside` takes: the median over pairs of the same round."""
+        """Seconds of a step of `beside` over those of `name`: the median over the rounds."""
         pairs = zip(self.seconds[name], self.seconds[beside], strict=True)
         return statistics.median(other / own for own, other in pairs)
 
     def notes(self) -> list[str]:
-        """Who is missing, and why."""
+        """A line for each contender that has failed."""
         return [f"{name}: {why}" for name, why in self.failed.items()]
 
     def spread(self) -> dict[str, list[float]]:
-        """{contender: [fastest, median, slowest] in ms}."""
+        """{contender: [fastest, median, slowest] in ms per step}."""
         return {
             name: [1000 * min(values), 1000 * statistics.median(values), 1000 * max(values)]
             for name, values in self.seconds.items()
@@ -157,11 +151,11 @@ def interleave(
     required: str = "",
     until: float = math.inf,
 ) -> Rounds:
-    """Make each contender and let it warm up (and compile); then rounds of `steps` steps of each in turn.
+    """Make each contender and let it warm up (and compile) for `warmup` steps; then `rounds` rounds of `steps` steps of each.
 
-    One that fails is left out of the rest, unless it is the `required` one, whose error is raised. `until`: the end on the
-    monotonic clock, before which fewer contenders, or fewer rounds, are what can still be had. On a CPU, which others may want
-    too, seconds are those of this process on it.
+    A contender that fails is left out of the rest, unless it is the `required` one, whose error is raised. `until`: a time on
+    the monotonic clock; to end before it, contenders that are made late and the last rounds are left out. On a CPU, seconds are
+    CPU time of this process, because other processes may use the cores too.
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     no_more_contenders = until - 0.4 * (until - time.monotonic())
@@ -207,7 +201,7 @@ def interleave(
         for number in range(rounds):
             if time.monotonic() > until - LAST_SECONDS and all(measured.seconds.values()):
                 break
-            for name in list(contenders)[:: -1 if number % 2 else 1]:  # so that none always follows the same one
+            for name in list(contenders)[:: -1 if number % 2 else 1]:  # turn round, so that none always follows the same one
                 attempt(name, lambda name=name: take_round(name))  # type: ignore[misc]
     finally:
         for contender in contenders.values():
@@ -218,7 +212,7 @@ def interleave(
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all its work."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -229,7 +223,7 @@ def allocated(device: torch.device) -> int:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Free GPU memory that nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A peer: transformers' Trainer, on its own GPT-2 or any model that answers `input_ids` and `labels` with a loss."""
+"""A peer: transformers' Trainer, on transformers' GPT-2 or any model that takes `input_ids` and `labels` and returns a loss."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_pieces.contenders import OwnLoop
+from benchmarks.gpu_pieces.contenders import Contender
 from benchmarks.gpu_pieces.nanogpt import Shape
 
 
 class Windows(torch.utils.data.Dataset):
-    """Windows of ids, end to end; the model shifts the labels itself."""
+    """Consecutive windows of a file of ids. Labels are the ids themselves, because transformers' models shift them."""
 
     def __init__(self, ids: Path, length: int) -> None:
         self.ids, self.length = np.memmap(ids, np.uint16, "r"), length
@@ -44,8 +44,8 @@ def hf_gpt2(shape: Shape) -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **tokens, use_cache=False))
 
 
-class HfTrainerLoop(OwnLoop):
-    """`Trainer.train`, told to stand still between rounds by a callback."""
+class HfTrainerLoop(Contender):
+    """`Trainer.train`, which a callback blocks between rounds."""
 
     def __init__(
         self, model: torch.nn.Module, length: int, batch_size: int, ids: Path, folder: Path, device: torch.device
@@ -78,7 +78,7 @@ class HfTrainerLoop(OwnLoop):
             disable_tqdm=True,
         )
         self.trainer: Any = Trainer(model=model, args=arguments, train_dataset=Windows(ids, length), callbacks=[Steps()])
-        # Its settings for Accelerate are kept in the environment, where the next trainer of this process would find them.
+        # It leaves settings for Accelerate in the environment, which the next trainer of this process would read.
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         super().__init__(self.trainer.train)

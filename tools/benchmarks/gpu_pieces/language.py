@@ -1,4 +1,4 @@
-"""Pieces (a) and (c): the two language models, in tokens per second."""
+"""Pieces (a) and (c): tokens per second of the two language models."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LARGEST_BATCH = 64
 
 
 class SyntheticGpt2(Gpt2Wikitext):
-    """The recipe, on blocks of random ids instead of text; GPT-2's vocabulary without its tokenizer."""
+    """The recipe on blocks of random ids instead of text, with the size of GPT-2's vocabulary but without its tokenizer."""
 
     def __init__(self, ids: Path, vocab_size: int = GPT2_VOCABULARY) -> None:
         super().__init__()
         self.ids, self.vocab_size = ids, vocab_size
 
     def build_data(self, config: Any) -> Data:
-        """Blocks of the file."""
+        """Training data of blocks of the file; no evaluation sets."""
         from recipes.data.text import Text, TokenSplit
         from recipes.data.token_samples import TokenBlocks
 
@@ -43,7 +43,7 @@ class SyntheticGpt2(Gpt2Wikitext):
 
 
 def gpt2(place: Place, batch_size: int, **values: Any) -> tuple[SyntheticGpt2, Any]:
-    """(recipe, configuration): 124M parameters, no dropout, compiled; small in a rehearsal."""
+    """(recipe, configuration) of GPT-2 124M without dropout, compiled; a small one in a rehearsal. `values`: other flags."""
     ids, vocab_size = place.folder / "gpt2.ids", place.size(GPT2_VOCABULARY, 300)
     if not ids.exists():
         random_ids(ids, place.size(20_000_000, 5000), vocab_size)
@@ -54,7 +54,7 @@ def gpt2(place: Place, batch_size: int, **values: Any) -> tuple[SyntheticGpt2, A
 
 
 def tinystories(place: Place, **values: Any) -> tuple[TinyStoriesLM, Any]:
-    """(recipe, configuration): its defaults, compiled; small in a rehearsal."""
+    """(recipe, configuration) of the defaults, compiled; small ones in a rehearsal. `values`: other flags."""
     ids = place.folder / "tinystories.ids"
     vocab_size = place.size(10_000, 60)
     if not ids.exists():
@@ -66,9 +66,9 @@ def tinystories(place: Place, **values: Any) -> tuple[TinyStoriesLM, Any]:
 
 
 def fitted_batch(place: Place) -> int:
-    """Samples of GPT-2 that fit the card beside the models of the peers, a multiple of 8.
+    """The batch size, a multiple of 8, with which GPT-2 fits the GPU's memory beside the models of the peers.
 
-    From the memory of two uncompiled steps, which take more than compiled ones.
+    Computed from the memory of uncompiled steps with two batch sizes; compiled steps take less.
     """
     if place.device.type != "cuda":
         return place.size(8, 2)
@@ -85,12 +85,12 @@ def fitted_batch(place: Place) -> int:
     free(place.device)
     a_sample = max(1.0, (peaks[1] - peaks[0]) / 4)
     total = torch.cuda.get_device_properties(place.device).total_memory
-    fitting = (0.85 * total - 4 * held) / a_sample
+    fitting = (0.85 * total - 5 * held) / a_sample
     return int(max(8, min(LARGEST_BATCH, 8 * math.floor(fitting / 8))))
 
 
 def piece_a(place: Place) -> Result:
-    """Tokens per second of GPT-2, MFU, memory; four ways in turn."""
+    """Tokens per second, MFU and memory of GPT-2 in four loops; with half the batch again after an out-of-memory error."""
     batch_size = fitted_batch(place)
     while True:
         try:
@@ -98,12 +98,12 @@ def piece_a(place: Place) -> Result:
         except torch.OutOfMemoryError:
             if batch_size <= 8:
                 raise
-        free(place.device)  # outside `except`, whose traceback holds the tensors
+        free(place.device)  # outside `except`, where the traceback still holds the tensors
         batch_size //= 2
 
 
 def measure_gpt2(place: Place, batch_size: int) -> Result:
-    """Piece (a) with this batch."""
+    """Piece (a) with a given batch size."""
     recipe, config = gpt2(place, batch_size)
     m = config.model
     peer_vocabulary = place.size(PADDED_VOCABULARY, 320)
@@ -112,6 +112,7 @@ def measure_gpt2(place: Place, batch_size: int) -> Result:
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: OurLoop(recipe, config, place.launch, place.new_folder()),
         "bare loop": lambda: bare_loop(recipe, config, place.launch),
+        "bare loop again": lambda: bare_loop(recipe, config, place.launch),
         "nanoGPT's arrangement": lambda: nanogpt_steps(shape, batch_size, recipe.ids, place.device),
         "HF Trainer": lambda: HfTrainerLoop(
             hf_gpt2(hf_shape), m.max_length, batch_size, recipe.ids, place.new_folder(), place.device
@@ -121,7 +122,7 @@ def measure_gpt2(place: Place, batch_size: int) -> Result:
 
 
 def piece_c(place: Place) -> Result:
-    """Tokens per second of the TinyStories default model."""
+    """Tokens per second, MFU and memory of the TinyStories default model in two loops."""
     recipe, config = tinystories(place)
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: OurLoop(recipe, config, place.launch, place.new_folder()),
@@ -134,7 +135,10 @@ def piece_c(place: Place) -> Result:
 def compare_tokens(
     place: Place, makers: dict[str, Callable[[], Contender]], recipe: Recipe, config: Any, tokens: int, goal: int
 ) -> Result:
-    """Rounds of all, and what a language model is asked for; `tokens` of a step, `goal` in tokens per second."""
+    """Interleave the contenders. Figures: tokens per second, MFU, memory, and ours over each other one.
+
+    `tokens`: tokens of a step. `goal`: tokens per second on an H100.
+    """
     result = Result()
     rounds, steps = place.size((7, 8), (2, 2))
     measured = interleave(makers, place.device, rounds, steps, warmup=place.size(5, 1), required="ours", until=place.until)

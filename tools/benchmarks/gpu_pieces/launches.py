@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from fault_injector import free_port
 
 from benchmarks.gpu_pieces.contenders import free
 from benchmarks.gpu_pieces.language import tinystories
@@ -23,7 +23,7 @@ LAUNCH_SECONDS = 150.0
 
 
 def launchers() -> dict[str, list[str]]:
-    """{name: the command before the script}, for one process each."""
+    """{name of a launch: the words before the script}; each starts one process."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
 
     def from_file(name: str) -> list[str]:
@@ -38,15 +38,11 @@ def launchers() -> dict[str, list[str]]:
     }
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 def piece_h(place: Place) -> Result:
-    """Every launch in processes of its own; in a rehearsal side by side, as nothing is measured there."""
+    """Losses and memory of each launch and precision, and how far the losses are from those of one process.
+
+    Launches run one after another; in a rehearsal, where time does not matter, all at once.
+    """
     result = Result()
     commands = launchers()
     if find_spec("deepspeed") is None:
@@ -56,17 +52,8 @@ def piece_h(place: Place) -> Result:
     def start(name: str) -> dict[str, dict[str, list[float]]] | str:
         precisions = place.size(["no", "bf16", "fp16"], ["no", "bf16"]) if name == "one process" else ["bf16"]
         answer = place.folder / f"{name}.json"
-        rehearsing = ["--rehearse"] if place.rehearse else []
-        script = [
-            str(ROOT / "tools" / "benchmark.py"),
-            "gpu",
-            "--launched",
-            str(answer),
-            "--precisions",
-            *precisions,
-            *rehearsing,
-        ]
-        return run_launch([*commands[name], *script], answer)
+        script = [str(ROOT / "tools" / "benchmark.py"), "gpu", "--launched", str(answer), "--precisions", *precisions]
+        return run_launch([*commands[name], *script, *(["--rehearse"] if place.rehearse else [])], answer)
 
     with ThreadPoolExecutor(place.size(1, len(commands))) as pool:
         answers = dict(zip(commands, pool.map(start, commands), strict=True))
@@ -95,11 +82,11 @@ def piece_h(place: Place) -> Result:
 
 
 def run_launch(command: list[str], answer: Path) -> dict[str, dict[str, list[float]]] | str:
-    """What the launch has written to `answer`, or in one line why it has not."""
+    """Run a launch. Returns the contents of the file `answer`, see `launched`; or in one line why it was not written."""
     outer = ("ACCELERATE_", "SLURM_", "PET_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     with answer.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
-        # In the session of this process, with which it ends; what the launcher has started ends with the launcher.
+        # In this process's session, so that it is killed with it; `die_with_launcher` ends the launcher's children.
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             code = process.wait(LAUNCH_SECONDS)
@@ -115,7 +102,10 @@ def run_launch(command: list[str], answer: Path) -> dict[str, dict[str, list[flo
 
 
 def launched(answer: Path, precisions: list[str], rehearse: bool) -> None:
-    """What a process of a launch does: so many steps in each precision; losses and memory into a JSON file."""
+    """In the process of a launch: take 20 steps (3 in a rehearsal) in each precision.
+
+    Writes {precision: {"losses": by step, "peak_gib": [GPU memory] or []}, or {"error": in one line}} to `answer`.
+    """
     from trainer.distributed.signals import die_with_launcher, leave
 
     die_with_launcher()
@@ -125,7 +115,7 @@ def launched(answer: Path, precisions: list[str], rehearse: bool) -> None:
     steps = place.size(20, 3)
     found: dict[str, dict[str, object]] = {}
     for precision in precisions:
-        # Learning begins at once, so that the curve has something to show.
+        # A short warm-up, so that the losses change within these few steps.
         recipe, config = tinystories(place, mixed_precision=precision, log_every=1, warmup_steps=2, compile="no")
         losses: list[float] = []
         free(launch.device)

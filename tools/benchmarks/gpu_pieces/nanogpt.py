@@ -1,7 +1,8 @@
-"""A peer of GPT-2's shape, arranged as nanoGPT arranges its training; written anew for this comparison.
+"""A peer: GPT-2 trained the way nanoGPT trains it, but written anew for this comparison.
 
-A vocabulary padded to 50,304, one matrix for queries, keys and values, flash attention, the whole model compiled, autocast to
-bf16, fused AdamW, windows at random starts of a memory-mapped file, the next batch fetched while the device computes.
+That is: a vocabulary padded to 50,304, one matrix for queries, keys and values, flash attention, the whole model compiled,
+autocast to bf16, fused AdamW, windows at random starts of a memory-mapped file, the next batch fetched while the device
+computes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_pieces.contenders import BareSteps
+from benchmarks.gpu_pieces.contenders import Steps
 
 PADDED_VOCABULARY = 50_304
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of GPT-2 124M."""
+    """Sizes of a GPT-2; the defaults are those of 124M parameters."""
 
     vocab_size: int = PADDED_VOCABULARY
     length: int = 1024
@@ -31,7 +32,7 @@ class Shape:
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and around a residual."""
+    """A pre-norm Transformer block: causal attention, then an MLP, each with a residual connection."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, time, width] -> the same."""
+        """x [batch, time, width] -> the same shape."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
@@ -49,7 +50,7 @@ class Layer(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Ids and the ids one further, each [batch, time] -> mean cross entropy."""
+    """A GPT-2 whose forward returns the loss."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """The loss."""
+        """ids and labels (the ids one position further), int64 [batch, time] each -> mean cross entropy."""
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for layer in self.layers:
             x = layer(x)
@@ -71,8 +72,8 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device, learning_rate: float = 6e-4) -> BareSteps:
-    """A step of it."""
+def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device, learning_rate: float = 6e-4) -> Steps:
+    """A contender that trains this GPT-2 on the uint16 ids of a file."""
     torch.manual_seed(0)
     model = Gpt(shape).to(device)
     groups = [
@@ -98,10 +99,10 @@ def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device
         inputs, labels = waiting
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = compiled(inputs, labels)
-        waiting = fetch()  # while the device works
+        waiting = fetch()  # while the device computes
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return BareSteps(step)
+    return Steps(step)

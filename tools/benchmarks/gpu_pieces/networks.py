@@ -21,15 +21,15 @@ from trainer.recipe import Data
 
 
 def pfn(place: Place, models: int = 0, **values: Any) -> tuple[PFNRaventos, Any]:
-    """(recipe, configuration): its defaults, compiled; `models` of them stacked, or one."""
+    """(recipe, configuration) of the defaults, compiled; `models`: how many are stacked (0: a single one)."""
     small = {"d_model": 16, "examples": 6, "task_size": 3, "d_vocab": 8, "batch_size": 4}
     pools = {"stack": tuple(2**i for i in range(models))} if models else {}
     return PFNRaventos(), configured(PFNRaventos(), **({"compile": "yes"} | place.size({}, small) | pools | values))
 
 
 def piece_d(place: Place) -> Result:
-    """Sixteen models as one network, beside one of them, compiled; both with CUDA graphs too, in a bare loop."""
-    # CUDA graphs are kept for the thread that imports this: let it be the one that the bare loops run in.
+    """A step of 16 models stacked in one network, beside 16 times a step of one; also with CUDA graphs, in a bare loop."""
+    # CUDA graphs work in the thread that imports this: import it in the thread that takes the steps of `StepsHere`.
     importlib.import_module("torch._inductor.cudagraph_trees")
     result, models = Result(), place.size(16, 3)
     one, stacked = pfn(place), pfn(place, models)
@@ -56,7 +56,7 @@ def piece_d(place: Place) -> Result:
 
 
 class ImagesOnDevice:
-    """Normal noise in the form of images, made once where the model is: the loader has no part in what is measured."""
+    """Normal noise in the shape of images that stays on the model's device, so that no loading is measured."""
 
     on_device = True
 
@@ -69,27 +69,27 @@ class ImagesOnDevice:
         return len(self.labels)
 
     def to(self, device: torch.device) -> None:
-        """Keep them there from now on."""
+        """Move all images and labels to the device."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """A slice from the first number on: an index would be copied to the device."""
+        """A slice that begins at the first number, because a list of indices would be copied to the device."""
         first = numbers[0] % max(1, len(self) - len(numbers) + 1)
         return {"images": self.images[first : first + len(numbers)], "labels": self.labels[first : first + len(numbers)]}
 
 
 class SyntheticVit(VitRelpos):
-    """The recipe, on images that are noise."""
+    """The recipe on images of noise."""
 
     def build_data(self, config: Any) -> Data:
-        """As many as four batches."""
+        """Training data of four batches; no evaluation sets."""
         side, classes = config.data.image_size, config.data.num_classes
         images = ImagesOnDevice(4 * config.optimisation.batch_size, side, classes)
         return Data(images, {}, fingerprint="noise", extra={"classes": [str(i) for i in range(classes)]})
 
 
 def vit(place: Place, relative: bool = True, **values: Any) -> tuple[SyntheticVit, Any]:
-    """(recipe, configuration): ViT-B/16 at 224 pixels without dropout, compiled."""
+    """(recipe, configuration) of ViT-B/16 at 224 pixels without dropout, compiled; a small ViT in a rehearsal."""
     base = {"d_model": 768, "num_layers": 12, "num_heads": 12, "image_size": 224, "num_classes": 1000, "batch_size": 128}
     small = {"d_model": 16, "num_layers": 2, "num_heads": 2, "image_size": 32, "num_classes": 5, "batch_size": 4}
     shared = {"patch_size": 16, "dropout": 0.0, "relative_position": relative, "compile": "yes"}
@@ -97,7 +97,7 @@ def vit(place: Place, relative: bool = True, **values: Any) -> tuple[SyntheticVi
 
 
 def piece_e(place: Place) -> Result:
-    """Images per second with relative position bias and without."""
+    """Images per second, MFU and memory with relative position bias and without."""
     result = Result()
     recipe, config = vit(place)
     with_bias, without = (recipe, config), vit(place, relative=False)
@@ -125,7 +125,8 @@ def piece_e(place: Place) -> Result:
 
 
 def collatz(place: Place, **values: Any) -> tuple[Any, Any]:
-    """(recipe, configuration): its defaults, compiled. ModuleNotFoundError without numba, which generates the numbers."""
+    """(recipe, configuration) of the defaults, compiled; small in a rehearsal. `values`: other flags. ModuleNotFoundError
+    without numba, which the generator of numbers needs."""
     import numba  # noqa: F401
 
     from recipes.collatz import Collatz
@@ -136,13 +137,14 @@ def collatz(place: Place, **values: Any) -> tuple[Any, Any]:
 
 
 def piece_f(place: Place) -> Result:
-    """Steps per second with the recipe's own number of data workers, the share of it spent waiting, and without workers."""
+    """Steps per second with the recipe's number of data workers, the share of the time spent waiting for them, and steps per
+    second of a bare loop that generates its batches itself."""
     from recipes.collatz import NUM_WORKERS
 
     result, workers = Result(), place.size(max(1, NUM_WORKERS), 1)
     recipe, config = collatz(place, num_workers=workers)
     stamps: list[tuple[float, float]] = []
-    """after each step: (the time, seconds waited for data so far)"""
+    """after each step: (the time, seconds spent waiting for data so far)"""
 
     def make() -> Contender:
         waited, loop = 0.0, OurLoop(recipe, config, place.launch, place.new_folder())
@@ -168,7 +170,7 @@ def piece_f(place: Place) -> Result:
     result.notes += measured.notes()
     for name in measured.seconds:
         result.add(f"{name}, steps/s", 1 / measured.median(name), "")
-    # Of the second half of each round: while the other one runs, the workers fill their queues.
+    # The second half of each round only: the workers have filled their queues while the other contender ran.
     halves = [(stamps[end - steps // 2 - 1], stamps[end - 1]) for end in range(warmup + steps, len(stamps) + 1, steps)]
     shares = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in halves]
     result.add("ours, time spent waiting for data", statistics.median(shares), "of it")

@@ -1,4 +1,4 @@
-"""Pieces (b) and (j): what the loop adds to a step, how often the host waits for the device, and where its time goes."""
+"""Pieces (b) and (j): what the loop adds to a step, how often the host waits for the device, and what the kernels take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def profiled(contender: Contender, device: torch.device, steps: int) -> list[Any]:
-    """Averages by name over so many steps, recorded in the thread that takes them."""
+    """The profiler's averages by name (`key_averages`) over `steps` steps, recorded in the thread that takes them."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     recorded: list[profile] = []
 
@@ -27,7 +27,7 @@ def profiled(contender: Contender, device: torch.device, steps: int) -> list[Any
         recorded.append(profile(activities=activities))
         return recorded[0]
 
-    with profile(activities=activities):  # it starts its library in the thread that imported torch, and takes its time
+    with profile(activities=activities):  # starts its library, which takes time, in the thread that imported torch
         wait_for(device)
     contender.run(steps, within)
     wait_for(device)
@@ -35,7 +35,7 @@ def profiled(contender: Contender, device: torch.device, steps: int) -> list[Any
 
 
 def piece_b(place: Place) -> Result:
-    """A model so small that the host is what takes the time: the loop beside a bare one, its waits and operations counted."""
+    """Our loop beside a bare one, on a model so small that the host limits the speed: time, waits and operations of a step."""
     result = Result()
     small = {"d_model": 128, "num_layers": 2, "num_heads": 2, "d_ff": 256, "batch_size": 8}
     recipe, config = tinystories(place, **place.size(small, {}), compile="no")
@@ -62,7 +62,7 @@ def piece_b(place: Place) -> Result:
         operations = sum(n for key, n in counts.items() if key.startswith("aten::"))
         result.add(f"{name}, operations", operations / steps, "a step")
         for wait in WAITS:
-            # The end of the profile itself waits for the device once.
+            # The profiler itself waits for the device once, at its end.
             result.add(f"{name}, {wait}", counts.get(wait, 0) / steps, "a step", "0" if name == "ours" else "")
         result.details[f"{name}: CUDA calls a step"] = {
             key: n / steps for key, n in sorted(counts.items()) if key.startswith(("cuda", "cuLaunch"))
@@ -71,7 +71,7 @@ def piece_b(place: Place) -> Result:
 
 
 def piece_j(place: Place) -> Result:
-    """The ten kernels (on a CPU: operations) of a GPT-2 step that take most, and the five that a bare loop's takes less of."""
+    """The ten kernels (on a CPU: operations) that take most of a GPT-2 step, and the five that exceed a bare loop's most."""
     result = Result()
     batch_size = int(place.results.figure("a", "batch") or place.size(32, 2))
     recipe, config = gpt2(place, batch_size)
@@ -89,19 +89,19 @@ def piece_j(place: Place) -> Result:
 
 
 def largest(values: dict[str, float], count: int) -> dict[str, float]:
-    """Those entries, the largest first."""
+    """The `count` largest entries, largest first."""
     return dict(sorted(values.items(), key=lambda entry: -entry[1])[:count])
 
 
 def kernels_ms(contender: Contender, place: Place) -> dict[str, float]:
-    """Milliseconds of a step by kernel (on a CPU: operation)."""
+    """{kernel (on a CPU: operation): milliseconds per step}. Closes the contender."""
     on_gpu, steps = place.device.type == "cuda", place.size(5, 2)
     contender.run(place.size(5, 1))
     averages = profiled(contender, place.device, steps)
     contender.close()
     free(place.device)
     if on_gpu:
-        # Without the ranges that annotations span, whose kernels would count twice.
+        # Without annotated ranges, which would count the kernels inside them twice.
         averages = [e for e in averages if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in averages}
     return {name: time_us / steps / 1000 for name, time_us in times.items()}

@@ -1,4 +1,4 @@
-"""Pieces (g) and (i): what a save costs, and whether a resumed run is the same to the bit."""
+"""Pieces (g) and (i): what a save costs, and whether a resumed run equals an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from trainer.recipe import Recipe
 
 
 def piece_g(place: Place) -> Result:
-    """GPT-2 saved while it trains: the steps with a save beside those without, and `save_file` of the same tensors."""
+    """How long a save holds up GPT-2's loop: steps with a save beside steps without, and `save_file` of the same tensors."""
     result = Result()
-    every, saves = place.size((110, 3), (3, 2))  # longer than writing takes, which the next save waits for
-    # Every step of the loop is waited for, so that the clock shows each one's own time.
+    every, saves = place.size((110, 3), (3, 2))  # so many steps take longer than a write, for which the next save would wait
+    # The clock is read once the device has done a step, so that it shows that step's own time.
     recipe, config = gpt2(place, place.size(8, 2), compile="no", save_every=every, keep_last=1)
     folder = place.new_folder()
     loop, stamps = OurLoop(recipe, config, place.launch, folder), list[float]()
@@ -38,9 +38,9 @@ def piece_g(place: Place) -> Result:
     loop.on_step = stamp
     assert loop.training is not None
     network, optimizer = loop.session.network, loop.session.backend.optimizer
-    loop.run(every * saves + 2)  # a save comes before the step after it
+    loop.run(every * saves + 2)  # a step is saved at the beginning of the next one
     seconds = [after - before for before, after in itertools.pairwise(stamps)]
-    # The interval that begins at stamp i - 1 holds the save of step i.
+    # The save of step i falls between the end of step i, stamps[i - 1], and that of step i + 1.
     with_save = [value for i, value in enumerate(seconds, start=1) if i % every == 0]
     without = [value for i, value in enumerate(seconds, start=1) if i % every and i > 1]
     stall = statistics.median(with_save) - statistics.median(without)
@@ -64,8 +64,8 @@ def piece_g(place: Place) -> Result:
 
 
 def piece_i(place: Place) -> Result:
-    """Runs that are stopped in the middle and go on from their checkpoint, beside ones that are not; with --deterministic."""
-    # Read when CUDA's libraries start; `set_up` sets it too, but in a run of several recipes not before the first.
+    """For each recipe, the share of tensor files that are equal after a resume from halfway; with --deterministic."""
+    # CUDA's libraries read it when they start. `set_up` sets it too, but for the second recipe that would be too late.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     result = Result()
     steps = place.size(12, 4)
@@ -91,14 +91,14 @@ def piece_i(place: Place) -> Result:
 
 
 def same_tensors(place: Place, recipe: Recipe, config: Any) -> tuple[int, list[str]]:
-    """(how many tensor files of the last checkpoint are the same, the names of those that are not) after a resume halfway."""
+    """Train straight through, and again from the checkpoint of halfway. Returns (number of tensor files of the last checkpoint
+    that are equal, names of those that are not)."""
     middle, last = config.run.save_every, config.optimisation.max_steps
 
     def train(checkpoint: Path | None) -> Path:
         folder = place.new_folder()
         loop = OurLoop(recipe, config, place.launch, folder, checkpoint)
-        # The loop ends by itself, having saved its last step.
-        loop.run(last + 1)
+        loop.run(last + 1)  # one more than it has, so that it saves its last step and ends by itself
         loop.close()
         return folder / "checkpoints"
 

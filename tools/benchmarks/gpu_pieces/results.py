@@ -1,4 +1,4 @@
-"""What the pieces give: figures, kept in one JSON file as they come, and the table that is printed of them."""
+"""The results of the pieces: figures, the JSON file that they are written to one by one, and the printed table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TITLES = {
 
 @dataclass
 class Figure:
-    """A number of the table."""
+    """A line of the table."""
 
     name: str
     value: float
@@ -37,13 +37,13 @@ class Figure:
 
 @dataclass
 class Result:
-    """Of one piece."""
+    """The result of one piece."""
 
     figures: list[Figure] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    """what does not fit a table: curves, spreads, kernels"""
+    """JSON values that do not fit the table: curves, spreads, kernels"""
     notes: list[str] = field(default_factory=list)
-    """what could not be measured, and why"""
+    """lines on what could not be measured, and why"""
     error: str = ""
 
     def add(self, name: str, value: float, unit: str, goal: str = "") -> None:
@@ -58,7 +58,7 @@ class ResultFile:
         self.path = path
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """{piece: its result}; empty where there is no file yet."""
+        """{piece: its result}; empty if there is no file yet."""
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def write(self, piece: str, result: Result, **facts: Any) -> None:
@@ -67,18 +67,18 @@ class ResultFile:
         self._replace({letter: everything[letter] for letter in TITLES if letter in everything})
 
     def drop(self, piece: str) -> None:
-        """Forget a result, so that it is measured again."""
+        """Remove the result of a piece, so that it is measured again."""
         self._replace({letter: result for letter, result in self.read().items() if letter != piece})
 
     def _replace(self, results: dict[str, dict[str, Any]]) -> None:
-        """A kill at any moment leaves the old file or the new one."""
+        """Write the file atomically."""
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
 
     def figure(self, piece: str, name: str) -> float | None:
-        """A figure that an earlier piece has measured."""
+        """The value of a figure that an earlier piece has measured; None without it."""
         figures = self.read().get(piece, {}).get("figures", [])
         return next((figure["value"] for figure in figures if figure["name"] == name), None)
 
@@ -98,13 +98,13 @@ def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def number(value: float) -> str:
-    """Four digits, without powers of ten where a person reads it as well."""
+    """Four significant digits; from 1000 on all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 @contextmanager
 def noting(result: Result, what: str) -> Iterator[None]:
-    """Turn what fails inside into a note, so that the rest of a piece goes on."""
+    """Turn an error inside into a note, so that the piece goes on."""
     try:
         yield
     except Exception as error:
@@ -112,7 +112,7 @@ def noting(result: Result, what: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line; a package that is not installed by its name."""
+    """An error in one line; for a missing package its name."""
     if isinstance(error, ModuleNotFoundError):
         return f"needs {error.name}, which is not installed"
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]

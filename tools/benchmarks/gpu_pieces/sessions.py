@@ -1,4 +1,4 @@
-"""The trainer's own loop, and a bare loop of the same network, as contenders; and the recipes on data made on the spot."""
+"""Two contenders, the trainer's loop and a bare loop of the same network; and where and with what configuration they run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, OwnLoop
+from benchmarks.gpu_pieces.contenders import Contender, Steps, StepsHere
 from benchmarks.gpu_pieces.results import ResultFile
 from trainer.backends import backend_of
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -44,48 +44,48 @@ QUIET: dict[str, Any] = {
     "max_training_hours": None,
     "max_steps": 1_000_000,
 }
-"""nothing but training, without end"""
+"""flags for training without end, evaluation, saves or reports"""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a piece runs."""
+    """Where a piece runs, and how long it may take."""
 
     launch: Launch
     folder: Path
     """for its files; removed afterwards"""
     results: ResultFile
     rehearse: bool
-    """everything small, on a CPU"""
+    """whether everything is small and on a CPU"""
     until: float = math.inf
-    """when the process is ended, on the monotonic clock"""
+    """time on the monotonic clock at which the process will be killed"""
 
     @property
     def device(self) -> torch.device:
-        """The one that is measured."""
+        """The device that is measured."""
         return self.launch.device
 
     def size(self, real: T, rehearsed: T) -> T:
-        """One of the two."""
+        """`rehearsed` in a rehearsal, else `real`."""
         return rehearsed if self.rehearse else real
 
     def new_folder(self) -> Path:
-        """An empty one."""
+        """A path in `folder` that does not exist yet."""
         return next(path for number in itertools.count() if not (path := self.folder / f"run{number}").exists())
 
 
 @functools.cache
 def connected(rehearse: bool) -> Launch:
-    """This process's launch; once."""
+    """This process's launch; processes are connected at the first call."""
     import os
 
     return connect("cpu" if rehearse else "auto", 5.0, backend_of(os.environ).before_connect)
 
 
 def configured(recipe: Recipe, **values: Any) -> Any:
-    """The recipe's default configuration with these values, by the names of the flags; TypeError for one it does not have.
+    """The recipe's default configuration with QUIET and `values`, {name of a flag: value}. TypeError for an unknown flag.
 
-    Without the command line, whose library need not be there.
+    It is built without the command line, because its library may not be installed.
     """
     config, values = recipe.config_class(), QUIET | values
     for section in dataclasses.fields(config):
@@ -98,20 +98,20 @@ def configured(recipe: Recipe, **values: Any) -> Any:
 
 
 class StepWatch(TimeLimit):
-    """No limit; the loop tells it of every step."""
+    """No limit; calls `step_done` after each step of the loop."""
 
     def __init__(self, step_done: Callable[[], None]) -> None:
         super().__init__(None, time.monotonic())
         self._step_done = step_done
 
     def record_step(self, seconds: float) -> None:
-        """Called at the end of each step."""
+        """Called by the loop at the end of each step."""
         super().record_step(seconds)
         self._step_done()
 
 
-class OurLoop(OwnLoop):
-    """`trainer.loop.Training`, set up by `trainer.setup.set_up` as for any run; no evaluation, nothing printed."""
+class OurLoop(Contender):
+    """`trainer.loop.Training`, set up by `trainer.setup.set_up` like any run, but without evaluation and output."""
 
     def __init__(self, recipe: Recipe, config: Any, launch: Launch, folder: Path, checkpoint: Path | None = None) -> None:
         saved = Checkpoint(checkpoint) if checkpoint else None
@@ -126,7 +126,7 @@ class OurLoop(OwnLoop):
 
     @property
     def session(self) -> Session:
-        """What the loop works with."""
+        """The session of the loop."""
         assert self.training is not None
         return self.training.session
 
@@ -137,9 +137,9 @@ class OurLoop(OwnLoop):
 
 
 def bare_loop(recipe: Recipe, config: Any, launch: Launch, compile_mode: str | None = "default") -> Contender:
-    """The same network, loss, batches and optimizer in the shortest loop that trains: what any trainer is measured against.
+    """The shortest loop that trains the same network with the same loss, batches and optimizer: the yardstick for ours.
 
-    `compile_mode` None: not compiled.
+    `compile_mode`: of torch.compile; None: not compiled.
     """
     o, device = config.optimisation, launch.device
     data = recipe.build_data(config)
@@ -167,11 +167,11 @@ def bare_loop(recipe: Recipe, config: Any, launch: Launch, compile_mode: str | N
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return BareSteps(step)
+    return StepsHere(step) if compile_mode == "reduce-overhead" else Steps(step)
 
 
 def random_ids(path: Path, count: int, vocab_size: int) -> Path:
-    """A file of so many uint16 ids, small ones likelier, so that there is something to learn."""
+    """Write `count` random uint16 ids below `vocab_size`; small ones are likelier, so that there is something to learn."""
     random = np.random.default_rng(0)
     ids = np.minimum(random.integers(0, vocab_size, count), random.integers(0, vocab_size, count))
     ids.astype(np.uint16).tofile(path)
