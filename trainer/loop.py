@@ -212,8 +212,7 @@ class Training:
         epochs, every_epochs = self.session.epochs, self.run_config.eval_epochs
         if not self.session.data.evaluation or not (every or every_epochs):
             return False
-        reason = self.end_reason()
-        if reason is not None and reason.finished:
+        if (reason := self.end_reason()) and reason.finished:
             # Its metrics go into the final report; a launch that was killed since the evaluation has taken them with it.
             return state.evaluated_step != state.step or not self.last_evaluation
         epoch_ended = every_epochs and epochs(state.step - 1) // every_epochs < epochs(state.step) // every_epochs
