@@ -58,7 +58,7 @@ def user_error(error: BaseException) -> UserError | None:
 
 
 def text_of(error: BaseException) -> str:
-    """An error in words: the message of a UserError, and before any other its type."""
+    """An error as text: the message of a UserError, type and message of any other."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 

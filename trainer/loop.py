@@ -69,7 +69,6 @@ class Training:
             self.state.data_changes.append((self.state.step, saved_with))
         self.weighted_counts: list[float] = []
         self.bad_steps = BadSteps(self.state.bad_steps, self.state.bad_steps_in_a_row)
-        self.warned_of_bad_step = False
         self.logger = MetricsLogger(session, self.state, trackers, console, alerts)
         self.saver = Saver(session, plan, self.state, self.logger, self.time_limit)
         self.last_evaluation: dict[str, float] = {}
@@ -198,7 +197,8 @@ class Training:
         if item_counts != self.weighted_counts:
             weights, factor = self.session.loss_weights, self.backend.gradient_divisor
             per_item = [factor * weights[term] / max(count, 1.0) for term, count in zip(self.terms, item_counts, strict=True)]
-            self.weighted_counts, self.weights = item_counts, torch.tensor(per_item).to(self.launch.device, non_blocking=True)
+            self.weighted_counts = item_counts
+            self.weights = torch.tensor(per_item).to(self.launch.device, non_blocking=True)
         return self.weights
 
     def end_reason(self) -> StopReason | None:
@@ -212,8 +212,7 @@ class Training:
         epochs, every_epochs = self.session.epochs, self.run_config.eval_epochs
         if not self.session.data.evaluation or not (every or every_epochs):
             return False
-        reason = self.end_reason()
-        if reason is not None and reason.finished:
+        if (reason := self.end_reason()) and reason.finished:
             # Its metrics go into the final report; a launch that was killed since the evaluation has taken them with it.
             return state.evaluated_step != state.step or not self.last_evaluation
         epoch_ended = every_epochs and epochs(state.step - 1) // every_epochs < epochs(state.step) // every_epochs
@@ -292,9 +291,8 @@ class Training:
 
     def check_bad_steps(self) -> None:
         """Warn of this launch's first step with a non-finite gradient; end the run after too many in a row."""
-        if (step := self.bad_steps.last_step) and not self.warned_of_bad_step:
-            self.warned_of_bad_step = True
-            self.logger.announce("bad step", f"WARNING: the gradient of step {step:,} was not finite; it changed no weight")
+        if warning := self.bad_steps.take_warning():
+            self.logger.announce("bad step", warning)
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
             self.settle()  # or the checkpoint in flight would be lost
             raise self.bad_steps.too_many()

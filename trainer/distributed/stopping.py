@@ -117,7 +117,9 @@ class StopRequests:
     @staticmethod
     def decide(summed: Sequence[float]) -> StopReason | None:
         """The first of REQUESTS with a vote, from the votes summed over all ranks; None: go on."""
-        return next((reason for reason, votes in zip(REQUESTS, summed, strict=True) if votes > 0), None)
+        if not any(summed):
+            return None
+        return next((reason for reason, votes in zip(REQUESTS, summed, strict=True) if votes > 0))
 
     def any_requested(self) -> bool:
         """Whether this rank has to stop now."""

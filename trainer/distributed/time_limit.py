@@ -80,7 +80,7 @@ class TimeLimit:
         """Whether no more time is left than the end of the process takes; `save`: and, before it, a step and a save."""
         self._measure_slowdown()
         exit_seconds = self._exit_seconds + (self._slowdown - 1.0) * EXIT_PROCESSOR_SECONDS
-        return self.seconds_left() <= exit_seconds + (self._step_and_save_seconds() if save else 0.0)
+        return self._end - time.monotonic() <= exit_seconds + (self._step_and_save_seconds() if save else 0.0)
 
     def over_before_the_first_step(self) -> str:
         """The line to print where it ends the launch before the first step."""

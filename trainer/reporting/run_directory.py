@@ -72,50 +72,56 @@ class RunDirectory:
         self._made: list[Path] = []
         self._locks: list[Lock] = []
 
-    def prepare(self) -> None:
-        """Make the folders, and try to write into them. UserError (exit code 5) if that fails, or if a pipe or folder has the
-        name of one of the run's files."""
-        for folder in (self.path, self.checkpoints):
-            flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
-            try:
-                str(folder).encode()
-                _check_links(folder, flag)
-                missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                self._made += missing
-                probe = folder / f".writable.{os.getpid()}"
-                write_text_atomic(probe, "x")
-                probe.unlink()
-            except UnicodeEncodeError:  # safetensors writes to such a path, but cannot read from it
-                message = f"{str(folder)!a} is not UTF-8; choose another folder with {flag}"
-                raise UserError(message, CHECKPOINT) from None
-            except OSError as error:
-                why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
-                message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
-                raise UserError(message, CHECKPOINT) from None
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Make the folders, try to write into them, and lock both, as another run's `--checkpoint_dir` may be the same.
+
+        UserError (exit code 5) if that fails, or if a pipe or folder has the name of one of the run's files; exit code 2 if
+        another run holds a lock. Call `release` afterwards in any case.
+        """
+        for folder in (self.path, self.checkpoints):  # makes the second only once the first is locked
+            self._make(folder)
+            if folder.resolve() not in (lock.path.parent for lock in self._locks):
+                self._locks.append(Lock(folder.resolve(), log))
+                self._locks[-1].acquire()
         for file in (self.config, self.command, self.environment, self.metrics, self.log, self.status):
             if file.is_fifo() or file.is_socket() or file.is_dir():  # opening a pipe may block for ever
                 raise UserError(f"{file} is not an ordinary file; remove it, or choose another --output_dir", CHECKPOINT)
 
-    def lock(self, log: Callable[[str], None]) -> None:
-        """Keep other runs out of both folders: another run's `--checkpoint_dir` may be the same. UserError if one is in use."""
-        self._locks = [Lock(folder, log) for folder in dict.fromkeys(f.resolve() for f in (self.path, self.checkpoints))]
-        for lock in self._locks:
-            lock.acquire()
+    def _make(self, folder: Path) -> None:
+        flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
+        try:
+            str(folder).encode()
+            for link in (folder, *folder.parents):
+                if link.is_symlink() and not link.exists():
+                    way_out = f"mount or make that, or choose another with {flag}"
+                    target = os.readlink(link)
+                    raise UserError(f"{link} is a link to {target}, which does not exist; {way_out}", CHECKPOINT)
+            missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made += missing
+            probe = folder / f".writable.{os.getpid()}"
+            write_text_atomic(probe, "x")
+            probe.unlink()
+        except UnicodeEncodeError:  # safetensors writes to such a path, but cannot read from it
+            message = f"{str(folder)!a} is not UTF-8; choose another folder with {flag}"
+            raise UserError(message, CHECKPOINT) from None
+        except OSError as error:
+            why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+            message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
+            raise UserError(message, CHECKPOINT) from None
 
     def release(self, used: bool = True) -> None:
         """Release the locks. If nothing was written (not `used`), first remove the folders that `prepare` has made, so that a
         typing error leaves no run behind."""
         locks = {lock.path for lock in self._locks if lock.held}
-        # Without both locks another run may use the folders, even if this one has made them.
-        removable = self._made if not used and all(lock.held for lock in self._locks) else ()
-        for folder in sorted(removable, key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # not empty: it holds files of another run
+        for folder in sorted(() if used else self._made, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty: at least the lock of another run is in it
                 if locks.issuperset(folder.iterdir()):
                     (folder / Lock.NAME).unlink(missing_ok=True)
                 folder.rmdir()
         for lock in self._locks:
             lock.release()
+        self._locks.clear()
 
     def begin(self, step: int, restarted: bool) -> None:
         """Count the launches in a row that saved nothing after `step`, where this one begins. A launch that is no automatic
@@ -162,14 +168,6 @@ class RunDirectory:
         facts |= {"cpu_count": os.cpu_count(), "git_commit": _git_commit(), "python": platform.python_version()}
         facts |= {package: _version(package) for package in PACKAGES} | extra
         write_text_atomic(self.environment, redact_text(json.dumps(facts, indent=2, default=str)) + "\n")
-
-
-def _check_links(folder: Path, flag: str) -> None:
-    """UserError if `folder`, or a folder above it, is a link to something that does not exist."""
-    for link in (folder, *folder.parents):
-        if link.is_symlink() and not link.exists():
-            way_out = f"mount or make that, or choose another with {flag}"
-            raise UserError(f"{link} is a link to {os.readlink(link)}, which does not exist; {way_out}", CHECKPOINT)
 
 
 def _version(package: str) -> str | None:
