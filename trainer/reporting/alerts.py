@@ -55,7 +55,9 @@ class WebhookAlerts(Alerts):
 
     def send(self, event: str, text: str, **facts: Fact) -> None:
         """See `Alerts`. If the queue is full the oldest alert is dropped, as the latest matters most."""
-        text = redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()  # no surrogates, as of odd paths
+        text = (
+            redact_text(f"[{self._title}] {text}").encode(errors="replace").decode()
+        )  # lone surrogates (of odd paths) become ?
         text = text if len(text) <= TEXT_CHARACTERS else text[: TEXT_CHARACTERS - 4] + " ..."
         self._last = self._webhook.body(text, {"event": event, "run": self._title, **facts})
         self._put(self._last)

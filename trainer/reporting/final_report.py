@@ -33,7 +33,7 @@ def report_end(
         log("Target loss reached!")
     log(ending)
     logger.alerts.send(state, ending, step=step, reason=reason, loss=logger.state.train_loss)
-    if not reason.finished and not logger.session.config.run.fast_dev_run:  # whose folder is thrown away
+    if not reason.finished and not logger.session.config.run.fast_dev_run:  # its folder is deleted
         flags = ("--resume_from", stays_rolled_back), ("--stop_at_step", reason == StopReason.STOP_AT_STEP)
         without = " and ".join(flag for flag, applies in flags if applies)
         log(f"{f'Without {without} the' if without else 'The'} same command continues this run.")

@@ -45,7 +45,7 @@ class WandbRun:
         if not run_id:
             run_id = secrets.token_hex(4)
             where.id_file.write_text(run_id)
-        # `console="off"`: W&B leaves stdout and stderr alone, whose lines are in train.log.
+        # `console="off"`: W&B need not capture what is printed, which is in train.log.
         start = functools.partial(
             wandb.init, project=where.project, group=where.group, name=where.run_name, id=run_id, resume="allow",
             dir=str(where.directory), config=config, allow_val_change=True,
