@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, Union
 
 from trainer.command_line.sections import Optimisation, Run
+from trainer.optimisation import schedule as schedules
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,9 +108,7 @@ class Report(Generic[ConfigT]):
 
     def schedule(self, config: ConfigT) -> str:
         """A description of the learning-rate schedule, printed at start."""
-        from trainer.optimisation.schedule import described
-
-        return described(config.optimisation)
+        return schedules.described(config.optimisation)
 
     def start_lines(self, step: int, total_steps: int, device: str, parameters: int, trained: int) -> list[str]:
         """Lines to print before the first step of a launch, step + 1; `trained`: how many of the parameters are trained."""
@@ -253,19 +252,15 @@ class Recipe(Generic[ConfigT]):
 
     def learning_rate(self, step: int, total_steps: int, config: ConfigT) -> float:
         """Learning rate of optimizer step `step` (1 .. total_steps). Default: linear warm-up, cosine to `min_lr`."""
-        from trainer.optimisation.schedule import warmup_cosine
-
         o = config.optimisation
-        return warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
+        return schedules.warmup_cosine(step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr)
 
     def scheduled_rate(self, step: int, total_steps: int, config: ConfigT) -> float:
         """The learning rate of a step: that of `--schedule`, or `learning_rate` by default."""
-        from trainer.optimisation.schedule import named
-
         o = config.optimisation
         if o.schedule == "recipe":
             return self.learning_rate(step, total_steps, config)
-        return named(o.schedule, step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr, o.cooldown_fraction)
+        return schedules.named(o.schedule, step, total_steps, o.warmup_steps, o.learning_rate, o.min_lr, o.cooldown_fraction)
 
     # ---- kept with the weights
 

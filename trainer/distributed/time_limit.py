@@ -78,6 +78,8 @@ class TimeLimit:
 
     def requires_stop(self, save: bool) -> bool:
         """Whether no more time is left than the end of the process takes; `save`: and, before it, a step and a save."""
+        if self._end == math.inf:
+            return False
         self._measure_slowdown()
         exit_seconds = self._exit_seconds + (self._slowdown - 1.0) * EXIT_PROCESSOR_SECONDS
         return self._end - time.monotonic() <= exit_seconds + (self._step_and_save_seconds() if save else 0.0)
