@@ -71,8 +71,8 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     """Choose the device and make the process group, over the store of `meeting` (None: a single process)."""
     from accelerate import PartialState
 
-    on_cpu = _is_cpu(device, one_process=meeting is None)
-    # torch 2.13 deprecates this argument of DDP; torch 2.11 knows no other name for it, and Accelerate passes it.
+    on_cpu = _uses_cpu(device, one_process=meeting is None)
+    # torch 2.13 has renamed this argument of DDP; Accelerate passes the old name, the only one that torch 2.11 knows.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     # `srun` and `mpirun` do not set it; the number of threads is printed with the launch.
     warnings.filterwarnings("ignore", category=UserWarning, message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
@@ -98,7 +98,7 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     return Launch(*place, control, store, restarted)
 
 
-def _is_cpu(device: str, one_process: bool) -> bool:
+def _uses_cpu(device: str, one_process: bool) -> bool:
     """Whether `--device` means the CPU here. UserError for a GPU that is not there, or not for several processes."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu")
