@@ -172,15 +172,19 @@ class FinetuneLM(Recipe[Config]):
 
     def items(self, batch: Batch) -> dict[str, int]:
         """The number of predicted tokens: neither prompts nor padding."""
-        return {"next_token": int((batch["labels"] != -100).sum())}
+        from recipes.data.token_samples import IGNORED
+
+        return {"next_token": int((batch["labels"] != IGNORED).sum())}
 
     def loss(self, network: Any, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy, summed in fp32. Padding needs no mask: it is on the right, where causal attention never looks."""
         from torch.nn.functional import cross_entropy
 
+        from recipes.data.token_samples import IGNORED
+
         inputs = {name: values for name, values in batch.items() if name != "labels"}
         logits = network(**inputs, use_cache=False).logits.flatten(0, 1).float()
-        return {"next_token": cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100, reduction="sum")}
+        return {"next_token": cross_entropy(logits, batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")}
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity per predicted token."""

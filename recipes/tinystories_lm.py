@@ -237,7 +237,7 @@ class TinyStoriesLM(Recipe[Config]):
 
 def _labels(batch: Batch) -> Tensor:
     """The id after each input [batch, length]; IGNORED past the end of the file and, with a document mask, where one begins."""
-    from recipes.models.next_token_loss import IGNORED
+    from recipes.data.token_samples import IGNORED
 
     labels = batch["tokens"][:, 1:]
     return labels.masked_fill(batch["positions"][:, 1:] == 0, IGNORED) if "positions" in batch else labels

@@ -6,7 +6,6 @@ As a script: the recipe of this file, for the launches below.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
 import os
@@ -29,10 +28,11 @@ import yaml
 from launching import ROOT, environment, free_port, run
 from toy_recipe import Config, ToyRecipe
 
+from trainer import launched_run
 from trainer.command_line import config as configuration
 from trainer.command_line.webhook import VARIABLE, Webhook
-from trainer.distributed import stopping
 from trainer.distributed.launch import connect
+from trainer.distributed.time_limit import EXIT_SECONDS, TimeLimit
 from trainer.errors import BAD_INPUT, NOT_FINITE, UserError
 from trainer.main import main, train
 from trainer.recipe import Report
@@ -472,21 +472,18 @@ def test_a_webhook_that_hangs_slows_nothing_and_delays_the_end_a_little(
 
 
 def test_the_time_limit_counts_the_last_alerts(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long the end of the process may take is what `test_stopping.py` sees the limit leave room for."""
+    """How long the end of the process may take is what `test_time_limit.py` sees the limit leave room for."""
     monkeypatch.setattr(WebhookAlerts, "exit_seconds", 2.0)
-    exit_seconds, original = [], stopping.StopRequests.__init__
+    exit_seconds: list[float] = []
 
-    def record_exit_seconds(*args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments["run"] is not None:  # the one for the training
-            exit_seconds.append(bound.arguments["exit_seconds"])
-        original(*args, **kwargs)
+    def record_exit_seconds(hours: float, started: float, slurm_seconds: float | None, seconds: float) -> TimeLimit:
+        exit_seconds.append(seconds)
+        return TimeLimit(hours, started, slurm_seconds, seconds)
 
-    monkeypatch.setattr(stopping.StopRequests, "__init__", record_exit_seconds)
+    monkeypatch.setattr(launched_run, "TimeLimit", record_exit_seconds)
     assert trained(tmp_path, "--max_training_hours", "1", "--stop_at_step", "1") == "stop_at_step"
     assert trained(tmp_path, "--max_training_hours", "1", "--alert_webhook", receiver.url) == "last step"
-    assert exit_seconds == [stopping.EXIT_SECONDS, stopping.EXIT_SECONDS + 2.0]
+    assert exit_seconds == [EXIT_SECONDS, EXIT_SECONDS + 2.0]
 
 
 # The secret

@@ -109,6 +109,12 @@ def test_what_cannot_be_known_is_not_said_and_harms_nothing(
     assert caplog.messages == ["of later"]
 
 
+def test_what_comes_before_values_are_needed_is_named() -> None:
+    """As in a mixture of experts, whose router comes after attention."""
+    expected = "flash in the first layers; the others depend on values"
+    assert kernels_of(nn.Sequential(Causal(), ByValue())) == expected
+
+
 @pytest.mark.filterwarnings("error:.*flex_attention called without torch.compile")
 def test_flex_attention_is_still_compiled_afterwards() -> None:
     """Called on shapes alone, its compiled form would be kept as one that cannot be compiled."""
@@ -119,7 +125,7 @@ def test_flex_attention_is_still_compiled_afterwards() -> None:
             return causal_attention(q, q, q, block_mask(torch.zeros(x.shape[:2], dtype=torch.long))) + self.qkv.bias.sum()
 
     network = Documents()
-    kernels_of(network, time=128)
+    assert kernels_of(network, time=128) == "FlexAttention"
     x = torch.randn(2, 128, 16)
     q = network.qkv(x)[:, None, :, :16]
     torch.testing.assert_close(network(x), causal_attention(q, q, q) + network.qkv.bias.sum())

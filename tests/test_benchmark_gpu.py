@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import gpu
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, OwnLoop, interleave
+from benchmarks.gpu_pieces.contenders import Contender, Steps, StepsHere, interleave
 from benchmarks.gpu_pieces.results import TITLES, Result, ResultFile, table
 from launching import ROOT, environment
 
@@ -127,13 +127,13 @@ def test_ended_in_the_middle_it_ends_what_it_has_started(tmp_path: Path) -> None
 
 def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
     taken: list[str] = []
-    threads: dict[str, set[int]] = {"ours": set(), "peer": set()}
+    threads: dict[str, set[int]] = {"ours": set(), "peer": set(), "peer here": set()}
 
     def note(name: str) -> None:
         taken.append(name)
         threads[name].add(threading.get_ident())
 
-    class Loop(OwnLoop):
+    class Loop(Contender):
         def __init__(self) -> None:
             super().__init__(self.train)
 
@@ -151,15 +151,19 @@ def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
 
     makers: dict[str, Callable[[], Contender]] = {
         "ours": Loop,
-        "peer": lambda: BareSteps(lambda: note("peer")),
-        "broken": lambda: BareSteps(broken),
+        "peer": lambda: Steps(lambda: note("peer")),
+        "peer here": lambda: StepsHere(lambda: note("peer here")),
+        "broken": lambda: Steps(broken),
         "missing": missing,
     }
     measured = interleave(makers, CPU, rounds=2, steps=2, warmup=1, required="ours")
-    assert taken == ["ours", "peer", *["ours"] * 2, *["peer"] * 4, *["ours"] * 2]  # each in turn, then the other way round
-    assert threads["peer"] == {threading.get_ident()}
-    assert len(threads["ours"]) == 1
-    assert {name: len(values) for name, values in measured.seconds.items()} == {"ours": 2, "peer": 2}
+    names = ["ours", "peer", "peer here"]
+    turns = [name for name in [*names, *reversed(names)] for _ in range(2)]
+    assert taken == [*names, *turns]  # to warm up, then in turn, then the other way round
+    assert threads["peer here"] == {threading.get_ident()}
+    assert [len(ids) for ids in threads.values()] == [1, 1, 1]
+    assert len(set.union(*threads.values())) == 3
+    assert {name: len(values) for name, values in measured.seconds.items()} == dict.fromkeys(names, 2)
     assert measured.notes() == ["missing: needs lost, which is not installed", "broken: RuntimeError: out of memory"]
 
 
@@ -168,7 +172,7 @@ def test_what_a_loop_raises_reaches_who_waits_for_it() -> None:
         raise ValueError("no such batch")
 
     with pytest.raises(ValueError, match="no such batch"):
-        interleave({"ours": lambda: OwnLoop(loop)}, CPU, rounds=1, steps=1, warmup=1, required="ours")
+        interleave({"ours": lambda: Contender(loop)}, CPU, rounds=1, steps=1, warmup=1, required="ours")
 
 
 def test_what_is_missing_or_has_failed_is_measured_until_the_time_is_over(

@@ -22,15 +22,15 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
     return {name: counted(makers[name]()) for name in ("ours", "bare", "Accelerate")}
 
 
-def test_the_loop_adds_at_most_eight_operations_to_a_step(counts: dict[str, Counts]) -> None:
+def test_the_loop_adds_at_most_four_operations_to_a_step(counts: dict[str, Counts]) -> None:
     assert counts["bare"].operations > 500
-    assert counts["ours"].operations - counts["bare"].operations <= 8
+    assert counts["ours"].operations - counts["bare"].operations <= 4
     assert counts["ours"].operations < counts["Accelerate"].operations
 
 
-def test_the_host_reads_the_norm_and_the_number_of_items_and_nothing_else(counts: dict[str, Counts]) -> None:
-    """Both lie on the host: of the batch before it is moved, and of a gradient on a CPU."""
-    assert counts["ours"].reads - counts["bare"].reads == 2
+def test_the_host_reads_the_norm_and_nothing_else(counts: dict[str, Counts]) -> None:
+    """Of a gradient on a CPU; on a GPU the optimizer skips a step that is not finite by itself."""
+    assert counts["ours"].reads - counts["bare"].reads == 1
 
 
 def test_the_loop_adds_few_calls_of_python(counts: dict[str, Counts]) -> None:

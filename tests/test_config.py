@@ -20,9 +20,8 @@ from recipes.tinystories_lm import TinyStoriesLM
 from trainer.command_line import config as configuration
 from trainer.command_line import sections
 from trainer.command_line.config import Parsed
-from trainer.command_line.flags import SECTIONS
 from trainer.command_line.locations import argument_path, locations, path_and_weight, with_absolute_paths
-from trainer.command_line.sections import Optimisation, Run
+from trainer.command_line.sections import SECTIONS, Optimisation, Run
 from trainer.errors import BAD_INPUT, UserError
 from trainer.recipe import Recipe
 
@@ -574,6 +573,8 @@ def test_a_mixture_is_spelled_with_weights_on_the_command_line_and_in_yaml(
         paths("--config", write("train_data_path:\n- {path: a, wait: 0.7}\n"))
     assert path_and_weight("year=2020/a.ids") == ("year=2020/a.ids", None)
     assert path_and_weight("a=.5") == ("a", 0.5)
+    assert path_and_weight("a=-1e2") == ("a", -100.0)  # refused later, as a weight
+    assert path_and_weight("a=b") == ("a=b", None)
     (tmp_path / "year=2020").mkdir()
     assert path_and_weight("year=2020") == ("year=2020", None)
     assert paths("--train_data_path", "~/year=2020", "year=2020=.5") == (f"{tmp_path}/year=2020", f"{tmp_path}/year=2020=.5")

@@ -97,9 +97,10 @@ FULL_PIPE = """
 import os, signal, sys, time
 from pathlib import Path
 from trainer.distributed.stopping import StopRequests
+from trainer.distributed.time_limit import TimeLimit
 from trainer.reporting.console import Console
 console = Console(Path("train.log"), is_main=True)
-with StopRequests(None, time.monotonic(), None, str, print) as stop:
+with StopRequests(TimeLimit(None, time.monotonic()), None, str, print) as stop:
     for line in range(3000):
         console.log(f"Iter {line} " + 50 * "²")
     Path("written").touch()

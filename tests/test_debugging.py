@@ -80,7 +80,7 @@ def test_shapes_and_types_of_the_first_pass_are_logged_once() -> None:
     [
         (
             lambda n: setattr(n, "factor", float("inf")),
-            "step 12: the output of the network (Scaled) is not finite, its input is finite (",
+            "step 12: the output of the network (Scaled) is not finite, its input is finite; the same command",
         ),
         (
             lambda n: n.second.bias.data.fill_(float("nan")),

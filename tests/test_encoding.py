@@ -23,6 +23,14 @@ def trained() -> Tokenizer:
     return train_tokenizer([TEXT * 3], 330)
 
 
+def test_training_cuts_a_very_long_word_and_encoding_does_not() -> None:
+    """BPE takes time with the square of a word: a picture in base64 would take many minutes."""
+    trained, word = train_tokenizer(["x" * 30_000, "yz yz"], 300), "x" * 12_000
+    assert max(map(len, trained.get_vocab())) <= 10_000
+    assert "".join(trained.encode(word).tokens) == word
+    assert "FixedLength" not in trained.to_str()
+
+
 def library(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 

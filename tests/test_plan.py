@@ -32,8 +32,8 @@ from trainer.evaluation.objective import Objective
 from trainer.main import main
 from trainer.planning.activations import count_micro_step
 from trainer.planning.flags import PlanFlags, take_plan_flags
-from trainer.planning.launch import place_of, way_of
-from trainer.planning.memory import Footprint, MicroStep, memory_of, ways
+from trainer.planning.launch import place_of, strategy_of
+from trainer.planning.memory import Footprint, MicroStep, memory_of, strategies
 from trainer.planning.plan import checkpoint_lines, measure, plan, time_text
 from trainer.planning.sizes import save_buffers
 from trainer.recipe import Recipe
@@ -80,7 +80,7 @@ def of_a_billion(accumulates: bool = False, trained: int = 4_000_000_000) -> Foo
 
 def held(net: Footprint) -> dict[str, float]:
     """Gigabytes of weights, gradients and moments of each of 8 processes, on device and host."""
-    memories = {way.name: memory_of(way, net) for way in ways(8)}
+    memories = {strategy.name: memory_of(strategy, net) for strategy in strategies(8)}
     return {name: (m.weights + m.gradients + m.moments + m.host) / 1e9 for name, m in memories.items()}
 
 
@@ -89,7 +89,7 @@ def test_memory_of_a_billion_parameters_with_adam() -> None:
     whole = {"DDP": 16, "ZeRO-1": 9.5, "ZeRO-2": 6, "ZeRO-3": 2.5, "FSDP2": 2, "HSDP, 2 replicas": 4}
     assert held(of_a_billion()) == pytest.approx(whole | {"ZeRO-3, offload": 2.5, "FSDP2, offload": 2})
     assert held(of_a_billion(accumulates=True))["FSDP2"] == pytest.approx(1.5 + 4), "gradients whole until the last micro-step"
-    assert memory_of(ways(8)[-1], of_a_billion()).weights == 0, "on the host"
+    assert memory_of(strategies(8)[-1], of_a_billion()).weights == 0, "on the host"
 
 
 def test_what_is_frozen_has_neither_gradients_nor_moments() -> None:
@@ -99,8 +99,8 @@ def test_what_is_frozen_has_neither_gradients_nor_moments() -> None:
 
 def test_gradients_that_come_as_activations_go_take_less() -> None:
     net = Footprint(100, 100, 200, (0, 0), (0, 0), MicroStep(1000, 1010, 0.0), MicroStep(1000, 1010, 0.0), False)
-    assert memory_of(ways(1)[0], net).device == 100 + 200 + 1010
-    assert memory_of(ways(2)[0], net).device == 100 + 200 + 1000 + 100, "DDP keeps its buckets"
+    assert memory_of(strategies(1)[0], net).device == 100 + 200 + 1010
+    assert memory_of(strategies(2)[0], net).device == 100 + 200 + 1000 + 100, "DDP keeps its buckets"
 
 
 class Deep(Recipe[Any]):
@@ -256,7 +256,7 @@ def test_the_files_planned_are_those_written(tmp_path: Path) -> None:
         assert output[1].startswith(f"Resumes {tmp_path / 'run'}")
         assert "Batch: 4 samples" in "".join(output), "its flags"
     config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
-    files = measure(recipe, config, recipe.build_data(config), ways(1)[0], "no", on_gpu=False).files
+    files = measure(recipe, config, recipe.build_data(config), strategies(1)[0], "no", on_gpu=False).files
     folder = tmp_path / "run" / "checkpoints" / "checkpoint_final"
     written = [(folder / f"{stem}.safetensors").stat().st_size for stem in ("model", "optimizer")]
     assert files == [written[0], pytest.approx(written[1], abs=200)], "but for the count of steps"
@@ -265,12 +265,12 @@ def test_the_files_planned_are_those_written(tmp_path: Path) -> None:
 def test_the_launch_is_read_from_its_environment(tmp_path: Path) -> None:
     settings = Optimisation(batch_size=8)
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}
-    assert way_of(fsdp, settings, 4, "bf16", "auto").name == "FSDP2, offload"
+    assert strategy_of(fsdp, settings, 4, "bf16", "auto").name == "FSDP2, offload"
     sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "3"}
     with pytest.raises(UserError, match="dp_replicate_size 2 x dp_shard_size 3 is not 4 processes"):
-        way_of(fsdp | sizes | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, settings, 4, "bf16", "auto")
+        strategy_of(fsdp | sizes | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, settings, 4, "bf16", "auto")
     with pytest.raises(UserError, match="mixed_precision fp16 is not for FSDP"):
-        way_of(fsdp, settings, 4, "fp16", "auto")
+        strategy_of(fsdp, settings, 4, "fp16", "auto")
 
 
 def test_a_deepspeed_file_that_contradicts_a_flag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,9 +280,9 @@ def test_a_deepspeed_file_that_contradicts_a_flag_is_refused(tmp_path: Path, mon
     for name, value in (("USE_DEEPSPEED", "true"), ("DEEPSPEED_CONFIG_FILE", str(file))):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match=r"gradient_clipping 0\.5 contradicts --grad_clip"):
-        way_of(os.environ, Optimisation(), 4, "no", "auto")
-    way = way_of(os.environ, Optimisation(grad_clip=0.5), 4, "no", "auto")
-    assert (way.name, way.buckets["reduce_bucket_size"]) == ("ZeRO-2, offload", 1000)
+        strategy_of(os.environ, Optimisation(), 4, "no", "auto")
+    strategy = strategy_of(os.environ, Optimisation(grad_clip=0.5), 4, "no", "auto")
+    assert (strategy.name, strategy.buckets["reduce_bucket_size"]) == ("ZeRO-2, offload", 1000)
 
 
 def test_cards() -> None:

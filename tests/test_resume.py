@@ -262,14 +262,16 @@ def test_the_copies_of_saves_are_let_go_before_the_report(data: Path, tmp_path: 
     class Looking(Report):
         def after_training(self, *_: Any) -> None:
             held.append(len(shares[0]._files))
+            raise UserError("no answer fits; shorten it")
 
     class Looked(Gpt2Wikitext):
         report_class = Looking
 
     held: list[int] = []
     monkeypatch.setattr(RankWriter, "__init__", make)
-    launch(*flags(data, tmp_path), recipe=Looked())
+    output = launch(*flags(data, tmp_path), recipe=Looked())
     assert held == [0]
+    assert "WARNING: the report after training failed: no answer fits; shorten it\n" in output  # and the run ends well
 
 
 def test_a_run_that_reached_its_target_before_any_evaluation_ends_well(data: Path, tmp_path: Path) -> None:

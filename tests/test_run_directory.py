@@ -210,11 +210,11 @@ def test_garbage_in_the_lock_file_is_not_a_holder(tmp_path: Path) -> None:
 
 def test_files_of_a_run(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a" / "run", tmp_path / "big")
-    run.prepare()
+    run.prepare(print)
     assert run.checkpoints == tmp_path / "big"
     assert run.checkpoints.is_dir()
-    assert list(run.path.iterdir()) == []
-    assert list(run.checkpoints.iterdir()) == []
+    run.release()
+    assert [*run.path.iterdir(), *run.checkpoints.iterdir()] == [run.path / ".lock", run.checkpoints / ".lock"]
 
     run.write_command(["train.py", "--run_name", "two words", "--hf_token", "hunter2"])
     run.write_command(["train.py"])
@@ -237,14 +237,12 @@ def test_files_of_a_run(tmp_path: Path) -> None:
 def test_an_unused_directory_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     run = RunDirectory(tmp_path / "runs" / "toy" / "run", tmp_path / "big" / "checkpoints")
-    run.prepare()
-    run.lock(print)
+    run.prepare(print)
     run.release(used=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
     assert list((tmp_path / "runs").iterdir()) == []
 
-    run.prepare()
-    run.lock(print)
+    run.prepare(print)
     (run.checkpoints / "precious").write_text("mine")
     run.release(used=False)
     assert not (tmp_path / "runs" / "toy").exists()
@@ -252,21 +250,24 @@ def test_an_unused_directory_is_removed_and_nothing_else(tmp_path: Path) -> None
 
     for used in (True, False):  # a directory that was there before stays
         again = RunDirectory(run.checkpoints)
-        again.prepare()
-        again.lock(print)
+        again.prepare(print)
         again.release(used)
         assert (run.checkpoints / ".lock").read_bytes() == b""
 
 
 def test_whoever_gets_no_lock_removes_nothing(tmp_path: Path, holder: subprocess.Popen) -> None:
-    """The folders may be those of a run that was faster: it holds the outer lock and has not taken the inner one yet."""
+    """The folders may be those of a run that was faster. Nor does it leave any."""
     run = RunDirectory(tmp_path, tmp_path / "big")
-    run.prepare()
     run._made.append(tmp_path)  # as if it had been made by us a moment before the holder locked it
     with pytest.raises(UserError, match="in use"):
-        run.lock(print)
+        run.prepare(print)
     run.release(used=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "big"]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    run = RunDirectory(tmp_path / "other", tmp_path)
+    with pytest.raises(UserError, match="in use"):
+        run.prepare(print)
+    run.release(used=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_lock_file_that_is_removed_in_this_moment_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,12 +289,15 @@ def test_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
         (RunDirectory(tmp_path / "run", blocked), "--checkpoint_dir"),
     ):
         with pytest.raises(UserError, match=f"{blocked}.*{flag}") as refused:
-            run.prepare()
+            run.prepare(print)
         assert refused.value.exit_code == CHECKPOINT
-    (tmp_path / "run2").mkdir()
-    (tmp_path / "run2" / "checkpoints").write_text("")
+        run.release()
+    run = RunDirectory(tmp_path / "run2")
+    run.path.mkdir()
+    run.checkpoints.write_text("")
     with pytest.raises(UserError, match=r"checkpoints.*--output_dir"):
-        RunDirectory(tmp_path / "run2").prepare()
+        run.prepare(print)
+    run.release()
 
 
 def test_a_link_to_nowhere_is_named_with_its_target(tmp_path: Path) -> None:
@@ -302,12 +306,14 @@ def test_a_link_to_nowhere_is_named_with_its_target(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for path, flag in ((tmp_path / "link", "--output_dir"), (tmp_path / "link" / "deeper", "--output_dir")):
         with pytest.raises(UserError, match=f"{tmp_path}/link is a link to {tmp_path}/scratch/runs.*{flag}") as refused:
-            RunDirectory(path).prepare()
+            RunDirectory(path).prepare(print)
         assert refused.value.exit_code == CHECKPOINT
+    run = RunDirectory(tmp_path / "run", tmp_path / "link")
     with pytest.raises(UserError, match=r"link is a link.*--checkpoint_dir"):
-        RunDirectory(tmp_path / "run", tmp_path / "link").prepare()
+        run.prepare(print)
+    run.release()
     with pytest.raises(UserError, match=r"loop is a link.*--output_dir"):
-        RunDirectory(tmp_path / "loop").prepare()
+        RunDirectory(tmp_path / "loop").prepare(print)
     assert not (tmp_path / "scratch").exists()
 
 
@@ -316,23 +322,28 @@ def test_a_folder_whose_name_is_no_text_is_refused_at_once(tmp_path: Path) -> No
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     for run, flag in ((RunDirectory(odd), "--output_dir"), (RunDirectory(tmp_path / "run", odd), "--checkpoint_dir")):
         with pytest.raises(UserError, match=rf"caf\\udce9.* is not UTF-8; choose another folder with {flag}") as refused:
-            run.prepare()
+            run.prepare(print)
         assert refused.value.exit_code == CHECKPOINT
+        run.release()
     assert not odd.exists()
 
 
 def test_a_pipe_or_folder_in_place_of_a_file_is_refused_instead_of_waiting_for_a_reader(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "command.txt")
+    run = RunDirectory(tmp_path)
+    os.mkfifo(run.command)
     with pytest.raises(UserError, match=r"command.txt is not an ordinary file.*--output_dir") as refused:
-        RunDirectory(tmp_path).prepare()
+        run.prepare(print)
     assert refused.value.exit_code == CHECKPOINT
-    (tmp_path / "command.txt").unlink()
-    (tmp_path / "status.json").mkdir()
+    run.release()
+    run.command.unlink()
+    run.status.mkdir()
     with pytest.raises(UserError, match=r"status.json is not an ordinary file"):
-        RunDirectory(tmp_path).prepare()
-    (tmp_path / "status.json").rmdir()
-    (tmp_path / "train.log").symlink_to("/dev/null")
-    RunDirectory(tmp_path).prepare()
+        run.prepare(print)
+    run.release()
+    run.status.rmdir()
+    run.log.symlink_to("/dev/null")
+    run.prepare(print)
+    run.release()
 
 
 def test_atomic_write_respects_the_umask_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +371,5 @@ def test_atomic_write_respects_the_umask_and_cleans_up(tmp_path: Path, monkeypat
 
 def test_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run", tmp_path / "run")
-    directory.prepare()
-    directory.lock(print)
+    directory.prepare(print)
     directory.release()

@@ -10,16 +10,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trainer.command_line.sections import Run
-from trainer.distributed import signals, stop_command, stopping
+from trainer.distributed import signals, stop_command, stop_signals
 from trainer.distributed.signals import reset_in_worker
+from trainer.distributed.stop_signals import StopSignals
 from trainer.distributed.stopping import REQUESTS, StopReason, StopRequests, finished_reason
-from trainer.errors import BAD_INPUT, UserError
+from trainer.distributed.time_limit import EXIT_SECONDS, TimeLimit
 from trainer.reporting.run_directory import RunDirectory
 from trainer.state import TrainState
 
@@ -31,14 +32,15 @@ from pathlib import Path
 from trainer.reporting.run_directory import RunDirectory
 from trainer.distributed.signals import die_with_launcher
 from trainer.distributed.stopping import StopRequests
+from trainer.distributed.time_limit import TimeLimit
 die_with_launcher()
 if "--descriptor-0" in sys.argv:  # the pipe of somebody else, who got the number of the closed stdin
     reader, writer = os.pipe()
     assert reader == 0 and os.write(writer, b"stop\\n")
 log = lambda line: print(line, flush=True)
 run = RunDirectory(Path(sys.argv[1]))
-with StopRequests(None, time.monotonic(), run, lambda: "step 7", log) as stop:
-    stop.unsaved = True
+with StopRequests(TimeLimit(None, time.monotonic()), run, lambda: "step 7", log) as stop:
+    stop.signals.unsaved = True
     log(f"started {os.getpid()}")
     end = time.monotonic() + 200
     reason = None
@@ -63,8 +65,15 @@ def start(path: Path, *arguments: str, **options: object) -> subprocess.Popen:
     return process
 
 
-def requests(limit_hours: float | None = None, ago: float = 0.0, **options: Any) -> StopRequests:
-    return StopRequests(limit_hours, time.monotonic() - ago, None, str, print, **options)
+def requests(
+    run: RunDirectory | None = None,
+    status: Callable[[], str] = str,
+    log: Callable[[str], None] = print,
+    stop_when: str | None = None,
+    limit_hours: float | None = None,
+    ago: float = 0.0,
+) -> StopRequests:
+    return StopRequests(TimeLimit(limit_hours, time.monotonic() - ago), run, status, log, stop_when)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -74,159 +83,11 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-class Clock:
-    """Stands still until it is set."""
-
-    def __init__(self) -> None:
-        self.now = 5000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What StopRequests reads the time from."""
-    standing = Clock()
-    monkeypatch.setattr(stopping, "time", standing)
-    monkeypatch.setattr(signals, "processor_seconds", lambda: (1.0, 0.0))  # nobody else uses the cores
-    return standing
-
-
 def eventually(what: Callable[[], bool], seconds: float = WAIT_SECONDS) -> bool:
     end = time.monotonic() + seconds
     while not what() and time.monotonic() < end:
         time.sleep(0.02)
     return what()
-
-
-# The time limit
-
-
-@pytest.mark.parametrize(
-    ("seconds_left", "steps", "save", "stops"),
-    [
-        (100, [1], 1, False),
-        (100, [1, 49, 1], 1, True),  # 2 x 49 + 2.5 + 3.5 > 100
-        (100, [49, *[1] * 50], 1, False),  # long ago: a compilation
-        (100, [1], 39, True),  # one may be under way, and then there is one more
-        (100, [1], 37, False),
-        (-1, [], 0, True),
-        (1, [], 0, True),
-        (5, [], 0, False),
-    ],
-)
-def test_time_limit_leaves_room_for_a_step_and_a_save(
-    seconds_left: float, steps: list[float], save: float, stops: bool, clock: Clock
-) -> None:
-    started = clock.now - 3600 + seconds_left
-    for stop in (
-        StopRequests(1.0, started, None, str, print),
-        StopRequests(2.0, clock.now, None, str, print, slurm_end=clock.now + seconds_left),
-        StopRequests(None, clock.now, None, str, print, slurm_end=clock.now + seconds_left),
-    ):
-        for step in steps:
-            stop.record_step(step)
-        stop.expect_save(save)
-        assert stop.decide(stop.votes()) == ("time_limit" if stops else None)
-        assert stop.seconds_left() == pytest.approx(seconds_left)
-        stop.expect_save(1e9)
-        stop.record_save(save)  # measured: the guess is forgotten
-        assert stop.decide(stop.votes()) == ("time_limit" if stops else None)
-
-
-def test_time_limit_leaves_room_for_the_end_of_the_process(clock: Clock) -> None:
-    """Which takes longer with alerts and W&B."""
-    stop = StopRequests(1.0, clock.now, None, str, print, exit_seconds=20.0)
-    clock.now += 3600 - 20.5
-    assert stop.decide(stop.votes()) is None
-    clock.now += 1.0
-    assert stop.decide(stop.votes()) == "time_limit"
-
-
-def test_what_a_stop_takes_grows_with_the_wait_for_a_core(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of ten seconds this process ran one: all it does takes ten times as long."""
-    monkeypatch.setattr(signals, "processor_seconds", lambda: (1.0, 9.0))
-    for steps, saves, seconds in (([], [], 2 * 2 + 2.5 * 20), ([3], [], 2 * 3 + 2.5 * 20), ([3], [4], 2 * 3 + 2.5 * 4)):
-        needed = seconds + stopping.EXIT_SECONDS + 9 * stopping.EXIT_PROCESSOR_SECONDS
-        for left, stops in ((needed + 0.1, None), (needed - 0.1, "time_limit")):
-            stop = StopRequests(1.0, clock.now - 3600 + left, None, str, print)
-            stop.expect_save(2.0)
-            stop._look(0.0)  # in the start
-            for step in steps:
-                stop.record_step(step)
-            for save in saves:
-                stop.record_save(save)
-            assert stop.decide(stop.votes()) == stops, (steps, saves)
-            clock.now += 1
-    quiet = StopRequests(1.0, clock.now - 3600 + 36, None, str, print)  # 4 x 10 seconds of a save are expected now
-    quiet.record_save(4.0)
-    quiet._look(0.0)
-    assert quiet.decide(quiet.votes()) == "time_limit"
-
-
-def test_the_wait_for_a_core_is_measured() -> None:
-    if not Path("/proc/self/schedstat").exists():
-        pytest.skip("the kernel does not say")
-    script = "import os, subprocess, time\nfrom trainer.distributed.signals import processor_seconds\n"
-    script += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    script += "busy = subprocess.Popen(['sh', '-c', 'while :; do :; done'])\n"
-    script += "while time.process_time() < 0.5: pass\nbusy.kill()\nprint(*processor_seconds())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=WAIT_SECONDS)
-    ran, waited = map(float, done.stdout.split())
-    assert 0.4 < ran < 5.0
-    assert waited > 0.2 * ran  # another one wants the same core
-
-
-def test_no_limit() -> None:
-    stop = requests()
-    stop.record_step(1e9)
-    assert stop.votes() == [0.0] * len(REQUESTS)
-    assert stop.seconds_left() == math.inf
-
-
-@pytest.mark.parametrize("hours", [0, -1, math.nan, math.inf, -math.inf])
-def test_senseless_limit_is_refused(hours: float) -> None:
-    with pytest.raises(UserError, match=f"max_training_hours {hours} ") as refused:
-        requests(hours)
-    assert refused.value.exit_code == BAD_INPUT
-
-
-def test_process_start_counts_what_came_before() -> None:
-    script = "import time; time.sleep(0.7); from trainer.distributed.signals import process_start_monotonic as start\n"
-    script += "print(time.monotonic() - start())"
-    began = time.monotonic()
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert float(printed) <= time.monotonic() - began + 0.02
-    if sys.platform == "linux":
-        assert float(printed) >= 0.7
-
-
-def test_slurm_end(tmp_path: Path) -> None:
-    seconds_left = stopping.slurm_seconds_left
-    assert seconds_left({}) is None
-    before = time.time()
-    value = seconds_left({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(before + 50)})
-    assert value is not None
-    assert 50 - (time.time() - before) <= value <= 50
-    squeue = tmp_path / "squeue"
-    environ = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_TIME_FORMAT": "relative"}
-    for answer, seconds in (("$(date -d '+100 seconds' +%FT%T)", 100), ("N/A", None), ("", None)):
-        squeue.write_text(f'#!/bin/sh\n[ "$*$SLURM_TIME_FORMAT" = "-h -j 7 -o %estandard" ] && echo "{answer}"\n')
-        squeue.chmod(0o755)
-        os_path, os.environ["PATH"] = os.environ["PATH"], environ["PATH"]  # where the command itself is looked up
-        try:
-            before = time.time()
-            value = seconds_left(environ)
-            took = time.time() - before
-            if seconds is None:
-                assert value is None
-            else:
-                assert value is not None
-                assert seconds - took - 1 <= value <= seconds + took  # squeue prints whole seconds
-        finally:
-            os.environ["PATH"] = os_path
-    assert seconds_left({"SLURM_JOB_ID": "7", "PATH": str(tmp_path / "nowhere")}) is None  # no squeue
 
 
 # Votes
@@ -238,10 +99,17 @@ def test_one_rank_is_enough_and_the_first_reason_wins() -> None:
         assert StopRequests.decide([0.0] * index + [1.0] * (len(REQUESTS) - index)) == reason
 
 
+def test_the_time_limit_is_a_vote_while_there_is_time_to_save() -> None:
+    stop = requests(limit_hours=1.0)
+    assert stop.decide(stop.votes()) is None
+    stop.time_limit.expect_save(3600.0)
+    assert stop.decide(stop.votes()) == "time_limit"
+
+
 def test_votes_are_cheap(tmp_path: Path) -> None:
-    stop = StopRequests(1.0, time.monotonic(), RunDirectory(tmp_path), str, print)
+    stop = requests(RunDirectory(tmp_path), limit_hours=1.0)
     for _ in range(50):
-        stop.record_step(0.01)
+        stop.time_limit.record_step(0.01)
     took = []
     for _ in range(2000):
         began = time.perf_counter()
@@ -302,8 +170,9 @@ def test_a_signal_outside_training_ends_main_with_a_message(name: str) -> None:
         "import ctypes, os, signal, time\n"
         "from trainer import main\n"
         "from trainer.distributed.stopping import StopRequests\n"
+        "from trainer.distributed.time_limit import TimeLimit\n"
         "def command_line(*_):\n"
-        "    with StopRequests(None, time.monotonic(), None, str, print) as stop:\n"
+        "    with StopRequests(TimeLimit(None, time.monotonic()), None, str, print) as stop:\n"
         f"        os.kill(os.getpid(), signal.{name})\n"
         "        reason = stop.decide(stop.votes())\n"
         "    print(reason, flush=True)\n"
@@ -335,7 +204,9 @@ def test_second_interrupt_leaves_at_once_but_sigterm_does_not(tmp_path: Path) ->
 
 def test_second_interrupt_ends_a_process_stuck_in_one_c_call() -> None:
     """As in a hung collective: no Python handler runs there."""
-    script = TRAIN[: TRAIN.index("    stop.unsaved")] + "    import ctypes\n    libc, mutex = ctypes.CDLL(None), bytes(64)\n"
+    script = (
+        TRAIN[: TRAIN.index("    stop.signals.unsaved")] + "    import ctypes\n    libc, mutex = ctypes.CDLL(None), bytes(64)\n"
+    )
     script += "    log('started')\n    libc.pthread_mutex_lock(mutex)\n    libc.pthread_mutex_lock(mutex)"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN, text=True
@@ -350,20 +221,22 @@ def test_second_interrupt_ends_a_process_stuck_in_one_c_call() -> None:
 
 @pytest.mark.parametrize(("environment", "echo_seconds"), [({}, 0.2), ({"TORCHELASTIC_RUN_ID": "none"}, 1.0)])
 def test_an_interrupt_and_its_echo_from_the_launcher_are_one(
-    environment: dict[str, str], echo_seconds: float, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], echo_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 5000.0
+    monkeypatch.setattr(stop_signals, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(os, "environ", environment)
     exit_codes = []
     monkeypatch.setattr(os, "_exit", exit_codes.append)
-    stop = StopRequests(None, clock.now, None, str, print)
-    stop._leave_at_second_interrupt(signal.SIGTERM)  # neither a first one nor a second
-    clock.now += 10
-    stop._leave_at_second_interrupt(signal.SIGINT)
-    clock.now += 0.9 * echo_seconds
-    stop._leave_at_second_interrupt(signal.SIGINT)
+    caught = StopSignals()
+    caught._hear(signal.SIGUSR1)  # neither a first one nor a second
+    now += 10
+    caught._hear(signal.SIGINT)
+    now += 0.9 * echo_seconds
+    caught._hear(signal.SIGINT)
     assert exit_codes == []
-    clock.now += 0.2 * echo_seconds
-    stop._leave_at_second_interrupt(signal.SIGINT)
+    now += 0.2 * echo_seconds
+    caught._hear(signal.SIGINT)
     assert exit_codes == [130]
 
 
@@ -397,7 +270,7 @@ def test_trainer_stops_when_its_launcher_is_killed_but_not_when_its_shell_is(tmp
 
 def test_a_request_is_acted_on_at_once_whatever_the_main_thread_does(tmp_path: Path) -> None:
     run, acted = RunDirectory(tmp_path), threading.Event()
-    with StopRequests(None, time.monotonic(), run, str, print) as stop, stop.acted_on_at_once(lambda reason: acted.set()):
+    with requests(run) as stop, stop.acted_on_at_once(lambda reason: acted.set()):
         assert not acted.wait(0.3)
         run.stop_file.touch()
         assert acted.wait(WAIT_SECONDS)
@@ -407,8 +280,8 @@ def test_a_request_is_acted_on_at_once_whatever_the_main_thread_does(tmp_path: P
         os.kill(os.getpid(), signal.SIGTERM)
         assert acted.wait(WAIT_SECONDS)
     acted.clear()
-    with requests(1.0, ago=3600 - stopping.EXIT_SECONDS + 0.1) as stop:
-        stop.record_step(1e9)  # nothing is left to train or to save
+    with requests(limit_hours=1.0, ago=3600 - EXIT_SECONDS + 0.1) as stop:
+        stop.time_limit.record_step(1e9)  # nothing is left to train or to save
         with stop.acted_on_at_once(lambda reason: acted.set()):
             assert acted.wait(WAIT_SECONDS)
     assert "stop requests" not in [thread.name for thread in threading.enumerate()]
@@ -524,7 +397,7 @@ def test_workers_of_a_killed_trainer_end() -> None:
 
 def test_stop_and_status_files(tmp_path: Path) -> None:
     run, messages = RunDirectory(tmp_path), []
-    with StopRequests(None, time.monotonic(), run, lambda: "step 7", messages.append) as stop:
+    with requests(run, lambda: "step 7", messages.append) as stop:
         run.status_file.touch()
         assert stop.decide(stop.votes()) is None
         assert messages == ["step 7"]
@@ -533,7 +406,7 @@ def test_stop_and_status_files(tmp_path: Path) -> None:
         assert eventually(lambda: stop.decide(stop.votes()) == "stop_file")
         assert run.stop_file.exists()  # a run killed before its save still knows that it should stop
     assert not run.stop_file.exists()
-    with StopRequests(None, time.monotonic(), None, str, messages.append) as other_rank:
+    with requests(log=messages.append) as other_rank:
         run.stop_file.touch()
         assert other_rank.decide(other_rank.votes()) is None
     assert run.stop_file.exists()
@@ -584,7 +457,7 @@ class Terminal:
         self.shell, self.descriptor = pty.fork()
         if self.shell == 0:
             os.environ.clear()
-            os.environ.update(PLAIN, PS1="$ ", PYTHONPATH=str(Path(stopping.__file__).parents[1]))
+            os.environ.update(PLAIN, PS1="$ ", PYTHONPATH=str(Path(stop_signals.__file__).parents[2]))
             os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
         self.unread = b""
 
@@ -643,7 +516,7 @@ def test_background_job_is_not_suspended_and_listens_once_in_the_foreground(tmp_
 def test_a_command_of_the_users_asks_to_stop_once_it_exits_with_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_command, "POLL_SECONDS", 0.05)
     notice, asked = tmp_path / "notice", tmp_path / "asked"
-    with requests(None, stop_when=f"echo >>{asked}; test -e {notice}") as stop:
+    with requests(stop_when=f"echo >>{asked}; test -e {notice}") as stop:
         wait_until(lambda: asked.exists() and asked.stat().st_size > 2)
         assert not stop.any_requested()
         notice.touch()

@@ -218,6 +218,8 @@ def test_unknown_dataset(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"owner/name does not exist; .* a data set of the hub by --dataset") as error:
         find_corpus("wikitext2", ["owner/name"], Reading(), tmp_path)
     one_line(error)
+    with pytest.raises(ValueError, match=f"{tmp_path} is a path here; give --data_dir {tmp_path}"):
+        find_corpus(str(tmp_path), [], Reading(), tmp_path)
 
 
 def test_unreachable_hub_is_a_quick_error_that_names_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_what_is_no_file_of_ids_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.ids").write_bytes(b"abc\xff\xfe")
     np.save(tmp_path / "floats.npy", np.ones(5))
     np.save(tmp_path / "square.npy", np.ones((5, 5), int))
+    np.save(tmp_path / "swapped.npy", np.arange(5).astype(">u2"))
     (tmp_path / "not.npy").write_bytes(b"\x80\x04K\x01.")  # a pickle
     for name, kind, problem in (
         ("wide.ids", ValueError, "every second id is 0"),
@@ -109,6 +110,7 @@ def test_what_is_no_file_of_ids_is_refused(tmp_path: Path) -> None:
         ("odd.ids", ValueError, "has 5 bytes, no whole number of uint16 ids"),
         ("floats.npy", ValueError, "is float64 [5]"),
         ("square.npy", ValueError, "[5, 5]"),
+        ("swapped.npy", ValueError, "is >u2, in another byte order; save ids.astype('uint16')"),
         ("not.npy", ValueError, "is not a .npy array"),
         ("nowhere.ids", FileNotFoundError, "does not exist"),
         (".", FileNotFoundError, "is a folder"),

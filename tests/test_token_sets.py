@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,9 @@ def test_labels_of_sets_are_never_alike(tmp_path: Path) -> None:
         np.arange(40, dtype=np.uint16).tofile(tmp_path / name)
     paths = [(str(tmp_path / name), 1.0) for name in ("x.ids", "x_3.ids", "d/x.ids", "e/x.ids")]
     assert _mixture(paths, 50, one_set=True).labels == ("x", "x_3", "x_4", "x_5")
-    with pytest.raises(ValueError, match=r"x\.ids has the weight 0 in its mixture; give it one above 0"):
-        _mixture([paths[0], (paths[1][0], 1.0), (paths[2][0], 0.0)], 50, one_set=True)
+    for weight in (0.0, -1.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"x\.ids has the weight {weight:g} in its mixture; give it one above 0"):
+            _mixture([paths[0], (paths[1][0], 1.0), (paths[2][0], weight)], 50, one_set=True)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.evaluation.objective import Objective
@@ -49,6 +50,11 @@ class _Kernels(TorchDispatchMode):
             self.calls["math (no fused kernel takes it)"] += 1
         return attended
 
+    def attend_flex(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Replaces flex_attention, which a dispatch mode cannot observe: counts the call, and returns an empty result."""
+        self.calls["FlexAttention"] += 1
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
@@ -63,12 +69,13 @@ def _silence() -> Iterator[None]:
 
 
 def attention_kernels(network: nn.Module, recipe: Recipe, sample: Batch, device: torch.device, precision: str) -> str | None:
-    """The kernels as text, such as "flash" or "cuDNN (10 calls), memory-efficient (2 calls)"; None without attention.
+    """The kernels as text, such as "flash" or "cuDNN (10 calls), memory-efficient (2 calls)"; None if there is no attention.
 
     Found by a forward pass of a copy of `network` (which may be on the meta device) on fake tensors, which have shapes alone.
-    None also for a network whose forward pass needs values.
+    Where that pass fails, as in a mixture of experts, which chooses them by value, the kernels up to there.
     """
     mode, kernels, dtype = FakeTensorMode(allow_non_fake_inputs=True), _Kernels(), _DTYPES.get(precision)
+    rest = ""
     try:
         objective = Objective(copy.deepcopy(network).train(), recipe, list(recipe.items(sample)))
         with _silence(), mode:
@@ -77,10 +84,14 @@ def attention_kernels(network: nn.Module, recipe: Recipe, sample: Batch, device:
             autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
             # What would be compiled here, on shapes, would not be compiled again for the real step.
             eager = torch.compiler.set_stance("force_eager")
-            with patch.object(F, "scaled_dot_product_attention", kernels.attend), autocast, eager, kernels:
+            sdpa = patch.object(F, "scaled_dot_product_attention", kernels.attend)
+            flex = patch.object(flex_attention, "flex_attention", kernels.attend_flex)
+            with sdpa, flex, autocast, eager, kernels:
                 objective(batch)
     except Exception:  # a line in the log is worth no failure
+        rest = " in the first layers; the others depend on values"
+    if not kernels.calls:
         return None
     if len(kernels.calls) == 1:
-        return next(iter(kernels.calls))
-    return ", ".join(f"{kernel} ({calls} calls)" for kernel, calls in kernels.calls.items()) or None
+        return next(iter(kernels.calls)) + rest
+    return ", ".join(f"{kernel} ({calls} calls)" for kernel, calls in kernels.calls.items()) + rest

@@ -1,4 +1,4 @@
-"""`--debug`: what the first batch holds, what goes through the network, and where a value first stops being finite."""
+"""`--debug`: describes the first batch and the first forward pass, and names the module where a value first is not finite."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from trainer.recipe import Log
 
 
 def describe_batch(batch: Mapping[str, Tensor]) -> list[str]:
-    """A line for each tensor of a batch: shape, type, range."""
+    """One line for each tensor of a batch: its shape, dtype, least and largest value."""
     return [f"  {name}: {_form(t)}" + (f", {t.min():g} to {t.max():g}" if t.numel() else "") for name, t in batch.items()]
 
 
 class Watch:
-    """Logs shapes and types of the first pass of a network, and ends the run at the first value or gradient that is not finite.
+    """Logs the shapes and dtypes of a network's first forward pass. Raises a UserError (NOT_FINITE) at the first output or
+    gradient that is not finite.
 
-    Each pass reads the device once for every module. Autograd keeps where each operation was called, and prints it for the one
-    behind which a gradient failed.
+    Slow: each pass waits for the device once per module, and autograd's anomaly mode keeps the stack of every operation, to
+    print that of the one whose gradient failed.
     """
 
     def __init__(self, network: nn.Module, log: Log, step: Callable[[], int]) -> None:
-        """`step` gives the number of the step that is being taken."""
+        """`step()` is the number of the step that is being taken. The hooks stay on `network` for good."""
         torch.autograd.set_detect_anomaly(True, check_nan=False)
         self.network, self.log, self.step = network, log, step
         self.first_pass: list[str] | None = []
@@ -54,8 +55,7 @@ class Watch:
             raise self._error(f"the gradient of the output of {name} is not finite, the first one in the backward pass")
 
     def _error(self, what: str) -> UserError:
-        way_on = "the newest checkpoint before it is kept: the same command replays the step"
-        return UserError(f"step {self.step():,}: {what} ({way_on})", NOT_FINITE)
+        return UserError(f"step {self.step():,}: {what}; the same command comes to this step again", NOT_FINITE)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -4,10 +4,10 @@ import errno
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-"""the folder that holds `trainer`: of an editable install the repository's root, else site-packages"""
+"""the folder that holds `trainer`: the repository's root in an editable install, else site-packages"""
 
 FINISHED = 0  # the last step, or stopped on request
-LOST = 1  # another process, of this launch or a data worker, was killed or hangs; Python's own for a bug
+LOST = 1  # another process of this launch, or a data worker, was killed or hangs. Python uses it too, for a bug
 BAD_INPUT = 2  # a configuration, a flag, or data that cannot be used
 NOT_FINITE = 4  # too many steps in a row with a gradient that is not finite
 CHECKPOINT = 5  # a checkpoint that cannot be read, a disk that cannot be written
@@ -32,9 +32,9 @@ class UserError(Exception):
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """What a person can do where the machine refused: a file, memory, threads, a home; None for any other error.
+    """The UserError that says what to do about `error`, where the machine refused a file, memory, a thread or a home directory.
 
-    A UserError has its words already.
+    A UserError is returned as it is; None for any other error.
     """
     if isinstance(error, UserError):
         return error
@@ -51,20 +51,27 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(
             f"no home directory can be found ({text}); set HOME, or SAMECURVE_CACHE for the cache, and give paths without ~"
         )
-    # What does not exist is asked for by a bug, or has a message where it is looked for.
+    # A file that is missing, or exists already, is a bug here: where that may happen to a user, the caller has a message.
     if isinstance(error, OSError) and error.filename is not None and number not in (errno.ENOENT, errno.EEXIST, errno.EBADF):
         return UserError(f"{error.filename}: {error.strerror}; mend that, or give another path", CHECKPOINT)
     return None
 
 
+def text_of(error: BaseException) -> str:
+    """An error in words: the message of a UserError, and before any other its type."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def one_line(error: BaseException, characters: int | None = None) -> str:
-    """The text of an error, its line breaks made spaces, cut to so many characters."""
+    """The text of an error in one line, cut to so many characters (None: uncut)."""
     return " ".join(str(error).split())[:characters]
 
 
 def path_of(relative_path: str) -> str:
-    """How a message names a file of the repository, which an installed package may lack: `accelerate_configs/ddp.yaml` as it
-    is where it exists in the working directory, else its absolute path beside the package, else with the words where to look.
+    """How a message names a file of the repository (`accelerate_configs/ddp.yaml`), which an installed package may lack.
+
+    The relative path if it exists in the working directory, else the absolute one below REPOSITORY if that exists, else the
+    relative path and where to find it.
     """
     if Path(relative_path).exists():
         return relative_path

@@ -1,4 +1,4 @@
-"""`evaluate`, which every recipe has: what it measures, of a checkpoint, exact on any number of processes."""
+"""`evaluate`, a sub-command of every recipe: its measures of a checkpoint, exact on any number of processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Evaluate:
 
 
 def evaluate(recipe: Recipe, flags: Evaluate, launch: Launch, log: Log) -> None:
-    """The sub-command of a recipe that brings no `evaluate` of its own. UserError for a set that the data have not."""
+    """The `evaluate` of a recipe without one of its own: prints a line per set. UserError for a `split` that does not exist."""
     from trainer.checkpoints.network import find_checkpoint
     from trainer.setup import load_data
 
@@ -60,7 +60,10 @@ def measured(
     launch: Launch,
     log: Log,
 ) -> dict[str, dict[str, float]]:
-    """{name: the means of what the recipe measures, and what derives from them} of each of `sets`, in full. Collective."""
+    """{set: {metric: value}}: means over each whole set of what the recipe measures, and what it derives from them.
+
+    `batch_size`: samples of one forward, summed over all processes. Collective.
+    """
     from trainer.checkpoints.network import evaluate_objective, load_for_evaluation
 
     log(f"Evaluating {checkpoint.path} on {launch.processes} process{'es' if launch.processes > 1 else ''}")

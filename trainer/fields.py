@@ -1,4 +1,4 @@
-"""Whether what was read from a file may stand in the fields of a dataclass: JSON and YAML have no types of ours."""
+"""Checks values read from JSON or YAML against the type hints of a dataclass's fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 
 
 def problem_of(hints: Mapping[str, Any], value: Any, whole: bool = True) -> str | None:
-    """What is wrong, in words, with `value` as fields {name: type hint}; None if nothing is. `whole`: none may be missing."""
+    """Why `value` is no mapping for the fields `hints` {name: type hint}, as the end of a sentence; None if it is one.
+
+    `whole`: every field has to be there.
+    """
     if not isinstance(value, dict):
         return f"is {shown(value)}, not a mapping"
     for key in value:
@@ -26,15 +29,16 @@ def problem_of(hints: Mapping[str, Any], value: Any, whole: bool = True) -> str 
 
 
 def shown(value: Any) -> str:
-    """A value for a message. Its whole `repr` may be endless: YAML's aliases make a list of billions of a few lines."""
+    """`repr` for a message, in 60 characters at most. A full one may be endless: a few lines of YAML aliases expand to billions
+    of values."""
     try:
         return f"{reprlib.repr(value):.60}"
     except ValueError:
-        return "a number of thousands of digits"
+        return "a number of thousands of digits"  # Python refuses to print it
 
 
 def is_a(hint: Any, value: Any) -> bool:
-    """Whether `value` is of the type: of numbers the finite ones, of a tuple a list too, and any number for a float."""
+    """Whether `value` fits a type hint. A list fits a tuple, an integer fits a float; NaN and infinity fit neither number."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -53,5 +57,5 @@ def is_a(hint: Any, value: Any) -> bool:
         return len(each) == len(value) and all(map(is_a, each, value))
     if hint in (int, float):
         number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-        return number and abs(value) <= sys.float_info.max  # NaN is not either
+        return number and abs(value) <= sys.float_info.max  # false for NaN too
     return isinstance(value, hint if hint is not None else type(None))

@@ -58,7 +58,7 @@ class Training:
         console: Console,
         alerts: Alerts,
     ) -> None:
-        self.session, self.stops = session, stops
+        self.session, self.stops, self.time_limit = session, stops, stops.time_limit
         self.recipe, self.launch, self.backend = session.recipe, session.launch, session.backend
         self.run_config, self.optimisation = session.config.run, session.config.optimisation
         self.terms = list(session.loss_weights)
@@ -69,9 +69,8 @@ class Training:
             self.state.data_changes.append((self.state.step, saved_with))
         self.weighted_counts: list[float] = []
         self.bad_steps = BadSteps(self.state.bad_steps, self.state.bad_steps_in_a_row)
-        self.warned_of_bad_step = False
         self.logger = MetricsLogger(session, self.state, trackers, console, alerts)
-        self.saver = Saver(session, plan, self.state, self.logger, stops)
+        self.saver = Saver(session, plan, self.state, self.logger, self.time_limit)
         self.last_evaluation: dict[str, float] = {}
         self.previous_best: tuple[float | None, int] = (None, 0)
 
@@ -95,7 +94,7 @@ class Training:
         while True:
             votes = self.wait_for_votes(next_step)
             if votes.saved == self.launch.processes:
-                self.settle(wait_for_end=False)
+                self.advance_save()
             reason, is_best = votes.stop_reason, False
             if reason and state.step == first_step:  # nothing was trained
                 self.settle()
@@ -138,9 +137,9 @@ class Training:
             self.logger.add_items(votes.item_counts)
             next_step = self.read_ahead()
             if log_due:
-                seconds_left, bad_steps = self.stops.seconds_left(), self.bad_steps.total
+                seconds_left, bad_steps = self.time_limit.seconds_left(), self.bad_steps.total
                 state.train_loss = self.logger.log_step(learning_rate, grad_norm, layer_norms, bad_steps, seconds_left)
-            self.stops.record_step(time.monotonic() - started)
+            self.time_limit.record_step(time.monotonic() - started)
             self.logger.show_progress()
 
     def split_further(self, error: Exception) -> NextStep:
@@ -209,11 +208,11 @@ class Training:
 
     def evaluation_due(self) -> bool:
         """Every `eval_every` steps, every `eval_epochs` epochs, and at the end of the run; once. Never if both are 0."""
-        state, every, reason = self.state, self.run_config.eval_every, self.end_reason()
+        state, every = self.state, self.run_config.eval_every
         epochs, every_epochs = self.session.epochs, self.run_config.eval_epochs
         if not self.session.data.evaluation or not (every or every_epochs):
             return False
-        if reason is not None and reason.finished:
+        if (reason := self.end_reason()) and reason.finished:
             # Its metrics go into the final report; a launch that was killed since the evaluation has taken them with it.
             return state.evaluated_step != state.step or not self.last_evaluation
         epoch_ended = every_epochs and epochs(state.step - 1) // every_epochs < epochs(state.step) // every_epochs
@@ -280,17 +279,20 @@ class Training:
         if reason or self.run_config.save_sync:
             self.settle()
 
-    def settle(self, wait_for_end: bool = True) -> None:
-        """Finish the save in flight, if there is one; without `wait_for_end` only take it one stage further."""
-        if self.saver.settle(wait_for_end) == self.state.best_step:  # it failed: the weights of the new best are lost
+    def settle(self) -> None:
+        """Finish the save in flight, if there is one."""
+        while self.saver.in_flight:
+            self.advance_save()
+
+    def advance_save(self) -> None:
+        """Take the save in flight a stage further."""
+        if self.saver.advance() == self.state.best_step:  # it failed: the weights of the new best are lost
             self.state.best_metric, self.state.best_step = self.previous_best
 
     def check_bad_steps(self) -> None:
         """Warn of this launch's first step with a non-finite gradient; end the run after too many in a row."""
-        if self.bad_steps.last_step and not self.warned_of_bad_step:
-            self.warned_of_bad_step = True
-            step = self.bad_steps.last_step
-            self.logger.announce("bad step", f"WARNING: the gradient of step {step:,} was not finite; it changed no weight")
+        if warning := self.bad_steps.take_warning():
+            self.logger.announce("bad step", warning)
         if self.bad_steps.in_a_row >= self.run_config.max_bad_steps:
             self.settle()  # or the checkpoint in flight would be lost
             raise self.bad_steps.too_many()

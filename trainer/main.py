@@ -21,7 +21,7 @@ from trainer.command_line.config import Parsed
 from trainer.command_line.secrets import redact, without_urls
 from trainer.distributed.ranks import adopt_ranks, without_local_rank
 from trainer.distributed.signals import die_with_launcher, end_launcher, leave, leaving_at_signals, process_start_monotonic
-from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, user_error
+from trainer.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, path_of, text_of, user_error
 from trainer.evaluate import Evaluate, evaluate
 from trainer.planning.flags import PLAN_HELP, PlanFlags, take_plan_flags
 from trainer.recipe import Command, Recipe
@@ -33,42 +33,44 @@ if TYPE_CHECKING:
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
-    """Run `recipe` as the command line says, and leave the process with the exit code of `trainer.errors`."""
+    """Run `recipe` as the command line says (None: `sys.argv`), and exit with a code of `trainer.errors`. Never returns."""
     with ExitStack() as stack:
         try:
             stack.enter_context(leaving_at_signals())
-        except RuntimeError as error:  # not one thread left
+        except RuntimeError as error:  # the machine allows no further thread
             sys.exit(report_error(error, Console(None, is_main=True)))
         run(recipe, argv)
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
-    """The body of `main`."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a data worker that imports the recipe's file
+    """`main`, inside `leaving_at_signals`."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a data worker, which imports the recipe's file
         raise RuntimeError("main(...) must stand below `if __name__ == '__main__':`, or data workers start the training anew")
     if argv is None:
-        argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B copies it into files and to its server
+        argv, sys.argv[1:] = sys.argv[1:], redact(sys.argv[1:])  # W&B writes sys.argv to files and to its server
     argv = without_local_rank(argv)
     adopt_ranks(os.environ)
-    console = Console(None, int(os.environ.get("RANK") or 0) == 0)  # every process reads the command line, one prints
+    console = Console(None, is_rank_0())
     launch: Launch | None = None
-    code, same_on_all_ranks = FINISHED, True  # of an error that comes before the launch is joined, rank 0 alone reports
+    # Every process reads the same command line: before the launch is joined all have the same error, and only rank 0 prints it.
+    code, same_on_all_ranks = FINISHED, True
     try:
         planned, argv = take_plan_flags(argv)
         command, flags = read_command_line(recipe, argv)
         if planned is not None:
             sys.exit(print_plan(recipe, flags, argv, planned, console))
         die_with_launcher()
-        run = flags.config.run if isinstance(flags, Parsed) else flags
-        with leaving_at_the_time_limit(getattr(run, "max_training_hours", None), console):
+        settings = flags.config.run if isinstance(flags, Parsed) else flags  # a sub-command has only some of these fields
+        with leaving_at_the_time_limit(getattr(settings, "max_training_hours", None), console):
             from trainer.backends import backend_of
             from trainer.backends.deepspeed_config import request_zero
             from trainer.distributed.launch import connect
 
             if isinstance(flags, Parsed):
-                request_zero(os.environ, run.deepspeed_config)
+                request_zero(os.environ, settings.deepspeed_config)
             backend, same_on_all_ranks = backend_of(os.environ), False
-            launch = connect(getattr(run, "device", "auto"), getattr(run, "timeout_minutes", 60.0), backend.before_connect)
+            timeout_minutes = getattr(settings, "timeout_minutes", 60.0)
+            launch = connect(getattr(settings, "device", "auto"), timeout_minutes, backend.before_connect)
         if isinstance(flags, Parsed) and flags.config.run.fast_dev_run:
             fast_dev_run(recipe, argv, launch, console)
         elif isinstance(flags, Parsed):
@@ -92,25 +94,31 @@ def run(recipe: Recipe, argv: Sequence[str] | None) -> None:
     leave(code)
 
 
+def is_rank_0() -> bool:
+    """Whether the launcher made this process rank 0. Known before the launch is joined."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 def print_plan(recipe: Recipe, flags: Any, argv: Sequence[str], planned: PlanFlags, console: Console) -> int:
-    """Print what `--plan` computes, on rank 0 alone. Returns the exit code."""
+    """Print what `--plan` computes, on rank 0 only. Returns the exit code. UserError for a sub-command other than `train`."""
     if not isinstance(flags, Parsed):
         raise UserError("--plan is for training; leave the sub-command out")
-    if int(os.environ.get("RANK") or 0) == 0:
+    if is_rank_0():
         from trainer.backends.deepspeed_config import request_zero
         from trainer.planning.plan import plan
 
         request_zero(os.environ, flags.config.run.deepspeed_config)
-        for line in plan(recipe, flags, argv[argv[:1] == ["train"] :], planned, os.environ):
+        for line in plan(recipe, flags, split_command(argv)[1], planned, os.environ):
             console.log(line)
     return FINISHED
 
 
 def leaving_at_the_time_limit(hours: float | None, console: Console) -> AbstractContextManager[None]:
-    """Leave the process at the time limit, while the launch is still starting: the limit counts from the process's start."""
+    """Context of the start of a launch: the process exits once it is `hours` old (None: no limit), whatever it is doing."""
     from trainer.distributed.stopping import StopRequests
+    from trainer.distributed.time_limit import TimeLimit
 
-    stops = StopRequests(hours, process_start_monotonic(), None, str, console.log)
+    stops = StopRequests(TimeLimit(hours, process_start_monotonic()), None, str, console.log)
 
     def act(reason: StopReason) -> None:
         console.log(stops.before_the_first_step(reason))
@@ -120,7 +128,7 @@ def leaving_at_the_time_limit(hours: float | None, console: Console) -> Abstract
 
 
 def report_error(error: Exception, console: Console, same_on_all_ranks: bool = True) -> int:
-    """Print one line for an error that a person can mend, a traceback for a bug. Returns the exit code.
+    """Print one line for an error that the user can mend, a traceback for a bug. Returns the exit code.
 
     `same_on_all_ranks`: every rank has this error, so only rank 0 prints it.
     """
@@ -135,17 +143,26 @@ def report_error(error: Exception, console: Console, same_on_all_ranks: bool = T
 
 
 def commands_of(recipe: Recipe) -> Mapping[str, Command]:
-    """The sub-commands beside `train`: `evaluate`, and the recipe's own, among which may be another `evaluate`."""
+    """{name: sub-command} beside `train`: the default `evaluate`, which a recipe may replace, and the recipe's own."""
     return {"evaluate": Command(Evaluate, evaluate), **recipe.commands}
 
 
+def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """(sub-command, the words after it) of a command line; one that begins with a flag is that of `train`."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], list(argv[1:])
+    return "train", list(argv)
+
+
 def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
-    """(sub-command, its flags): for `train` a `Parsed`, for others their flat dataclass. Prints `--help` and exits."""
+    """(sub-command, its flags): a `Parsed` for `train`, their flat dataclass for others. UserError if they cannot be read.
+
+    `--help` is printed, and the process exits.
+    """
     commands = commands_of(recipe)
-    command = argv[0] if argv and not argv[0].startswith("-") else "train"
-    rest = argv[1:] if argv and not argv[0].startswith("-") else argv
+    command, rest = split_command(argv)
     if help.asked_for(rest) and command in ("train", *commands):
-        if int(os.environ.get("RANK") or 0) == 0:
+        if is_rank_0():
             print(help_text(recipe, command, everything="all" in rest))
         sys.exit(0)
     if command == "train":
@@ -158,7 +175,7 @@ def read_command_line(recipe: Recipe, argv: list[str]) -> tuple[str, Any]:
 
 
 def help_text(recipe: Recipe, command: str, everything: bool) -> str:
-    """What `--help` prints for a sub-command."""
+    """What `--help` prints for a sub-command; `everything`: all flags of `train`, not only the usual ones."""
     file = sys.argv[0]
     train = f"{file} {recipe.needs}".strip()
     known = commands_of(recipe)
@@ -179,9 +196,9 @@ def help_text(recipe: Recipe, command: str, everything: bool) -> str:
 
 
 def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: Console) -> None:
-    """`--fast_dev_run`: a run of one step with an evaluation and a save, then a second step that resumes from it. Collective.
+    """`--fast_dev_run`: one step, an evaluation and a save; then a second step, resumed from there. Collective.
 
-    The runs end by `--stop_at_step`, so the schedule and whatever else depends on the length of the run stay the real ones.
+    `--stop_at_step` ends both, so that the schedule, and all else that depends on the length of the run, is the real one.
     """
 
     def make_folder() -> str:
@@ -190,7 +207,7 @@ def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: C
         return tempfile.mkdtemp(dir=root, prefix="fast_dev_run-")
 
     folder = launch.control.on_main(make_folder)
-    given = argv[argv[:1] == ["train"] :]
+    _, given = split_command(argv)
     quick = ["--output_dir", folder, "--resume", "auto", "--log_every", "1", "--eval_every", "1", "--eval_iters", "1"]
     quick += ["--no_use_wandb", "--no_use_tensorboard", "--log_with"]
     try:
@@ -205,21 +222,20 @@ def fast_dev_run(recipe: Recipe, argv: Sequence[str], launch: Launch, console: C
 
 
 def train(recipe: Recipe, parsed: Parsed, argv: Sequence[str], launch: Launch, console: Console) -> StopReason:
-    """Train for one launch. Returns why it ended. Collective. Meanwhile rank 0 holds the lock of the run directory."""
+    """Train for one launch, while rank 0 holds the lock of the run directory. Returns why it ended. Collective."""
     from trainer.checkpoints.resume import default_directory, plan_launch
     from trainer.distributed.peers import explained
-    from trainer.launched_run import LaunchedRun, text_of
+    from trainer.launched_run import LaunchedRun
     from trainer.reporting.alerts import open_alerts
 
     title = f"{recipe.name}/{default_directory(recipe, parsed).name}"
     alerts = open_alerts(parsed.webhook if launch.is_main else None, title, console.log)
     launched_run, plan = None, None
     try:
-        arguments = list(argv[1:]) if argv and argv[0] == "train" else list(argv)
         leaving = leaving_at_the_time_limit(parsed.config.run.max_training_hours, console)
-        # `explained` waits for the message of another rank, which may have left at the limit: so `leaving` is around it.
+        # `explained` waits for another rank's message. If that rank has left at the limit, `leaving`, outside, ends the wait.
         with leaving, explained(launch, parsed.config.optimisation):
-            plan = plan_launch(recipe, parsed, arguments, launch, console.log)
+            plan = plan_launch(recipe, parsed, split_command(argv)[1], launch, console.log)
         launched_run = LaunchedRun(recipe, plan, argv, launch, console, alerts)
         return launched_run.run()
     except BaseException as error:

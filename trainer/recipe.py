@@ -32,7 +32,7 @@ class RecipeConfig(Protocol):
     """A recipe's configuration: a frozen dataclass of four sections, each a frozen dataclass, flat on the command line.
 
     It may have a method `resolved() -> config` that fills in values which follow from others (ValueError or UserError where
-    they contradict each other), and a class attribute `yaml_sections`, see `trainer.command_line.flags.read_yaml`.
+    they contradict each other), and a class attribute `yaml_sections`, see `trainer.command_line.yaml_file.read_yaml`.
     """
 
     @property

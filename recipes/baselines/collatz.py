@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recipes.data.collatz import HeldOutNumbers, Layout
+    from trainer.recipe import Batch
 
-Batch = dict[str, "Tensor"]
 FORMULA = 10.43  # steps per ln n: 3 / ln(4/3), 2/3 of them even
 ANOMALY = 3.0  # an error of log1p(steps) above which a number is reported
 MAX_ANOMALIES = 20

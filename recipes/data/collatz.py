@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.data.compilation import compiled
+from recipes.data.splitmix64 import INCREMENT, mix
 from recipes.data.trajectories import PADDING, WORDS, parities_of_words, to_words
 
 if TYPE_CHECKING:
@@ -25,20 +26,13 @@ NORMAL, LARGE, MOD4, DENSE = range(4)
 HELD_OUT_ONE_IN = 1024
 DIGITS = 128  # binary digits that `--input digits` reads
 
-_0, _1, _3, _15, _27, _30, _31 = (np.uint64(n) for n in (0, 1, 3, 15, 27, 30, 31))
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
-_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_0, _1, _3, _15 = (np.uint64(n) for n in (0, 1, 3, 15))
 _CLASS = np.uint64(HELD_OUT_ONE_IN - 1)
 _P_DENSE = np.uint64(0xCCCD)  # 0.8 x 2^16
 _UP_TO_LARGE, _UP_TO_MOD4 = 0.3, 0.6  # cumulative shares of the hard kinds
 
 
-@compiled
-def _mix(x):  # noqa: ANN001, ANN202 - uint64 -> uint64
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): every bit of x decides every bit of the result."""
-    x = (x ^ x >> _30) * _MIX1
-    x = (x ^ x >> _27) * _MIX2
-    return x ^ x >> _31
+_mix = compiled(mix)
 
 
 @compiled
@@ -48,17 +42,19 @@ def _unit(x):  # noqa: ANN001, ANN202 - uint64 -> float in [0, 1)
 
 @compiled
 def _is_held_out(w0, w1, w2):  # noqa: ANN001, ANN202 - uint64 each -> bool
-    return _mix(w0 + _mix(w1 + _mix(w2 + _GOLDEN))) & _CLASS == _0
+    return _mix(w0 + _mix(w1 + _mix(w2 + INCREMENT))) & _CLASS == _0
 
 
 @compiled
-def _plus(words, low):  # noqa: ANN001, ANN202
-    """Add a uint64 to a number of three words, in place."""
-    words[0] += low
-    carry = _1 if words[0] < low else _0
-    words[1] += carry
-    if carry and words[1] == _0:
-        words[2] += _1
+def _add(words, low, total):  # noqa: ANN001, ANN202
+    """total = words + low, for numbers of three words and a uint64.
+
+    Word by word: for the assignment of whole arrays numba would compile, in 1.5 s, a message about shapes that do not fit.
+    """
+    total[0] = words[0] + low
+    carry = _1 if total[0] < low else _0
+    total[1] = words[1] + carry
+    total[2] = words[2] + (_1 if total[1] < carry else _0)
 
 
 @compiled
@@ -66,8 +62,8 @@ def _hard(state, kind, words):  # noqa: ANN001, ANN202
     """Draw a hard number of `kind` from a uint64 state into words [WORDS]."""
     words[2] = _0
     if kind != DENSE:
-        words[0] = _mix(state + _GOLDEN)
-        words[1] = np.uint64(16) + (_mix(state + np.uint64(2) * _GOLDEN) & _15)
+        words[0] = _mix(state + INCREMENT)
+        words[1] = np.uint64(16) + (_mix(state + np.uint64(2) * INCREMENT) & _15)
         if kind == MOD4:
             words[0] |= _3
         return
@@ -75,16 +71,16 @@ def _hard(state, kind, words):  # noqa: ANN001, ANN202
     for word in range(2):
         ones = _0
         for digit in range(16):
-            draw = _mix(state + np.uint64(3 + 16 * word + digit) * _GOLDEN)
+            draw = _mix(state + np.uint64(3 + 16 * word + digit) * INCREMENT)
             ones = ones | draw if _P_DENSE >> np.uint64(digit) & _1 else ones & draw
         words[word] = ones
-    top = np.uint64(5) + _mix(state + np.uint64(40) * _GOLDEN) % np.uint64(50)  # its highest bit, 69 to 118, from bit 64 on
+    top = np.uint64(5) + _mix(state + np.uint64(40) * INCREMENT) % np.uint64(50)  # its highest bit, 69 to 118, from bit 64 on
     words[1] = words[1] & (_1 << top) - _1 | _1 << top
 
 
 @compiled
 def _hard_kind(state):  # noqa: ANN001, ANN202
-    share = _unit(_mix(state + np.uint64(41) * _GOLDEN))
+    share = _unit(_mix(state + np.uint64(41) * INCREMENT))
     return LARGE if share < _UP_TO_LARGE else MOD4 if share < _UP_TO_MOD4 else DENSE
 
 
@@ -96,13 +92,11 @@ def _draw_training(numbers, key, start, hard_fraction, ramp, words, kinds):  # n
         state = _mix(key ^ _mix(number))
         hard = hard_fraction * min(1.0, numbers[row] / ramp) if ramp > 0.0 else hard_fraction
         # Multiples of the golden ratio fill [0, 1) evenly: any three neighbours or more hold both kinds.
-        kinds[row] = _hard_kind(state) if _unit(number * _GOLDEN + key) < hard else NORMAL
+        kinds[row] = _hard_kind(state) if _unit(number * INCREMENT + key) < hard else NORMAL
         attempt = _0
         while attempt == _0 or _is_held_out(words[row, 0], words[row, 1], words[row, 2]):
             if kinds[row] == NORMAL:
-                words[row] = start
-                _plus(words[row], number)
-                _plus(words[row], attempt)
+                _add(start, number + attempt, words[row])
             else:
                 _hard(_mix(state + attempt), kinds[row], words[row])
             attempt += _1
@@ -119,10 +113,9 @@ def _draw_held_out(key, start, span, words, kinds):  # noqa: ANN001, ANN202
             if kinds[row] != NORMAL:
                 _hard(_mix(state + attempt), kinds[row], words[row])
             elif attempt == _0:
-                words[row] = start
-                _plus(words[row], np.uint64(span ** _unit(_mix(state))))
+                _add(start, np.uint64(span ** _unit(_mix(state))), words[row])
             else:
-                _plus(words[row], _1)
+                _add(words[row], _1, words[row])
             attempt += _1
 
 

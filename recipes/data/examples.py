@@ -23,12 +23,12 @@ from recipes.data.text import TokenSplit
 from recipes.data.text_corpus import Corpus, Reading, find_corpus
 from recipes.data.text_files import place_of
 from recipes.data.text_sources import SPLITS
+from recipes.data.token_samples import IGNORED
 from recipes.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # a label that is not predicted: the default ignore_index of torch's cross entropy
 ENCODED_TOGETHER = 1000  # examples
 TRAINED_ENTRIES = 512  # of a tokenizer that is trained on the rows themselves
 Example = tuple[str, str, bool]
@@ -213,13 +213,12 @@ class PackedExamples:
         starts = np.concatenate([[0], ends[:-1]])
         inputs = ends - starts - 1
         plain = np.minimum.reduceat(ids, starts) >= 0  # it has no prompt
-        pieces = np.where(plain, np.maximum(1, -(-inputs // length)), 1)
-        number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its example
-        first = np.repeat(starts, pieces) + number * length
-        size = np.minimum(np.repeat(ends, pieces) - 1 - first, length)
-        predicted = np.concatenate([[0], np.cumsum(ids >= 0)])  # ids to predict before each place
-        kept = predicted[first + size + 1] > predicted[first + 1]
-        self.cut, self.left_out = int(((inputs > length) & ~plain).sum()), int((~kept).sum())
+        used = np.where(plain, inputs, np.minimum(inputs, length))
+        example, offset = _pieces(used, length)
+        first, size = starts[example] + offset, np.minimum(used[example] - offset, length)
+        predicted_before = np.concatenate([[0], np.cumsum(ids >= 0)])  # each place
+        kept = predicted_before[first + 1 + size] > predicted_before[first + 1]
+        self.cut, self.left_out = int((used < inputs).sum()), int((~kept).sum())
         self.first, self.size = first[kept], size[kept]
         if not len(self.first):
             raise ValueError(f"nothing is left to predict within max_length {length}; raise it")
@@ -270,6 +269,14 @@ class PackedExamples:
         ids = np.asarray(self.ids[start : self.split.row_ends[example]])
         prompt = int((ids < 0).sum()) or max(1, len(ids) // 4)
         return np.where(ids < 0, -1 - ids, ids)[:prompt].tolist(), ids[prompt:].tolist()
+
+
+def _pieces(inputs: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of each example -> (the example, the first input) of each piece of at most `length`; each has one or more."""
+    pieces = np.maximum(1, -(-inputs // length))
+    example = np.repeat(np.arange(len(inputs)), pieces)
+    first_piece = np.cumsum(pieces) - pieces
+    return example, (np.arange(len(example)) - first_piece[example]) * length
 
 
 def _packed(sizes: np.ndarray, length: int) -> np.ndarray:

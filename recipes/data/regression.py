@@ -15,23 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea & Flood 2014): the increment, and the two multipliers of its finaliser.
-INCREMENT, MULTIPLIERS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-SHIFTS = (30, 27, 31)
+from recipes.data.splitmix64 import INCREMENT, MULTIPLIERS, SHIFTS, mix
 
 
 def sample_keys(stream: str, seed: int, numbers: Sequence[int]) -> np.ndarray:
     """64 random bits for each sample number of a named stream: uint64 [batch]."""
     root = np.frombuffer(hashlib.blake2b(f"{stream},{seed}".encode(), digest_size=8).digest(), dtype="<u8")
     with np.errstate(over="ignore"):
-        return _splitmix64(root + np.asarray(numbers, dtype=np.uint64) * np.uint64(INCREMENT))
-
-
-def _splitmix64(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, on uint64."""
-    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
-    return z
+        return mix(root + np.asarray(numbers, dtype=np.uint64) * INCREMENT)
 
 
 def normals(keys: Tensor, columns: Tensor) -> Tensor:
@@ -40,10 +31,9 @@ def normals(keys: Tensor, columns: Tensor) -> Tensor:
     Two from each 64-bit hash of (key, column), by Box and Muller (1958); the tail reaches to 6.6 standard deviations.
     """
     z = keys[:, None] + columns
-    for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
+    for shift, multiplier in zip(map(int, SHIFTS), (*MULTIPLIERS, np.uint64(1)), strict=True):  # `mix`, on int64
         z ^= (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # torch shifts signed integers arithmetically
-        z *= _as_int64(multiplier)
-    z ^= (z >> SHIFTS[2]).bitwise_and_((1 << (64 - SHIFTS[2])) - 1)
+        z *= int(multiplier.view(np.int64))
     angle = (z >> 32).float().mul_(math.pi / 2**31)
     above_zero = z.bitwise_and_(0xFFFFFFFF).add_(1).float().mul_(2.0**-32)  # in (0, 1]: its logarithm is finite
     radius = above_zero.log_().mul_(-2.0).sqrt_()
@@ -53,12 +43,8 @@ def normals(keys: Tensor, columns: Tensor) -> Tensor:
 def normal_columns(count: int) -> Tensor:
     """The counters of `normals` for at least `count` numbers a sample: int64 [ceil(count / 2)]."""
     with np.errstate(over="ignore"):
-        steps = np.arange(1, -(-count // 2) + 1, dtype=np.uint64) * np.uint64(INCREMENT)
+        steps = np.arange(1, -(-count // 2) + 1, dtype=np.uint64) * INCREMENT
     return torch.from_numpy(steps.view(np.int64))
-
-
-def _as_int64(bits: int) -> int:
-    return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
 def task_pool(num_tasks: int, task_size: int, seed: int) -> Tensor:
@@ -96,7 +82,7 @@ class RegressionStream:
         """x [batch, examples, task_size], y [batch, pools, examples] and its mean w.x [batch, pools, examples]."""
         keys = sample_keys(self.stream, self.seed, numbers)
         with np.errstate(over="ignore"):
-            uniform = (_splitmix64(keys - np.uint64(INCREMENT)) >> np.uint64(11)) * 2.0**-53
+            uniform = (mix(keys - INCREMENT) >> np.uint64(11)) * 2.0**-53
         chosen = self.starts + (uniform * self.sizes).astype(np.int64)  # [pools, batch]
         keys_and_tasks = torch.from_numpy(np.concatenate([keys.view(np.int64)[None], chosen])).to(self.columns.device)
         device_keys, task_numbers = keys_and_tasks[0], keys_and_tasks[1:]

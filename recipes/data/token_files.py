@@ -70,8 +70,11 @@ class TokenFile:
             raise ValueError(f"{path} is not a .npy array ({' '.join(str(error).split())}); save it with np.save") from None
         if not isinstance(array, np.memmap):
             raise ValueError(f"{path} is an archive of arrays (.npz), not one; save the ids with np.save")
-        if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
+        if array.ndim != 1 or array.dtype.kind not in "ui":
             raise ValueError(f"{path} is {array.dtype} {list(array.shape)}; it must be one row of integers")
+        if not array.dtype.isnative:
+            native = array.dtype.newbyteorder("=")
+            raise ValueError(f"{path} is {array.dtype}, in another byte order; save ids.astype('{native}') with np.save")
         return cls(path, array.dtype.name, len(array), array.offset)
 
     def windows(self, length: int, starts: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,11 +116,11 @@ class Mixture:
 
     @classmethod
     def of(cls, sets: Sequence[TokenSet], sources: Sequence[Weighted]) -> Mixture:
-        """A mixture of sets by the weights of their sources (default 1). ValueError for a weight of 0."""
+        """A mixture of sets by the weights of their sources (default 1). ValueError for a weight that is not above 0."""
         weights = [1.0 if weight is None else weight for _, weight in sources]
         for (path, _), weight in zip(sources, weights, strict=True):
-            if weight <= 0:
-                raise ValueError(f"{path} has the weight 0 in its mixture; give it one above 0, or leave it out")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"{path} has the weight {weight:g} in its mixture; give it one above 0, or leave it out")
         return cls(tuple(sets), tuple(weight / sum(weights) for weight in weights))
 
     @property

@@ -54,6 +54,16 @@ def open_streams(
     `tokenizer`: a folder or tokenizer.json; None: the one beside the first ids of `train`, if there is one; for text, one
     that is trained on it. ValueError or OSError, in one line.
     """
+    if _are_text(train, validation):
+        paths, others = ([path for path, _ in sources] for sources in (train, validation))
+        return _of_text(paths, others, tokenizer, vocab_size, length, column)
+    both = (_mixture(train, vocab_size, one_set=True), _mixture(validation, vocab_size, one_set=False))
+    tokenizer_json = _tokenizer(tokenizer, [file for mixture in both for file in mixture.whole.files], vocab_size)
+    return _checked(both[0], both[1], tokenizer_json, length, vocab_size, overlap(both[0].whole, both[1].whole))
+
+
+def _are_text(train: Sequence[Weighted], validation: Sequence[Weighted]) -> bool:
+    """Whether all sources are text; False: all are ids. ValueError where some are missing, or do not go together."""
     if not train:
         raise ValueError(
             "train_data_path is missing: give --train_data_path FILE.ids (tools/prepare_text.py of samecurve's source "
@@ -63,18 +73,17 @@ def open_streams(
     if EMBEDDED in (*paths, *others) and (len(paths) > 1 or EMBEDDED not in paths or others not in ([], [EMBEDDED])):
         raise ValueError("`embedded` has its own tokens for training and validation; give it alone, as --train_data_path")
     texts = [path for path in (*paths, *others) if path == EMBEDDED or _is_text(path)]
-    if len(texts) == len(paths) + len(others):
-        if weighted := [path for path, weight in (*train, *validation) if weight is not None]:
-            raise ValueError(f"{weighted[0]} is text with a weight; make ids of each part of a mixture (tools/prepare_text.py)")
-        return _of_text(paths, others, tokenizer, vocab_size, length, column)
-    if texts:
-        ids = next(path for path in (*paths, *others) if path not in texts)
-        raise ValueError(f"{texts[0]} is text and {ids} is not; make ids of it with the same tokenizer (tools/prepare_text.py)")
-    if not validation:
+    ids = [path for path in (*paths, *others) if path not in texts]
+    weighted = [path for path, weight in (*train, *validation) if weight is not None]
+    if texts and ids:
+        raise ValueError(
+            f"{texts[0]} is text and {ids[0]} is not; make ids of it with the same tokenizer (tools/prepare_text.py)"
+        )
+    if texts and weighted:
+        raise ValueError(f"{weighted[0]} is text with a weight; make ids of each part of a mixture (tools/prepare_text.py)")
+    if ids and not validation:
         raise ValueError("val_data_path is missing: give --val_data_path FILE.ids; or --train_data_path text or embedded")
-    both = (_mixture(train, vocab_size, one_set=True), _mixture(validation, vocab_size, one_set=False))
-    tokenizer_json = _tokenizer(tokenizer, [file for mixture in both for file in mixture.whole.files], vocab_size)
-    return _checked(both[0], both[1], tokenizer_json, length, vocab_size, overlap(both[0].whole, both[1].whole))
+    return bool(texts)
 
 
 def _is_text(path: str) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from recipes.data.splitmix64 import INCREMENT, mix
 from recipes.data.token_samples import IGNORED, by_document, positions_in_documents
 from recipes.data.token_sets import Mixture, TokenSet
 
@@ -50,13 +51,13 @@ class TokenWindows:
 class RandomWindows:
     """An endless stream of windows. The set that sample s is drawn from, and its start there, are hashes of (seed, s).
 
-    Sets are drawn by their shares, starts with equal probability. A hash is output s of a SplitMix64 generator (Steele, Lea &
-    Flood 2014, figure 17).
+    Sets are drawn by their shares, starts with equal probability. A hash is output s of a SplitMix64 generator.
     """
 
     def __init__(self, mixture: Mixture, length: int, seed: int, end_of_text: int | None = None) -> None:
         self.mixture, self.length, self.end_of_text = mixture, length, end_of_text
-        self.state, self.set_state = (_mix(np.array([seed], dtype=np.uint64) * GOLDEN + salt) for salt in (GOLDEN, GOLDEN // 2))
+        seeds = np.array([seed], dtype=np.uint64) * INCREMENT
+        self.state, self.set_state = mix(seeds + INCREMENT), mix(seeds + INCREMENT // 2)
         self.bounds = np.cumsum(mixture.shares)[:-1]
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -79,16 +80,16 @@ class RandomWindows:
 
     def places(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the set of each sample, int64 [batch]; the position of its first id there, from 0 to count - length - 1)."""
-        steps = np.asarray(numbers, dtype=np.uint64) * GOLDEN
+        steps = np.asarray(numbers, dtype=np.uint64) * INCREMENT
         counts = np.array([part.count - self.length for part in self.mixture.sets], dtype=np.uint64)
         sets = self.sets(numbers)
         # 64 random bits modulo at most 2^40 starts: probabilities of starts differ by less than one part in 2^24.
-        return sets, (_mix(self.state + steps) % counts[sets]).astype(np.int64)
+        return sets, (mix(self.state + steps) % counts[sets]).astype(np.int64)
 
     def sets(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """The set of each sample, int64 [batch]."""
-        steps = np.asarray(numbers, dtype=np.uint64) * GOLDEN
-        return np.searchsorted(self.bounds, _mix(self.set_state + steps) / 2.0**64, side="right")
+        steps = np.asarray(numbers, dtype=np.uint64) * INCREMENT
+        return np.searchsorted(self.bounds, mix(self.set_state + steps) / 2.0**64, side="right")
 
 
 class FixedWindows(RandomWindows):
@@ -135,16 +136,6 @@ class SharesSoFar:
             self.counts += np.bincount(sets, minlength=len(self.counts))
         self.samples = samples
         return dict(zip(self.windows.mixture.labels, (self.counts / max(1, samples)).tolist(), strict=True))
-
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, on uint64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _batch(tokens: np.ndarray, end_of_text: int | None) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 HUB_GPT2 = ("openai-community/gpt2", "gpt2")  # one model, two names: a machine without a network may hold either
 GPT2_VOCAB_SIZE = 50_257
+WORD_CHARACTERS = 10_000  # of a word that BPE is trained on, which takes time with its square; longer ones are cut
 
 
 def load_tokenizer(
@@ -63,7 +64,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
+    pre_tokenizer = encoder.pre_tokenizer
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.FixedLength(length=WORD_CHARACTERS)])
     encoder.train_from_iterator(texts, trainer)
+    encoder.pre_tokenizer = pre_tokenizer
     return encoder
 
 

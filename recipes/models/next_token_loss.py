@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from recipes.data.token_samples import IGNORED
+
 CHUNK_LOGITS = 2**28
 """logits computed at a time outside a compiled graph: 1 GiB in fp32"""
 
@@ -59,10 +61,11 @@ def loss_terms(loss: Callable[..., Tensor], source: Tensor | None, names: Sequen
 
 
 def predicted_tokens(labels: Tensor, source: Tensor | None, names: Sequence[str]) -> dict[str, int]:
-    """How many labels each term of `loss_terms` is a sum over."""
-    predicted = labels != IGNORED
-    counts = {} if source is None else sums_by_source(predicted, source, names)
-    return {"next_token": int(predicted.sum()), **{name: int(count) for name, count in counts.items()}}
+    """How many labels each term of `loss_terms` is a sum over. The labels are still on the host, before every step: numpy takes
+    less than half of torch's time for them."""
+    predicted = labels.numpy() != IGNORED
+    counts = {} if source is None else sums_by_source(torch.from_numpy(predicted), source, names)
+    return {"next_token": int(np.count_nonzero(predicted)), **{name: int(count) for name, count in counts.items()}}
 
 
 def sums_by_source(values: Tensor, source: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ALL_ROWS = slice(None)
 HEAD_WIDTH = 64  # in every ViT of timm whose config.json has no number of heads
 TABLE, MLP = "relative_position_bias_table", "mlp.fc2.weight"
-SCALED = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}
+LAYER_SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}  # {layer scale: the layer before it}
 
 
 def settings_of(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,54 +68,61 @@ def named_as_ours(
     """({our name: tensor}, notes for the user). Tensors have a `shape`, and are read later, by `read(rows)`.
 
     `fresh` are the initial weights of our network, which stay where timm's has none that fit: a classifier of other classes,
-    bias tables.
+    bias tables. What we have no place for keeps its name.
     """
-    left = dict(stored)
     found: dict[str, Any] = {}
-    notes = []
-
-    def add_computed(name: str, compute: Callable[..., Tensor], *arguments: Any) -> None:
-        found[name] = replace(fresh[name], read=lambda rows: compute(*arguments)[rows])
-
+    used = {key for key in stored if key.endswith(tuple(LAYER_SCALES))}
+    scale_of = {key.replace(scale, layer): stored[key] for key in used for scale, layer in LAYER_SCALES.items()}
     for name, own in fresh.items():
-        theirs = name
-        if name.startswith("norm.") and network.pool == "mean_then_norm":
-            theirs = f"fc_{name}"
-        block, _, inside = name.removeprefix("blocks.").partition(".")
-        layer, _, kind = inside.rpartition(".")
+        theirs = f"fc_{name}" if name.startswith("norm.") and network.pool == "mean_then_norm" else name
         if name.endswith(TABLE):
-            places = (f"blocks.{block}.attn.rel_pos.", "shared_rel_pos.")
-            rel_pos = next((place for place in places if any(key.startswith(place) for key in stored)), None)
-            if rel_pos is None:
+            parts = _bias_parts(name, stored)
+            used |= set(parts.values())
+            tensors = {part: stored[key] for part, key in parts.items()}
+            found[name] = _computed(own, bias_table, tensors, network.grid, own.shape[0]) if parts else own
+        elif theirs in stored:
+            used.add(theirs)
+            layer = theirs.rpartition(".")[0]
+            if name == "pos_embed":
+                found[name] = _computed(own, position_embedding, stored[name], network.grid)
+            elif name.startswith("head.") and stored[name].shape != own.shape:
                 found[name] = own
-                continue
-            parts = {key.removeprefix(rel_pos): left.pop(key, stored[key]) for key in stored if key.startswith(rel_pos)}
-            add_computed(name, bias_table, parts, network.grid, own.shape[0])
-        elif name == "pos_embed" and name in left:
-            embedding = left.pop(name)
-            add_computed(name, position_embedding, embedding, network.grid)
-            if embedding.shape != own.shape:
-                notes.append(f"Position embeddings are interpolated: {embedding.shape[1]} positions to {own.shape[1]}")
-        elif theirs.startswith("head.") and theirs in left and left[theirs].shape != own.shape:
-            left.pop(theirs)
-            found[name] = own
-            if kind == "weight":
-                notes.append("The classifier begins anew: its weights are of other classes")
-        elif theirs.endswith("qkv.bias") and theirs not in left:
-            add_computed(name, torch.zeros, own.shape)
-            if block == "0":
-                notes.append("Biases of queries, keys and values begin at 0: there are none in it")
-        elif theirs in left and (gamma := f"blocks.{block}.{SCALED.get(layer)}") in left:
-            weight, scale = left.pop(theirs), stored[gamma]
-            add_computed(name, _scaled, weight, scale)
-        elif theirs in left:
-            found[name] = left.pop(theirs)
-    interpolated = {key: t.shape[0] for key, t in stored.items() if key.endswith(TABLE)}
-    tables = [tensor.shape[0] for name, tensor in fresh.items() if name.endswith(TABLE)]
-    if interpolated and tables and {*interpolated.values()} != {*tables}:
-        notes.append(f"Tables of the position bias are interpolated: {max(interpolated.values())} rows to {tables[0]}")
-    scales = tuple(SCALED.values())
-    return found | {key: tensor for key, tensor in left.items() if not key.endswith(scales)}, notes
+            elif layer in scale_of:
+                found[name] = _computed(own, _scaled, stored[theirs], scale_of[layer])
+            else:
+                found[name] = stored[theirs]
+        elif name.endswith("qkv.bias"):
+            found[name] = _computed(own, torch.zeros, own.shape)
+    return found | {key: tensor for key, tensor in stored.items() if key not in used}, _notes(stored, fresh)
+
+
+def _notes(stored: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
+    """What is said of weights that do not come over as they are."""
+    notes, both = [], stored.keys() & fresh.keys()
+    if "pos_embed" in both and stored["pos_embed"].shape != fresh["pos_embed"].shape:
+        before, after = (tensors["pos_embed"].shape[1] for tensors in (stored, fresh))
+        notes.append(f"Position embeddings are interpolated: {before} positions to {after}")
+    if "blocks.0.attn.qkv.bias" in fresh.keys() - both:
+        notes.append("Biases of queries, keys and values begin at 0: there are none in it")
+    if "head.weight" in both and stored["head.weight"].shape != fresh["head.weight"].shape:
+        notes.append("The classifier begins anew: its weights are of other classes")
+    before, after = ({t.shape[0] for name, t in tensors.items() if name.endswith(TABLE)} for tensors in (stored, fresh))
+    if before and after and before != after:
+        notes.append(f"Tables of the position bias are interpolated: {max(before)} rows to {max(after)}")
+    return notes
+
+
+def _bias_parts(table: str, stored: Mapping[str, Any]) -> dict[str, str]:
+    """{part: timm's name} of the position bias for a table of ours: that of its block, or of all; empty if there is none."""
+    for place in (f"{table.partition('.attn.')[0]}.attn.rel_pos.", "shared_rel_pos."):
+        if parts := {key.removeprefix(place): key for key in stored if key.startswith(place)}:
+            return parts
+    return {}
+
+
+def _computed(own: Any, compute: Callable[..., Tensor], *arguments: Any) -> Any:
+    """A tensor of the shape of `own` that is computed when it is read."""
+    return replace(own, read=lambda rows: compute(*arguments)[rows])
 
 
 def _scaled(stored: Any, stored_scale: Any) -> Tensor:

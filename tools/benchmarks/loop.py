@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, interleave
+from benchmarks.gpu_pieces.contenders import Contender, Steps, interleave
 from benchmarks.gpu_pieces.hf_trainer import HfTrainerLoop
 from benchmarks.gpu_pieces.language import gpt2
 from benchmarks.gpu_pieces.overhead import profiled
@@ -115,7 +115,7 @@ def accelerate_loop(recipe: Any, config: Any) -> Contender:
             wrapped.step()
             wrapped.zero_grad()
 
-    return BareSteps(step)
+    return Steps(step)
 
 
 def fabric_loop(recipe: Any, config: Any) -> Contender:
@@ -132,7 +132,7 @@ def fabric_loop(recipe: Any, config: Any) -> Contender:
         wrapped.step()
         wrapped.zero_grad()
 
-    return BareSteps(step)
+    return Steps(step)
 
 
 class Counts(NamedTuple):

@@ -41,11 +41,11 @@ def planned(kind: str, argv: Sequence[str]) -> tuple[float, float]:
 
     from recipes.tinystories_lm import TinyStoriesLM
     from trainer.command_line import config as configuration
-    from trainer.planning.memory import memory_of, ways
+    from trainer.planning.memory import memory_of, strategies
     from trainer.planning.plan import measure as measure_shapes
 
     recipe = TinyStoriesLM()
     config = configuration.parse(recipe.config_class, recipe.presets, argv, recipe.name).config
-    way = next(way for way in ways(processes_of(kind)) if way.name == NAMES[kind])
-    memory = memory_of(way, measure_shapes(recipe, config, recipe.build_data(config), way, "no", on_gpu=False).net)
+    strategy = next(s for s in strategies(processes_of(kind)) if s.name == NAMES[kind])
+    memory = memory_of(strategy, measure_shapes(recipe, config, recipe.build_data(config), strategy, "no", on_gpu=False).net)
     return memory.device / 1e6, memory.activations / 1e6

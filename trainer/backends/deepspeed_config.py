@@ -52,7 +52,7 @@ def check_deepspeed_file(environ: Mapping[str, str]) -> None:
             raise UserError(f"{shown}: not an ordinary file; give a JSON file")
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twice)
     except OSError as error:
-        raise UserError(f"{shown}: {error.strerror}; give an existing file as deepspeed_config_file") from None
+        raise UserError(f"{shown}: {error.strerror}; give the path of a JSON file") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a key twice; nested too deeply
         raise UserError(f"{shown} is no JSON: {one_line(error, 200)}") from None
     if not isinstance(config, dict):
@@ -107,16 +107,39 @@ def fill_deepspeed_config(
     UserError where a number in the file contradicts a flag, naming both. Without a file the numbers are Accelerate's defaults,
     and are replaced.
     """
-    filled = dict(config)
-    stage = int((filled.get("zero_optimization") or {}).get("stage", 0))
+    _check_stage(config)
+    _check_numbers(config if os.environ.get(VARIABLE) else {}, settings, processes)
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise UserError(f"DeepSpeed file: remove its {key!r} section; samecurve sets it from its own flags")
+    share, accumulation = settings.batch_size // processes, settings.gradient_accumulation_steps
+    return {
+        "steps_per_print": 2**31 - 1,
+        **{key: value for key, value in config.items() if key not in ("bf16", "fp16")},
+        "train_micro_batch_size_per_gpu": share,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.grad_clip,
+        # DeepSpeed only logs this, but checks that it is the product of the others: where shares differ, of the smallest share.
+        "train_batch_size": share * accumulation * processes,
+        # With an offloaded optimizer Accelerate would compile DeepSpeed's CPU Adam and use it instead of the requested
+        # optimizer; torch's own fused CPU optimizers are as good.
+        "zero_force_ds_cpu_optimizer": False,
+        **_precision_section(config, precision, precision_flag),
+    }
+
+
+def _check_stage(config: Mapping[str, Any]) -> None:
+    stage = int((config.get("zero_optimization") or {}).get("stage", 0))
     if stage not in (1, 2, 3):
         raise UserError(f"DeepSpeed zero_optimization.stage {stage} brings nothing over DDP; use {path_of(DDP)}")
-    if filled["zero_optimization"].get("zero_hpz_partition_size", 1) != 1:
+    if config["zero_optimization"].get("zero_hpz_partition_size", 1) != 1:
         raise UserError(  # DeepSpeed fills its second copy of the weights, within a node, with other values than the first
             "DeepSpeed file: zero_hpz_partition_size trains on other weights than the run's; leave it out, or use "
             f"{path_of('accelerate_configs/hsdp.yaml')}"
         )
-    from_file = bool(os.environ.get(VARIABLE))
+
+
+def _check_numbers(file: Mapping[str, Any], settings: Optimisation, processes: int) -> None:
     flags = {
         "train_micro_batch_size_per_gpu": (settings.batch_size // processes, "--batch_size over the processes"),
         "gradient_accumulation_steps": (settings.gradient_accumulation_steps, "--gradient_accumulation_steps"),
@@ -124,18 +147,18 @@ def fill_deepspeed_config(
         "train_batch_size": (settings.effective_batch_size, "--batch_size x --gradient_accumulation_steps"),
     }
     for key, (value, flag) in flags.items():
-        in_file = filled.get(key, "auto")
-        if from_file and in_file != "auto" and (isinstance(in_file, bool) or not isinstance(in_file, int | float)):
+        in_file = file.get(key, "auto")
+        if in_file == "auto":
+            continue
+        if isinstance(in_file, bool) or not isinstance(in_file, int | float):
             raise UserError(f'DeepSpeed file: {key} is {json.dumps(in_file)[:50]}; write "auto" there')
-        if from_file and in_file != "auto" and in_file != value:
+        if in_file != value:
             raise UserError(f'DeepSpeed file: {key} {in_file} contradicts {flag} = {value:g}; write "auto" there')
-        filled[key] = value
-    # DeepSpeed only logs this, but checks that it is the product of the others: where shares differ, of the smallest share.
-    filled["train_batch_size"] = settings.batch_size // processes * settings.gradient_accumulation_steps * processes
-    for key in ("optimizer", "scheduler"):
-        if key in filled:
-            raise UserError(f"DeepSpeed file: remove its {key!r} section; samecurve sets it from its own flags")
-    bf16, fp16 = (dict(filled.pop(key, None) or {}) for key in ("bf16", "fp16"))
+
+
+def _precision_section(config: Mapping[str, Any], precision: str, precision_flag: str) -> dict[str, Any]:
+    """The one section of `bf16`, `fp16` and `torch_autocast` that makes the precision, under its name; empty for fp32."""
+    bf16, fp16 = config.get("bf16") or {}, config.get("fp16") or {}
     in_file = "bf16" if bf16.get("enabled") is True else "fp16" if fp16.get("enabled") is True else None
     pure_bf16 = in_file == "bf16" and precision_flag == "auto" and precision == "no"
     if in_file and in_file != precision and not pure_bf16:
@@ -145,18 +168,14 @@ def fill_deepspeed_config(
         )
     if in_file == "bf16":
         # Pure bf16 weights, which the file asks for. Without this DeepSpeed does not notice a NaN there.
-        filled["bf16"] = {**bf16, "check_grad_overflow": True}
-    elif precision == "bf16":
+        return {"bf16": {**bf16, "check_grad_overflow": True}}
+    if precision == "bf16":
         # Autocast over fp32 weights, for DDP's numbers. DeepSpeed communicates the modules that the file names in bf16.
-        classes = (filled.get("torch_autocast") or {}).get("lower_precision_safe_modules", [])
-        filled["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": classes}
-    elif precision == "fp16":
-        filled["fp16"] = {"loss_scale_window": 2000, **fp16, "enabled": True}
-    # With an offloaded optimizer Accelerate would compile DeepSpeed's CPU Adam and use it instead of the requested optimizer;
-    # torch's own fused CPU optimizers are as good.
-    filled["zero_force_ds_cpu_optimizer"] = False
-    filled.setdefault("steps_per_print", 2**31 - 1)
-    return filled
+        classes = (config.get("torch_autocast") or {}).get("lower_precision_safe_modules", [])
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": classes}}
+    if precision == "fp16":
+        return {"fp16": {"loss_scale_window": 2000, **fp16, "enabled": True}}
+    return {}
 
 
 def precision_notes(filled: Mapping[str, Any]) -> list[str]:

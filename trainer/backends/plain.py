@@ -16,6 +16,8 @@ from trainer.distributed.launch import Launch
 from trainer.initial_weights import Weights, fill
 from trainer.optimisation.finite import LossScale
 
+_NOTHING = contextlib.nullcontext()
+
 
 class PlainBackend(TorchBackend):
     """The network itself, or torch's DistributedDataParallel around it."""
@@ -67,4 +69,4 @@ class PlainBackend(TorchBackend):
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced with the last micro-batch only."""
-        return contextlib.nullcontext() if last else self.no_sync()
+        return _NOTHING if last else self.no_sync()

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.checkpoints.checkpoint import CONFIG, ENDINGS, MANIFEST, STATE, Checkpoint, refuse_run_directory
 from trainer.command_line import config as configuration
 from trainer.command_line.config import Parsed
-from trainer.command_line.flags import SECTIONS
+from trainer.command_line.sections import SECTIONS
 from trainer.errors import UserError, one_line
 from trainer.recipe import Recipe
 

@@ -125,8 +125,7 @@ def make_plan(
             "move them there, leave the flag out, or choose another --run_name"
         )
     try:
-        directory.prepare()
-        directory.lock(log)
+        directory.prepare(log)
         retention.clear_unfinished(directory.checkpoints)
         saved, same_run = choose(recipe, run, directory, log, verify, restarted)
         if saved is None:

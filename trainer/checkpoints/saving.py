@@ -18,7 +18,8 @@ from trainer.checkpoints.network import is_kept
 from trainer.checkpoints.resume import LaunchPlan
 from trainer.checkpoints.writing import RankWriter, WriteReport, commit
 from trainer.command_line.config import to_yaml
-from trainer.distributed.stopping import StopReason, StopRequests
+from trainer.distributed.stopping import StopReason
+from trainer.distributed.time_limit import TimeLimit
 from trainer.errors import CHECKPOINT, UserError
 from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.trackers import SAVE_SECONDS
@@ -72,14 +73,14 @@ class Saver:
     """Saves the checkpoints of a run. All methods are called on every process.
 
     `save` copies the state, and the loop waits for that alone. A thread of each rank writes its share; when all are done,
-    `settle` gathers their reports, and the thread of rank 0 commits the checkpoint. At most one save is in flight. Threads make
-    no collectives: these could be matched with others of the main threads.
+    `advance` gathers their reports, and the thread of rank 0 commits the checkpoint; the next `advance` reports it. At most one
+    save is in flight. Threads make no collectives: these could be matched with others of the main threads.
     """
 
     def __init__(
-        self, session: Session, plan: LaunchPlan, state: TrainState, logger: MetricsLogger, stops: StopRequests
+        self, session: Session, plan: LaunchPlan, state: TrainState, logger: MetricsLogger, time_limit: TimeLimit
     ) -> None:
-        self.session, self.state, self.logger, self.stops = session, state, logger, stops
+        self.session, self.state, self.logger, self.time_limit = session, state, logger, time_limit
         self.recipe, self.run, self.launch = session.recipe, session.config.run, session.launch
         self.directory, self.folder = plan.directory, plan.directory.checkpoints
         self.saved_step = state.step if plan.checkpoint and plan.same_run else None
@@ -87,7 +88,7 @@ class Saver:
         self.writer, self.thread = RankWriter(self.launch), ThreadPoolExecutor(1, "checkpoint")
         self.in_flight: SaveInFlight | None = None
         size_bytes = sum(entry.size_bytes for entry in self._model_tensors())
-        stops.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
+        time_limit.expect_save(SLOW_SAVE_SECONDS + 3 * size_bytes / SLOW_DISK)
 
     def due(self) -> bool:
         """Whether to save this step: every `save_every` steps and `save_epochs` epochs, unless it is saved already."""
@@ -129,29 +130,28 @@ class Saver:
         """Whether there is a save in flight and this rank has finished its current job for it."""
         return self.in_flight is not None and self.in_flight.done()
 
-    def settle(self, wait_for_end: bool) -> int | None:
-        """Wait until all ranks have written the save in flight, if there is one; have it committed; and report it. Collective.
+    def advance(self) -> int | None:
+        """Take the save in flight a stage further: when all ranks have written it, commit it; when that is done, report it.
 
-        Without `wait_for_end` it returns once the commit has started, and the next call does the rest. Returns the step of a
-        failed save; UserError (exit 5) if the launch ends with that save.
+        Waits for the current stage to end. Collective. Returns the step of a failed save; UserError (exit 5) if the launch ends
+        with that save.
         """
-        started, save, control = time.monotonic(), self.in_flight, self.launch.control
-        if save is None:
-            return None
-        self.in_flight = None
+        save, self.in_flight = self.in_flight, None
+        assert save is not None
         self._wait_for_all(save)
-        if not save.committing:
-            report = save.job.result()
-            reports = control.gather(report)
-            save.seconds += max((each["seconds"] for each in reports or [report] if each), default=0.0)
-            save.job, save.committing = self.thread.submit(self._commit, save, reports), True
-            if not wait_for_end:
-                self.in_flight = save
-                return None
-            self._wait_for_all(save)
-        failure, warning, seconds = save.job.result()
+        if save.committing:
+            return self._report(save, save.job.result())
+        report = save.job.result()
+        reports = self.launch.control.gather(report)
+        save.seconds += max((each["seconds"] for each in reports or [report] if each), default=0.0)
+        save.job, save.committing = self.thread.submit(self._commit, save, reports), True
+        self.in_flight = save
+        return None
+
+    def _report(self, save: SaveInFlight, outcome: Outcome) -> int | None:
+        """Say, on every rank, what became of a save; see `advance`."""
+        failure, warning, seconds = outcome
         save.seconds += seconds
-        self.logger.exclude_from_timing(time.monotonic() - started)
         try:
             self.launch.control.raise_if_any(UserError(failure, CHECKPOINT) if failure else None)
         except UserError as error:
@@ -164,7 +164,7 @@ class Saver:
             self.logger.announce("save", warning)
         if save.writes:  # a link alone says nothing of what a save takes
             self.saved_step = save.step
-            self.stops.record_save(save.seconds)
+            self.time_limit.record_save(save.seconds)
             row = {SAVE_SECONDS: save.seconds, "checkpoint/stall_seconds": save.stall_seconds}
             self.logger.write(row, save.step)
             if self.launch.is_main and not save.last:
@@ -176,17 +176,17 @@ class Saver:
 
     def _wait_for_all(self, save: SaveInFlight) -> None:
         """Wait until every rank has finished its current job. They poll each other, so that a rank that is gone is noticed."""
-        ranks, timeout = range(self.launch.processes), self.launch.control.timeout
-        end = time.monotonic() + timeout.total_seconds()
+        ranks, timeout, started = range(self.launch.processes), self.launch.control.timeout, time.monotonic()
         while not all(done := self.launch.control.sum([float(r == self.launch.rank and save.done()) for r in ranks]).wait()):
             wait([save.job], POLL_SECONDS)
-            if time.monotonic() > end:
+            if time.monotonic() - started > timeout.total_seconds():
                 writing = ", ".join(str(r) for r in ranks if not done[r])
                 raise UserError(
                     f"checkpoint {self.folder / save.name} is still being written after --timeout_minutes "
                     f"{timeout.total_seconds() / 60:g}, by ranks {writing}; does a disk hang?",
                     CHECKPOINT,
                 )
+        self.logger.exclude_from_timing(time.monotonic() - started)
 
     def _commit(self, save: SaveInFlight, reports: Sequence[WriteReport]) -> Outcome:
         """The second job of the thread: rank 0 commits the checkpoint and sets its links; the others do nothing."""

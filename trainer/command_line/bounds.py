@@ -1,4 +1,4 @@
-"""What a number may be, written on the field itself: `d_model: Annotated[int, Positive]`; `config.check` holds it."""
+"""Ranges of numbers, annotated on a field (`d_model: Annotated[int, Positive]`) and checked by `config.check`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bound:
-    """A range of numbers; of a tuple, each number of it. None, where a field may be None, is always allowed."""
+    """A range. It holds for a number, and for each number of a tuple; None, where a field may be None, is always allowed."""
 
     least: float = -math.inf
     below: float = math.inf
     most: float = math.inf
     exclusive: bool = False
-    """whether `least` itself is too small"""
+    """whether `least` itself is outside the range"""
 
     def broken_by(self, value: float) -> str | None:
-        """What a value out of this range must be instead; None if it is in it."""
+        """What `value` has to be (`must be at least 1`) if it is outside the range; None if it is inside."""
         if (self.least < value or (value == self.least and not self.exclusive)) and value < self.below and value <= self.most:
             return None
         if self.below == self.most == math.inf and self.least == 0 and not self.exclusive:
@@ -38,12 +38,12 @@ Fraction = Bound(0, below=1)
 
 
 def AtLeast(least: float) -> Bound:  # noqa: N802 - reads like the bounds above
-    """A bound from below, which may be met."""
+    """The range from `least` on, `least` included."""
     return Bound(least)
 
 
 def bounded_fields(config: Any) -> Iterator[tuple[str, Any, Bound | None]]:
-    """(name, value, bound or None) of every field of a flat dataclass, or of one of sections."""
+    """(name, value, bound or None) of every field of a flat dataclass, or of a dataclass of sections."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

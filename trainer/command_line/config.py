@@ -1,8 +1,8 @@
 """Configuration: four sections of frozen dataclasses, and the command line that fills them.
 
-A run is described by `model`, `data`, `optimisation` and `run`. A recipe brings the first two and may extend the others.
-On the command line the sections disappear (`--d_model 512`). A preset and a YAML file become leading arguments, so that all
-three meet the same checks, and the later one wins: flags > YAML > preset > defaults (or the checkpoint that is resumed).
+A run is described by `model`, `data`, `optimisation` and `run`. A recipe defines the first two and may extend the others.
+The command line is flat (`--d_model 512`). The values of a preset and a YAML file are put in front of it as arguments, so that
+all three pass the same checks and the later one wins: flags > YAML > preset > defaults (or the checkpoint that is resumed).
 
 Nothing here imports torch: `--help` has to answer at once.
 """
@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from trainer.command_line.bounds import bounded_fields
-from trainer.command_line.flags import arguments, cli, flag_names, nearest, peek, read_yaml, typed
+from trainer.command_line.bounds import Bound, bounded_fields
+from trainer.command_line.flags import arguments, cli, flag_names, nearest, peek, typed
 from trainer.command_line.locations import with_homes
 from trainer.command_line.secrets import redact_text
 from trainer.command_line.webhook import Webhook, find_webhook
+from trainer.command_line.yaml_file import read_yaml
 from trainer.errors import UserError
 from trainer.fields import problem_of
 
@@ -33,21 +34,21 @@ _FOLDERS = ("output_dir", "run_name", "checkpoint_dir")
 
 @dataclass(frozen=True)
 class Parsed:
-    """A command line, read."""
+    """What a training command line says."""
 
     config: Any
     unresolved: Any
-    """`config` before its `resolved()`"""
+    """`config` before its `resolved()` was called"""
     without_flags: Any
-    """what `unresolved` would have been without the typed flags: their difference names the run"""
+    """what `unresolved` would be without the flags on the command line; where the two differ names the run"""
     typed: frozenset[str]
     """names of the fields that were given: by a flag, in the YAML file or in the preset"""
     webhook: Webhook | None = None
-    """where alerts go. Its URL is a secret: it is here alone, and in none of the configs, which are written to files"""
+    """where alerts go. Its URL is a secret, so the configs, which are written to files, do not hold it"""
 
 
 def values(config: Any) -> dict[str, Any]:
-    """All values of a sectioned (or flat) config by field name."""
+    """{field: value} of a config, in sections or flat."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -56,7 +57,7 @@ def values(config: Any) -> dict[str, Any]:
 
 
 def changed(config: Any, base: Any, sections: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """{field: (base value, config value)} where the two differ, within `sections`."""
+    """{field: (value in `base`, value in `config`)} of the fields of `sections` in which the two differ."""
     before = {k: v for s in sections for k, v in values(getattr(base, s)).items()}
     after = {k: v for s in sections for k, v in values(getattr(config, s)).items()}
     return {k: (before[k], v) for k, v in after.items() if before[k] != v}
@@ -69,12 +70,10 @@ def parse(
     prog: str,
     default: Any = None,
 ) -> Parsed:
-    """Read a training command line. `default` (a checkpoint's config) stands in for the defaults of the flags not given.
+    """Read a training command line. `default` (a checkpoint's config, say) has the values of the flags that are not given.
 
-    A config class with a method `resolved() -> config` fills in what follows from other values, and refuses (with a
-    ValueError or UserError) values that contradict each other.
-
-    Raises UserError (one or two lines) for anything a user can mend.
+    A config class may have a method `resolved() -> config` that fills in what follows from other values, with a ValueError or
+    UserError where values contradict each other. UserError for whatever the user can mend.
     """
     default = config_class() if default is None else default
     names, config_file = flag_names(config_class), peek(argv, "config")
@@ -84,12 +83,12 @@ def parse(
     from_file = arguments(read_yaml(Path(config_file).expanduser(), config_class)) if config_file else []
     by_source = [frozenset(names[n] for n in typed(words, names)) for words in (leading, from_file, argv)]
     given = frozenset().union(*by_source)
-    beneath = [*leading, *from_file]
+    before_flags = [*leading, *from_file]
     try:
-        base = _epochs_win(cli(config_class, beneath, prog, default) if beneath else default, by_source[:2])
+        base = _epochs_win(cli(config_class, before_flags, prog, default) if before_flags else default, by_source[:2])
     except UserError as error:
         raise UserError(f"--config {config_file}: {error}") from None
-    config = _epochs_win(cli(config_class, [*beneath, *argv], prog, default), by_source)
+    config = _epochs_win(cli(config_class, [*before_flags, *argv], prog, default), by_source)
     steps, epochs = config.optimisation.max_steps, config.optimisation.max_epochs
     if _length_flags(by_source) == {"max_steps", "max_epochs"} and steps and epochs:
         ways_out = "--max_steps 0 to count epochs, or --max_epochs 0 to count steps"
@@ -102,18 +101,22 @@ def parse(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, num_workers=0, compile="no"))
     check(config)
     refuse_unused(config, given)
-    unresolved = config
-    if hasattr(config, "resolved"):
-        try:
-            config = config.resolved()
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        check(config)
-    return Parsed(config, unresolved, base, given, webhook)
+    return Parsed(_resolved(config), config, base, given, webhook)
+
+
+def _resolved(config: Any) -> Any:
+    if not hasattr(config, "resolved"):
+        return config
+    try:
+        config = config.resolved()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check(config)
+    return config
 
 
 def refuse_unused(config: Any, given: frozenset[str]) -> None:
-    """UserError for a flag that does nothing in this recipe, which says so in its config class: `unused` {field: why}."""
+    """UserError for a given flag that does nothing in this recipe: its config class lists these as `unused` {field: why}."""
     default = values(type(config)())
     for name, reason in getattr(config, "unused", {}).items():
         value = values(config)[name]
@@ -124,20 +127,20 @@ def refuse_unused(config: Any, given: frozenset[str]) -> None:
 
 
 def _length_flags(by_source: Sequence[frozenset[str]]) -> frozenset[str]:
-    """Which of max_steps and max_epochs were given by the last of preset, YAML file and flags that gives one."""
+    """Which of max_steps and max_epochs the last source (preset, YAML file, flags) gives that gives either; else none."""
     lengths = [given & {"max_steps", "max_epochs"} for given in by_source]
     return next((names for names in reversed(lengths) if names), frozenset())
 
 
 def _epochs_win(config: Any, by_source: Sequence[frozenset[str]]) -> Any:
-    """`config` with `max_steps` 0, which would decide, if epochs were given after it."""
+    """`config` with `max_steps` 0, which would otherwise decide, if the last source that gives a length gives only epochs."""
     if _length_flags(by_source) != {"max_epochs"} or not config.optimisation.max_epochs:
         return config
     return dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, max_steps=0))
 
 
 def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapping[str, Path] | None = None) -> Any:
-    """Read the command line of a sub-command: one flat dataclass."""
+    """An instance of a flat dataclass, from the command line of a sub-command. UserError for whatever the user can mend."""
     leading = _preset(config_class, presets, argv) if presets else []
     flags = with_homes(cli(config_class, [*leading, *argv], prog, None))
     check(flags)
@@ -145,7 +148,7 @@ def parse_flat(config_class: type, argv: Sequence[str], prog: str, presets: Mapp
 
 
 def _preset(config_class: type, presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
-    """The values of the preset that a command line names, as its leading words."""
+    """The values of the preset that a command line names, as words; empty if it names none. UserError for an unknown one."""
     preset = peek(argv, "preset")
     if preset is not None and preset not in presets:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, presets)}; this recipe has: {', '.join(presets) or 'none'}")
@@ -153,27 +156,40 @@ def _preset(config_class: type, presets: Mapping[str, Path], argv: Sequence[str]
 
 
 def check(config: Any) -> None:
-    """UserError for numbers no run can mean, naming the flag and the value, and for URLs that hold a secret, without it."""
+    """UserError for values that no run can have: numbers out of bounds, URLs with a secret, values that contradict each other.
+
+    It names the flag and the value, but no secret.
+    """
     for name, value, bound in bounded_fields(config):
-        parts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(part, str) and redact_text(part) != part for part in parts):
-            raise UserError(
-                f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
-                "in ~/.netrc or the environment"
-            )
-        for number in parts:
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                continue
-            if isinstance(number, float) and not math.isfinite(number):  # an integer may be too long for a float
-                raise UserError(f"{name} {number} is not a finite number; give a finite one")
-            wanted = bound and bound.broken_by(number)
-            if wanted:
-                raise UserError(f"{name} {number} {wanted}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, str):
+                _check_text(name, part)
+            elif isinstance(part, int | float) and not isinstance(part, bool):
+                _check_number(name, part, bound)
         if name in _FOLDERS and value is not None:
             _check_folder(name, value)
-    optimisation = getattr(config, "optimisation", None)
-    if optimisation is None:
-        return
+    if hasattr(config, "optimisation"):
+        _check_together(config)
+
+
+def _check_text(name: str, text: str) -> None:
+    if redact_text(text) != text:
+        raise UserError(
+            f"{name} is a URL with a secret in it, which every checkpoint would keep; give it without: logins belong "
+            "in ~/.netrc or the environment"
+        )
+
+
+def _check_number(name: str, number: float, bound: Bound | None) -> None:
+    if isinstance(number, float) and not math.isfinite(number):  # an integer may be too long for a float
+        raise UserError(f"{name} {number} is not a finite number; give a finite one")
+    wanted = bound and bound.broken_by(number)
+    if wanted:
+        raise UserError(f"{name} {number} {wanted}")
+
+
+def _check_together(config: Any) -> None:
+    optimisation = config.optimisation
     if config.run.patience and not config.run.eval_every and not config.run.eval_epochs:
         raise UserError(
             f"patience {config.run.patience} waits for evaluations, and there are none; give an --eval_every or --eval_epochs"
@@ -185,7 +201,7 @@ def check(config: Any) -> None:
 
 
 def _check_folder(name: str, value: str) -> None:
-    """UserError for what names no folder of one's own: `--run_name ..` would write beside the runs."""
+    """UserError for a value that names no folder, or one outside the runs (`--run_name ..`)."""
     if not value.strip() or (not value.isprintable() and value.isascii()):
         raise UserError(f"{name} {value!r} names no folder; give another, or leave it out")
     if re.match(r"[a-z0-9+.-]+://", value, re.IGNORECASE):
@@ -195,9 +211,9 @@ def _check_folder(name: str, value: str) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """The whole config as YAML, in sections, a config file in its turn; `from_mapping(yaml)` gives it back.
+    """The whole config as YAML, in sections: a file for `--config`, and for `from_mapping`, once parsed.
 
-    Of the two lengths of a run it holds the one that decides: a config file that gives both is refused.
+    Where `max_steps` decides the length of the run, `max_epochs` is 0 in it: a file that gives both is refused.
     """
     mapping = to_mapping(config)
     if mapping["optimisation"]["max_steps"]:
@@ -217,7 +233,8 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) -> Any:
-    """The reverse of `to_mapping`; what is missing has the recipe's default. `source` is named when a key is not ours."""
+    """The reverse of `to_mapping`; missing fields have the recipe's defaults. UserError, which begins with `source`, for an
+    unknown key or a value of another type."""
     defaults, sections = config_class(), {}
     for name, section_class in typing.get_type_hints(config_class).items():
         section = dict(mapping.get(name) or {})
@@ -230,15 +247,15 @@ def from_mapping(config_class: type, mapping: Mapping[str, Any], source: str) ->
 
 
 def spelled(value: Any) -> str:
-    """A value as the command line has it, where it is text, or several."""
+    """A value as text; texts in a tuple are separated by spaces, as on the command line."""
     texts = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
     return " ".join(value) if texts else str(value)
 
 
 def run_name(parsed: Parsed) -> str:
-    """The default name of a run: preset or YAML file, then each value that differs from it and changes weights.
+    """The default name of a run: its preset or YAML file, then each value that differs from that and changes weights.
 
-    Of a path its last part, and a short hash of all of it: two runs on other data are two runs.
+    A path is shortened to its last part and a hash of the whole, so that runs on different data have different names.
     """
     run = parsed.config.run
     parts = [Path(run.config).stem if run.config else run.preset or "default"]
@@ -249,7 +266,7 @@ def run_name(parsed: Parsed) -> str:
             parts.append(f"{_safe(Path(first).stem)[:24]}-{_digest(text)}")
             continue
         safe = _safe(text)
-        # Two texts may read the same once made safe; a short hash keeps their runs apart.
+        # Two texts may become the same safe text: a hash keeps their runs apart.
         parts.append(f"{name}{safe}" if safe == text else f"{name}{safe[-24:]}-{_digest(text)}")
     name = "-".join(parts)
     return name if len(name) <= 80 else f"{name[:74]}-{_digest(name)}"

@@ -1,4 +1,4 @@
-"""What `--help` prints: commands, examples, the flags that people use; with `--help all` every flag."""
+"""What `--help` prints: commands, examples and the usual flags; with `--help all` every flag."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USUAL = (
     *("output_dir", "run_name", "preset", "config", "device", "mixed_precision", "num_workers"),
     *("log_every", "eval_every", "save_every", "resume_from", "max_training_hours", "use_tensorboard", "use_wandb"),
 )
-"""fields of `optimisation` and `run` that are listed without `all`; of a recipe's own sections all are"""
+"""fields of `optimisation` and `run` that `--help` lists; of the recipe's own sections it lists all"""
 
 
 def asked_for(argv: Sequence[str]) -> bool:
@@ -29,7 +29,7 @@ def asked_for(argv: Sequence[str]) -> bool:
 
 
 def takes(flags: type, name: str) -> bool:
-    """Whether a flat dataclass has this flag, and no other that must be given."""
+    """Whether a flat dataclass of flags has the flag `name`, and none without a default."""
     fields = dataclasses.fields(flags)
     return name in flag_names(flags) and all(field.default is not dataclasses.MISSING for field in fields)
 
@@ -43,8 +43,11 @@ def text(
     everything: bool = True,
     beside: Mapping[str, str] | None = None,
 ) -> str:
-    """The help for a config class in sections, or a flat dataclass of flags; `commands` {name: description}, and likewise flags
-    `beside` the configuration."""
+    """The help text for a config class in sections, or for a flat dataclass of flags.
+
+    `commands` {sub-command: description} and `beside` {flag: description}, flags that are no part of the configuration, are
+    listed too. `everything`: all flags of `optimisation` and `run`, not only those in USUAL.
+    """
     sections = dict(_sections(config_class))
     shown = {
         title: [flag for flag in flags if everything or title not in ("optimisation", "run") or flag.name in USUAL]
@@ -102,13 +105,13 @@ def _flags(section: type, defaults: Mapping[str, Any]) -> Iterator[_Flag]:
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if type(value) is float else value
             help_text += f" [{shown}]"
         names = ", ".join([f"--{field.name}", *aliases])
-        # Without a default it is not a flag: `predict 27`.
+        # A field without a default is a positional argument: `predict 27`.
         spelling = field.name.upper() if value is dataclasses.MISSING else f"{names} {_kind(bare)}"
         yield _Flag(field.name, spelling.strip(), help_text.strip())
 
 
 def _kind(hint: Any) -> str:
-    """What a flag takes, as usage texts write it."""
+    """A flag's values as usage texts write them: `N`, `TEXT`, `a|b`, `N ...`; empty for true or false."""
     if hint is bool:
         return ""
     if hint == Switch:
@@ -126,10 +129,10 @@ def _kind(hint: Any) -> str:
 
 @functools.cache
 def _docstrings(section: type) -> dict[str, str]:
-    """{field: the string that stands below it} of a dataclass."""
+    """{field: the string literal below it} of a dataclass, read from its source; empty if that cannot be read."""
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
-    except (OSError, TypeError):  # object has none
+    except (OSError, TypeError):  # `object` has no source
         return {}
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -140,7 +143,7 @@ def _docstrings(section: type) -> dict[str, str]:
 
 
 def _row(name: str, description: str) -> str:
-    """A name and what it is for, in two columns."""
+    """`name` and its description in two columns, the second one wrapped at WIDTH."""
     first = f"  {name}"
     lines = textwrap.wrap(description, WIDTH - COLUMN, break_long_words=False, break_on_hyphens=False) or [""]
     head = f"{first:{COLUMN}}" if len(first) < COLUMN else f"{first}\n{'':{COLUMN}}"

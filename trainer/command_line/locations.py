@@ -1,13 +1,13 @@
-"""Which flags are paths, written on the field itself: `data_dir: Annotated[str | None, Existing]`."""
+"""Which flags are paths, annotated on the field: `data_dir: Annotated[str | None, Existing]`."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
 import os
-import re
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Location:
-    """The value of a flag, or each of several, is a path."""
+    """Marks a field whose value, or each of whose values, is a path."""
 
     to_make: bool = False
-    """it need not exist yet; any other that does not is the name of something else (`gpt2`, of the hub)"""
+    """the path need not exist yet. Without this mark, a value that does not exist names something else (`gpt2` on the hub)"""
     weighted: bool = False
-    """behind it may stand `=WEIGHT`"""
+    """the path may be followed by `=WEIGHT`"""
     words: tuple[str, ...] = ()
-    """what means something else, even where a file or folder is called so: that is ./WORD"""
+    """values that are no paths, even where a file or folder has that name: it is written ./WORD"""
 
 
 Existing = Location()
@@ -34,23 +34,26 @@ Tokenizer = Location(words=("gpt2", "train"))
 
 
 def path_and_weight(text: str) -> tuple[str, float | None]:
-    """The parts of `PATH=WEIGHT`; no weight for the path of what is there, such as the folder `year=2024`."""
-    match = None if os.path.exists(os.path.expanduser(text)) else re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
-    return (match[1], float(match[2])) if match else (text, None)
+    """(path, weight) of `PATH=WEIGHT`. The weight is None if there is none, or if `text` as a whole exists (`year=2024`)."""
+    path, _, weight = text.rpartition("=")
+    if path and not os.path.exists(os.path.expanduser(text)):
+        with suppress(ValueError):
+            return path, float(weight)
+    return text, None
 
 
 def argument_path(text: str) -> Path:
-    """A path of the command line of a tool: no shell replaces the `~` of `--out=~/data`."""
+    """A path from a tool's command line, with `~` expanded: no shell does that in `--out=~/data`."""
     return Path(text).expanduser()
 
 
 def with_homes(config: Any) -> Any:
-    """`config` with `~` replaced in every path: no shell does it in a YAML file, nor behind `=`."""
+    """`config` with `~` expanded in every path: no shell does that in a YAML file, or after `=`."""
     return _changed(config, lambda path, location: os.path.expanduser(path))
 
 
 def with_absolute_paths(config: Any) -> Any:
-    """`config` for any working directory: paths, and patterns that match any, made absolute."""
+    """`config` with its paths, and glob patterns that match some file, made absolute, so that it holds in any directory."""
 
     def absolute(path: str, location: Location) -> str:
         is_path = location.to_make or (path not in location.words and (os.path.exists(path) or glob.glob(path, recursive=True)))
@@ -60,14 +63,14 @@ def with_absolute_paths(config: Any) -> Any:
 
 
 def locations(section: type) -> dict[str, Location]:
-    """The fields of a dataclass that are paths."""
+    """{field: its mark} of the fields of a dataclass that are paths."""
     hints = typing.get_type_hints(section, include_extras=True)
     marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return {name: mark for name, several in marks.items() for mark in several if isinstance(mark, Location)}
 
 
 def _changed(config: Any, change: Callable[[str, Location], str]) -> Any:
-    """`config`, a flat dataclass or one of sections, with `change` applied to every path that is given."""
+    """`config` (flat or in sections) with each path replaced by `change(path, its mark)`. UserError for an empty path."""
 
     def changed(name: str, text: str, location: Location) -> str:
         if not text:

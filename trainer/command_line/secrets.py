@@ -1,11 +1,11 @@
-"""What must not be written down or shown: passwords, keys, and URLs whose path is one."""
+"""Removes secrets from text that is shown or written: passwords, keys, and URLs that contain one."""
 
 import re
 from collections.abc import Iterable
 
-# `max_tokens` and `tokenizer` hold no secret, `hf_token` and `api_key` do; a name too many costs only readability.
+# `hf_token` and `api_key` hold secrets, `max_tokens` and `tokenizer` do not. Matching too much only costs readability.
 _SECRET_NAME = re.compile(r"-*[\w.-]*(token(?!s|i[sz])|key|secret|passw|webhook|credential)[\w.-]*", re.IGNORECASE)
-# The hosts of webhooks whose path is the secret, and how that path begins where they serve other pages too.
+# Hosts of webhooks, whose URL's path is the secret; where a host serves other pages too, with the beginning of that path.
 _WEBHOOKS = (
     r"(?:\w+\.)?discord(?:app)?\.com{port}/+api/|media\.guilded\.gg{port}/|hooks\.slack(?:-gov)?\.com{port}/"
     r"|(?:[\w-]+\.)?webhook\.office(?:365)?\.com{port}/|outlook\.office(?:365)?\.com{port}/+webhook"
@@ -17,10 +17,10 @@ _WEBHOOKS = (
     r"|webhooks\.gitter\.im{port}/|api\.flock\.com?{port}/+hooks/|events\.pagerduty\.com{port}/|alert\.victorops\.com{port}/"
     r"|hc-ping\.com{port}/|ntfy\.sh{port}/"
 ).replace("{port}", r"\.?(?::\d+)?")
-# On a host of one's own (Mattermost, Rocket.Chat, n8n, Home Assistant, Zulip): a segment that says hook, or a parameter.
+# On self-hosted servers (Mattermost, Rocket.Chat, n8n, Home Assistant, Zulip): a path segment that says hook, or a parameter.
 _HOOK = r"/(?:[a-z]+-?)?hooks?(?:b2|-test)?/+\w|[?&;][\w.-]*(?:token|key|sig|signature|secret|passw(?:or)?d|auth|code)="
-_BEGINNING = r"(?<![a-z0-9+.-])"  # of a word: quick on a megabyte without a space too
-_SCHEME = rf"{_BEGINNING}[a-z0-9+.-]+:/{{1,2}}"  # pathlib makes one slash of two
+_BEGINNING = r"(?<![a-z0-9+.-])"  # of a word, so that a megabyte without a space takes no quadratic time
+_SCHEME = rf"{_BEGINNING}[a-z0-9+.-]+:/{{1,2}}"  # `{1,2}`: pathlib writes https:/host
 _HOST, _START, _REST = r"[^\s/\"'@]", r"[^\s\"'\\]{0,500}?", r"[^\s\"'\\]*"
 _SECRET_URL = re.compile(
     rf"{_SCHEME}{_HOST}+@{_REST}|(?:{_SCHEME}|{_BEGINNING})(?:{_WEBHOOKS}){_REST}|{_SCHEME}(?={_START}(?:{_HOOK})){_REST}",
@@ -29,7 +29,7 @@ _SECRET_URL = re.compile(
 
 
 def without_urls(text: str) -> str:
-    """A word of a command line as an error message may repeat it: any URL may be a webhook's, under a mistyped name."""
+    """`text` with every URL replaced by `***`, for error messages: after a mistyped flag any URL may be a webhook's."""
     return re.sub(rf"{_SCHEME}.*", "***", redact_text(text), flags=re.IGNORECASE | re.DOTALL)
 
 
@@ -39,7 +39,7 @@ def redact_text(text: str) -> str:
 
 
 def redact(argv: Iterable[str]) -> list[str]:
-    """A command line without its secrets: `--x=y` and `--x y` where x is named like one, and URLs that carry one."""
+    """A command line with `***` for each value of a flag named like a secret (`--x=y`, `--x y`) and each URL with a secret."""
     shown, value_is_secret = [], False
     for argument in argv:
         if value_is_secret and not argument.startswith("--"):

@@ -9,12 +9,13 @@ from trainer.command_line.bounds import Fraction, NotNegative, Positive
 from trainer.command_line.flags import Switch
 from trainer.command_line.locations import Existing, ToMake
 
+SECTIONS = ("model", "data", "optimisation", "run")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """What decides the weights, beside the model and the data."""
+    """What decides the trained weights, beside the model and the data."""
 
     seed: Annotated[int, NotNegative] = 42
     """seed of initial weights, order of the data and dropout"""
@@ -169,11 +170,11 @@ class Run:
 
     @property
     def recompute_every(self) -> int:
-        """One block of so many computes its activations again in the backward pass; 0: none."""
+        """N, where one block in N recomputes its activations in the backward pass; 0: none does."""
         return self.gradient_checkpointing_every or int(self.gradient_checkpointing)
 
 
-# What describes this launch alone, and is therefore never taken over from a checkpoint.
+# Fields that describe one launch: a resumed run never takes them from the checkpoint.
 PER_LAUNCH = (
     "output_dir",
     "run_name",

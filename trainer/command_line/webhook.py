@@ -1,4 +1,4 @@
-"""The webhook that alerts go to: its URL, which is a secret, and the JSON that its host takes."""
+"""The webhook that receives alerts: its URL, which is a secret, and the JSON that its host accepts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Fact = str | float | int | None
 
 @dataclass(frozen=True)
 class Webhook:
-    """Where alerts go, and in which format. Whoever knows the URL may write there: it is in no repr."""
+    """Where alerts go, and in which format. Whoever knows the URL can write there, so `repr` leaves it out."""
 
     url: str = field(repr=False)
 
     @property
     def kind(self) -> Literal["discord", "slack", "json"]:
-        """Whose format the host takes; `json` for one that is not known."""
+        """The format that the host accepts; `json` for unknown hosts."""
         parts = urlsplit(self.url)
         host = parts.hostname or ""
         if host in ("hooks.slack.com", "hooks.slack-gov.com") or (_is_discord(host) and parts.path.endswith("/slack")):
@@ -31,10 +31,10 @@ class Webhook:
         return "discord" if _is_discord(host) else "json"
 
     def body(self, text: str, facts: Mapping[str, Fact]) -> bytes:
-        """The request's JSON. Nothing in it can notify a whole channel."""
+        """The request's JSON: `text`, and for `json` the facts too. No mention in `text` can notify a whole channel."""
         if self.kind == "discord":
             content: dict[str, Any] = {"content": text, "allowed_mentions": {"parse": []}}
-        elif self.kind == "slack":  # <!channel> is a mention there, and these three signs are all that Slack escapes
+        elif self.kind == "slack":  # <!channel> would be a mention; Slack wants these three characters escaped, and no others
             content = {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
         else:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
@@ -47,7 +47,10 @@ def _is_discord(host: str) -> bool:
 
 
 def find_webhook(flag: str | None, environ: Mapping[str, str]) -> Webhook | None:
-    """The webhook of `--alert_webhook`, else of the environment. UserError, which does not repeat it, if it is no URL."""
+    """The webhook of `--alert_webhook` (`flag`), else of the environment's VARIABLE; None if neither is given.
+
+    UserError, which does not repeat the value, if that is no http(s) URL.
+    """
     source, given = ("--alert_webhook", flag) if flag is not None else (VARIABLE, environ.get(VARIABLE) or None)
     if given is None:
         return None
@@ -65,7 +68,7 @@ def _why_not(url: str) -> str | None:
         return "holds characters that no URL may have"
     try:
         parts = urlsplit(url)
-        _ = parts.port  # ValueError for one that is no number; its text repeats the URL
+        _ = parts.port  # ValueError if it is no number; the text of the error repeats the URL
     except ValueError:
         return "is not a URL"
     if parts.scheme not in ("http", "https"):

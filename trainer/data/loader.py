@@ -8,10 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.command_line.sections import Run
@@ -20,7 +19,9 @@ from trainer.distributed.hardware import sum_dtype
 from trainer.distributed.signals import reset_in_worker
 from trainer.errors import LOST, UserError, one_line
 
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    from trainer.recipe import Batch
+
 GRACE_SECONDS = 1.0  # for workers to end by themselves
 POLL_SECONDS = 0.5  # how often the wait for a batch looks for a stop request or a dead worker
 
@@ -80,7 +81,7 @@ def _worker_context() -> BaseContext:
     return context
 
 
-class _FromWorkers(Iterator[Batch]):
+class _FromWorkers(Iterator["Batch"]):
     """The batches of a DataLoader with workers, fetched by a thread, so that a hanging worker cannot hang the training process.
 
     The DataLoader's own time-out is not enough: to receive a batch it asks the worker for the file descriptors of its tensors,

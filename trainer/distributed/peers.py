@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from trainer.distributed.rendezvous import Rendezvous
 from trainer.distributed.signals import terminating
-from trainer.errors import LOST, OUT_OF_MEMORY, UserError, one_line, user_error
+from trainer.errors import LOST, OUT_OF_MEMORY, UserError, one_line, text_of, user_error
 
 if TYPE_CHECKING:
     from trainer.distributed.launch import Launch
@@ -121,8 +121,7 @@ def _cause_by_store(error: Exception, rank: int, processes: int, store: Any) -> 
     try:
         if _is_broken(error):
             error = _await_note(error, store, rank, processes)
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        note = json.dumps([rank, text, error.exit_code if isinstance(error, UserError) else 1])
+        note = json.dumps([rank, text_of(error), error.exit_code if isinstance(error, UserError) else 1])
         failed, text, code = json.loads(store.compare_set(FAILURE, "", note))
     except (RuntimeError, ValueError):  # the store went down with its host
         return _lost("the first host is gone", error) if _is_broken(error) else error

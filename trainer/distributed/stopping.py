@@ -1,25 +1,19 @@
-"""Requests to stop: one object per rank collects them, the ranks sum their votes, and all stop at the same step."""
+"""Why a launch stops: one object per rank collects the requests, the ranks sum their votes, and all stop at the same step."""
 
 from __future__ import annotations
 
-import math
 import os
-import signal
-import subprocess
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from trainer.distributed import signals
-from trainer.distributed.signals import SIGNALS, launched, listen_to_signals
 from trainer.distributed.standard_input import StandardInput
 from trainer.distributed.stop_command import StopCommand
-from trainer.errors import INTERRUPTED, UserError
+from trainer.distributed.stop_signals import StopSignals
+from trainer.distributed.time_limit import TimeLimit
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -69,27 +63,6 @@ REQUESTS = (
 """reasons that may come up at any moment, in order of priority; each rank votes on them"""
 POLL_SECONDS = 0.5  # between looks at files and stdin: a network file system is slow
 WATCH_SECONDS = 0.1  # between looks of the thread of `acted_on_at_once`
-EXIT_SECONDS = 3.5  # allowed from the end of the last save to the end of the process
-EXIT_PROCESSOR_SECONDS = 1.0  # CPU time in it, most of it the launcher's
-FIRST_STEP_SECONDS = 0.2  # expected of a step until the first one has been timed
-
-
-def slurm_seconds_left(environ: Mapping[str, str]) -> float | None:
-    """Seconds until Slurm ends this job; None outside Slurm or without an end. Asks its controller: rank 0 only."""
-    with suppress(KeyError, ValueError):
-        return float(environ["SLURM_JOB_END_TIME"]) - time.time()  # newer versions of Slurm set it
-    with suppress(KeyError, ValueError, OSError, subprocess.SubprocessError):  # ValueError: without an end, it is N/A
-        command = ["squeue", "-h", "-j", environ["SLURM_JOB_ID"], "-o", "%e"]
-        standard_times = {**environ, "SLURM_TIME_FORMAT": "standard"}
-        answer = subprocess.run(command, env=standard_times, capture_output=True, text=True, timeout=10, check=True)
-        return datetime.fromisoformat(answer.stdout.strip()).timestamp() - time.time()
-    return None
-
-
-def check_hours(hours: float | None) -> None:
-    """UserError for a time limit that is not above 0. None: no limit."""
-    if hours is not None and not (math.isfinite(hours) and hours > 0):
-        raise UserError(f"max_training_hours {hours} is no time limit; give hours above 0, or leave it out for no limit")
 
 
 def finished_reason(state: TrainState, total_steps: int, run: Run) -> StopReason | None:
@@ -106,82 +79,47 @@ def finished_reason(state: TrainState, total_steps: int, run: Run) -> StopReason
 class StopRequests:
     """Every request to stop early that reaches this rank. A context manager; use it in the main thread.
 
-    The time limit is `limit_hours` after `started` (`process_start_monotonic()`) or `slurm_end`, the end of the Slurm job on
-    that clock, whichever is earlier. `run` is given on rank 0 only, which watches its `stop` and `status` files and stdin;
-    `stop_when`, a command, on one process of each host.
-
-    How long a stop will take is estimated from past steps and saves, and more is allowed where this process has to wait for a
-    CPU core.
+    `run` is given on rank 0 only, which watches its `stop` and `status` files and stdin; `stop_when`, a command, on one process
+    of each host.
     """
 
     def __init__(
         self,
-        limit_hours: float | None,
-        started: float,
+        time_limit: TimeLimit,
         run: RunDirectory | None,
         status: Callable[[], str],
         log: Callable[[str], None],
-        slurm_end: float | None = None,
-        exit_seconds: float = EXIT_SECONDS,
         stop_when: str | None = None,
     ) -> None:
-        check_hours(limit_hours)
-        limit = math.inf if limit_hours is None else started + limit_hours * 3600
-        self._started, self._deadline = started, limit if slurm_end is None else min(limit, slurm_end)
-        self._run, self._status, self._log = run, status, log
-        self._requested: set[str] = set()
-        self._step_seconds: deque[float] = deque(maxlen=50)
-        self._saves: deque[tuple[float, float]] = deque(maxlen=5)
-        """(seconds, `_slowdown` at that time)"""
-        self._expected_save_seconds = 0.0
-        self._processor: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=40)
-        """(seconds run, seconds waited for a core) at the looks of the last 20 s"""
-        self._slowdown = 1.0
-        """(run + waited) / run over that time"""
-        self.unsaved = False
-        """whether to end the process now would lose steps"""
-        self._exit_seconds, self._stop_when = exit_seconds, stop_when
+        self.time_limit, self.signals = time_limit, StopSignals()
+        self._run, self._status, self._log, self._stop_when = run, status, log, stop_when
+        self._stdin, self._next_poll = StandardInput(), 0.0
         self._command: StopCommand | None = None
-        self._next_poll = 0.0
-        self._stdin = StandardInput()
-        self._previous: dict[signal.Signals, Any] = {}
-        self._first_interrupt = 0.0
+        self._requested: set[str] = set()
 
     def __enter__(self) -> Self:
-        self.install()
+        self.signals.catch()
+        self._command = StopCommand(self._stop_when, self._log) if self._stop_when else None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def install(self) -> None:
-        """Catch the signals. A SIGHUP that is ignored already (nohup) stays ignored."""
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                handler = signal.signal(number, self._handle)
-                self._previous[number] = signal.SIG_DFL if handler is None else handler
-        self._stop_listening = listen_to_signals(self._hear)
-        self._command = StopCommand(self._stop_when, self._log) if self._stop_when else None
-
-    def close(self) -> None:
-        """Restore the previous handlers; remove a `stop` file that was acted on. (A run killed before that stops once more.)"""
-        if self._previous:
-            self._stop_listening()
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
-            self._previous.clear()
+        """Remove a `stop` file that was acted on. (A run killed before that stops once more.)"""
+        self.signals.release()
         if self._command is not None:
             self._command.close()
         self._remove_stop_file()
 
     def votes(self) -> list[float]:
         """For each of REQUESTS 1.0 if this rank has to stop for it now, else 0.0. Takes microseconds, for every step."""
-        # The ranks act on this vote a step later, and the save has to fit in after that.
-        step = max(self._step_seconds, default=FIRST_STEP_SECONDS * self._slowdown)
-        saves = (seconds * max(1.0, self._slowdown / slowdown) for seconds, slowdown in self._saves)
-        save = max(saves, default=self._expected_save_seconds * self._slowdown)
-        self._look(2 * step + 2.5 * save)  # one save may have begun just before
+        self._collect(training=True)
         return [float(reason in self._requested) for reason in REQUESTS] if self._requested else [0.0] * len(REQUESTS)
+
+    @staticmethod
+    def decide(summed: Sequence[float]) -> StopReason | None:
+        """The first of REQUESTS with a vote, from the votes summed over all ranks; None: go on."""
+        if not any(summed):
+            return None
+        return next((reason for reason, votes in zip(REQUESTS, summed, strict=True) if votes > 0))
 
     def any_requested(self) -> bool:
         """Whether this rank has to stop now."""
@@ -197,7 +135,7 @@ class StopRequests:
 
         def watch() -> None:
             while not over.wait(WATCH_SECONDS):
-                self._look(0.0, typed=False)
+                self._collect(training=False)
                 reason = next((reason for reason in REQUESTS if reason in self._requested), None)
                 if reason is not None:
                     self._remove_stop_file()
@@ -213,86 +151,36 @@ class StopRequests:
 
     def before_the_first_step(self, reason: StopReason) -> str:
         """The line to print for a request that comes before the first step."""
-        if reason != StopReason.TIME_LIMIT:
-            return f"{reason} before the first step: nothing was trained, nothing is lost"
-        taken, limit = time.monotonic() - self._started, self._deadline - self._started
-        return (
-            f"The time limit of {limit:.0f} s is over before the first step: the start has taken {taken:.0f} s, and to leave "
-            "takes some too. Nothing was trained, nothing is lost; give it more time (--max_training_hours)"
-        )
+        if reason == StopReason.TIME_LIMIT:
+            return self.time_limit.over_before_the_first_step()
+        return f"{reason} before the first step: nothing was trained, nothing is lost"
 
-    def _look(self, seconds_needed: float, typed: bool = True) -> None:
-        """Collect new requests. The time limit is one as soon as less time is left than `seconds_needed` and the exit take."""
+    def _collect(self, training: bool) -> None:
+        """Add the new requests. `training`: stdin is read, and to stop takes a step and a save."""
         now = time.monotonic()
-        if now >= self._next_poll:
+        if self._run is not None and now >= self._next_poll:
             self._next_poll = now + POLL_SECONDS
-            self._processor.append(signals.processor_seconds())
-            ran, waited = (b - a for a, b in zip(self._processor[0], self._processor[-1], strict=True))
-            self._slowdown = 1.0 + waited / max(ran, 0.1)
-            if self._run is not None:
-                self._poll(self._run, typed)
+            self._poll(self._run, self._stdin.commands() if training else set())
+        self._requested |= self.signals.received
         if self._command is not None and self._command.says_stop:
             self._requested.add(StopReason.STOP_WHEN)
-        exit_seconds = self._exit_seconds + (self._slowdown - 1.0) * EXIT_PROCESSOR_SECONDS
-        if now + seconds_needed + exit_seconds >= self._deadline:
+        if self.time_limit.requires_stop(save=training):
             self._requested.add(StopReason.TIME_LIMIT)
 
-    @staticmethod
-    def decide(summed: Sequence[float]) -> StopReason | None:
-        """The first of REQUESTS with a vote, from the votes summed over all ranks; None: go on."""
-        return next((reason for reason, votes in zip(REQUESTS, summed, strict=True) if votes > 0), None)
-
-    def record_step(self, seconds: float) -> None:
-        """How long the last step took, its wait for data included."""
-        self._step_seconds.append(seconds)
-
-    def record_save(self, seconds: float) -> None:
-        """How long the last save took."""
-        self._saves.append((seconds, self._slowdown))
-
-    def expect_save(self, seconds: float) -> None:
-        """How long a save may take, until the first one has been timed."""
-        self._expected_save_seconds = seconds
-
-    def seconds_left(self) -> float:
-        """Seconds until the time limit; infinite without one, negative after it."""
-        return self._deadline - time.monotonic()
-
-    def _remove_stop_file(self) -> None:
-        if self._run is not None and StopReason.STOP_FILE in self._requested:
-            with suppress(OSError):
-                self._run.stop_file.unlink()
-
-    def _handle(self, number: int, _: Any) -> None:
-        """The signal handler, in the main thread."""
-        self._requested.add(signal.Signals(number).name)
-        signals.free_full_streams()
-
-    def _hear(self, number: int) -> None:
-        """Like `_handle`, but called at once in a thread, also while the main thread is in a C call."""
-        self._requested.add(signal.Signals(number).name)
-        if number == signal.SIGTERM:
-            signals.terminating.set()
-        self._leave_at_second_interrupt(number)
-
-    def _leave_at_second_interrupt(self, number: int) -> None:
-        if number == signal.SIGINT:
-            self._first_interrupt = self._first_interrupt or time.monotonic()
-            echo_seconds = 1.0 if launched(os.environ) else 0.2  # a launcher may pass the terminal's Ctrl-C on: one, not two
-            if time.monotonic() - self._first_interrupt > echo_seconds:
-                signals.say(f"\nsecond interrupt: leaving at once, {'without saving' if self.unsaved else 'nothing is lost'}\n")
-                os._exit(INTERRUPTED)
-
-    def _poll(self, run: RunDirectory, typed: bool) -> None:
+    def _poll(self, run: RunDirectory, typed: set[str]) -> None:
         if os.path.lexists(run.stop_file):
             self._requested.add(StopReason.STOP_FILE)
         with suppress(OSError):  # mostly: no such file. One that cannot be removed must not be answered for ever.
             run.status_file.unlink()
             self._log(self._status())
-        commands = self._stdin.commands() if typed else set()
-        if "stop" in commands:
+        if "stop" in typed:
             self._requested.add(StopReason.STOP_TYPED)
-        if "status" in commands:
+        if "status" in typed:
             self._log(self._status())
-        if commands - {"stop", "status"}:
+        if typed - {"stop", "status"}:
             self._log("type `stop` to save and stop, or `status`")
+
+    def _remove_stop_file(self) -> None:
+        if self._run is not None and StopReason.STOP_FILE in self._requested:
+            with suppress(OSError):
+                self._run.stop_file.unlink()

@@ -10,7 +10,7 @@ from trainer.distributed.control import Control
 from trainer.distributed.stopping import REQUESTS, StopReason, StopRequests
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepVotes:
     """The votes on one training step: one rank's, or their sum over all ranks."""
 

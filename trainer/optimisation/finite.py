@@ -35,6 +35,7 @@ class BadSteps:
 
     def __init__(self, total: int = 0, in_a_row: int = 0) -> None:
         self.total, self.in_a_row, self.last_step = total, in_a_row, 0
+        self._warned = False
         self._unread: tuple[Tensor | None, Any, int] | None = None
 
     def add(self, bad: Tensor | None, step: int) -> None:
@@ -58,6 +59,13 @@ class BadSteps:
         self._unread, is_bad = None, bool(bad)
         self.total += is_bad
         self.in_a_row, self.last_step = (self.in_a_row + 1, step) if is_bad else (0, self.last_step)
+
+    def take_warning(self) -> str | None:
+        """The line to print for the first such step of this launch, once; None otherwise."""
+        if not self.last_step or self._warned:
+            return None
+        self._warned = True
+        return f"WARNING: the gradient of step {self.last_step:,} was not finite; it changed no weight"
 
     def too_many(self) -> UserError:
         """The error that ends a run with too many in a row. Every rank raises it, having counted the same."""

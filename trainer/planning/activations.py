@@ -1,4 +1,4 @@
-"""What a pass through the real network keeps and computes, counted without its memory: operations are done on shapes alone."""
+"""Counts the memory and FLOPs of a forward and backward pass of the real network, on fake tensors, which have no memory."""
 
 from __future__ import annotations
 
@@ -32,9 +32,14 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Counter(TorchDispatchMode):
-    """Counts memory from the operation that makes it until no tensor lies in it any more."""
+    """Counts the bytes of each storage from the operation that makes it until it is freed, and the FLOPs of each operation.
+
+    `live`: bytes now, `gradients`: those of complete gradients, which are no longer in it; `most` and `most_with_gradients`:
+    the peaks of `live` and of the sum of both.
+    """
 
     def __init__(self, known: list[Tensor]) -> None:
+        """The storages of `known` (weights, buffers, inputs) are not counted."""
         super().__init__()
         self.live = self.gradients = self.most = self.most_with_gradients = 0
         self.flops = 0.0
@@ -56,27 +61,27 @@ class _Counter(TorchDispatchMode):
         return result
 
     def forget(self, memory: int) -> None:
-        """It is free."""
+        """Called when a storage is freed."""
         self.live -= self.sizes.pop(memory, 0)
 
     def take_gradient(self, parameter: Tensor) -> None:
-        """A gradient is complete: from here on it counts as one."""
+        """Hook, called when the gradient of a parameter is complete: counts it in `gradients`, and frees it."""
         assert parameter.grad is not None
         self.gradients += parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
         self.compare()
 
     def compare(self) -> None:
-        """Keep the highest so far."""
+        """Update the peaks."""
         self.most = max(self.most, self.live)
         self.most_with_gradients = max(self.most_with_gradients, self.live + self.gradients)
 
 
 def count_micro_step(objective: Objective, batch: Batch, precision: str, on_gpu: bool) -> tuple[MicroStep, MicroStep]:
-    """A forward and backward pass of a batch in `precision` (no, bf16, fp16), as it would be without torch.compile: where
-    autocast keeps what it casts of the weights until the forward is over, and where it does not, as under FSDP.
+    """(a forward and backward pass of a batch in `precision` (no, bf16, fp16), without torch.compile; the same where autocast
+    does not keep its casts of the weights until the end of the forward pass, as under FSDP).
 
-    The network of `objective` is useless afterwards. RuntimeError for what cannot be done on shapes alone.
+    Replaces the tensors of `objective` by fake ones. RuntimeError for an operation that fake tensors cannot do.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -102,12 +107,13 @@ def _count(objective: Objective, inputs: Batch, precision: str, cache: bool) -> 
 
 
 def _memory(tensor: Tensor) -> int:
+    """An id of the tensor's storage."""
     return tensor.untyped_storage()._cdata
 
 
 @contextlib.contextmanager
 def _attention_as_on_a_gpu() -> Iterator[None]:
-    """Without dropout: a GPU's kernels drop within, and a CPU's would write all attention weights to memory for it."""
+    """Attention without dropout: a GPU's kernels apply it internally, a CPU's would store all attention weights for it."""
     attention = F.scaled_dot_product_attention
 
     def without_dropout(
@@ -124,11 +130,11 @@ def _attention_as_on_a_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _experts_as_one() -> Iterator[None]:
-    """Each row of a mixture of experts is multiplied by one matrix, whichever: as many FLOPs, and the same tensors are kept.
+    """Multiplies every row of a mixture of experts by the first expert's matrix: the FLOPs and the tensors kept are the same.
 
-    torch's own operation on shapes alone takes bf16 only, where the real one, which autocast leaves alone, takes fp32 weights.
+    The fake form of torch's `grouped_mm` takes bf16 only, whereas the real one, which autocast leaves alone, takes fp32 too.
     """
-    if not hasattr(F, "grouped_mm"):  # torch 2.9
+    if not hasattr(F, "grouped_mm"):  # torch 2.9 has none
         yield
         return
     grouped = F.grouped_mm

@@ -1,4 +1,4 @@
-"""`--plan`, and what goes with it. It is no part of a run: no configuration holds it."""
+"""`--plan` and its flags, which belong to no configuration: nothing is trained with them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ PLAN_HELP = {
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """What a plan is made for."""
+    """What a plan assumes."""
 
     gpu: str | None
+    """a card's name, or its gigabytes; None: what this machine has"""
     mfu: float
+    """the fraction of the card's peak FLOP/s that training reaches"""
 
 
 def take_plan_flags(argv: Sequence[str]) -> tuple[PlanFlags | None, list[str]]:
-    """(the flags of a plan, None without `--plan`; the rest of the command line). UserError for values that none can have."""
+    """(the flags of a plan, or None without `--plan`; the rest of the command line). UserError for values out of range."""
     if "--plan" not in argv:
         return None, list(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

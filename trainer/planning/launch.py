@@ -1,4 +1,4 @@
-"""The launch that is planned: how it spreads a model, and over what. Checked as the run would check it."""
+"""The launch to plan: its configuration, hardware and strategy, read and checked as the run would."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from trainer.command_line.sections import Optimisation
 from trainer.distributed.hardware import CARDS, Card, card_named
 from trainer.distributed.launch import switched_on
 from trainer.errors import UserError
-from trainer.planning.memory import BUCKETS, Way
+from trainer.planning.memory import BUCKETS, Strategy
 from trainer.recipe import Log, Recipe
 from trainer.reporting.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a process runs on."""
+    """What each process runs on."""
 
     name: str
     card: Card | None
     """None: a CPU"""
     gigabytes: float
-    """for each process"""
+    """memory of each process"""
 
 
 def config_of(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Log) -> tuple[Any, bool]:
-    """(the configuration that the run would have, whether it resumes a checkpoint). UserError as the run's.
+    """(the configuration of the run, whether it would resume a checkpoint). UserError where the run would raise it.
 
-    Nothing is made, locked or hashed.
+    Makes no folder, takes no lock and verifies no hash.
     """
     parsed = dataclasses.replace(parsed, config=with_absolute_paths(parsed.config))
     path = default_directory(recipe, parsed)
@@ -58,7 +58,8 @@ def config_of(recipe: Recipe, parsed: Parsed, argv: Sequence[str], log: Log) -> 
 
 
 def place_of(gpu: str | None, device: str, environ: Mapping[str, str], local_processes: int) -> Place:
-    """A card by its name or its gigabytes; else the GPU here, or a process's part of the host. UserError for other cards."""
+    """The card of `--gpu`, by name or gigabytes. Without it this machine's GPU, or a process's part of its host memory if
+    there is no GPU, or `device` or the launcher says CPU. UserError for an unknown card."""
     if gpu is not None and (name := card_named(gpu)):
         return Place(name, CARDS[name], CARDS[name].memory_gb)
     if gpu is not None:
@@ -83,8 +84,13 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def way_of(environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str) -> Way:
-    """How this launch spreads a model. UserError for whatever its files and the flags of the recipe do not agree on."""
+def strategy_of(
+    environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str
+) -> Strategy:
+    """The strategy of the launch that `environ` describes. UserError where its files contradict the flags.
+
+    `precision`: that of the run (no, bf16, fp16), `precision_flag`: what `--mixed_precision` says.
+    """
     kind = backend_of(environ)
     if kind is ZeroBackend:
         return _zero(environ, settings, processes, precision, precision_flag)
@@ -95,14 +101,14 @@ def way_of(environ: Mapping[str, str], settings: Optimisation, processes: int, p
         replicas, shards = mesh_sizes(environ, processes)
         offloads = switched_on(environ, "FSDP_OFFLOAD_PARAMS")
         name = (f"HSDP, {replicas} replicas" if replicas > 1 else "FSDP2") + (", offload" if offloads else "")
-        gathered = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("false", "0")
+        stays_gathered = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("false", "0")
         offload = frozenset({"weights", "moments"} if offloads else ())
-        return Way(name, "fsdp", processes, shards, offload=offload, stays_gathered=gathered)
-    return Way("DDP" if processes > 1 else "one process", "plain", processes, 1)
+        return Strategy(name, "fsdp", processes, shards, offload=offload, stays_gathered=stays_gathered)
+    return Strategy("DDP" if processes > 1 else "one process", "plain", processes, 1)
 
 
-def _zero(environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str) -> Way:
-    """From the DeepSpeed file, as Accelerate reads it."""
+def _zero(environ: Mapping[str, str], settings: Optimisation, processes: int, precision: str, precision_flag: str) -> Strategy:
+    """The strategy of the DeepSpeed file, as Accelerate reads it."""
     from accelerate.utils import DeepSpeedPlugin
 
     check_deepspeed_file(environ)
@@ -115,7 +121,7 @@ def _zero(environ: Mapping[str, str], settings: Optimisation, processes: int, pr
         return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
 
     offload = frozenset(what for what, part in (("weights", "param"), ("moments", "optimizer")) if offloads(part))
-    return Way(
+    return Strategy(
         f"ZeRO-{zero['stage']}" + (", offload" if offload else ""),
         "zero",
         processes,

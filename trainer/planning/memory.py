@@ -1,158 +1,162 @@
-"""Memory of each process by the way a model is spread: ZeRO's sums (Rajbhandari et al. 2020, section 3) in fp32, buffers too.
+"""The memory of one process under each strategy, after Rajbhandari et al. 2020, section 3, with communication buffers.
 
-The numbers are of the backends as they are: weights, gradients and moments in fp32, also under bf16.
+As in the backends, weights, gradients and moments are fp32, under bf16 autocast too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 FP32_BYTES = 4
 BUCKETS = {"reduce_bucket_size": 50_000_000, "stage3_max_live_parameters": 1_000_000_000}
-"""of ds_configs/, in numbers of fp32"""
+"""the values in ds_configs/, in elements"""
 
 
 @dataclass(frozen=True)
 class MicroStep:
-    """A forward and backward pass of one process. Bytes at their highest, and work."""
+    """The peak memory, in bytes, and the work of a forward and backward pass of one process."""
 
     activations: int
-    """beside weights and gradients: what is kept for the backward pass, and what lives for a moment"""
+    """the peak of all but weights and gradients: what is kept for the backward pass, and temporary tensors"""
     with_gradients: int
-    """beside weights, where the gradients come as the activations go"""
+    """the peak of all but weights, if gradients are allocated while the backward pass frees activations"""
     flops: float
-    """of matrix products and attention; what is recomputed is counted again"""
+    """of matrix products and attention, those that are recomputed included"""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What of a network decides memory, in bytes of one whole copy."""
+    """The sizes of a network that decide its memory, in bytes of one unsharded copy."""
 
     weights: int
     trained: int
-    """weights that have a gradient"""
+    """those of the weights that have a gradient"""
     moments: int
-    """all that the optimizer keeps"""
+    """all state of the optimizer"""
     block: tuple[int, int]
-    """weights of the largest block that FSDP gathers at a time, and those of them that are trained"""
-    around: tuple[int, int]
-    """likewise of all that lies in no block"""
+    """weights of the largest block, which FSDP gathers as one, and those of them that are trained"""
+    outside_blocks: tuple[int, int]
+    """weights that lie in no block, and those of them that are trained"""
     micro_step: MicroStep
     uncached: MicroStep
-    """likewise, where autocast keeps nothing: under FSDP"""
+    """`micro_step` where autocast keeps no casts of the weights, as under FSDP"""
     accumulates: bool
-    """several micro-steps in a step"""
+    """whether a step has several micro-steps"""
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to spread a model over processes."""
+class Strategy:
+    """How a launch spreads a model over its processes."""
 
     name: str
-    kind: str
-    """plain, zero or fsdp"""
+    kind: Literal["plain", "zero", "fsdp"]
     processes: int
     shards: int
-    """processes that hold one copy together, of what is cut"""
+    """how many processes share one copy of what is sharded"""
     stage: int = 0
-    """of ZeRO"""
+    """ZeRO's stage"""
     offload: frozenset[str] = frozenset()
-    """what lies in host memory: weights, moments (with gradients and master weights)"""
+    """what is kept in host memory: "weights", "moments" (which includes ZeRO's gradients and master weights)"""
     stays_gathered: bool = False
     """FSDP keeps a block's weights between forward and backward"""
     half: bool = False
-    """ZeRO's weights and gradients are fp16 or bf16, beside fp32 master weights"""
+    """ZeRO's weights and gradients are fp16 or bf16, with fp32 master weights beside them"""
     buckets: Mapping[str, int] = field(default_factory=lambda: BUCKETS, hash=False)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process: on its device, and in host memory (`host`; of a run on CPUs that is one)."""
+    """Bytes of one process: `host` in host memory, all others on its device, which on a CPU is the same memory."""
 
     weights: float
     gradients: float
     moments: float
     buffers: float
-    """what gathers and sends"""
+    """of communication: gathered weights, buckets of gradients"""
     activations: float
     host: float = 0.0
 
     @property
     def device(self) -> float:
-        """All that lies on the device."""
+        """All bytes on the device."""
         return self.weights + self.gradients + self.moments + self.buffers + self.activations
 
 
-def ways(processes: int) -> list[Way]:
-    """Those to compare, the plainest first."""
-    offloaded = frozenset({"weights", "moments"})
-    zero3 = Way("ZeRO-3", "zero", processes, processes, 3)
-    fsdp = Way("FSDP2", "fsdp", processes, processes)
-    at_once = [
-        Way("ZeRO-3, offload", "zero", processes, processes, 3, offloaded),
-        Way("FSDP2, offload", "fsdp", processes, processes, offload=offloaded),
+def strategies(processes: int) -> list[Strategy]:
+    """The strategies to compare for so many processes, the plainest first."""
+    sharded = partial(Strategy, processes=processes, shards=processes)
+    everything = frozenset({"weights", "moments"})
+    offloaded = [
+        sharded("ZeRO-3, offload", "zero", stage=3, offload=everything),
+        sharded("FSDP2, offload", "fsdp", offload=everything),
     ]
     if processes == 1:
-        return [Way("one process", "plain", 1, 1), *at_once]
-    hsdp = [Way("HSDP, 2 replicas", "fsdp", processes, processes // 2)] if processes > 2 and processes % 2 == 0 else []
-    zeros = [Way(f"ZeRO-{stage}", "zero", processes, processes, stage) for stage in (1, 2)]
-    return [Way("DDP", "plain", processes, 1), *zeros, zero3, *hsdp, fsdp, *at_once]
+        return [Strategy("one process", "plain", 1, 1), *offloaded]
+    zeros = [sharded(f"ZeRO-{stage}", "zero", stage=stage) for stage in (1, 2, 3)]
+    hsdp = [Strategy("HSDP, 2 replicas", "fsdp", processes, processes // 2)] if processes > 2 and processes % 2 == 0 else []
+    return [Strategy("DDP", "plain", processes, 1), *zeros, *hsdp, sharded("FSDP2", "fsdp"), *offloaded]
 
 
-def memory_of(way: Way, net: Footprint) -> Memory:
-    """What each process holds at the highest moment of a step."""
-    return {"plain": _plain, "zero": _zero, "fsdp": _fsdp}[way.kind](way, net)
+def memory_of(strategy: Strategy, net: Footprint) -> Memory:
+    """What one process holds at the peak of a step."""
+    return {"plain": _plain, "zero": _zero, "fsdp": _fsdp}[strategy.kind](strategy, net)
 
 
-def _plain(way: Way, net: Footprint) -> Memory:
-    """DDP keeps its buckets, which gradients are views of."""
-    gradients = net.trained if way.processes > 1 else _gradients(net, net.micro_step, 1)
+def _plain(strategy: Strategy, net: Footprint) -> Memory:
+    """One process, or DDP, whose gradients are views of buckets that it keeps from step to step."""
+    gradients = net.trained if strategy.processes > 1 else _gradients(net, net.micro_step, 1)
     return Memory(net.weights, gradients, net.moments, 0, net.micro_step.activations)
 
 
 def _gradients(net: Footprint, count: MicroStep, share: float) -> float:
-    """What a share of the gradients adds to the highest moment: new in each step, they come as activations of the last go."""
+    """Bytes that `share` of the gradients add to the activations at the peak.
+
+    Allocated in each backward pass while it frees activations, they add less than their size, unless they accumulate.
+    """
     if net.accumulates:
         return share * net.trained
     highest = count.activations + share * (count.with_gradients - count.activations)
     return max(highest, share * net.trained) - count.activations
 
 
-def _zero(way: Way, net: Footprint) -> Memory:
-    """Beside the weights each process has an fp32 master copy of its share of those that are trained."""
-    share, part = 1 / way.shards, 0.5 if way.half else 1.0
-    weights = part * net.weights * (share if way.stage == 3 else 1)
-    # Stage 3 keeps a buffer for its share; the others let go of gradients with the step.
+def _zero(strategy: Strategy, net: Footprint) -> Memory:
+    """ZeRO, where each process also has an fp32 master copy of its share of the trained weights."""
+    share, part = 1 / strategy.shards, 0.5 if strategy.half else 1.0
+    weights = part * net.weights * (share if strategy.stage == 3 else 1)
+    # Stage 3 keeps a buffer for its share of the gradients; stages 1 and 2 free gradients after each step.
     gradients = part * (
-        net.trained * share if way.stage == 3 else _gradients(net, net.micro_step, 1 if way.stage == 1 else share)
+        net.trained * share if strategy.stage == 3 else _gradients(net, net.micro_step, 1 if strategy.stage == 1 else share)
     )
     master, moments = net.trained * share, net.moments * share
-    # Two buckets, one filled while the other is sent.
-    buffers = part * 2 * min(FP32_BYTES * way.buckets["reduce_bucket_size"], net.trained)
-    if way.stage == 3:
-        buffers += part * min(FP32_BYTES * way.buckets["stage3_max_live_parameters"], net.weights)
+    # Two buckets: one is filled while the other is sent.
+    buffers = part * 2 * min(FP32_BYTES * strategy.buckets["reduce_bucket_size"], net.trained)
+    if strategy.stage == 3:
+        buffers += part * min(FP32_BYTES * strategy.buckets["stage3_max_live_parameters"], net.weights)
     host = 0.0
-    if "moments" in way.offload:
+    if "moments" in strategy.offload:
         host += master + moments + gradients
         master = moments = gradients = 0.0
-    if "weights" in way.offload:
+    if "weights" in strategy.offload:
         host += weights
         weights = 0.0
     return Memory(weights + master, gradients, moments, buffers, net.micro_step.activations, host)
 
 
-def _fsdp(way: Way, net: Footprint) -> Memory:
-    """Gathered are what lies in no block, from the forward on, and two blocks, one of them for later; of their gradients as
-    much until it is sent. Until the last micro-step of several, gradients are kept whole."""
-    share = 1 / way.shards
+def _fsdp(strategy: Strategy, net: Footprint) -> Memory:
+    """FSDP2. At the peak the weights of two blocks (one is prefetched) and of all that is outside blocks are gathered, and the
+    gradients of as much are unsharded. Gradients that accumulate are unsharded, all of them, until the last micro-step."""
+    share = 1 / strategy.shards
     weights, moments, host, buffers = net.weights * share, net.moments * share, 0.0, 0.0
     gradients = net.trained if net.accumulates else _gradients(net, net.uncached, share)
-    if way.offload:
+    if strategy.offload:
         host = weights + net.trained * share + moments
         weights = moments = 0.0
         gradients = net.trained if net.accumulates else 0.0
-    if way.shards > 1 or way.offload:
-        blocks = net.weights - net.around[0] if way.stays_gathered else 2 * net.block[0]
-        buffers = net.around[0] + blocks + (0 if net.accumulates else net.around[1] + net.block[1]) + net.block[1]
+    if strategy.shards > 1 or strategy.offload:
+        blocks = net.weights - net.outside_blocks[0] if strategy.stays_gathered else 2 * net.block[0]
+        new_gradients = 0 if net.accumulates else net.outside_blocks[1] + net.block[1]
+        buffers = net.outside_blocks[0] + blocks + new_gradients + net.block[1]
     return Memory(weights, gradients, moments, buffers, net.uncached.activations, host)

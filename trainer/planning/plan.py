@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: steps, memory by launch, hours, disk. No weights are made, nothing is trained."""
+"""What a run will take (steps, memory under each strategy, hours, disk), computed from shapes, without making weights."""
 
 from __future__ import annotations
 
@@ -24,36 +24,40 @@ from trainer.evaluation.objective import Objective
 from trainer.initial_weights import replace_tensors
 from trainer.planning.activations import count_micro_step
 from trainer.planning.flags import PlanFlags
-from trainer.planning.launch import Place, config_of, place_of, way_of
-from trainer.planning.memory import FP32_BYTES, Footprint, Memory, MicroStep, Way, memory_of, ways
+from trainer.planning.launch import Place, config_of, place_of, strategy_of
+from trainer.planning.memory import FP32_BYTES, Footprint, Memory, MicroStep, Strategy, memory_of, strategies
 from trainer.planning.sizes import checkpoint_files, footprint, save_buffers
 from trainer.recipe import Batch, Data, Recipe
 from trainer.reporting.plot import plot_learning_rate
 from trainer.setup import cut_warmup, load_data, make_optimizer, total_steps
 
 READ_SAMPLES = 32
-"""of a micro-batch, for the length of its longest"""
+"""how many samples of a micro-batch are read; the longest of them gives it its length"""
 FITS = 0.92
-"""of a card's memory: the rest is the driver's, and lost between tensors"""
+"""the part of a card's memory that a run can use: the driver takes some, and some is lost between tensors"""
 NOT_COUNTED = MicroStep(0, 0, 0.0)
 COLUMNS = ("weights", "gradients", "moments", "buffers", "activations", "device", "host")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a run from its shapes."""
+    """What the shapes of a run tell."""
 
     net: Footprint
     flops: float
-    """of a micro-step of one process"""
+    """FLOPs of a micro-step of one process; 0 if they could not be counted"""
     files: list[int]
-    """bytes of each file of tensors of a checkpoint"""
+    """bytes of each safetensors file of a checkpoint"""
     optimizer: Optimizer
     notes: list[str]
+    """a line, if activations could not be counted"""
 
 
 def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, environ: Mapping[str, str]) -> list[str]:
-    """The lines of a plan for the launch that `environ` describes; draws the learning rate. UserError as the run raises it."""
+    """The lines of the plan for the launch that `environ` describes. UserError where the run would raise it.
+
+    Draws the learning rate into a picture beside the run directory.
+    """
     said: list[str] = []
     config, resumes = config_of(recipe, parsed, argv, said.append)
     run = config.run
@@ -62,19 +66,20 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
     on_gpu = place.card is not None
     precision = precision_on(requested_precision(run.mixed_precision), on_gpu, place.card is not None and place.card.has_bf16)
     stream.share(config.optimisation.batch_size, 0, processes)
-    own = way_of(environ, config.optimisation, processes, precision, run.mixed_precision)
+    own = strategy_of(environ, config.optimisation, processes, precision, run.mixed_precision)
 
     if run.fit_batch and not resumes:
         effective = config.optimisation.effective_batch_size
         said.append(f"--fit_batch: counted as typed; the run splits its {effective} samples a step so that they just fit")
+    # Without `init_from`: a plan reads no weights.
     unread = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, init_from=None))
-    data = load_data(recipe, unread, alone())  # weights are not looked at
+    data = load_data(recipe, unread, alone())
     samples = stream.length_of(data.train)
     steps = total_steps(config, samples)
     config = config if resumes else cut_warmup(config, parsed.typed, steps, lambda _: None)
     o = config.optimisation
     measured = measure(recipe, config, data, own, precision, on_gpu)
-    sizes = {way: memory_of(way, measured.net) for way in (own, *others(own, measured))}
+    sizes = {strategy: memory_of(strategy, measured.net) for strategy in (own, *others(own, measured))}
     directory = default_directory(recipe, parsed)
     picture = directory.with_name(f"{directory.name}_learning_rate.png")
     drawn = f"drawn in {picture}"
@@ -101,14 +106,14 @@ def plan(recipe: Recipe, parsed: Parsed, argv: Sequence[str], flags: PlanFlags, 
     ]
 
 
-def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, on_gpu: bool) -> Measured:
-    """Build the network without memory, and count a micro-step of it."""
+def measure(recipe: Recipe, config: Any, data: Data, own: Strategy, precision: str, on_gpu: bool) -> Measured:
+    """Build the network and its optimizer without memory, and count a micro-step. UserError if `own` cannot train it."""
     network, _ = build_empty_network(recipe, config, data)
     if own.kind != "plain":
         check_dimensions(network)
     if own.kind == "fsdp":
         blocks(network)
-    # An optimizer may want a device that computes: shapes on the CPU, without memory.
+    # On the CPU, as an optimizer may refuse the meta device; expanded scalars take no memory.
     replace_tensors(network, lambda _, tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     optimizer = make_optimizer(recipe, network, config)
     if own.kind != "plain" and getattr(optimizer, "needs_whole_matrices", False):
@@ -121,22 +126,21 @@ def measure(recipe: Recipe, config: Any, data: Data, own: Way, precision: str, o
     recompute_activations(network, config.run.recompute_every)
     try:
         counts = count_micro_step(Objective(network, recipe, terms), batch, precision, on_gpu)
-    except RuntimeError as error:  # an operation that looks at values, or is not known for shapes alone
+    except RuntimeError as error:  # an operation that reads values, or that has no form for fake tensors
         notes.append(f"  Activations are NOT in it, as they cannot be counted without memory: {one_line(error, 150)}")
     accumulates = config.optimisation.gradient_accumulation_steps > 1
     return Measured(footprint(network, layout, counts, accumulates), counts[0].flops, files, optimizer, notes)
 
 
-def others(own: Way, measured: Measured) -> list[Way]:
-    """The ways that this launch is not, but could be."""
-    kinds = {"plain"}
-    if not getattr(measured.optimizer, "needs_whole_matrices", False):
-        kinds |= {"zero", "fsdp"}
-    return [way for way in ways(own.processes) if way.kind in kinds and way.name != own.name]
+def others(own: Strategy, measured: Measured) -> list[Strategy]:
+    """The strategies, beside the launch's own, that could train this model."""
+    only_plain = getattr(measured.optimizer, "needs_whole_matrices", False)
+    return [s for s in strategies(own.processes) if s.name != own.name and (s.kind == "plain" or not only_plain)]
 
 
 def micro_batch(recipe: Recipe, data: Data, config: Any, processes: int) -> tuple[Batch, list[str]]:
-    """(a micro-batch of the process with the most samples, without values; the loss terms), by its first samples."""
+    """(a micro-batch of the process with the most samples; the loss terms). It has the shape of its first READ_SAMPLES samples,
+    and uninitialised values."""
     o, last = config.optimisation, processes - 1
     order = stream.TrainingOrder(o.batch_size, last, processes, o.seed, stream.length_of(data.train), 0)
     numbers = next(iter(order))
@@ -146,29 +150,30 @@ def micro_batch(recipe: Recipe, data: Data, config: Any, processes: int) -> tupl
     return {name: tensor.new_empty(len(numbers), *tensor.shape[1:]) for name, tensor in read.items()}, [*recipe.items(read)]
 
 
-def table(sizes: Mapping[Way, Memory], copies: int) -> list[str]:
-    """A row for each way, the launch's own first; `copies`: bytes of host memory that saving takes beside it."""
-    width = max(len(way.name) for way in sizes)
+def table(sizes: Mapping[Strategy, Memory], copies: int) -> list[str]:
+    """A row for each strategy, the launch's own first. `copies`: bytes of host memory that a save takes on top."""
+    width = max(len(strategy.name) for strategy in sizes)
     unit, name = (1e9, "GB") if max(memory.device for memory in sizes.values()) >= 1e9 else (1e6, "MB")
     lines = [
         f"Memory of each process at its highest, in {name}:",
         f"  {'':{width}}" + "".join(f"{column:>12}" for column in COLUMNS),
     ]
-    for number, (way, memory) in enumerate(sizes.items()):
+    for number, (strategy, memory) in enumerate(sizes.items()):
         cells = [*(getattr(memory, column) for column in COLUMNS[:-1]), memory.host + copies]
-        lines.append(f"{'  ' if number else '> '}{way.name:{width}}" + "".join(f"{size / unit:12,.2f}" for size in cells))
+        lines.append(f"{'  ' if number else '> '}{strategy.name:{width}}" + "".join(f"{size / unit:12,.2f}" for size in cells))
     return [*lines, f"  (host: what is offloaded, and {size_text(copies)} in which a save is copied)"]
 
 
 def hours_of(flops: float, place: Place, precision: str, mfu: float) -> float | None:
-    """Of all steps, from the FLOPs of one process. None where the peak is not known: on a CPU, in fp32, on other cards."""
+    """Hours for `flops`, those of all steps of one process. None if there are none, or the peak is unknown: on a CPU, in fp32,
+    on an unknown card."""
     if place.card is None or place.card.flops is None or precision == "no" or not flops:
         return None
     return flops / (mfu * place.card.flops) / 3600
 
 
 def work_lines(step_flops: float, steps: int, hours: float | None, place: Place, mfu: float) -> list[str]:
-    """FLOPs and hours."""
+    """The line of FLOPs, over all processes, and hours (None: unknown)."""
     total = f"Work: {step_flops:.3g} FLOPs a step, {step_flops * steps:.3g} in all"
     if hours is None:
         return [f"{total}; for hours the peak of a card in bf16 or fp16 is wanted (--gpu)"]
@@ -178,7 +183,7 @@ def work_lines(step_flops: float, steps: int, hours: float | None, place: Place,
 
 
 def checkpoint_lines(run: Any, steps: int, effective: int, samples: int | None, size: int, hours: float | None) -> list[str]:
-    """What saves write, those of new bests too, and what of it stays on the disk."""
+    """The line of what all saves write, new bests included, and what stays on the disk; `size`: bytes of a checkpoint."""
     saves = math.ceil(steps / run.save_every) if run.save_every else 1
     kept = min(saves, run.keep_last + 1) if run.keep_last else saves
     passed = steps * effective // samples if samples else 0
@@ -195,28 +200,28 @@ def checkpoint_lines(run: Any, steps: int, effective: int, samples: int | None, 
 
 
 def unsaved(length: int, eval_every: int, save_every: int) -> int:
-    """How many evaluations in `length` steps, or epochs, fall on no save. 0: none of these."""
+    """How many evaluations within `length` steps, or epochs, fall on no save. An interval of 0: never."""
     if not eval_every:
         return 0
     return length // eval_every - (length // math.lcm(eval_every, save_every) if save_every else 0)
 
 
-def advice(sizes: Mapping[Way, Memory], own: Way, place: Place, processes: int, recomputes: bool) -> str:
-    """Which launch to take: the plainest that fits, as what is cut costs talk, and what is offloaded more."""
+def advice(sizes: Mapping[Strategy, Memory], own: Strategy, place: Place, processes: int, recomputes: bool) -> str:
+    """The launch to choose: the plainest that fits, as sharding costs communication, and offloading even more."""
 
     def needed(memory: Memory) -> float:
         return (memory.device + (memory.host if place.card is None else 0)) / 1e9
 
-    def shown(way: Way) -> str:
-        gigabytes = needed(sizes[way])
+    def shown(strategy: Strategy) -> str:
+        gigabytes = needed(sizes[strategy])
         return f"{gigabytes:.0f}" if gigabytes >= 10 else f"{gigabytes:.2g}"
 
     order = {"plain": 0, "fsdp": 1, "zero": 2}
-    ordered = sorted(sizes, key=lambda way: (bool(way.offload), order[way.kind], -way.shards, -way.stage))
+    ordered = sorted(sizes, key=lambda s: (bool(s.offload), order[s.kind], -s.shards, -s.stage))
     plain, where = ordered[0], f"{processes} x {place.gigabytes:.4g} GB"
-    best = next((way for way in ordered if needed(sizes[way]) <= FITS * place.gigabytes), None)
+    best = next((s for s in ordered if needed(sizes[s]) <= FITS * place.gigabytes), None)
     if best is None:
-        least = min(ordered, key=lambda way: needed(sizes[way]))
+        least = min(ordered, key=lambda strategy: needed(sizes[strategy]))
         ways_out = "a smaller --batch_size with more --gradient_accumulation_steps, or more processes"
         more = "" if recomputes else "--gradient_checkpointing, "
         return f"{where}: too little even for {least.name}, {shown(least)} GB each; {more}{ways_out}"
@@ -228,14 +233,14 @@ def advice(sizes: Mapping[Way, Memory], own: Way, place: Place, processes: int, 
 
 
 def time_text(hours: float) -> str:
-    """A time in hours, minutes or seconds."""
+    """A time as text, in hours, minutes or seconds."""
     if hours >= 1:
         return f"{hours:,.1f} hours"
     return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.2g} seconds"
 
 
 def size_text(size_bytes: float) -> str:
-    """A size in MB, GB or TB."""
+    """A size as text, in MB, GB or TB."""
     unit, name = next(
         (unit, name) for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if size_bytes >= unit or name == "MB"
     )

@@ -1,4 +1,4 @@
-"""Sizes of a network, its optimizer and its checkpoints, from shapes alone."""
+"""Sizes of a network, its optimizer state and its checkpoints, computed from shapes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from trainer.planning.memory import FP32_BYTES, Footprint, MicroStep
 
 
 def footprint(network: nn.Module, layout: StateLayout, counts: tuple[MicroStep, MicroStep], accumulates: bool) -> Footprint:
-    """What memory follows from."""
+    """The sizes that `memory_of` needs. `counts`: a micro-step with autocast's cache of cast weights, and one without."""
     everything = list(network.parameters())
-    in_blocks = [_both(block.parameters()) for block in named_blocks(network)]
-    inside = {p for block in named_blocks(network) for p in block.parameters()}
+    blocks = [list(block.parameters()) for block in named_blocks(network)]
+    inside = {p for block in blocks for p in block}
     weights, trained = _both(everything)
     return Footprint(
         weights=weights,
         trained=trained,
         moments=sum(entry.size_bytes for entry in _optimizer_entries(network, layout)),
-        block=max(in_blocks, default=(0, 0)),
-        around=_both(p for p in everything if p not in inside),
+        block=max(map(_both, blocks), default=(0, 0)),
+        outside_blocks=_both(p for p in everything if p not in inside),
         micro_step=counts[0],
         uncached=counts[1],
         accumulates=accumulates,
@@ -34,13 +34,13 @@ def footprint(network: nn.Module, layout: StateLayout, counts: tuple[MicroStep, 
 
 
 def _both(parameters: Iterable[Tensor]) -> tuple[int, int]:
-    """Bytes in fp32 of all, and of those that are trained."""
+    """(bytes in fp32 of all parameters, of those that are trained)."""
     sizes = [(FP32_BYTES * p.numel(), p.requires_grad) for p in parameters]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def checkpoint_files(network: nn.Module, layout: StateLayout) -> list[int]:
-    """Bytes of each file of tensors, in the order in which they are dealt out to the processes."""
+    """Bytes of each safetensors file of a checkpoint; file f is written by rank f mod (number of processes)."""
     kept = [(name, tuple(p.shape)) for name, p in network.named_parameters() if is_kept(network, name)]
     model = [TensorEntry(name, shape, torch.float32, lambda _: None) for name, shape in kept]
     files, _ = files_of({"model": model + buffer_entries(network), "optimizer": _optimizer_entries(network, layout)})
@@ -57,6 +57,9 @@ def _optimizer_entries(network: nn.Module, layout: StateLayout) -> list[TensorEn
 
 
 def save_buffers(files: Sequence[int], processes: int, pinned: bool) -> int:
-    """Bytes of host memory in which one process keeps its files, at most. torch makes page-locked blocks powers of two."""
+    """The most bytes of host memory that one process needs to copy its files, of `files` bytes, for a save.
+
+    torch rounds `pinned` (page-locked) blocks up to powers of two.
+    """
     blocks = [1 << (size - 1).bit_length() if pinned else size for size in files]
     return max(sum(blocks[rank::processes]) for rank in range(processes))

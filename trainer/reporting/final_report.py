@@ -10,6 +10,7 @@ from typing import Literal
 from psutil import virtual_memory
 
 from trainer.distributed.stopping import StopReason
+from trainer.errors import text_of
 from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.run_directory import RunDirectory, write_text_atomic
 
@@ -82,4 +83,4 @@ def draw_report(logger: MetricsLogger, directory: RunDirectory, checkpoint: Path
         logger.recipe.report.after_training(session.config, session.data, directory, checkpoint, console.log)
     except Exception as error:
         console.log_traceback(error)
-        console.log(f"WARNING: the report after training failed: {type(error).__name__}: {error}")
+        console.log(f"WARNING: the report after training failed: {text_of(error)}")

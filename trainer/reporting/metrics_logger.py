@@ -42,7 +42,7 @@ class MetricsLogger:
         mine = resumed if self.launch.is_main else zeros
         self.loss_sums = torch.tensor(mine, dtype=sum_dtype(self.launch.device), device=self.launch.device)
         self.item_counts = list(state.item_counts) or zeros
-        self.timed_counts = zeros
+        self.resumed_counts = self.item_counts  # of them, items that an earlier launch trained on
         self.hours_before, self.started = state.hours, time.monotonic()
         self.interval_start, self.interval_start_step = self.started, state.step
         self.data_seconds, self.untimed_seconds = 0.0, 0.0
@@ -63,7 +63,6 @@ class MetricsLogger:
     def add_items(self, item_counts: Sequence[float]) -> None:
         """Add a step's items over all ranks, by term."""
         self.item_counts = [a + b for a, b in zip(self.item_counts, item_counts, strict=True)]
-        self.timed_counts = [a + b for a, b in zip(self.timed_counts, item_counts, strict=True)]
 
     def add_data_seconds(self, seconds: float) -> None:
         """Add a wait for data."""
@@ -100,7 +99,8 @@ class MetricsLogger:
         steps = max(1, step - self.interval_start_step)
         counted = steps * self.session.config.optimisation.effective_batch_size
         if self.counted_term:
-            counted = self.timed_counts[self.terms.index(self.counted_term)]
+            term = self.terms.index(self.counted_term)
+            counted = self.item_counts[term] - self.resumed_counts[term]
         self.per_second, self.seconds_per_step = counted / elapsed, elapsed / steps
         metrics = {f"train/{key}": v for key, v in summarise(self.recipe, means, self.session.loss_weights).items()}
         metrics |= {
@@ -135,8 +135,7 @@ class MetricsLogger:
 
     def _start_interval(self) -> None:
         self.loss_sums.zero_()
-        zeros = [0.0] * len(self.terms)
-        self.item_counts, self.timed_counts = zeros, zeros
+        self.item_counts = self.resumed_counts = [0.0] * len(self.terms)
         self.interval_start, self.interval_start_step = time.monotonic(), self.state.step
         self.data_seconds, self.untimed_seconds = 0.0, 0.0
 

@@ -71,53 +71,54 @@ class RunDirectory:
         self._made: list[Path] = []
         self._locks: list[Lock] = []
 
-    def prepare(self) -> None:
-        """Make the folders and write into them: a full or read-only disk shows now. Raises UserError (exit 5)."""
-        for folder in (self.path, self.checkpoints):
-            flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
-            try:
-                str(folder).encode()
-                for link in (folder, *folder.parents):
-                    if link.is_symlink() and not link.exists():
-                        way_out = f"mount or make that, or choose another with {flag}"
-                        target = os.readlink(link)
-                        raise UserError(f"{link} is a link to {target}, which does not exist; {way_out}", CHECKPOINT)
-                missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                self._made += missing
-                probe = folder / f".writable.{os.getpid()}"
-                write_text_atomic(probe, "x")
-                probe.unlink()
-            except UnicodeEncodeError:  # safetensors would write there, and not read it again
-                message = f"{str(folder)!a} is not UTF-8; choose another folder with {flag}"
-                raise UserError(message, CHECKPOINT) from None
-            except OSError as error:
-                why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
-                message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
-                raise UserError(message, CHECKPOINT) from None
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Make the folders, write into them (a full or read-only disk shows now), and keep other runs out of both: another
+        run's `--checkpoint_dir` may point into this one. UserError (exit 5; 2 if another run is there); `release` in any case.
+        """
+        for folder in (self.path, self.checkpoints):  # the second only once the first is ours
+            self._make(folder)
+            if folder.resolve() not in (lock.path.parent for lock in self._locks):
+                self._locks.append(Lock(folder.resolve(), log))
+                self._locks[-1].acquire()
         for file in (self.config, self.command, self.environment, self.metrics, self.log, self.status):
             if file.is_fifo() or file.is_socket() or file.is_dir():  # to open a pipe may take for ever
                 raise UserError(f"{file} is not an ordinary file; remove it, or choose another --output_dir", CHECKPOINT)
 
-    def lock(self, log: Callable[[str], None]) -> None:
-        """Keep other runs out of both folders: another run's `--checkpoint_dir` may point into this one. Raises UserError."""
-        self._locks = [Lock(folder, log) for folder in dict.fromkeys(f.resolve() for f in (self.path, self.checkpoints))]
-        for lock in self._locks:
-            lock.acquire()
+    def _make(self, folder: Path) -> None:
+        flag = "--output_dir" if self.path in (folder, folder.parent) else "--checkpoint_dir"
+        try:
+            str(folder).encode()
+            for link in (folder, *folder.parents):
+                if link.is_symlink() and not link.exists():
+                    way_out = f"mount or make that, or choose another with {flag}"
+                    target = os.readlink(link)
+                    raise UserError(f"{link} is a link to {target}, which does not exist; {way_out}", CHECKPOINT)
+            missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made += missing
+            probe = folder / f".writable.{os.getpid()}"
+            write_text_atomic(probe, "x")
+            probe.unlink()
+        except UnicodeEncodeError:  # safetensors would write there, and not read it again
+            message = f"{str(folder)!a} is not UTF-8; choose another folder with {flag}"
+            raise UserError(message, CHECKPOINT) from None
+        except OSError as error:
+            why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+            message = f"cannot write to {folder}: {why}; mend that, or choose another with {flag}"
+            raise UserError(message, CHECKPOINT) from None
 
     def release(self, used: bool = True) -> None:
         """Let others in. If nothing was written (not `used`), remove the folders that `prepare` made: a typing error
         must not leave a run behind."""
         locks = {lock.path for lock in self._locks if lock.held}
-        # Without the locks the folders are another run's, even if we made them; it may not have locked the inner one yet.
-        removable = self._made if not used and all(lock.held for lock in self._locks) else ()
-        for folder in sorted(removable, key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # not empty, so somebody's
+        for folder in sorted(() if used else self._made, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty, so somebody's: that of a run which was faster holds its lock
                 if locks.issuperset(folder.iterdir()):
                     (folder / Lock.NAME).unlink(missing_ok=True)
                 folder.rmdir()
         for lock in self._locks:
             lock.release()
+        self._locks.clear()
 
     def begin(self, step: int, restarted: bool) -> None:
         """Count the launches in a row that went no further than `step`, where this one begins; a person's starts anew.

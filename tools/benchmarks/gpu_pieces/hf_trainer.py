@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_pieces.contenders import OwnLoop
+from benchmarks.gpu_pieces.contenders import Contender
 from benchmarks.gpu_pieces.nanogpt import Shape
 
 
@@ -44,7 +44,7 @@ def hf_gpt2(shape: Shape) -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **tokens, use_cache=False))
 
 
-class HfTrainerLoop(OwnLoop):
+class HfTrainerLoop(Contender):
     """`Trainer.train`, which a callback blocks between rounds."""
 
     def __init__(

@@ -85,7 +85,7 @@ def fitted_batch(place: Place) -> int:
     free(place.device)
     a_sample = max(1.0, (peaks[1] - peaks[0]) / 4)
     total = torch.cuda.get_device_properties(place.device).total_memory
-    fitting = (0.85 * total - 4 * held) / a_sample
+    fitting = (0.85 * total - 5 * held) / a_sample
     return int(max(8, min(LARGEST_BATCH, 8 * math.floor(fitting / 8))))
 
 
@@ -112,6 +112,7 @@ def measure_gpt2(place: Place, batch_size: int) -> Result:
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: OurLoop(recipe, config, place.launch, place.new_folder()),
         "bare loop": lambda: bare_loop(recipe, config, place.launch),
+        "bare loop again": lambda: bare_loop(recipe, config, place.launch),
         "nanoGPT's arrangement": lambda: nanogpt_steps(shape, batch_size, recipe.ids, place.device),
         "HF Trainer": lambda: HfTrainerLoop(
             hf_gpt2(hf_shape), m.max_length, batch_size, recipe.ids, place.new_folder(), place.device

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_pieces.contenders import BareSteps
+from benchmarks.gpu_pieces.contenders import Steps
 
 PADDED_VOCABULARY = 50_304
 
@@ -72,7 +72,7 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device, learning_rate: float = 6e-4) -> BareSteps:
+def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device, learning_rate: float = 6e-4) -> Steps:
     """A contender that trains this GPT-2 on the uint16 ids of a file."""
     torch.manual_seed(0)
     model = Gpt(shape).to(device)
@@ -105,4 +105,4 @@ def nanogpt_steps(shape: Shape, batch_size: int, ids: Path, device: torch.device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return BareSteps(step)
+    return Steps(step)

@@ -29,7 +29,7 @@ def pfn(place: Place, models: int = 0, **values: Any) -> tuple[PFNRaventos, Any]
 
 def piece_d(place: Place) -> Result:
     """A step of 16 models stacked in one network, beside 16 times a step of one; also with CUDA graphs, in a bare loop."""
-    # CUDA graphs work in the thread that imports this: import it in the thread of the bare loops.
+    # CUDA graphs work in the thread that imports this: import it in the thread that takes the steps of `StepsHere`.
     importlib.import_module("torch._inductor.cudagraph_trees")
     result, models = Result(), place.size(16, 3)
     one, stacked = pfn(place), pfn(place, models)

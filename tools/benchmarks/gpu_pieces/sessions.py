@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.gpu_pieces.contenders import BareSteps, Contender, OwnLoop
+from benchmarks.gpu_pieces.contenders import Contender, Steps, StepsHere
 from benchmarks.gpu_pieces.results import ResultFile
 from trainer.backends import backend_of
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from trainer.checkpoints.resume import LaunchPlan
 from trainer.data import loader, stream
 from trainer.distributed.launch import Launch, connect, resolve_precision
 from trainer.distributed.stopping import StopRequests
+from trainer.distributed.time_limit import TimeLimit
 from trainer.evaluation.objective import Objective, objective_weights
 from trainer.loop import Training
 from trainer.recipe import Recipe
@@ -96,11 +97,11 @@ def configured(recipe: Recipe, **values: Any) -> Any:
     return config.resolved() if hasattr(config, "resolved") else config
 
 
-class StepWatch(StopRequests):
-    """Never requests a stop, and calls `step_done` after each step of the loop."""
+class StepWatch(TimeLimit):
+    """No limit; calls `step_done` after each step of the loop."""
 
     def __init__(self, step_done: Callable[[], None]) -> None:
-        super().__init__(None, time.monotonic(), None, str, lambda _: None)
+        super().__init__(None, time.monotonic())
         self._step_done = step_done
 
     def record_step(self, seconds: float) -> None:
@@ -109,7 +110,7 @@ class StepWatch(StopRequests):
         self._step_done()
 
 
-class OurLoop(OwnLoop):
+class OurLoop(Contender):
     """`trainer.loop.Training`, set up by `trainer.setup.set_up` like any run, but without evaluation and output."""
 
     def __init__(self, recipe: Recipe, config: Any, launch: Launch, folder: Path, checkpoint: Path | None = None) -> None:
@@ -119,7 +120,8 @@ class OurLoop(OwnLoop):
         session = set_up(recipe, plan, launch, self.messages.append)
         session.data.evaluation.clear()
         console = Console(None, is_main=False)
-        self.training: Training | None = Training(session, plan, StepWatch(self.step_done), None, console, Alerts())
+        stops = StopRequests(StepWatch(self.step_done), None, str, console.log)
+        self.training: Training | None = Training(session, plan, stops, None, console, Alerts())
         super().__init__(self.training.run)
 
     @property
@@ -165,7 +167,7 @@ def bare_loop(recipe: Recipe, config: Any, launch: Launch, compile_mode: str | N
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return BareSteps(step)
+    return StepsHere(step) if compile_mode == "reduce-overhead" else Steps(step)
 
 
 def random_ids(path: Path, count: int, vocab_size: int) -> Path:
