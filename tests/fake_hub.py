@@ -1,4 +1,4 @@
-"""What of the hub's HTTP interface an upload needs, on this machine: it keeps what it is sent."""
+"""A server with the part of the Hugging Face hub's HTTP interface that an upload needs; it keeps the files in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Start it with `with FakeHub() as hub`; `hub.url` is its address, `hub.files` {path: content} what was committed."""
+    """Used as `with FakeHub() as hub`: `hub.url` is its address, `hub.files` {path: content} the committed files."""
 
     def __init__(self, refuses: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -19,7 +19,7 @@ class FakeHub(ThreadingHTTPServer):
         self.refuses, self.created = refuses, {}
         self.files: dict[str, bytes] = {}
         self.large: dict[str, bytes] = {}
-        """contents by sha256, before a commit names them"""
+        """{sha256: content} of large files, uploaded before the commit that names them"""
 
     def __enter__(self) -> FakeHub:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -34,7 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def answer(self, value: Any, code: int = 200) -> None:
         content = json.dumps(value).encode()

@@ -26,17 +26,19 @@ class Rows(toy_recipe.Rows):
     fault: str = ""
     fault_rank: int = 1
     unlabelled: tuple[int, ...] = ()
-    """numbers in the endless stream of samples without anything to learn"""
+    """samples, by their numbers in the endless stream, that have no labels"""
     damaged_rows: tuple[int, ...] = ()
     """rows that cannot be read"""
     evaluation_seconds: float = 0.0
-    """of each batch"""
+    """how long each batch of an evaluation takes"""
     fits: int = 1_000_000
-    """samples of a forward pass that the memory of this rank has room for"""
+    """most samples that this rank has memory for in a forward pass"""
     fits_later: int = 1_000_000
-    """likewise, from forward pass LATER on"""
+    """the same, from forward pass LATER on"""
     data_seconds: float = 0.0
+    """how long `build_data` takes"""
     report_seconds: float = 0.0
+    """how long the report after training takes"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Config(toy_recipe.Config):
 
 
 class FaultyRows(ToyRows):
-    """Fails, or has nothing to learn in it."""
+    """Rows of which some cannot be read, or have no labels; `fails_at`: the call, counted from 1, that fails (0: none)."""
 
     def __init__(self, rows: int, salt: int, unlabelled: Sequence[int], damaged: Sequence[int], fails_at: int) -> None:
         super().__init__(rows, salt)
@@ -67,7 +69,7 @@ class FaultyRows(ToyRows):
 
 
 class FaultyReport(Report):
-    """Simulates a full disk."""
+    """Simulates a full disk, and a slow report."""
 
     recipe: FaultyRecipe
 
@@ -83,13 +85,14 @@ class FaultyReport(Report):
 
 
 class FaultyRecipe(ToyRecipe):
-    """Fails as `--fault` selects."""
+    """Fails as `--fault` says, on rank `--fault_rank`."""
 
     config_class = Config
     report_class = FaultyReport
     losses = 0
 
     def here(self, config: Config, fault: str) -> bool:
+        """Whether this process has that fault."""
         return config.data.fault == fault and config.data.fault_rank == int(os.environ.get("RANK", 0))
 
     def build_data(self, config: Config) -> Data:
@@ -97,7 +100,7 @@ class FaultyRecipe(ToyRecipe):
         if config.data.data_seconds:
             print("preparing data", flush=True)
             time.sleep(config.data.data_seconds)
-        fails_at = STEP + 2 if self.here(config, "data") else 0  # behind two samples that are read before the first step
+        fails_at = STEP + 2 if self.here(config, "data") else 0  # two samples are read before the first step
         train = FaultyRows(config.data.train_rows, 0, config.data.unlabelled, config.data.damaged_rows, fails_at)
         evaluation = FaultyRows(9, 10_000, (), (), 1 if self.here(config, "evaluation data") else 0)
         return Data(train, {"val": evaluation}, fingerprint="toy")

@@ -1,4 +1,4 @@
-"""A few processes in a gloo group without a launcher, forked, so that nothing is imported again: a launch takes ten seconds."""
+"""A few forked processes in a gloo group. A launch takes ten seconds, most of them for imports, which forks need not repeat."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TIMEOUT = timedelta(minutes=2)
 
 
 def forked(processes: int, folder: Path, action: Callable[[int], Any]) -> list[Any]:
-    """What `action(rank)` gives in each of them, by rank, as JSON can hold it; `folder` is theirs."""
+    """The results of `action(rank)`, by rank, which must be JSON values; `folder` is for files that the processes need."""
 
     def run(rank: int) -> None:
         store = dist.FileStore(str(folder / "store"), processes)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
         (folder / f"rank{rank}.json").write_text(json.dumps(action(rank)))
         dist.barrier()
-        os._exit(0)  # gloo may abort where the interpreter ends
+        os._exit(0)  # gloo may abort at the interpreter's exit
 
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=run, args=(rank,)) for rank in range(processes)]

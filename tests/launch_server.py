@@ -1,8 +1,8 @@
-"""Launches that import nothing: a process that has imported what every rank needs, and forks into the ranks of each launch.
+"""Launches without imports: a server process has imported what every rank needs, and the ranks of each launch are its forks.
 
-`accelerate launch` takes six seconds of a core until two ranks have imported torch and all; what most tests are about is what
-ranks do then. Here Accelerate's launcher reads its file and sets its variables as ever; only its last step, which would start
-an interpreter for each rank, forks them. The tests of kills, of signals and of launches themselves use users' commands.
+With `accelerate launch` two ranks need six seconds of a core to import torch and the rest, while most tests are about what they
+do afterwards. Here Accelerate's launcher reads its file and sets its variables as usual; only its last step, which would start
+an interpreter per rank, is replaced by forks. Tests of kills, signals and launches themselves use the real commands.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from launching import TIMEOUT_SECONDS, Started, command, environment
 
 IMPORTED = ("accelerate.commands.launch", "torch.distributed.run", "trainer.loop", "trainer.backends.plain", "scenarios")
-IMPORTED += ("transformers", "torch._inductor.compile_fx")  # which DeepSpeed does, in every rank
+IMPORTED += ("transformers", "torch._inductor.compile_fx")  # DeepSpeed imports these, in every rank
 
 
 def launch_forked(kind: str, folder: Path, env: Mapping[str, str]) -> None:
-    """Do `scenarios.train_all(folder)` in each process of a launch of `kind`; its output goes to `folder`/log.txt.
+    """Call `scenarios.train_all(folder)` in each process of a launch of `kind`, with the environment `env`.
 
-    Fails the test on a time-out, or where a process does not leave with 0.
+    Their output goes to `folder`/log.txt. Fails the test on a time-out, or if a process does not exit with 0.
     """
     process, connection = _server()
     log = folder / "log.txt"
@@ -48,18 +48,18 @@ def launch_forked(kind: str, folder: Path, env: Mapping[str, str]) -> None:
 
 @functools.cache
 def _server() -> tuple[Started, socket.socket]:
-    """The server of this process, which ends with it, and the way to it."""
-    ours, its = socket.socketpair()
+    """(server, socket to it), started at the first call. `Started` ends the server with this process."""
+    ours, theirs = socket.socketpair()
     ours.settimeout(TIMEOUT_SECONDS)
     log = Path(tempfile.mkdtemp(prefix="launch-server-"), "log.txt")
-    argv = [sys.executable, __file__, str(its.fileno())]
-    process = Started(argv, log, environment(), pass_fds=[its.fileno()])
-    its.close()
+    argv = [sys.executable, __file__, str(theirs.fileno())]
+    process = Started(argv, log, environment(), pass_fds=[theirs.fileno()])
+    theirs.close()
     return process, ours
 
 
 def serve(connection: socket.socket) -> None:
-    """Start one launch after the other, each from a process of its own, and answer with its exit status."""
+    """The server: for each line [kind, folder, environment] start a launch in a fork, and answer with its exit code."""
     for module in IMPORTED:
         importlib.import_module(module)
     gc.collect()
@@ -71,8 +71,8 @@ def serve(connection: socket.socket) -> None:
 
 
 def _start(connection: socket.socket, kind: str, folder: Path, env: Mapping[str, str]) -> None:
-    """What a launcher does."""
-    os.close(connection.detach())  # or nobody would see that the server has died
+    """In the fork of a launch: set up log and environment, and launch."""
+    os.close(connection.detach())  # else the test could not notice that the server has died
     from accelerate.commands import launch
     from scenarios import train_all
     from torch.distributed import run
@@ -90,10 +90,13 @@ def _start(connection: socket.socket, kind: str, folder: Path, env: Mapping[str,
 
 
 def _fork_ranks(action: Callable[[], None], arguments: Namespace) -> None:
-    """In place of torchrun's processes: `action` in as many, with the variables by which they find each other."""
+    """In place of `torch.distributed.run.run(arguments)`: call `action` in a fork per rank, with torch's variables set.
+
+    Exits with the first exit code that is not 0.
+    """
     from trainer.backends import backend_of
 
-    backend_of(os.environ).before_connect(True)  # imports DeepSpeed, where it is wanted
+    backend_of(os.environ).before_connect(True)  # imports DeepSpeed, if this launch uses it
     processes = str(arguments.nproc_per_node)
     os.environ |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.master_port)}
@@ -108,7 +111,7 @@ def _fork_ranks(action: Callable[[], None], arguments: Namespace) -> None:
 
 
 def _fork(action: Callable[[], None]) -> int:
-    """The number of a process that does this, and leaves with 1 where it fails."""
+    """Call `action` in a fork, which then exits with 0, or with 1 after an error. Returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -124,6 +127,7 @@ def _fork(action: Callable[[], None]) -> int:
 
 
 def _exit_code(child: int) -> int:
+    """Wait for a fork to end."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -1,4 +1,4 @@
-"""Real launches for the tests: the commands a user types, on CPU with gloo, with time-outs; nothing of them is left behind."""
+"""Real launches for the tests: the commands that users type, on CPUs with gloo, with time-outs. No process is left behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # pytest knows it already; scenarios.py is also a script
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # for launch_server.py, a script that pytest does not set up
 
 from fault_injector import ROOT, Started, command, environment, free_port, processes_of
 
@@ -43,7 +43,7 @@ def run(
     timeout: float = TIMEOUT_SECONDS,
     expect: int | None = 0,
 ) -> str:
-    """Run a launch to its end; its output. Fails the test on a time-out, or an exit code other than `expect`."""
+    """Run a launch to its end. Returns its output. Fails the test on a time-out, or an exit code other than `expect`."""
     process = Started(command(kind, script, *arguments), log, env)
     try:
         code = process.wait(timeout=timeout)
@@ -56,7 +56,7 @@ def run(
     return text
 
 
-# Each command as the recipe's file does it.
+# Runs the recipe's file as __main__ for each command line: {number}.log has its output, codes.json all exit codes.
 DRIVER = """
 import gc, json, os, runpy, sys
 import trainer.main
@@ -82,15 +82,18 @@ with open(os.path.join(folder, "codes.json"), "w") as file:
 
 
 def keep_imports_frozen() -> None:
-    """A run collects and freezes what is there, and lets go of it at its end: in a process of many runs each would look at a
-    million objects of what was imported, which takes longer than to train the toy."""
+    """Exclude imported objects from garbage collection for good.
+
+    A run freezes all objects and unfreezes them at its end. In a process of many runs each would then go through a million
+    imported objects, which takes longer than to train the toy.
+    """
     gc.freeze()
     gc.unfreeze = lambda: None
 
 
 def obey_permissions() -> None:
-    """`preexec_fn`: root, too, may not read what its mode forbids (Linux; others are not root, or read everything)."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; 24: PR_CAPBSET_DROP, which the exec makes count
+    """A `preexec_fn` by which file permissions bind root too (Linux only): drop the capabilities that override them."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; 24 is PR_CAPBSET_DROP, which takes effect at the exec
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
@@ -101,9 +104,9 @@ def run_in_turn(
     env: Mapping[str, str],
     preexec_fn: Callable[[], None] | None = None,
 ) -> dict[str, tuple[int, str]]:
-    """{name: (exit status, output)} of command lines of a recipe, one after another, in `folder`.
+    """Run the command lines of a recipe in `folder`, one after another in one process, which imports everything only once.
 
-    In one process, so that the imports are paid once.
+    Returns {name: (exit code, output)}.
     """
     logs = folder / "logs"
     logs.mkdir()

@@ -1,4 +1,4 @@
-"""The toy recipe with an optimizer that the trainer does not know: what a recipe's own optimizer has to bring is here."""
+"""The toy recipe with an optimizer of its own, which the trainer does not know: an example of all that it has to define."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.main import main
 
 
 class Lion(Optimizer):
-    """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2: one moment, an update by its sign."""
+    """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2: one moment; the update is a sign."""
 
     def __init__(self, groups: Any, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})

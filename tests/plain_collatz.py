@@ -1,10 +1,10 @@
-"""qn+d one step at a time in Python's integers, written apart from what it is compared with."""
+"""qn+d one step at a time in Python's integers: a reference that shares no code with what it is compared with."""
 
 from __future__ import annotations
 
 
 def shortcut(n: int, steps: int) -> int:
-    """T^steps(n), one at a time."""
+    """T^steps(n) for 3n+1, where T joins an odd step to the halving after it."""
     for _ in range(steps):
         n = (3 * n + 1) // 2 if n % 2 else n // 2
     return n
@@ -24,7 +24,7 @@ def comes_after_smaller(n: int) -> bool:
 
 
 def plain_cycle(multiplier: int, addend: int, n: int, max_bits: int = 256) -> int | None:
-    """The number closest to 0 of the cycle that `n` enters, by remembering all numbers; None for one that grows too far."""
+    """The number closest to 0 on the cycle that `n` enters; None if a number on the way has more than `max_bits`."""
     seen: dict[int, None] = {}
     while n not in seen:
         if n.bit_length() > max_bits:

@@ -1,7 +1,7 @@
-"""Many training runs in one launch: a launch costs seconds, a run of the toy recipe a few tenths.
+"""Many training runs in one launch, because a launch takes seconds, and a run of the toy recipe a few tenths.
 
-Each process of it trains each run of a JSON file through `trainer.main.train` with one `connect()`, and writes down how every
-run ended. `launch` starts it, and gives back the runs as their run directories hold them.
+`launch` starts it and returns the runs. In each of its processes `train_all` connects once, trains the runs of a JSON file one
+after another through `trainer.main.train`, and writes down how each ended.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TOY = "toy_recipe:ToyRecipe"
 
 @dataclass(frozen=True)
 class Finished:
-    """One run of a launch."""
+    """One run of a launch, read from its run directory."""
 
     path: Path
     outcomes: list[dict[str, Any]]
-    """by rank: {"reason": str | None, "exit_code": int, "message": str}"""
+    """by rank, how the run ended: {"reason": str | None, "exit_code": int, "message": str}"""
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
@@ -57,17 +57,15 @@ class Finished:
 def launch(
     kind: str, runs: Mapping[str, tuple[str, Argv]], folder: Path, runs_folder: Path | None = None
 ) -> dict[str, Finished]:
-    """Train `runs` {name: (module:class of a recipe, command line)} in one launch of `kind`.
+    """Train `runs` {name: (module:class of a recipe, command line)} in one launch of `kind`. Returns {name: run}.
 
-    Each has its own directory below `runs_folder`.
+    `folder` is for the launch's files; each run has its own directory below `runs_folder` (default: `folder`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     runs_folder = runs_folder or folder
     command_lines = {name: (recipe, [*argv, "--output_dir", str(runs_folder / name)]) for name, (recipe, argv) in runs.items()}
     (folder / "runs.json").write_text(json.dumps(command_lines))
-    # One thread a process: more of them wait for each other longer than they compute on tensors this small.
-    env = environment(SAMECURVE_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
-    launch_forked(kind, folder, env)
+    launch_forked(kind, folder, environment(SAMECURVE_CACHE=str(folder / "cache")))
     ranks = sorted(folder.glob("rank*.json"))
     assert len(ranks) == processes_of(kind), f"{kind} started {len(ranks)} processes"
     outcomes_by_rank = [json.loads(path.read_text()) for path in ranks]
@@ -75,13 +73,13 @@ def launch(
 
 
 def recipe_of(path: str) -> Any:
-    """A recipe by `module:class`."""
+    """An instance of the recipe `module:class`."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)()
 
 
 def planned(recipe: Any, argv: Argv) -> Any:
-    """The configuration that a run of this command line begins with."""
+    """The configuration that a run with this command line begins with."""
     from trainer.checkpoints.init_from import with_settings
     from trainer.command_line import config
 
@@ -89,7 +87,7 @@ def planned(recipe: Any, argv: Argv) -> Any:
 
 
 def train_all(folder: Path) -> None:
-    """What each process of the launch does."""
+    """In each process of a launch: train the runs of `folder`/runs.json, write the outcomes to rank{rank}.json, and exit."""
     from trainer.backends import backend_of
     from trainer.checkpoints import saving
     from trainer.checkpoints.writing import SHARD_BYTES, RankWriter

@@ -1,4 +1,4 @@
-"""Checkpoints without a run."""
+"""Writes checkpoints without a training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.state import TrainState
 
 
 def trainer_state(step: int, **changes: object) -> str:
-    """A trainer_state.json."""
+    """The text of a trainer_state.json; `changes` replace entries."""
     state = {
         "recipe": "toy",
         "train_state": dataclasses.asdict(TrainState(step=step)),
@@ -31,7 +31,7 @@ def trainer_state(step: int, **changes: object) -> str:
 
 
 def saved(backend: Backend, folder: Path, step: int) -> Checkpoint:
-    """What a backend holds, as a checkpoint."""
+    """Write the tensors of a backend as the checkpoint of a step."""
     tensors = {"model": backend.model_tensors(), "optimizer": backend.optimizer_tensors()}
     layout = backend.state_layout
     without = sorted(layout.tensors.keys() - split_names(entry.name for entry in tensors["optimizer"])[0].keys())

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, each in a folder with a tokenizer, to fine-tune; and rows to do it on."""
+"""Tiny random models of transformers to fine-tune, each in a folder with a tokenizer; and examples to train them on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 ENTRIES = 300
 SMALL = {"vocab_size": ENTRIES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-SMALL |= {"initializer_range": 0.1}  # at 0.02 attention would hardly matter
+SMALL |= {"initializer_range": 0.1}  # with the default, 0.02, attention would hardly change the output
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ENTRIES, "initializer_range": 0.1}
@@ -18,7 +18,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": SMALL | {"intermediate_size": 48, "head_dim": 16, "tie_word_embeddings": True},
     "mixtral": SMALL | {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
-"""model type: what its config.json says"""
+"""{model type: settings of its config.json}"""
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -41,7 +41,7 @@ WORDS = [
 
 
 def model_folder(family: str, folder: Path, chat: bool = False) -> Path:
-    """A folder as `save_pretrained` leaves it."""
+    """Write a model of FAMILIES and its tokenizer with `save_pretrained`; `chat`: with TEMPLATE. Returns `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -59,7 +59,8 @@ def model_folder(family: str, folder: Path, chat: bool = False) -> Path:
 
 
 def rows_folder(folder: Path) -> Path:
-    """train.jsonl and validation.jsonl: prompts and completions of 1 to 8 words, so that samples have unlike counts."""
+    """Write train.jsonl and validation.jsonl: prompts and completions of 1 to 8 words, so that token counts differ. Returns
+    `folder`."""
     rng = random.Random(0)
     folder.mkdir(exist_ok=True)
     for name, count in (("train", 60), ("validation", 9)):

@@ -1,6 +1,7 @@
-"""The smallest run of each recipe that still shows everything of it, for the properties that hold for all recipes.
+"""Command lines of the smallest run of each recipe that still uses all of its parts, for tests of properties of all recipes.
 
-A tiny run takes milliseconds a step: dropout off, no trackers, no data workers, no evaluation or save unless requested.
+A step takes milliseconds: dropout is off; there are no trackers or data workers, and no evaluation or save unless requested.
+The functions take a folder for data, write these there, and return the command line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ QUIET = ["--num_workers", "0", "--log_every", "1", "--eval_every", "0", "--save_
 
 
 def text_folder(folder: Path) -> Path:
-    """train, validation and test: rows of 1 to 12 words, so that micro-batches have unlike token counts."""
+    """Write train.txt, validation.txt and test.txt: rows of 1 to 12 words, so that micro-batches differ in tokens. Returns the
+    folder of these files."""
     rng, folder = random.Random(0), folder / "text"
     folder.mkdir(exist_ok=True)
     words = ["a", "of", "river", "stone", "walked", "quietly", "between", "seventeen", "lighthouses"]
@@ -30,9 +32,10 @@ def text_folder(folder: Path) -> Path:
 
 
 def gpt2(folder: Path) -> Argv:
-    """Padded rows: their token counts differ.
+    """Padded rows, whose token counts differ.
 
-    Of width 32, for in narrower networks some token at some position is nearly constant, and its layer norm amplifies rounding.
+    Width 32: in narrower networks some token at some position is nearly constant over its features, so that the layer norm
+    amplifies rounding errors.
     """
     argv = ["--data_dir", str(text_folder(folder)), "--tokenizer", "train", "--vocab_size", "300", "--packing", "rows"]
     argv += ["--d_model", "32", "--num_layers", "2", "--num_heads", "2", "--max_length", "24", "--dropout", "0"]
@@ -52,12 +55,12 @@ def tinystories(folder: Path) -> Argv:
 
 
 def mixture(folder: Path) -> Argv:
-    """Three windows of four from one set of ids, the others from another."""
+    """Three of four windows from one set of ids, the others from another."""
     return [*tinystories(folder), "--train_data_path", f"{folder}/ids/train.ids=3", f"{folder}/ids/valid.ids=1"]
 
 
 def gpt2_mixture(folder: Path) -> Argv:
-    """The same of ids, in blocks, with attention within documents."""
+    """Three of four blocks from one set of ids, the others from another; attention stays within documents."""
     from recipes.data.text import prepare_text
 
     argv = gpt2(folder)
@@ -72,30 +75,30 @@ def gpt2_mixture(folder: Path) -> Argv:
 
 
 def collatz(folder: Path) -> Argv:
-    """Short vectors, some of which end within the prefix: the two losses have different counts.
+    """Short vectors, some of which end within the prefix, so that the two losses have different counts.
 
-    bf16 rounds the gradient of a handful of stopping times, whose errors nearly cancel, to 1e-2, and more so through more
-    layers: the weight keeps it from being most of the norm.
+    The errors of a handful of stopping times nearly cancel, so that bf16 rounds their gradient by 1e-2, and by more in deeper
+    networks. The small weight keeps that gradient from dominating the norm.
     """
     argv = ["--d_model", "16", "--num_layers", "1", "--num_heads", "2", "--d_ff", "24", "--dropout", "0"]
     return [*argv, *QUIET, "--max_len", "60", "--prefix_len", "12", "--val_numbers", "9", "--stopping_weight", "0.1"]
 
 
 def pfn(folder: Path) -> Argv:
-    """One model on a pool of tasks; of width 48, for in narrower ones bf16 rounds away a thousandth of the gradient norm."""
+    """One model on a pool of tasks. Width 48: in narrower models bf16 rounds the gradient norm by more than a thousandth."""
     argv = ["--d_model", "48", "--num_layers", "2", "--num_heads", "2", "--d_vocab", "16", "--examples", "12"]
     return [*argv, "--task_size", "3", "--num_tasks", "5", "--eval_sequences", "0", *QUIET]
 
 
 def pfn_stack(folder: Path) -> Argv:
-    """Three models in one network: a loss term each."""
+    """Three models in one network, with a loss term each."""
     return [*pfn(folder), "--stack", "1", "7", "0"]
 
 
 def vit(folder: Path) -> Argv:
-    """Images cropped, mirrored and mixed at random: all of it must follow from the number of a sample.
+    """Images cropped, mirrored and mixed at random, all of which must follow from the number of a sample.
 
-    With the mean of the patches: the gradient of a class token goes through one row, and twenty steps in bf16 apart by 1e-3.
+    The patches are averaged: with a class token the gradient goes through one row, and twenty steps in bf16 differ by 1e-3.
     """
     argv = ["--num_samples", "60", "--val_samples", "9", "--num_classes", "20", "--in_channels", "1", "--patch_size", "2"]
     argv += ["--window_size", "3", "3", "--d_model", "16", "--num_layers", "2", "--num_heads", "2", "--dropout", "0"]
@@ -103,7 +106,7 @@ def vit(folder: Path) -> Argv:
 
 
 def finetune(folder: Path) -> Argv:
-    """A Llama with fresh weights, on prompts and completions of which only these are predicted."""
+    """A Llama with fresh weights, on prompts and completions; only the completions are predicted."""
     argv = ["--init_from", "tiny", "--data_dir", str(rows_folder(folder / "examples")), "--max_length", "32"]
     return [*argv, *QUIET, *NOT_AT_EPOCHS, "--samples", "0"]
 
@@ -117,4 +120,4 @@ TINY: dict[str, tuple[str, Callable[[Path], Argv]]] = {
     "finetune": ("recipes.finetune_lm:FinetuneLM", finetune),
     "vit": ("recipes.vit_relpos:VitRelpos", vit),
 }
-"""{name: (module:class of the recipe, its command line for a folder it may write data to)}; steps, batch and rates are added"""
+"""{name: (module:class of the recipe, function that returns the command line)}; tests add steps, batch sizes and rates"""

@@ -1,7 +1,7 @@
 """A recipe of a few milliseconds a step with everything that breaks simpler trainers, for the property tests.
 
-Two loss terms with different item counts and weights, rows of unequal length, tied weights, two parameter groups, sizes that
-no number of processes divides, a parameter of one element, and samples whose loss is NaN, so that one rank alone meets them.
+It has two loss terms with different item counts and weights, rows of unequal length, tied weights, two parameter groups, sizes
+that no number of processes divides, a parameter of one element, and samples whose loss is NaN, which one rank alone meets.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Model:
     width: int = 16
     dropout: float = 0.0
     frozen: bool = False
-    """the first block does not learn"""
+    """whether the first block is not trained"""
 
 
 @dataclass(frozen=True)
 class Rows:
     train_rows: int = 64
     nan_samples: tuple[int, ...] = ()
-    """numbers in the endless stream: each is met once, in one step, by one process"""
+    """samples whose loss is NaN, by their numbers in the endless stream: each occurs in one step, on one process"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
 
 
 def pace() -> float:
-    """Seconds that reading a micro-batch takes, from the file that TOY_PACE names: a slow run can be interrupted."""
+    """Seconds that reading a micro-batch takes, from the file that TOY_PACE names, so that a test can interrupt a slow run."""
     file = os.environ.get("TOY_PACE")
     return float(Path(file).read_text()) if file else 0.0
 
@@ -84,7 +84,7 @@ class ToyNetwork(nn.Module):
     """tokens [batch, time] -> logits [batch, time, vocabulary], value [batch]."""
 
     _no_split_modules: ClassVar = ["Sequential"]
-    """what FSDP gathers at a time, by class, as transformers' models say it"""
+    """classes of the blocks that FSDP gathers one at a time, named as in transformers' models"""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ToyNetwork(nn.Module):
         )
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
-        self.value = nn.Linear(width, 1)  # its bias is the parameter of one element
+        self.value = nn.Linear(width, 1)  # its bias has one element
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.embed(tokens)
@@ -136,7 +136,7 @@ class ToyRecipe(Recipe[Config]):
         return {"value": 0.3}
 
     def measure(self, network: nn.Module, batch: Batch) -> dict[str, Measured]:
-        """One with a count of its own, one over its items, and one that is no loss."""
+        """A loss term that is averaged over its items, one with an explicit count, and a metric that is no loss term."""
         outputs, counts = network(batch["tokens"]), self.items(batch)
         right = (outputs[0].argmax(-1) == batch["labels"]).sum()
         sums = self._sums(outputs, batch)
@@ -144,7 +144,7 @@ class ToyRecipe(Recipe[Config]):
 
 
 class InManyFiles(ToyRecipe):
-    """Its checkpoints are cut into small files, as those of large models into large ones."""
+    """Its checkpoints are sharded into small files, as those of large models are into large ones."""
 
     shard_bytes = 1_500
 

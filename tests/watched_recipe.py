@@ -1,4 +1,4 @@
-"""The toy recipe, recording what each rank does in each micro-step: its own losses, and how often gradients were reduced."""
+"""The toy recipe, recording for each rank and micro-step its own losses, and how often gradients have been reduced before."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from toy_recipe import Config, ToyRecipe
 from trainer.recipe import Batch, Data
 
 reductions = 0
-"""of a bucket of gradients, so far"""
+"""number of gradient buckets that have been reduced so far"""
 
 
 def counted(group: Any, bucket: GradBucket) -> Future[Tensor]:
-    """DDP's own reduction, counted. (It looks at the types above: they must not become text.)"""
+    """DDP's own reduction, counted. DDP checks the annotations, so they must not become strings (`from __future__`)."""
     global reductions
     reductions += 1
     return allreduce_hook(group, bucket)
@@ -35,12 +35,12 @@ DistributedDataParallel.__init__ = init_with_hook
 
 
 def rows(directory: Path, rank: int) -> list[dict[str, Any]]:
-    """The records of a rank in a run: {"reductions": before this micro-step, "losses": {term: sum}} by micro-step."""
+    """The records of a rank in a run, by micro-step: {"reductions": number so far, "losses": {term: sum}}."""
     return [json.loads(line) for line in Path(f"{directory}.rank{rank}").read_text().splitlines()]
 
 
 class WatchedRecipe(ToyRecipe):
-    """Its rows stand beside the run directory."""
+    """Writes its records to `{run directory}.rank{rank}`."""
 
     def build_data(self, config: Config) -> Data:
         self.file = Path(f"{config.run.output_dir}.rank{os.environ.get('RANK', 0)}")

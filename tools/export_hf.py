@@ -3,9 +3,9 @@
 python tools/export_hf.py runs/tinystories_lm/NAME/checkpoints/best_model --out exported
 python tools/export_hf.py runs/finetune_lm/NAME/checkpoints/best_model --out exported --push_to_hub OWNER/NAME
 
-A tinystories_lm model becomes a Llama checkpoint; a gpt2_wikitext one is GPT-2 already and stays as it is; a finetune_lm one is
-what it began as, its adapters merged into it, or alone (--adapter). With tokenizer, generation_config.json and a model card
-(README.md) that holds data, losses and command.
+A tinystories_lm model becomes a Llama checkpoint. A gpt2_wikitext model is a GPT-2 already and stays as it is. A finetune_lm
+model keeps the architecture that it began with; its adapters are merged into it, or exported alone (--adapter). The folder also
+has the tokenizer, generation_config.json and a model card (README.md) with data, losses and command.
 """
 
 from __future__ import annotations

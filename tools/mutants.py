@@ -1,10 +1,10 @@
-"""Breaks the product on purpose, one line at a time, and looks whether a test notices.
+"""Breaks the code on purpose, in one place at a time, and checks that a test notices.
 
     python tools/mutants.py --list
     python tools/mutants.py                       # all of them; --only NAME ... for some
 
-Each mutant is tried in a copy of the repository, in which the tests that should notice it are run: first as it is, when they
-must pass, and then with the mutant, when one must fail. Exits with 1 if a mutant survives, or could not be tried.
+The tests that should notice a mutant are run in a copy of the repository: first without the mutant, when all must pass, then
+with it, when one must fail. Exits with 1 if a mutant survives or could not be tried.
 """
 
 from __future__ import annotations

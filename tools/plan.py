@@ -1,11 +1,11 @@
-"""Prints what a launch will take, before it is started: in a command that starts a run, `python tools/plan.py` in the place of
+"""Prints what a launch will take, before it is started: give its command with `python tools/plan.py` in the place of
 `accelerate launch`.
 
 python tools/plan.py --config_file accelerate_configs/fsdp.yaml recipes/finetune_lm.py --init_from FOLDER_OR_NAME --gpu h100
 python tools/plan.py --multi_gpu --num_processes 16 recipes/gpt2_wikitext.py --batch_size 64 --gpu 4090 --mfu 0.3
 
-The launcher's files and flags are read by Accelerate, and nothing is started: one process stands for all. What follows the
-recipe are its flags, and --gpu and --mfu, as with --plan (docs/plan.md).
+Accelerate reads the launcher's files and flags, but no process is started: this one plans for all. After the recipe come its
+flags, and --gpu and --mfu, as with --plan (docs/plan.md).
 """
 
 from __future__ import annotations

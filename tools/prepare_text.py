@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prepared_files import Encoded, locked, write_files, write_shards
@@ -111,13 +112,18 @@ def _find(options: argparse.Namespace) -> tuple[list[Source], list[Source]]:
     return splits["train"], splits.get("validation", [])
 
 
-def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
-    progress = options.out / PROGRESS
+def _check_out(options: argparse.Namespace) -> None:
+    """ValueError if --out has results that may not be replaced, and this call does not continue them."""
     results = ("train", "train.ids", "valid", "valid.ids")
     # Without --shard_mb, valid.ids does not count: a call that was killed just before its end has left it alone.
     there = [options.out / name for name in results[: 4 if options.shard_mb else 3] if (options.out / name).exists()]
-    if there and not options.overwrite and not (options.shard_mb and progress.exists()):
+    if there and not options.overwrite and not (options.shard_mb and (options.out / PROGRESS).exists()):
         raise ValueError(f"{there[0]} is there already; choose another --out, or add --overwrite")
+
+
+def _prepare(options: argparse.Namespace, sources: list[Source], validation_sources: list[Source]) -> None:
+    """Get the tokenizer, encode the text, write the files, and print what was written. --out is locked."""
+    _check_out(options)
     empty_rows: Counter[str] = Counter()
 
     def parts(on_read: OnRead = no_progress) -> Iterator[Part]:
@@ -156,10 +162,14 @@ def _prepare(options: argparse.Namespace, sources: list[Source], validation_sour
             counts = write_files(options.out, facts, encoded(0), tokenizer_json)
     for name, count in empty_rows.items():
         print(f"{name}: {count:,} rows without text passed over")
-    size, ids = _total(all_sources), sum(counts.values())
+    _print_results(counts, entries, dtype, _total(all_sources))
+
+
+def _print_results(counts: dict[Path, int], entries: int, dtype: str, size: int | None) -> None:
+    """Print the ids of each path, the size of the vocabulary, and a command that trains on them; `size`: bytes of input."""
     for path, count in counts.items():
         print(f"{path}: {count:,} tokens ({dtype})")
-    print(f"{entries:,} entries" + (f", {size / ids:.2f} bytes of input a token" if size else ""))
+    print(f"{entries:,} entries" + (f", {size / sum(counts.values()):.2f} bytes of input a token" if size else ""))
     train, valid = counts
     print(
         f"Train: accelerate launch {path_of('recipes/tinystories_lm.py')} --train_data_path {train} "

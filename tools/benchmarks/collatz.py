@@ -1,4 +1,4 @@
-"""The Collatz generator: microseconds per number and core, beside Python's integers and beside the training step it feeds."""
+"""Microseconds per number of the Collatz generator on one core, beside Python's integers and the training step it feeds."""
 
 from __future__ import annotations
 

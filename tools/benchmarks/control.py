@@ -1,10 +1,10 @@
-"""What the talk between processes costs, beside gradients, by their number: start-up, sum, agreement, barrier, a failed rank.
+"""Time of the communication beside gradients, by number of processes: start-up, sum, agreement, barrier, a failed rank.
 
 python tools/benchmark.py control --processes 2 4 8 16 --simulated 64 1024
 
-Processes are forked on this host and meet over gloo. Of the simulated ones, which are threads, the talk through the launch's
-store alone is measured: meeting at the start, and looking for the one that was lost. Milliseconds of the clock say what a busy
-machine makes of it; those of the processor, over all processes, what the work is.
+Processes are forked on this host and connected by gloo. Simulated ranks are threads; for them only communication through the
+launch's store is measured: meeting at the start, and finding out which rank was lost. Milliseconds of the clock include the
+wait for a core on a busy machine; milliseconds of the processor, over all processes, are the work itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""All that is claimed of one GPU, measured by one command beside peers in the same run: `python tools/benchmark.py gpu`.
+"""Measures every claim about one GPU by one command, beside peers in the same run: `python tools/benchmark.py gpu`.
 
-Ten pieces, most important first, each in a process of its own with a time-out; a piece's result is in the JSON file as soon as
-it is there. The same command goes on with what is missing or has failed. It needs no network, and of the packages only those
-that are there: what cannot be measured says which one it lacks, and is tried again by the next call.
+There are ten pieces, the most important first. Each runs in a process of its own with a time-out, and its result is written to
+the JSON file at once. The same command goes on with pieces that are missing or have failed. No network is needed. A piece that
+needs a package that is not installed says which one, and is tried again by the next call.
 
 python tools/benchmark.py gpu --rehearse     # every piece small, on a CPU, in seconds: to find out what is broken
 """

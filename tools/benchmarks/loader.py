@@ -1,13 +1,12 @@
 """Tokens per second of the language model's loader on one core, beside batches drawn slice by slice; one interleaved run.
 
-Then what a set costs that is known (a sparse file with a .json beside it): seconds and bytes read until its first batch, and
-memory of drawing from 10^11 ids; what the order of a finite set costs, beside numpy's permutation; and a batch of photographs,
-beside one that is normalised image by image in fp32.
+Also measured: the time and bytes read to open a huge file of ids with its .json, and the memory of drawing from 10^11 ids; the
+order of a finite set, beside numpy's permutation; and a batch of photographs, beside one that is normalised image by image in
+fp32.
 
-The comparison is what many small training scripts do: map the file again for each batch (else its pages pile up in the
-process), draw starts with torch, and stack inputs and labels from a slice each, widened to int64. Its memory grows with what
-it has shown if the map is kept; that is measured too. Seconds are CPU time, so that other work on the machine counts
-less.
+The comparison does what many small training scripts do: map the file again for each batch, draw starts with torch, and stack
+inputs and labels from a slice each, widened to int64. With a map that is kept, which is measured too, the pages that were read
+stay in the memory of the process. Seconds are CPU time, so that other work on the machine counts less.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What a training loop adds to a step: ours, a bare one, and those of Accelerate, Fabric and transformers' Trainer.
+"""The overhead of training loops per step: ours, a bare one, and those of Accelerate, Fabric and transformers' Trainer.
 
 python tools/benchmark.py loop [--rounds 30] [--steps 100]
 
-Every loop trains the same tiny language model on the same batches, with the same fused AdamW and clipping, so that what differs
-is the loop. They take turns, round by round, so that a slow moment meets all alike; `bare again` shows how far two equal loops
-are apart. Operations and calls of Python are counted, and do not depend on the machine. Fabric needs `lightning-fabric`.
+Every loop trains the same tiny language model on the same batches, with the same fused AdamW and clipping, so that only the
+loop differs. They take turns, round by round, so that a slow moment affects all alike; `bare again` shows the difference of two
+equal loops, which is noise. Counts of operations and Python calls do not depend on the machine. Fabric needs
+`lightning-fabric`.
 """
 
 from __future__ import annotations

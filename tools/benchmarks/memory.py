@@ -2,8 +2,8 @@
 
 python tools/benchmark.py memory --parameters 100 300 --launches one fsdp fsdp:4 zero3
 
-A decoder-only Transformer takes one step on a few tokens on CPUs, saves and ends, and a second launch resumes it. Counted is
-anonymous memory beyond that of a process that has imported everything; weights, gradients and moments of the launch are in it.
+A decoder-only Transformer takes one step on a few tokens on CPUs, saves and ends, and a second launch resumes it. The numbers
+are anonymous memory, weights, gradients and moments included, minus that of a process that has only imported everything.
 """
 
 from __future__ import annotations

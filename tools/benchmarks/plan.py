@@ -1,9 +1,9 @@
-"""What `--plan` says a process takes, beside what it takes: real steps on this CPU, by launch.
+"""The memory of a process that `--plan` predicts, beside that of real steps on this CPU, by launch.
 
 python tools/benchmark.py plan --launches one ddp fsdp zero2 zero3 --context 512 --more --gradient_checkpointing
 
-Counted is anonymous memory at the highest moment of a step, of a run that has moments, beyond that of a process that has
-imported everything.
+Measured is the peak of anonymous memory during steps of a run whose optimizer has moments, minus that of a process that has
+only imported everything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Seconds from a checkpoint to tensors, by number of processes: hashes shared out and each process reading its own rows; the
-same with all of it on each, as a loader without shares does; and torch.distributed.checkpoint, which checks no hashes.
+"""Seconds to read and verify a checkpoint, by number of processes, in three ways that take turns: each process hashes a share
+of the files and reads its own rows; rank 0 hashes all files and each process reads all tensors; and
+torch.distributed.checkpoint, which checks no hashes. On one host, with the files in its cache.
 
-In turn, on one host and its file cache: `python tools/benchmark.py resume --parameters 100000000 --processes 1 2 4`.
+python tools/benchmark.py resume --parameters 100000000 --processes 1 2 4
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Seconds and memory of a checkpoint by the number of processes that write it, beside `torch.distributed.checkpoint.async_save`
 and, with one process, the safetensors library's `save_file`: `python tools/benchmark.py save --writers 1 2 4`.
 
-Every process holds its part of each tensor, as under FSDP2. All ways in turn, round after round, in the same processes, so that
-a slow minute affects them all. Each brings its files to the disk; hashes are samecurve's alone, and so are files that do not
-depend on the number of processes. `stands still` is how long training would wait; CPU seconds, of all processes together, say
-more where the machine has other work. The first round, which takes the memory, is left out of the seconds; memory is what a
-process takes beside the tensors, at most.
+Every process holds its part of each tensor, as under FSDP2. The ways take turns, round by round, in the same processes, so that
+a slow minute affects all. All of them sync their files to disk; only samecurve computes hashes, and writes files that do not
+depend on the number of processes. `stands still` is the time that training would wait. CPU seconds are those of all processes,
+and more telling on a busy machine. The first round, which allocates the memory, does not count for the seconds. Memory is the
+peak of a process beyond the tensors.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ python tools/benchmark.py stacked [--models 16] [--batch 1024] [--examples 64] [
 
 The default batch is 1,024 sequences on a GPU and 32 on a CPU, where 16 models at 1,024 would take over 24 GiB.
 
-A step is the trainer's: data generated, forward, backward, gradient norm, Adam. Operations are those that PyTorch dispatches in
-it; views and allocations, which start nothing on a device, are counted apart. With --compile, what is timed is compiled, and
-what is counted is not.
+A step is the trainer's: generate data, forward, backward, gradient norm, Adam. Operations are those that PyTorch dispatches in
+it; views and allocations, which start nothing on the device, are counted apart. With --compile the timed steps are compiled,
+but not the counted ones.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python tools/benchmark.py start [--rounds 3]
 
-Beside them what importing torch and Accelerate takes, in turn. The first round begins with empty caches: it parses and
-tokenizes the text, and compiles what generates Collatz numbers.
+Importing torch and Accelerate alone is measured beside them, in turn. The first round begins with empty caches: it parses and
+tokenizes the text, and compiles the generator of Collatz numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What relative position bias costs: images/s of training with it over without, interleaved, with the attention kernel and MFU.
+"""The cost of relative position bias: images/s of training with it over without, interleaved; attention kernels and MFU.
 
 python tools/benchmark.py vit_relpos                 # ViT-B/16 at 224, bf16 and compiled on a GPU
 python tools/benchmark.py vit_relpos --small         # for a CPU

@@ -67,7 +67,7 @@ def sample_numbers(positions: Sequence[int] | np.ndarray, seed: int, length: int
 
 
 def share(batch_size: int, rank: int, processes: int) -> range:
-    """The places of a micro-batch, of 0 .. batch_size - 1, that a process reads; numbers of places differ by at most one.
+    """The places of a micro-batch, of 0 .. batch_size - 1, that a process reads; shares differ by at most one place.
 
     Losses are divided by counts over all processes, so the split changes no curve. UserError for more processes than samples.
     """

@@ -71,10 +71,10 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
     """Choose the device and make the process group, over the store of `meeting` (None: a single process)."""
     from accelerate import PartialState
 
-    on_cpu = _is_cpu(device, one_process=meeting is None)
-    # torch 2.13 deprecates this argument of DDP; torch 2.11 knows no other name for it, and Accelerate passes it.
+    on_cpu = _uses_cpu(device, one_process=meeting is None)
+    # torch 2.13 has renamed this argument of DDP; Accelerate passes the old name, the only one that torch 2.11 knows.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
-    # `srun` and `mpirun` do not set it; the number of threads is printed with the launch.
+    # `srun` and `mpirun` do not set these variables; the number of threads is printed with the launch.
     warnings.filterwarnings("ignore", category=UserWarning, message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     if not on_cpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches of varying size would fragment the memory
@@ -86,19 +86,19 @@ def _join(device: str, timeout: timedelta, before_connect: Callable[[bool], None
         own = dist.PrefixStore("default", meeting.store)
         dist.init_process_group(backend, store=own, rank=meeting.rank, world_size=meeting.processes, timeout=timeout)
     state = PartialState(cpu=True, timeout=timeout) if on_cpu else PartialState(timeout=timeout)
-    _check_world(os.environ, state.process_index, state.num_processes, on_cpu)
+    rank, processes = state.process_index, state.num_processes
+    _check_world(os.environ, rank, processes, on_cpu)
     if on_cpu:
-        _use_all_cores(state.num_processes)
-    control = Control(state.process_index, state.num_processes, timeout)
+        _use_all_cores(processes)
     # torchrun counts restarts per host, so that rank 0 may not see another host's: the store shows them all.
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     restarted = any(int(os.environ.get(name) or 0) > 0 for name in counts) or (meeting is not None and meeting.restarted)
     store = meeting.store if meeting is not None else None
-    place = (state.process_index, state.num_processes, state.local_process_index, state.device)
-    return Launch(*place, control, store, restarted)
+    control = Control(rank, processes, timeout)
+    return Launch(rank, processes, state.local_process_index, state.device, control, store, restarted)
 
 
-def _is_cpu(device: str, one_process: bool) -> bool:
+def _uses_cpu(device: str, one_process: bool) -> bool:
     """Whether `--device` means the CPU here. UserError for a GPU that is not there, or not for several processes."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu")

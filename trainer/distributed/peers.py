@@ -51,7 +51,7 @@ def wait_for_all(meeting: Rendezvous, timeout: timedelta) -> Rendezvous:
     """
     own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     restarted = meeting.rank == 0 and meeting.store.check([CALL])
-    call, silent = _call(meeting, own, end) if meeting.rank == 0 else _answer(meeting, own, end)
+    call, silent = _call_others(meeting, own, end) if meeting.rank == 0 else _answer_call(meeting, own, end)
     if silent:
         late = TimeoutError(f"not started within --timeout_minutes {timeout.total_seconds() / 60:g}")
         error = _lost(_silence(silent, meeting.processes), late)
@@ -60,7 +60,7 @@ def wait_for_all(meeting: Rendezvous, timeout: timedelta) -> Rendezvous:
     return Rendezvous(meeting.rank, meeting.processes, dist.PrefixStore(call, meeting.store), restarted)
 
 
-def _call(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
+def _call_others(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
     """Rank 0: set the call `own`, and a list of the answers. Returns (call, ranks without an answer at the time `end`)."""
     store = meeting.store
     store.set(CALL, own)
@@ -74,7 +74,7 @@ def _call(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
     return own, silent
 
 
-def _answer(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
+def _answer_call(meeting: Rendezvous, own: str, end: float) -> tuple[str, list[int]]:
     """Other ranks: answer calls with `own` until a list has that name. Returns (call, silent ranks: of the list, or rank 0)."""
     store, rank, call = meeting.store, meeting.rank, ""
     while time.monotonic() < end + 2 * sum(PAUSES_SECONDS):  # a little longer than rank 0, which lists the missing at `end`
