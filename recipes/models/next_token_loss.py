@@ -64,8 +64,11 @@ def predicted_tokens(labels: Tensor, source: Tensor | None, names: Sequence[str]
     """How many labels each term of `loss_terms` is a sum over. The labels are still on the host, before every step: numpy takes
     less than half of torch's time for them."""
     predicted = labels.numpy() != IGNORED
-    counts = {} if source is None else sums_by_source(torch.from_numpy(predicted), source, names)
-    return {"next_token": int(np.count_nonzero(predicted)), **{name: int(count) for name, count in counts.items()}}
+    counts = {"next_token": int(np.count_nonzero(predicted))}
+    if source is not None:
+        by_source = sums_by_source(torch.from_numpy(predicted), source, names)
+        counts |= {name: int(count) for name, count in by_source.items()}
+    return counts
 
 
 def sums_by_source(values: Tensor, source: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class PendingSum:
     def wait(self) -> list[float]:
         """The sums, in float64; the same on every process."""
         if self._work is None:
-            return [float(value) for value in self._values]
+            return list(map(float, self._values))
         self._work.wait()
         return self._tensor.tolist()
 
