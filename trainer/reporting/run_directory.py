@@ -113,7 +113,7 @@ class RunDirectory:
         locks = {lock.path for lock in self._locks if lock.held}
         for folder in sorted(() if used else self._made, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):  # not empty, so somebody's: that of a run which was faster holds its lock
-                if locks.issuperset(folder.iterdir()):
+                if locks.issuperset(folder.resolve().iterdir()):  # the path may lead through a link; locks are resolved
                     (folder / Lock.NAME).unlink(missing_ok=True)
                 folder.rmdir()
         for lock in self._locks:
