@@ -242,6 +242,12 @@ def test_an_unused_directory_is_removed_and_nothing_else(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
     assert list((tmp_path / "runs").iterdir()) == []
 
+    (tmp_path / "link").symlink_to("runs")
+    linked = RunDirectory(tmp_path / "link" / "toy" / "run")
+    linked.prepare(print)
+    linked.release(used=False)
+    assert list((tmp_path / "runs").iterdir()) == []
+
     run.prepare(print)
     (run.checkpoints / "precious").write_text("mine")
     run.release(used=False)

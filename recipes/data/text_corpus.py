@@ -63,7 +63,7 @@ def find_corpus(dataset: str, inputs: Sequence[str], reading: Reading, cache: Pa
         digest = content_hash(*(row for split in SPLITS for row in (split, *embedded[split])))
         return Corpus(digest, lambda empty_rows: ((split, row, True) for split in SPLITS for row in embedded[split]), [])
     if "/" in dataset and Path(dataset).exists():
-        raise ValueError(f"dataset {dataset} is a path here; give --data_dir {dataset}, or go where nothing is called so")
+        raise ValueError(f"dataset {dataset} is a path here; give --data_dir {dataset}, or, for the hub, start elsewhere")
     if dataset in HUB_DATASETS or "/" in dataset:
         return _hub_corpus(dataset, reading, cache)
     raise ValueError(

@@ -72,7 +72,12 @@ def named_as_ours(
     """
     found: dict[str, Any] = {}
     used = {key for key in stored if key.endswith(tuple(LAYER_SCALES))}
-    scale_of = {key.replace(scale, layer): stored[key] for key in used for scale, layer in LAYER_SCALES.items()}
+    scale_of = {
+        key.removesuffix(scale) + layer: stored[key]
+        for scale, layer in LAYER_SCALES.items()
+        for key in used
+        if key.endswith(scale)
+    }
     for name, own in fresh.items():
         theirs = f"fc_{name}" if name.startswith("norm.") and network.pool == "mean_then_norm" else name
         if name.endswith(TABLE):

@@ -115,8 +115,8 @@ class RunDirectory:
         typing error leaves no run behind."""
         locks = {lock.path for lock in self._locks if lock.held}
         for folder in sorted(() if used else self._made, key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # not empty: at least the lock of another run is in it
-                if locks.issuperset(folder.iterdir()):
+            with suppress(OSError):  # not empty: it holds the lock of another run, which was faster, or somebody's file
+                if locks.issuperset(folder.resolve().iterdir()):  # the path may lead through a link; locks are resolved
                     (folder / Lock.NAME).unlink(missing_ok=True)
                 folder.rmdir()
         for lock in self._locks:
