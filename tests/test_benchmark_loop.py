@@ -35,5 +35,5 @@ def test_the_host_reads_the_norm_and_nothing_else(counts: dict[str, Counts]) -> 
 
 def test_the_loop_adds_few_calls_of_python(counts: dict[str, Counts]) -> None:
     added = math.ceil(counts["ours"].calls - counts["bare"].calls)
-    assert added <= 50
+    assert added <= 45
     assert added < 0.2 * (counts["Accelerate"].calls - counts["bare"].calls)
