@@ -117,14 +117,14 @@ def simulate(ranks: int) -> tuple[float, float, int]:
 
     port = free_port()
     server = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    clients = [dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False) for _ in range(CONNECTIONS)]
+    clients = [dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False) for _ in range(min(CONNECTIONS, ranks))]
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
     met: dict[int, tuple[Rendezvous, float]] = {}
     named: dict[int, float] = {}
     counts = [0] * ranks
 
     def meet(rank: int) -> None:
-        meeting = peers.wait_for_all(Rendezvous(rank, ranks, clients[rank % CONNECTIONS]), TIMEOUT)
+        meeting = peers.wait_for_all(Rendezvous(rank, ranks, clients[rank % len(clients)]), TIMEOUT)
         met[rank] = (meeting, time.perf_counter())
 
     def look(rank: int) -> None:
