@@ -182,6 +182,16 @@ def test_bad_steps_are_counted_one_step_late() -> None:
     assert (count.in_a_row, count.total) == (0, 3)
 
 
+def test_the_first_bad_step_is_warned_of_once() -> None:
+    count = BadSteps(total=5)
+    assert count.take_warning() is None  # those of earlier launches have been told
+    for step in (7, 8):
+        count.add(torch.tensor(1.0), step)
+        count.read()
+    assert "step 8 was not finite" in (count.take_warning() or "")
+    assert count.take_warning() is None
+
+
 def test_bad_steps_go_on_from_a_checkpoint() -> None:
     count = BadSteps(in_a_row=2, total=5)
     count.add(torch.tensor(1.0), 1)

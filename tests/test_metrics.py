@@ -10,19 +10,27 @@ import sys
 import threading
 import time
 import urllib.request
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
+import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 
+from trainer.distributed.control import Control
 from trainer.errors import UserError
 from trainer.reporting import feed, wandb_run
+from trainer.reporting.alerts import Alerts
+from trainer.reporting.console import Console
+from trainer.reporting.metrics_logger import MetricsLogger
 from trainer.reporting.trackers import Trackers, read_metrics
 from trainer.reporting.wandb_run import WandbSettings, _answers
+from trainer.state import TrainState
 
 
 def start(folder: Path, resumed_step: int | None = None, messages: list[str] | None = None, **options: object) -> Trackers:
@@ -344,3 +352,37 @@ def test_importing_metrics_imports_nothing_heavy() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_throughput_counts_the_items_of_this_launch_alone() -> None:
+    """A launch that resumes in the middle of a log interval means its loss over all items, and times its own."""
+
+    class Report:
+        def step_metrics(self, step: int) -> dict[str, float]:
+            return {}
+
+        def log_line(self, step: int, metrics: dict[str, float]) -> str:
+            rows.append(metrics)
+            return ""
+
+    rows: list[dict[str, float]] = []
+    session = SimpleNamespace(
+        recipe=SimpleNamespace(throughput=("tokens", "next_token"), monitored=(), derive=lambda _: {}, report=Report()),
+        launch=SimpleNamespace(
+            is_main=True, device=torch.device("cpu"), processes=1, control=Control(0, 1, timedelta(seconds=1))
+        ),
+        backend=SimpleNamespace(precision="no"),
+        config=SimpleNamespace(optimisation=SimpleNamespace(effective_batch_size=2)),
+        loss_weights={"next_token": 1.0},
+        samples=None,
+    )
+    state = TrainState(step=5, loss_sums=[60.0], item_counts=[30.0])
+    logger = MetricsLogger(cast(Any, session), state, None, Console(None, is_main=False), Alerts())
+    for step in (6, 7):
+        logger.add_losses([torch.tensor([10.0])])
+        logger.add_items([10.0])
+        state.step = step
+        logger.log_step(0.1, torch.tensor(1.0), {}, 0, math.inf)
+    assert [row["train/loss"] for row in rows] == [(60 + 10) / (30 + 10), 10 / 10]
+    counted = [row["train/tokens_per_sec"] * row["train/interval_seconds"] for row in rows]
+    assert counted == pytest.approx([10, 10])
